@@ -1,0 +1,181 @@
+"""The key-value caches of S + 1 passes, as one `Cache` of transformers.
+
+Each pass attends to its own keys and values, so layer i of pass s keeps them at index s * L + i of one cache with
+(S + 1) * L layers. The backbone, which counts to L, sees a pass through `PassView`. Beam search, cropping and
+offloading act on the whole cache and need not know. Layers that grow do so in place (`GrowingLayer`). Two
+approximations can be asked for: `SharedView` keeps the last pass only, `copy_newest` stands for passes that were left
+out.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+ROOM = 128  # tokens; all that is cached is copied once for so many
+
+
+class GrowingLayer(DynamicLayer):
+    """As `DynamicLayer`, which copies all it has to append a token, but written into room behind the others.
+
+    `keys` and `values` are the filled part of longer buffers. What makes other tensors of them (beam search, a batch
+    that is selected from) goes on as before, and the next token gets new buffers.
+    """
+
+    _buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values with the new ones appended, (B, heads, T, head width) each."""
+        differentiated = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
+        if self.get_seq_length() == 0 or differentiated or torch.compiler.is_compiling():
+            return super().update(keys, values, *args, **kwargs)
+        of_keys, of_values = self._buffers or (None, None)
+        self._buffers = _roomy(of_keys, self.keys, keys), _roomy(of_values, self.values, values)
+        end = self.keys.shape[-2] + keys.shape[-2]
+        self.keys: Tensor = self._buffers[0][..., :end, :]
+        self.values: Tensor = self._buffers[1][..., :end, :]
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Empty it."""
+        self._buffers = None
+        super().reset()
+
+
+def _roomy(buffer: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
+    """The buffer that `old` is the beginning of, or one with room, with `new` written behind it."""
+    length, end = old.shape[-2], old.shape[-2] + new.shape[-2]
+    if (
+        buffer is None
+        or buffer.data_ptr() != old.data_ptr()
+        or buffer.shape[:-2] != old.shape[:-2]
+        or buffer.shape[-2] < end
+        or (buffer.is_inference() and not torch.is_inference_mode_enabled())
+    ):
+        buffer = new.new_empty(*new.shape[:-2], end + ROOM, new.shape[-1])
+        buffer[..., :length, :] = old
+    buffer[..., length:end, :] = new
+    return buffer
+
+
+class PassView(Cache):
+    """What pass `index` sees of the cache: L layers, numbered from 0.
+
+    A `Cache` because some backbones ask for one; it has no layers of its own, so that `Cache.__init__` is not called.
+    """
+
+    def __init__(self, cache: Cache, index: int, layers: int) -> None:
+        self._cache, self._first, self._layers = cache, index * layers, layers
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """The keys and values of a layer with the new ones appended, (B, heads, T, head width) each."""
+        return self._cache.update(keys, values, self._first + layer_idx, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Cached tokens of a layer in this pass."""
+        return self._cache.get_seq_length(self._first + layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Position of the next token."""
+        return self._cache.get_query_offset(self._first + layer_idx)
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys, for the attention mask."""
+        return self._cache.get_mask_sizes(query_length, self._first + layer_idx)
+
+    @property
+    def layers(self) -> list[Any]:
+        """The layers of this pass."""
+        return self._cache.layers[self._first : self._first + self._layers]
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """For each layer, whether it keeps a window only."""
+        return self._cache.is_sliding[self._first : self._first + self._layers]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._cache, name)
+
+
+class SharedView(PassView):
+    """As `PassView`, of a cache with L layers in which only the last pass keeps its keys and values.
+
+    The other passes attend to their own keys and values of the new tokens, and to the last pass's of all before. That
+    is 1 / (S + 1) of the memory and exact for a prompt given at once; after it, it is another model than was trained.
+    """
+
+    def __init__(self, cache: Cache, last: bool, layers: int) -> None:
+        super().__init__(cache, 0, layers)
+        self._last = last
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """As in `PassView`; nothing is kept but by the last pass."""
+        if self._last:
+            return self._cache.update(keys, values, layer_idx, *args, **kwargs)
+        if self._cache.get_seq_length(layer_idx) == 0:
+            return keys, values
+        layer = self._cache.layers[layer_idx]
+        return torch.cat([layer.keys, keys], dim=-2), torch.cat([layer.values, values], dim=-2)
+
+
+def grow(cache: Cache, passes: int, layers: int) -> None:
+    """Give a cache made for L layers (as `generate` makes it) room for `passes` * L of them.
+
+    Raises:
+        ValueError: the cache was filled with another number of pondering steps.
+    """
+    if not getattr(cache, "offloading", False):  # what is offloaded is other tensors at every token
+        if cache.layer_class_to_replicate is DynamicLayer:
+            cache.layer_class_to_replicate = GrowingLayer
+        for layer in cache.layers:
+            if type(layer) is DynamicLayer:
+                layer.__class__ = GrowingLayer
+    if cache.layer_class_to_replicate is None:
+        while len(cache.layers) < passes * layers:
+            if cache.get_seq_length() > 0:
+                raise ValueError(
+                    f"the cache holds {len(cache.layers) // layers} passes, {passes} are needed; continue with the "
+                    "pondering_steps it was filled with, or start an empty cache"
+                )
+            cache.layers.append(copy.deepcopy(cache.layers[len(cache.layers) % layers]))
+    if torch.compiler.is_compiling():
+        return  # a static cache counts in tensors, on which compiled code cannot branch; the prompt was checked
+    filled = [cache.get_seq_length(index * layers) for index in (0, passes - 1)]
+    if filled[0] != filled[1]:
+        raise ValueError(
+            f"the cache holds {filled[0]} tokens for the first pass and {filled[1]} for pass {passes}; continue with "
+            "the pondering_steps it was filled with, or start an empty cache"
+        )
+
+
+def check_shared(cache: Cache, layers: int) -> None:
+    """Raise ValueError unless `SharedView` can use the cache: L growing layers, or none yet."""
+    if len(cache.layers) > layers:
+        raise ValueError(
+            f"share_cache: the cache has {len(cache.layers)} layers, the model {layers}, so it was filled pass by "
+            "pass; start an empty cache"
+        )
+    check_growing(cache, "share_cache")
+
+
+def check_growing(cache: Cache | None, option: str) -> None:
+    """Raise ValueError unless the cache is one that grows by concatenation."""
+    kind = None if cache is None else type(cache.layers[0] if cache.layers else cache.layer_class_to_replicate())
+    if kind not in (DynamicLayer, GrowingLayer):
+        found = "none" if kind is None else kind.__name__
+        raise ValueError(f"{option} needs a cache of DynamicLayer, found {found}; use use_cache=True and no other kind")
+
+
+def copy_newest(cache: Cache, tokens: int, done: int, passes: int, layers: int) -> None:
+    """Let passes `done` + 1 and on, which did not run, keep the newest keys and values of pass `done`."""
+    for index in range(done + 1, passes):
+        for layer in range(layers):
+            source = cache.layers[done * layers + layer]
+            keys, values = source.keys[..., -tokens:, :], source.values[..., -tokens:, :]
+            cache.update(keys, values, index * layers + layer)

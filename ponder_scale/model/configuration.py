@@ -1,0 +1,144 @@
+"""Configurations of pondering models: the stock one of transformers plus the fields of `PonderingFields`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Olmo2Config
+
+RESIDUALS = ("accumulate", "restart", "replace")
+FEEDBACKS = ("embedding", "hidden")
+PONDERING_FIELDS = (
+    *("pondering_steps", "scale_embeds", "initial_scale", "pondering_temperature", "feedback", "residual"),
+    *("pondering_top_k", "init_by_passes"),
+)
+
+
+class PonderingFields:
+    """The pondering fields, mixed in before a configuration of transformers.
+
+    The defaults are neutral: with `pondering_steps=0` and nothing else set, the model is the stock one.
+
+    Args:
+        pondering_steps: S, how often the pondering embedding is fed back; the backbone runs S + 1 times.
+        scale_embeds: multiply token and pondering embeddings by sqrt(hidden_size).
+        initial_scale: factor on e_0. The published `mutiply_pondering_steps` is `initial_scale=S`.
+        pondering_temperature: tau, divides the logits of the pondering softmax.
+        feedback: T, what a pass leaves for the next: its pondering "embedding", or its "hidden" states, which are
+            those after the last norm. "hidden" with the residual "replace" is a looped transformer.
+        residual: "accumulate" feeds e_{s-1} + T, "restart" feeds e_0 + T, "replace" feeds T.
+        pondering_top_k: keep only the K most probable tokens, renormalised; None keeps the vocabulary.
+        init_by_passes: initial output projections are divided by sqrt(S + 1) too; None is as the published code of
+            the architecture does it: GPT-NeoX divides, the others do not.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    published_init_by_passes = False
+
+    def __init__(
+        self,
+        pondering_steps: int = 3,
+        scale_embeds: bool = False,
+        initial_scale: float = 1.0,
+        pondering_temperature: float = 1.0,
+        feedback: str = "embedding",
+        residual: str = "accumulate",
+        pondering_top_k: int | None = None,
+        init_by_passes: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.pondering_steps = pondering_steps
+        self.scale_embeds = scale_embeds
+        self.initial_scale = initial_scale
+        self.pondering_temperature = pondering_temperature
+        self.feedback = feedback
+        self.residual = residual
+        self.pondering_top_k = pondering_top_k
+        self.init_by_passes = self.published_init_by_passes if init_by_passes is None else init_by_passes
+        self._check_pondering()
+        if kwargs.get("dtype") is not None:
+            kwargs.pop("torch_dtype", None)  # written beside "dtype", for older readers
+        super().__init__(**kwargs)
+
+    def _check_pondering(self) -> None:
+        if not isinstance(self.pondering_steps, int) or self.pondering_steps < 0:
+            raise ValueError(f"pondering_steps is {self.pondering_steps!r}; expected an integer of at least 0")
+        if not self.pondering_temperature > 0:
+            raise ValueError(f"pondering_temperature is {self.pondering_temperature!r}; expected more than 0")
+        if not self.initial_scale > 0:
+            raise ValueError(f"initial_scale is {self.initial_scale!r}; expected more than 0")
+        if self.residual not in RESIDUALS:
+            raise ValueError(f"residual is {self.residual!r}; expected one of {', '.join(RESIDUALS)}")
+        if self.feedback not in FEEDBACKS:
+            raise ValueError(f"feedback is {self.feedback!r}; expected one of {', '.join(FEEDBACKS)}")
+        if self.feedback == "hidden" and (self.pondering_top_k is not None or self.pondering_temperature != 1.0):
+            raise ValueError(
+                "pondering_top_k and pondering_temperature are of the pondering softmax, which the feedback 'hidden' "
+                "does not have; leave them at their defaults"
+            )
+        if self.pondering_top_k is not None and self.pondering_top_k < 1:
+            raise ValueError(f"pondering_top_k is {self.pondering_top_k!r}; expected at least 1, or None")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stock dictionary, with the keys that transformers 4 reads under other names.
+
+        Without them it falls back to its defaults without a word: base 10000, a quarter of each head for GPT-NeoX.
+        """
+        values = super().to_dict()  # type: ignore[misc]
+        rope = values.get("rope_parameters")
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+            if "partial_rotary_factor" in rope:
+                values |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
+        return values
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json gets: `to_dict` without defaults, and the dtype as transformers before 4.56 calls it."""
+        # not in `to_dict`, whose keys transformers looks up again, with a notice at each load that this one is old
+        values = super().to_diff_dict()  # type: ignore[misc]
+        if values.get("dtype") is not None:
+            values["torch_dtype"] = values["dtype"]
+        return values
+
+
+# Each has a `model_type` of its own: with the stock one, a loader that does not trust remote code would build a model
+# that never ponders. Each defines `__init__`, because transformers 5 generates one for a configuration that has none.
+
+
+class PonderLlamaConfig(PonderingFields, LlamaConfig):
+    """`LlamaConfig` with the pondering fields."""
+
+    model_type = "ponder_llama"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+class PonderGPTNeoXConfig(PonderingFields, GPTNeoXConfig):
+    """`GPTNeoXConfig` (Pythia) with the pondering fields."""
+
+    model_type = "ponder_gpt_neox"
+    published_init_by_passes = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+class PonderGPT2Config(PonderingFields, GPT2Config):
+    """`GPT2Config` with the pondering fields."""
+
+    model_type = "ponder_gpt2"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+class PonderOlmo2Config(PonderingFields, Olmo2Config):
+    """`Olmo2Config` with the pondering fields."""
+
+    model_type = "ponder_olmo2"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)

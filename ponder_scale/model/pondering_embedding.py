@@ -1,0 +1,196 @@
+"""The pondering embedding T = c * softmax(h W^T / tau) E, and the language-model loss, without an (N, V) matrix.
+
+N tokens, D hidden size, V vocabulary; h (N, D) hidden states, W (V, D) head, E (V, D) embedding table (W may be E).
+The same numbers by several ways, named backends:
+
+    eager     the equation, which keeps (N, V) tensors for backward: what the others are tested against
+    chunked   blocks of tokens forward, of the vocabulary backward, by torch's own products; any device
+    sdpa      attention with query h, keys W and values E, by torch's CPU flash kernel
+    triton    one kernel a product with the softmax inside it; CUDA
+    top_k     the K most probable tokens only; takes and asks for `top_k`
+    auto      the fastest of them for the device, dtype and what is asked, see `choose_backend`
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends import IGNORE_INDEX, Attention, Chunked, CrossEntropy, Statistics, TopK, label_loss, wide
+
+__all__ = ["BACKENDS", "IGNORE_INDEX", "Statistics", "choose_backend", "cross_entropy", "pondering_embedding"]
+
+BACKENDS = ("auto", "eager", "chunked", "sdpa", "triton", "top_k")
+
+
+# traced by torch.compile the blocks would be unrolled, and saved tensors kept by rules other than ours
+@torch.compiler.disable
+def pondering_embedding(
+    hidden: Tensor,
+    head: Tensor,
+    table: Tensor,
+    *,
+    temperature: float = 1.0,
+    scale: float = 1.0,
+    top_k: int | None = None,
+    labels: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Statistics | None]:
+    """scale * softmax(hidden @ head^T / temperature) @ table, differentiable in all three tensors.
+
+    Args:
+        hidden: (..., D).
+        head: (V, D), the rows of the output head.
+        table: (V, D), the embedding table; may be the same tensor as `head`.
+        top_k: use only the K largest probabilities, renormalised over them; None or at least V means all.
+        labels: (...,) next tokens, -100 where there is none; asks for the statistics, which never change the result.
+        backend: one of `BACKENDS`.
+
+    Returns:
+        The pondering embedding, (..., D), and the statistics of its N tokens, or None without labels.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot do what is asked.
+        ImportError: the triton backend where triton is not installed.
+    """
+    if top_k is not None and top_k >= head.shape[0]:
+        top_k, backend = None, "auto" if backend == "top_k" else backend
+    tied = head is table
+    hidden, head, *untied = _autocast(hidden, head) if tied else _autocast(hidden, head, table)
+    table = head if tied else untied[0]
+    if backend == "auto":
+        backend = choose_backend(
+            hidden, head, table, temperature=temperature, top_k=top_k, statistics=labels is not None
+        )
+    _check_backend(backend, top_k, hidden)
+    flat = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
+    flat_labels = None if labels is None else labels.reshape(-1)
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
+        if backend == "eager":
+            mixed, loss, entropy = _eager(flat, head, table, flat_labels, temperature, scale, top_k)
+        elif top_k is not None:
+            mixed, loss, entropy = TopK.apply(flat, head, table, flat_labels, temperature, scale, top_k)
+        else:
+            function = _FUNCTIONS[backend] if backend in _FUNCTIONS else _kernels().PonderingEmbedding
+            mixed, loss, entropy = function.apply(flat, head, table, flat_labels, temperature, scale)
+    return mixed.view(hidden.shape), None if labels is None else Statistics(loss, entropy)
+
+
+@torch.compiler.disable
+def cross_entropy(
+    hidden: Tensor, head: Tensor, labels: Tensor, *, z_loss: float = 0.0, backend: str = "auto"
+) -> tuple[Tensor, Statistics]:
+    """The summed cross-entropy of softmax(hidden @ head^T), and its statistics per token.
+
+    Args:
+        hidden: (..., D).
+        head: (V, D).
+        labels: (...,) next tokens, -100 where there is none.
+        z_loss: adds so much of the squared log-sum-exp of each labelled token to the sum, which keeps the logits from
+            drifting (arXiv 2204.02311, section 5); the statistics are without it.
+        backend: "chunked", "triton", or "auto": triton where `choose_backend` takes it.
+
+    Returns:
+        The sum over labelled tokens, scalar of at least fp32, differentiable in `hidden` and `head`; the statistics.
+    """
+    hidden, head = _autocast(hidden, head)
+    if backend == "auto":
+        backend = "triton" if _triton_is_fastest(hidden) else "chunked"
+    if backend not in ("chunked", "triton"):
+        raise ValueError(f"backend of the loss is {backend!r}; expected 'auto', 'chunked' or 'triton'")
+    function = CrossEntropy if backend == "chunked" else _kernels().CrossEntropy
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        total, loss, entropy = function.apply(flat, head, labels.reshape(-1), torch.is_grad_enabled(), z_loss)
+    return total, Statistics(loss, entropy)
+
+
+def choose_backend(
+    hidden: Tensor, head: Tensor, table: Tensor, *, temperature: float, top_k: int | None, statistics: bool
+) -> str:
+    """What "auto" means for these operands and this machine; the same at every step of a run.
+
+    On the CPU attention is fastest where its statistics are free or not asked for: without labels, or with W = E at
+    temperature 1. Elsewhere they would cost it one more product with the vocabulary, and in bf16 its kernel is slower.
+    """
+    if top_k is not None:
+        return "top_k"
+    if _triton_is_fastest(hidden):
+        return "triton"
+    free = not statistics or (head is table and temperature == 1.0)
+    if free and hidden.dtype in (torch.float32, torch.float64) and _attention_refusal(hidden) is None:
+        return "sdpa"
+    return "chunked"
+
+
+_FUNCTIONS: dict[str, Any] = {"chunked": Chunked, "sdpa": Attention}
+
+
+def _kernels() -> Any:
+    from . import kernels  # needs triton, which not every machine that reads this file has
+
+    return kernels
+
+
+def _triton_is_fastest(hidden: Tensor) -> bool:
+    narrow = hidden.dtype in (torch.bfloat16, torch.float16)
+    if hidden.device.type != "cuda" or not narrow or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.version.hip is None and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+
+
+def _attention_refusal(hidden: Tensor) -> str | None:
+    if hidden.device.type != "cpu":
+        return f"tensors on {hidden.device.type}, where the head width of flash attention is bounded"
+    if not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
+        return "a torch without a flash kernel for the CPU"
+    if hidden.numel() == 0:
+        return "no tokens, by which its kernel divides"
+    return None
+
+
+def _check_backend(backend: str, top_k: int | None, hidden: Tensor) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if backend == "top_k" and top_k is None:
+        raise ValueError("backend 'top_k' needs top_k, the number of probabilities kept")
+    if backend in ("sdpa", "triton") and top_k is not None:
+        raise ValueError(f"backend {backend!r} mixes the whole vocabulary; with top_k={top_k} use 'auto' or 'top_k'")
+    refusal = _attention_refusal(hidden) if backend == "sdpa" else None
+    if refusal is not None:
+        raise ValueError(f"backend 'sdpa' cannot take {refusal}; use 'auto'")
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's dtype where it is on."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def _eager(
+    hidden: Tensor,
+    head: Tensor,
+    table: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    scale: float,
+    top_k: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = wide(F.linear(hidden, head))
+    scaled = logits / temperature
+    if top_k is not None:
+        values, index = scaled.topk(top_k, dim=-1)
+        scaled = torch.full_like(scaled, float("-inf")).scatter(1, index, values)
+    probabilities = torch.softmax(scaled, dim=-1)
+    mixed = (probabilities.to(table.dtype) @ table) * scale
+    if labels is None:
+        return mixed, logits.new_empty(0), logits.new_empty(0)
+    with torch.no_grad():
+        entropy = -torch.special.xlogy(probabilities, probabilities).sum(-1)
+        return mixed, label_loss(logits, labels, logits.logsumexp(-1)), entropy
