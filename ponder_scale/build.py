@@ -1,0 +1,160 @@
+"""From the recipe's `model` section to a transformers configuration and a freshly initialized model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ponder_scale.config import ModelConfig
+from ponder_scale.cost import Shape
+from ponder_scale.errors import ConfigError
+from ponder_scale.model import configuration as configurations
+from ponder_scale.model import modeling
+
+RECIPE_ONLY = ("architecture", "init_from", "extra")
+UNSET_BY_DEFAULT = ("num_key_value_heads", "rope_theta", "tie_word_embeddings", "init_by_passes")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A transformer that ponders.
+
+    Args:
+        names: the recipe's keys that its configuration calls otherwise; None: it has nothing of the kind.
+        defaults: of its configuration, where ours differ.
+    """
+
+    configuration: Any
+    model: Any
+    names: dict[str, str | None]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+# Checkpoints of pretraining see each token about once, so that no architecture has dropout unless `extra` asks for it.
+ARCHITECTURES = {
+    "llama": Architecture(
+        configurations.PonderLlamaConfig, modeling.PonderLlamaForCausalLM, {"norm_eps": "rms_norm_eps"}
+    ),
+    "olmo2": Architecture(
+        configurations.PonderOlmo2Config, modeling.PonderOlmo2ForCausalLM, {"norm_eps": "rms_norm_eps"}
+    ),
+    "gpt_neox": Architecture(
+        configurations.PonderGPTNeoXConfig,
+        modeling.PonderGPTNeoXForCausalLM,
+        {"norm_eps": "layer_norm_eps", "num_key_value_heads": None},
+    ),
+    "gpt2": Architecture(
+        configurations.PonderGPT2Config,
+        modeling.PonderGPT2LMHeadModel,
+        {
+            "norm_eps": "layer_norm_epsilon",
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+            "num_key_value_heads": None,
+            "rope_theta": None,
+        },
+        {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+}
+
+
+def model_configuration(model: ModelConfig, *, vocab_size: int, seq_len: int, eod_id: int | None) -> Any:
+    """The transformers configuration of the recipe's model.
+
+    Args:
+        vocab_size: of the tokenizer; the model's may be larger, never smaller.
+        seq_len: positions, unless the recipe sets `max_position_embeddings`.
+        eod_id: the token that ends a document and so generation.
+
+    Raises:
+        ConfigError: a value does not fit the data or the architecture.
+    """
+    if model.vocab_size is not None and model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {model.vocab_size}, the shards' tokenizer has {vocab_size} tokens; "
+            "raise it or leave it null"
+        )
+    if model.max_position_embeddings is not None and model.max_position_embeddings < seq_len:
+        raise ConfigError(
+            f"model.max_position_embeddings is {model.max_position_embeddings}, below data.seq_len ({seq_len}); "
+            "raise it or leave it null"
+        )
+    architecture = ARCHITECTURES[model.architecture]
+    given = {key: value for key, value in vars(model).items() if key not in RECIPE_ONLY}
+    given |= {
+        "vocab_size": model.vocab_size or vocab_size,
+        "max_position_embeddings": model.max_position_embeddings or seq_len,
+    }
+    values = _named(given, model.architecture, architecture.names)
+    known = architecture.configuration().to_dict()
+    for key in model.extra:
+        if key not in known:
+            name = architecture.configuration.__name__
+            raise ConfigError(f"model.extra.{key}: unknown to {name}; see transformers' documentation")
+        if key in values:
+            raise ConfigError(f"model.extra.{key}: set it as model.{_recipe_key(key, architecture.names)}")
+    values |= {"bos_token_id": None, "eos_token_id": eod_id, "pad_token_id": None, "use_cache": True}
+    try:
+        return architecture.configuration(**{**architecture.defaults, **values, **model.extra})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model: {' '.join(str(error).split())}") from error
+
+
+def _named(given: dict[str, Any], architecture: str, names: dict[str, str | None]) -> dict[str, Any]:
+    """The recipe's values under the names of the architecture's configuration."""
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        if key in UNSET_BY_DEFAULT and value is None:
+            continue
+        name = names.get(key, key)
+        if name is None:
+            raise ConfigError(f"model.{key} is {value}, which {architecture} does not have; leave it null")
+        values[name] = value
+    if "rope_theta" in values:
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+    return values
+
+
+def _recipe_key(name: str, names: dict[str, str | None]) -> str:
+    return next((key for key, own in names.items() if own == name), name)
+
+
+def build_model(configuration: Any, seed: int) -> Any:
+    """A model in fp32 whose weights depend on the configuration and the seed alone, not on ranks or devices."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class(configuration)(configuration)
+
+
+def model_class(configuration: Any) -> Any:
+    """The `...ForCausalLM` class of a configuration."""
+    return next(a.model for a in ARCHITECTURES.values() if isinstance(configuration, a.configuration))
+
+
+def configuration_from_dict(values: dict[str, Any]) -> Any:
+    """The configuration that `to_dict` of one turned into plain values."""
+    by_type = {a.configuration.model_type: a.configuration for a in ARCHITECTURES.values()}
+    return by_type[values["model_type"]].from_dict(values)
+
+
+def model_shape(configuration: Any, seq_len: int) -> Shape:
+    """The costs' view of a transformers configuration."""
+    with torch.device("meta"):
+        model = model_class(configuration)(configuration)
+    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    tables = {id(weight): weight for weight in (*embeddings, model.get_output_embeddings().weight)}
+    return Shape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        table_parameters=sum(weight.numel() for weight in tables.values()),
+        vocabulary=configuration.vocab_size,
+        hidden=configuration.hidden_size,
+        layers=configuration.num_hidden_layers,
+        sequence=seq_len,
+        pondering_steps=configuration.pondering_steps,
+        feedback=configuration.feedback,
+    )

@@ -1,0 +1,302 @@
+"""Checkpoints of a run: whole or not there.
+
+    RUN/checkpoints/step-00000300/
+        rank-00000.safetensors  weights and optimizer states that rank 0 kept, and its random generators; see parts.py
+        tokenizer/              as in the shards
+        state.json              step, loader state, configuration of run and model, versions
+        checkpoint.json         size and hash of each file above; written last
+    RUN/latest                  name of the newest folder
+
+A save goes to a hidden folder, is synced and hashed by all ranks, gets its index when every rank has told that it is
+done, and only then its name; `latest` moves last. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ponder_scale.errors import CheckpointError, FencedError, SaveError
+from ponder_scale.manifest import hash_file, sync, sync_folder
+
+CHECKPOINTS, LATEST, INDEX, STATE = "checkpoints", "latest", "checkpoint.json", "state.json"
+SAVING, ASIDE = ".saving-", "aside-"
+FORMAT = 2
+
+logger = logging.getLogger(__name__)
+
+Index = dict[str, tuple[int, str]]  # size and hash of files, by their path in the checkpoint
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What saving needs of the process group; the default is a group of one."""
+
+    rank: int = 0
+    world_size: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]  # each rank's value, on all ranks; collective
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are kept besides the newest `last`; None keeps all."""
+
+    last: int | None = None
+    every: int | None = None
+    milestones: Collection[int] = ()
+
+    def doomed(self, steps: Collection[int]) -> list[int]:
+        """Those of the saved steps that are to be deleted, oldest first."""
+        if self.last is None:
+            return []
+        older = sorted(steps)[: -self.last]
+        return [step for step in older if step not in self.milestones and not (self.every and step % self.every == 0)]
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    state: Mapping[str, Any],
+    write: Callable[[Path], Index],
+    *,
+    tokenizer: Path,
+    ranks: Ranks,
+    retention: Retention = Retention(),
+    check_owned: Callable[[], None] = lambda: None,
+) -> Path:
+    """Save a checkpoint and return its folder. Collective: every rank calls it, on whichever thread.
+
+    Args:
+        state: goes to state.json, from rank 0.
+        write: writes and syncs this rank's files in the folder it is given, and returns their sizes and hashes.
+        check_owned: raises FencedError when another process has taken the run over; asked before anything is
+            written, named or deleted, and again when that fails, as it does in a folder the other has cleared.
+
+    Raises:
+        SaveError: on every rank, if any rank failed. What was there before is as it was; the remains are deleted.
+        FencedError: on every rank.
+    """
+    final = _folder(run_dir, step)
+    saving = final.with_name(SAVING + final.name)
+
+    def begin() -> Index:
+        for remains in final.parent.glob(SAVING + "*"):
+            shutil.rmtree(remains, ignore_errors=True)
+        saving.mkdir(parents=True)
+        shutil.copytree(tokenizer, saving / "tokenizer")
+        _write_json(saving / STATE, state)
+        return _index_shared(saving)
+
+    def end() -> Index:
+        _seal(saving, final, index)
+        for after in (lambda: _replace(run_dir / LATEST, final.name + "\n"), lambda: _delete_older(run_dir, retention)):
+            check_owned()
+            try:
+                after()
+            except OSError as error:  # it is saved all the same
+                logger.warning("%s is saved, but %s", final, error)
+        return {}
+
+    def together(action: Callable[[], Index]) -> list[Index]:
+        return _together(lambda: _owned(action, check_owned), saving, step, ranks)
+
+    first = ranks.rank == 0
+    shared = together(begin if first else dict)
+    own = together(lambda: write(saving))
+    index = {name: entry for part in (*shared, *own) for name, entry in part.items()}
+    together(end if first else dict)
+    return final
+
+
+def newest_whole(run_dir: Path, report: Callable[[str], None], ranks: Ranks = Ranks()) -> Path | None:
+    """The newest checkpoint of a run that is whole, or None where nothing was saved yet. Collective.
+
+    Each rank reads its share of the files. Damaged checkpoints are passed over; `report` is told of each on rank 0.
+
+    Raises:
+        CheckpointError: there are checkpoints and none is whole.
+    """
+    problems = []
+    folders = ranks.gather(sorted(saved_steps(run_dir).values(), reverse=True))[0]
+    for folder in folders:
+        findings = [finding for part in ranks.gather(verify(folder, ranks)) for finding in part]
+        if not findings:
+            return folder
+        problems.append(f"checkpoint {folder} is damaged ({findings[0]})")
+        if ranks.rank == 0:
+            report(f"{problems[-1]}; trying the one before")
+    if problems:
+        raise CheckpointError(
+            f"{run_dir}: no whole checkpoint in it; {'; '.join(problems)}; "
+            f"put one back from a copy, or move {CHECKPOINTS}/ away to begin anew"
+        )
+    return None
+
+
+def saved_steps(run_dir: Path) -> dict[int, Path]:
+    """The checkpoint folders of a run, whole or not, by their step."""
+    folders = (run_dir / CHECKPOINTS).glob("step-*")
+    return {int(folder.name[5:]): folder for folder in folders if re.fullmatch(r"step-\d{8,}", folder.name)}
+
+
+def set_aside(run_dir: Path, step: int) -> list[Path]:
+    """Take away their names from checkpoints after `step`: damaged ones that a run went back behind.
+
+    They would count as its newest. They are left for a person to look at, or to delete, under the names returned.
+    """
+    moved = []
+    for later, folder in sorted(saved_steps(run_dir).items()):
+        if later > step:
+            aside = folder.with_name(ASIDE + folder.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(folder.rename(aside))
+    if moved:
+        _replace(run_dir / LATEST, _folder(run_dir, step).name + "\n")
+    return moved
+
+
+def verify(folder: Path, ranks: Ranks = Ranks()) -> list[str]:
+    """Read and hash this rank's share of the files: a line for each that is not as it was saved."""
+    try:
+        content = json.loads((folder / INDEX).read_text())
+        if content["format"] != FORMAT:
+            return [f"{INDEX}: format {content['format']}, this version reads {FORMAT}"]
+        index = content["files"]
+        if content["checksum"] != _checksum(index):
+            return [f"{INDEX}: its checksum differs"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{INDEX}: {error}"]
+    shares = sorted(index.items())[ranks.rank :: ranks.world_size]
+    return [finding for name, (size, digest) in shares if (finding := _finding(folder / name, name, size, digest))]
+
+
+def _finding(path: Path, name: str, size: int, digest: str) -> str | None:
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes, {size:,} were saved"
+        return None if hash_file(path) == digest else f"{name}: its hash differs from the saved one"
+    except OSError as error:
+        return f"{name}: {error}"
+
+
+def find(path: Path) -> Path:
+    """The checkpoint folder that `path` is, or the newest whole one of the run that it is.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if (path / INDEX).is_file():
+        return path
+    if (path / CHECKPOINTS).is_dir():
+        newest = newest_whole(path, lambda problem: None)
+        if newest is not None:
+            return newest
+        raise CheckpointError(f"{path}: no whole checkpoint in it; none was saved yet")
+    raise CheckpointError(f"{path}: expected a run folder (with {CHECKPOINTS}/) or a checkpoint (with {INDEX})")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The contents of state.json."""
+    try:
+        return json.loads((folder / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / STATE}: cannot be read: {error}") from error
+
+
+def _owned(action: Callable[[], Index], check_owned: Callable[[], None]) -> Index:
+    check_owned()
+    try:
+        return action()
+    except Exception:
+        check_owned()
+        raise
+
+
+def _together(action: Callable[[], Any], saving: Path, step: int, ranks: Ranks) -> list[Any]:
+    """What the action returned on each rank. If it failed on one, all raise, and the remains are deleted."""
+    result: Any = None
+    failure: str | None = None
+    fenced = False
+    try:
+        result = action()
+    except FencedError as error:
+        failure, fenced = str(error), True
+    except Exception as error:  # whatever it is, the others must hear of it, or they would wait for ever
+        failure = f"{type(error).__name__}: {error}"
+    outcomes = ranks.gather((result, failure, fenced))
+    failures = {rank: outcome[1] for rank, outcome in enumerate(outcomes) if outcome[1] is not None}
+    if not failures:
+        return [outcome[0] for outcome in outcomes]
+    rank, reason = next(iter(failures.items()))
+    if any(outcome[2] for outcome in outcomes):
+        raise FencedError(reason)
+    if ranks.rank == 0:
+        shutil.rmtree(saving, ignore_errors=True)  # on a full disk its room is needed
+    more = f" and {len(failures) - 1} more ranks" if len(failures) > 1 else ""
+    raise SaveError(f"the checkpoint of step {step} could not be saved: rank {rank}{more}: {reason}")
+
+
+def _index_shared(saving: Path) -> Index:
+    """Sync and hash the files that belong to no rank."""
+    index = {}
+    for path in sorted(path for path in saving.rglob("*") if path.is_file()):
+        with path.open("rb+") as stream:
+            sync(stream)
+        index[path.relative_to(saving).as_posix()] = (path.stat().st_size, hash_file(path))
+    return index
+
+
+def _seal(saving: Path, final: Path, index: Index) -> None:
+    files = {name: list(entry) for name, entry in sorted(index.items())}
+    _write_json(saving / INDEX, {"format": FORMAT, "files": files, "checksum": _checksum(files)})
+    for folder in (path for path in (saving, *saving.rglob("*")) if path.is_dir()):
+        sync_folder(folder)
+    saving.rename(final)  # fails where another process has given the name, whose folder is never replaced
+    sync_folder(final.parent)
+
+
+def _folder(run_dir: Path, step: int) -> Path:
+    return run_dir / CHECKPOINTS / f"step-{step:08d}"
+
+
+def _checksum(files: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())
+
+
+def _delete_older(run_dir: Path, retention: Retention) -> None:
+    folders = saved_steps(run_dir)
+    for step in retention.doomed(folders):
+        _delete(folders[step])
+
+
+def _delete(folder: Path) -> None:
+    doomed = folder.with_name(f"{SAVING}old-{folder.name}")  # so that it never looks whole while it goes
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=1)
+        stream.write("\n")
+        sync(stream)
+
+
+def _replace(path: Path, content: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(content)
+        sync(stream)
+    temporary.replace(path)
+    sync_folder(path.parent)

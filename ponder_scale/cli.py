@@ -1,0 +1,73 @@
+"""The command `ponder-scale`. Heavy imports wait until the arguments are known to be right."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from ponder_scale.errors import INTERRUPTED, UserError
+from ponder_scale.train import signals
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit. A user's error is one line on standard error and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["train"]:
+        signals.install()
+    options = _parse(arguments)
+    rank = os.environ.get("RANK", "0")
+    _log_to_stdout(logging.INFO if rank == "0" else logging.WARNING)
+    try:
+        code = options.run(options, arguments) or 0
+    except UserError as error:
+        if rank == "0":
+            print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "torch.distributed" in sys.modules:
+        # Ending the interpreter under a live process group sometimes aborts ("terminate called without an active
+        # exception"); all files are closed and synced by now.
+        os._exit(code)
+    sys.exit(code)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The options; overrides may stand before and after flags, which argparse alone does not allow."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+def _log_to_stdout(level: int) -> None:
+    # our own loggers only: the root logger would also show the compiler calls that DeepSpeed probes the machine with
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("ponder_scale")
+    ours.setLevel(level)
+    ours.addHandler(handler)
+    ours.propagate = False
+
+
+def _parser() -> argparse.ArgumentParser:
+    # slow, so after the signal handlers
+    from ponder_scale.commands import bench, cluster, compare, evaluation, folders, runs, training
+
+    parser = argparse.ArgumentParser(prog="ponder-scale", description="Pretraining of pondering language models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for group in (training, cluster, compare, runs, bench, folders, evaluation):
+        group.add_commands(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

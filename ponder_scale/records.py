@@ -1,0 +1,137 @@
+"""metrics.jsonl, the record of a run: one JSON object a line, {"event", "step", "attempt", "time", ...}.
+
+Lines of steps and evaluations are what a run computed: one a step, in order, whatever number of attempts it took. What
+an attempt computed after the step from which the next one went on is computed anew, so these lines move to
+metrics.superseded.jsonl. All other events are history: they stay, in the order in which they happened.
+No torch here: the record is also read on login nodes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+logger = logging.getLogger(__name__)
+
+METRICS, SUPERSEDED = "metrics.jsonl", "metrics.superseded.jsonl"
+COMPUTED = ("step", "evaluation")
+HISTORY = ("resume", "save", "skip", "alarm", "rewind", "straggler", "end")
+
+
+class Recorder:
+    """Appends to the record of a run; one process at a time.
+
+    Args:
+        start_step: the step from which the run goes on.
+        attempt: which start of the run this is, counted from 1; it is in every line.
+        check_owned: asked before each line; raises where another process has taken the run over. An older one, on a
+            node that was cut off from its cluster, would go on with a record that is no longer its own.
+
+    Attributes:
+        reached: the last step that any attempt has recorded.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, start_step: int, attempt: int, check_owned: Callable[[], None] = lambda: None
+    ) -> None:
+        self._attempt, self._check_owned = attempt, check_owned
+        path = run_dir / METRICS
+        self.reached = _keep_until(path, start_step)
+        # unbuffered and in append mode: a line is one write, which another writer's line cannot split
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """Append a line. Numbers that are not finite become null. What is not a step is on disk on return."""
+        assert event in COMPUTED + HISTORY, event
+        self._check_owned()
+        head = {"event": event, "step": step, "attempt": self._attempt, "time": round(time.time(), 3)}
+        self._file.write(orjson.dumps(head | values, option=orjson.OPT_APPEND_NEWLINE))
+        if event != "step":
+            self.sync()
+
+    def sync(self) -> None:
+        """Wait until all lines are on disk. Before a checkpoint is sealed, so that no line before it can be lost."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and close."""
+        self.sync()
+        self._file.close()
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a record, in order; damaged ones are passed over."""
+    with path.open("rb") as lines:
+        for line in lines:
+            record = _parse(line)
+            if record is not None:
+                yield record
+
+
+def read_end(path: Path, size: int) -> list[dict[str, Any]]:
+    """The lines within the last `size` bytes of a record."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - size))
+        lines = file.read().splitlines(keepends=True)
+    found = [_parse(line) for line in (lines if end <= size else lines[1:])]
+    return [record for record in found if record is not None]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words of two units: 45s, 3m20s, 5h07m, 2d04h."""
+    whole = max(0, round(seconds))
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line as it was written, or None where a crash has cut it off."""
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    whole = line.endswith(b"\n") and isinstance(record, dict)
+    return record if whole and isinstance(record.get("event"), str) and isinstance(record.get("step"), int) else None
+
+
+def _keep_until(path: Path, step: int) -> int:
+    """Move what was computed after `step` out of the record, and return the last step ever recorded."""
+    superseded = path.with_name(SUPERSEDED)
+    reached = max((record["step"] for record in read(superseded)), default=0) if superseded.is_file() else 0
+    if not path.is_file():
+        return reached
+    kept: list[bytes] = []
+    moved: list[bytes] = []
+    damaged = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            record = _parse(line)
+            if record is None:
+                damaged += 1
+                continue
+            reached = max(reached, record["step"])
+            (moved if record["event"] in COMPUTED and record["step"] > step else kept).append(line)
+    if damaged:
+        logger.warning("%s: %d damaged lines, as a crash leaves them, are left out", path, damaged)
+    if moved:
+        with superseded.open("ab") as file:
+            file.writelines(moved)
+            os.fsync(file.fileno())
+    if moved or damaged:
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("wb") as file:
+            file.writelines(kept)
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    return reached

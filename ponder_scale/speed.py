@@ -1,0 +1,108 @@
+"""Options that make the transformer itself faster: attention kernels, Liger's kernels, torch.compile.
+
+Each is refused where it cannot work, by name: a run that asks for one never goes on without it in silence.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ponder_scale.config import TrainConfig
+from ponder_scale.errors import ConfigError
+
+FLASH = "flash_attention_2"
+
+
+def apply_speed(model: Any, train: TrainConfig) -> None:
+    """Set attention, kernels and compilation of a model as the recipe says; before recomputation is applied.
+
+    Raises:
+        ConfigError: something that was asked for cannot work here.
+    """
+    model.set_attn_implementation(_attention(train))
+    if train.kernels == "liger":
+        _apply_liger(model)
+    if train.compile:
+        _compile_layers(model, train)
+
+
+def document_arguments(model: Any, position_ids: Tensor) -> dict[str, Any]:
+    """What attention needs besides position ids (B, T), on the CPU, to stay within documents, which begin at 0.
+
+    transformers makes a mask of them for SDPA. Flash attention takes where each document begins in the flattened
+    batch, and skips the blocks between documents; transformers finds that by itself for a batch of one only.
+    """
+    if model.config._attn_implementation != FLASH:
+        return {}
+    flat = position_ids.flatten()
+    end = torch.tensor([flat.numel()])
+    starts = torch.cat([(flat == 0).nonzero().flatten(), end]).to(torch.int32)
+    longest = int(starts.diff().max())
+    return {
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _attention(train: TrainConfig) -> str:
+    selective = train.recompute == "selective"
+    missing = _flash_is_missing(train)
+    if train.attention == "auto":
+        return "sdpa" if missing or selective else FLASH
+    if train.attention == FLASH and missing:
+        raise ConfigError(f"train.attention is {FLASH}, which needs {missing}; use sdpa")
+    if train.attention == FLASH and selective:
+        raise ConfigError(f"train.recompute is selective, which keeps the outputs of sdpa, not of {FLASH}; use layer")
+    return train.attention
+
+
+def _flash_is_missing(train: TrainConfig) -> str | None:
+    if not torch.cuda.is_available():
+        return "CUDA"
+    if train.precision != "bf16":
+        return "train.precision bf16"
+    return None if importlib.util.find_spec("flash_attn") else "the package flash-attn"
+
+
+def _apply_liger(model: Any) -> None:
+    """Fused RMSNorm, rotary embedding and SwiGLU. The loss stays ours, which is fused with the head already."""
+    if not torch.cuda.is_available():
+        raise ConfigError("train.kernels is liger, whose kernels need CUDA; use torch")
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError("train.kernels is liger, which is not installed: pip install liger-kernel; or use torch")
+    from liger_kernel import transformers as liger  # optional
+
+    appliers = {
+        "PonderLlamaForCausalLM": "apply_liger_kernel_to_llama",
+        "PonderOlmo2ForCausalLM": "apply_liger_kernel_to_olmo2",
+    }
+    name = type(model).__name__
+    if name not in appliers:
+        raise ConfigError(f"train.kernels is liger, which has no kernels for the layers of {name}; use torch")
+    getattr(liger, appliers[name])(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
+
+
+def _compile_layers(model: Any, train: TrainConfig) -> None:
+    """Compile each layer: one graph for all of them, in every pass and for any number of passes.
+
+    The pondering embedding and the loss stay as they are: they are kernels or blocked already. Under ZeRO-3 the graph
+    is cut where DeepSpeed gathers weights.
+    """
+    if train.recompute == "selective":
+        raise ConfigError(
+            "train.compile is true, but train.recompute selective chooses among operations, which compilation fuses; "
+            "use none, layer or pass"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise ConfigError(f"train.compile is true, but there is no C++ compiler ({compiler}); install one, or set CXX")
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward)

@@ -1,0 +1,184 @@
+"""A run at a glance, from its files alone: `ponder-scale status RUN`, for login nodes. Neither torch nor a long read.
+
+What is read: the end of metrics.jsonl, config.yaml, attempts.jsonl, heartbeat/, the names in checkpoints/, requests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ponder_scale.errors import ConfigError
+from ponder_scale.records import HISTORY, METRICS, duration, read_end
+
+END_BYTES = 4 * 2**20  # of metrics.jsonl that are read: thousands of lines
+EVENTS_SHOWN = 4
+STALE_SECONDS, STALE_STEPS = 60.0, 5.0  # a heartbeat older than both is a rank that stands still or is gone
+REQUESTS = ("STOP", "SAVE", "SAVE_AND_STOP")
+OTHER_KEYS = ("event", "step", "attempt", "time")
+
+
+def status(run_dir: Path, now: float | None = None) -> list[str]:
+    """The lines about a run.
+
+    Args:
+        now: seconds since the epoch; default: the clock's.
+
+    Raises:
+        ConfigError: it is no run folder.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir}: no config.yaml in it; expected the run_dir of a run that has begun")
+    now = time.time() if now is None else now
+    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    path = run_dir / METRICS
+    records = read_end(path, END_BYTES) if path.is_file() else []
+    step = _last(records, "step")
+    hearts = _heartbeats(run_dir)
+    pace = (step or {}).get("seconds_per_step") or 0.0
+    stale = [heart for heart in hearts if now - heart["time"] > max(STALE_SECONDS, STALE_STEPS * pace)]
+    rows = [
+        ("run", f"{run_dir}: {_state(records, hearts, stale, now)}"),
+        *(_progress(step, config["train"]["steps"]) if step else [("step", "none recorded yet")]),
+        ("held-out", _held_out(_last(records, "evaluation"))),
+        ("saved", _checkpoint(run_dir, now)),
+        ("attempt", _attempt(run_dir, now)),
+        ("ranks", _ranks(hearts, stale, now)),
+        ("events", _events(records, now)),
+        ("requests", _requests(run_dir, now)),
+    ]
+    return [f"{name:<9} {text}" for name, text in rows]
+
+
+def _last(records: list[dict[str, Any]], event: str) -> dict[str, Any] | None:
+    return next((record for record in reversed(records) if record["event"] == event), None)
+
+
+def _state(records: list[dict[str, Any]], hearts: list[dict[str, Any]], stale: list[Any], now: float) -> str:
+    ended = records[-1] if records and records[-1]["event"] == "end" else None
+    if ended is not None and not any(heart["time"] > ended["time"] + STALE_SECONDS for heart in hearts):
+        return f"ended ({ended.get('reason', 'no reason given')}) {duration(now - ended['time'])} ago"
+    seen = [heart["time"] for heart in hearts] + [record["time"] for record in records[-1:]]
+    if not seen:
+        return "started, nothing recorded yet"
+    if hearts and len(stale) < len(hearts):
+        return "running" if not stale else "running, but not all ranks are"
+    return f"no sign of life for {duration(now - max(seen))}"
+
+
+def _progress(step: dict[str, Any], steps: int) -> list[tuple[str, str]]:
+    losses = " ".join(_number(loss, ".4f") for loss in step["pass_losses"])
+    left = step.get("seconds_left") or 0.0
+    utilization = [
+        f", {name.upper()} {100 * step[name]:.1f}%" for name in ("mfu", "hfu") if isinstance(step.get(name), float)
+    ]
+    memory = f", memory {step['memory_gib']:.1f} GiB" if isinstance(step.get("memory_gib"), float) else ""
+    return [
+        ("step", f"{step['step']:,} of {steps:,} ({step['step'] / steps:.1%}), {step['tokens'] / 1e9:.3f}B tokens"),
+        (
+            "loss",
+            f"{_number(step['loss'], '.4f')}, by pass {losses}; gradient norm {_number(step['grad_norm'], '.3f')}",
+        ),
+        (
+            "speed",
+            f"{_number(step.get('tokens_per_second'), ',.0f')} tok/s, {_number(step.get('seconds_per_step'), '.2f')} s "
+            f"a step{''.join(utilization)}{memory}",
+        ),
+        ("left", f"{duration(left)} of training" if left else "nothing"),
+    ]
+
+
+def _held_out(evaluation: dict[str, Any] | None) -> str:
+    if evaluation is None:
+        return "not evaluated yet"
+    perplexities = " ".join(_number(None if loss is None else math.exp(loss), ".2f") for loss in evaluation["losses"])
+    return f"perplexity by pass {perplexities}, at step {evaluation['step']:,}"
+
+
+def _checkpoint(run_dir: Path, now: float) -> str:
+    folders = sorted((run_dir / "checkpoints").glob("step-*"))
+    if not folders:
+        return "no checkpoint yet"
+    return f"{folders[-1].name}, {duration(now - folders[-1].stat().st_mtime)} ago; {len(folders)} kept"
+
+
+def _attempt(run_dir: Path, now: float) -> str:
+    path = run_dir / "attempts.jsonl"
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line] if path.is_file() else []
+    if not lines:
+        return "not recorded"
+    try:
+        last = json.loads(lines[-1])
+    except ValueError:
+        return f"{len(lines)}, the last line is damaged"
+    job, hosts = last.get("job_id"), last.get("hosts")
+    where = [f"job {job}"] if job else []
+    if hosts:
+        where.append(f"on {', '.join(hosts[:4])}{f' and {len(hosts) - 4} more' if len(hosts) > 4 else ''}")
+    if isinstance(last.get("time"), (int, float)):
+        where.append(f"begun {duration(now - last['time'])} ago")
+    if last.get("world_size"):
+        where.append(f"{last['world_size']} ranks")
+    resumed = last.get("resumed_from")
+    where.append(f"went on from {resumed}" if resumed else "from the beginning")
+    return f"{last.get('attempt', len(lines))}: {', '.join(where)}"
+
+
+def _heartbeats(run_dir: Path) -> list[dict[str, Any]]:
+    found = []
+    for path in sorted((run_dir / "heartbeat").glob("rank-*.json")):
+        try:
+            heart = json.loads(path.read_text(encoding="utf-8"))
+            found.append({**heart, "rank": int(path.stem.removeprefix("rank-")), "time": float(heart["time"])})
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # replaced or removed while it was looked at
+    return found
+
+
+def _ranks(hearts: list[dict[str, Any]], stale: list[dict[str, Any]], now: float) -> str:
+    if not hearts:
+        return "no heartbeats"
+    ages = [now - heart["time"] for heart in hearts]
+    text = f"{len(hearts)}, heartbeats {duration(min(ages))} to {duration(max(ages))} ago"
+    if not stale:
+        return text
+    named = ", ".join(
+        f"rank {heart['rank']} on {heart.get('host')} at step {heart.get('step')} in {heart.get('phase')} "
+        f"for {duration(now - heart['time'])}"
+        for heart in sorted(stale, key=lambda heart: heart["time"])[:8]
+    )
+    return f"{text}; {len(stale)} stale: {named}"
+
+
+def _events(records: list[dict[str, Any]], now: float) -> str:
+    events = [record for record in records if record["event"] in HISTORY][-EVENTS_SHOWN:]
+    if not events:
+        return "none"
+    return "; ".join(f"{describe(record)} ({duration(now - record['time'])} ago)" for record in reversed(events))
+
+
+def describe(record: dict[str, Any]) -> str:
+    """An event in words: its name, its step and its values."""
+    values = [f"{key} {_plain(value)}" for key, value in record.items() if key not in OTHER_KEYS]
+    return f"{record['event']} at step {record['step']:,}" + (f": {', '.join(values)}" if values else "")
+
+
+def _requests(run_dir: Path, now: float) -> str:
+    pending = [(name, run_dir / name) for name in REQUESTS if (run_dir / name).exists()]
+    return "; ".join(f"{name}, for {duration(now - path.stat().st_mtime)}" for name, path in pending) or "none pending"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)

@@ -1,0 +1,164 @@
+"""Who may end or save a run from outside, and how all ranks come to do the same at the same step.
+
+Each rank has its own signals; rank 0 alone looks at the clock and at the request files STOP, SAVE and SAVE_AND_STOP
+in the run folder. What they want is a row of numbers that is added up over the ranks together with the losses
+of the step, so agreement costs no collective of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ponder_scale.errors import AGAIN, INTERRUPTED, ConfigError
+from ponder_scale.train import signals
+
+logger = logging.getLogger(__name__)
+
+REQUESTS = ("STOP", "SAVE_AND_STOP", "SAVE")
+LOOK_SECONDS = 1.0  # between two looks for request files
+UNKNOWN_SAVE_SECONDS = 60.0  # until a save or a load has been measured
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What all ranks do at a step boundary."""
+
+    save: bool = False
+    exit_code: int | None = None  # None: go on
+    reason: str = ""
+    request: str | None = None  # the request file that is honoured by it
+
+    @property
+    def stop(self) -> bool:
+        """Whether the run ends here."""
+        return self.exit_code is not None
+
+
+# in order of precedence: a person's wish before that of a scheduler
+ORDERS = (
+    Orders(exit_code=0, reason="the file STOP", request="STOP"),
+    Orders(save=True, exit_code=0, reason="the file SAVE_AND_STOP", request="SAVE_AND_STOP"),
+    Orders(save=True, exit_code=INTERRUPTED, reason="an interrupt"),
+    Orders(save=True, exit_code=AGAIN, reason="a signal"),
+    Orders(save=True, exit_code=AGAIN, reason="the time limit"),
+    Orders(save=True, reason="the file SAVE", request="SAVE"),
+    Orders(save=True, reason="checkpoint.every_minutes"),
+)
+
+
+class Control:
+    """Requests to a run, as this rank sees them.
+
+    Args:
+        time_limit: of `train.time_limit`; only rank 0 reads it.
+    """
+
+    def __init__(self, run_dir: Path, time_limit: str | None, *, rank: int) -> None:
+        self._run_dir, self._first = run_dir, rank == 0
+        self._deadline = _deadline(time_limit) if self._first else None
+        self._looked, self._files = -LOOK_SECONDS, dict.fromkeys(REQUESTS, False)
+        self._step_seconds: list[float] = []
+        self._save_seconds = UNKNOWN_SAVE_SECONDS
+        if self._deadline is not None:
+            logger.info("time limit: saves and ends in time for %s from now", _duration(self.seconds_left()))
+
+    def seconds_left(self) -> float:
+        """Seconds until this attempt is ended from outside."""
+        return float("inf") if self._deadline is None else self._deadline - time.monotonic()
+
+    def took(self, *, step: float | None = None, save: float | None = None) -> None:
+        """Note the seconds of a step or of a save (or of a load, which is about as long), to end in time."""
+        if step is not None:
+            self._step_seconds = [*self._step_seconds[-9:], step]
+        if save is not None:
+            known = self._save_seconds != UNKNOWN_SAVE_SECONDS
+            self._save_seconds = max(self._save_seconds, save) if known else save
+
+    def wishes(self, *, save: bool = False) -> list[float]:
+        """1 for each of `ORDERS` that this rank wants, else 0; `save`: time for a save by the clock, of rank 0."""
+        files = self._look() if self._first else dict.fromkeys(REQUESTS, False)
+        wanted = (
+            files["STOP"],
+            files["SAVE_AND_STOP"],
+            signals.received.interrupt,
+            signals.received.again,
+            self._first and self._out_of_time(),
+            files["SAVE"],
+            self._first and save,
+        )
+        return [float(wish) for wish in wanted]
+
+    def orders(self, wishes: Sequence[float]) -> Orders:
+        """What to do, from the wishes of all ranks added up."""
+        return next((orders for orders, wish in zip(ORDERS, wishes, strict=True) if wish), Orders())
+
+    def done(self, orders: Orders) -> None:
+        """Remove the request file that has been honoured."""
+        if self._first and orders.request:
+            (self._run_dir / orders.request).unlink(missing_ok=True)
+            self._files[orders.request] = False
+
+    def _look(self) -> dict[str, bool]:
+        if time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._files = {name: (self._run_dir / name).exists() for name in REQUESTS}
+        return self._files
+
+    def _out_of_time(self) -> bool:
+        """Whether another step and the save after it might not end in time."""
+        if self._deadline is None:
+            return False
+        left = self.seconds_left()
+        margin = min(60.0, 0.1 * (self._deadline - signals.started))
+        return left < margin + 1.5 * self._save_seconds + 2 * max(self._step_seconds, default=0.0)
+
+
+def parse_time_limit(value: str) -> float:
+    """Seconds of "90", "30:00" (minutes), "12:00:00" or Slurm's "1-12:00:00".
+
+    Raises ConfigError for anything else.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?)", value.strip())
+    if not found:
+        raise ConfigError(f"train.time_limit is {value}; expected seconds, HH:MM:SS, D-HH:MM:SS, slurm or null")
+    days, hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _deadline(time_limit: str | None) -> float | None:
+    """When this attempt must have ended, on the monotonic clock."""
+    if time_limit is None:
+        return None
+    if time_limit != "slurm":
+        return signals.started + parse_time_limit(time_limit)
+    left = _slurm_seconds_left()
+    return None if left is None else time.monotonic() + left
+
+
+def _slurm_seconds_left() -> float | None:
+    """Seconds until Slurm ends this job; None outside a job, without a limit, or when Slurm does not say."""
+    job, end = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_END_TIME")
+    if not job:
+        return None
+    if end:
+        return float(end) - time.time()
+    try:  # Slurm before 23.02 does not set SLURM_JOB_END_TIME
+        command = ["squeue", "--noheader", "--jobs", job, "--format", "%L"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        if answer == "UNLIMITED":
+            return None
+        return parse_time_limit(answer)
+    except (OSError, subprocess.SubprocessError, ConfigError) as error:
+        logger.warning("the time limit of Slurm job %s is not known (%s); set train.time_limit", job, error)
+        return None
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds:.0f} s"

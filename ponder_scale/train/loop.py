@@ -1,0 +1,274 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ponder_scale.auto import as_before, is_auto, settle
+from ponder_scale.build import build_model, model_configuration, model_shape
+from ponder_scale.config import RunConfig
+from ponder_scale.data.loader import Loader, heldout_batches, open_sources
+from ponder_scale.data.sequences import IGNORE_INDEX
+from ponder_scale.foreign import warm_start
+from ponder_scale.heldout import heldout_losses
+from ponder_scale.plan import present_devices
+from ponder_scale.recompute import apply_recompute
+from ponder_scale.settings import load, to_yaml
+from ponder_scale.shards import ShardSet
+from ponder_scale.speed import apply_speed
+from ponder_scale.train.control import Control, Orders
+from ponder_scale.train.deepspeed_config import check_ranks, read_sharding
+from ponder_scale.train.engine import Engine, from_first_rank, init_distributed
+from ponder_scale.train.health import Health
+from ponder_scale.train.incidents import REWIND, Incidents, left_out
+from ponder_scale.train.metrics import Metrics, StepTally
+from ponder_scale.train.profiling import Profiler
+from ponder_scale.train.sanity import rehearse, trial_save
+from ponder_scale.train.schedules import learning_rate, pondering_steps
+from ponder_scale.train.state import RunState
+from ponder_scale.train.watchdog import Watch
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig) -> int:
+    """Train the run to its last step, from its newest whole checkpoint if it has one. Every rank calls it.
+
+    Returns the exit code: 0, or that of the orders (a signal, a request file, the time limit) that ended it before.
+    """
+    with Watch(Path(config.run_dir), config.health, rank=int(os.environ.get("RANK", "0"))) as watch:
+        return _train(_start(config, watch))
+
+
+def _train(run: _Run) -> int:
+    """The loop: forward and backward, agreement, update, log, evaluate, save."""
+    config = run.config
+    _, orders = _agree(run)  # a signal may have come while the engine was built
+    step = run.first_step - 1
+    while step < config.train.steps and not orders.stop:
+        step, began = step + 1, time.monotonic()
+        run.watch.enter("data", step)
+        run.incidents.begin_step()
+        lr = learning_rate(step, config.train.steps, config.optim)
+        run.engine.set_learning_rate(lr)
+        ponder = pondering_steps(step, config.model.pondering_steps, config.train.pondering, config.seed)
+        if config.train.pondering.schedule != "fixed":
+            run.engine.agree_on(ponder)
+        last = step == config.train.steps
+        logged = step == run.first_step or last or step % config.log.every_steps == 0
+        with run.profiler.step(step, logged=logged) as communication:
+            tally = _accumulate(run, step, ponder, logged=logged)
+            run.watch.enter("step")
+            sums, orders = _agree(run, tally)
+            means = tally.means(sums)
+            if _due(step, config.health.check_replicas_every):
+                run.incidents.compare_replicas(step)
+            grad_norm = run.engine.step(partial(run.health.accepts, means["pass_losses"][-1]))
+            run.engine.average_weights(step)
+        run.control.took(step=time.monotonic() - began)
+        if logged:
+            run.metrics.log_step(
+                step,
+                means,
+                labels=int(sums[-1]),
+                grad_norm=grad_norm,
+                lr=lr,
+                data_wait=run.loader.wait_seconds,
+                communication=communication.share,
+            )
+            run.incidents.name_straggler(step, run.watch, first=step == run.first_step)
+        if run.health.finding is not None and run.incidents.treat(step, tally) == REWIND:
+            step, orders = step - 1, replace(orders, save=False) if orders.stop else REWIND
+            break
+        if last or (_due(step, config.evaluate.every_steps) and not orders.stop):
+            _evaluate(run, step)
+        if reason := run.state.due(step) or (orders.save and orders.reason):
+            _save(run, step, reason)
+        run.state.poll()
+        run.control.done(orders)
+    return _end(run, step, orders)
+
+
+@dataclass(frozen=True)
+class _Run:
+    config: RunConfig
+    sources: dict[str, ShardSet]
+    engine: Engine
+    loader: Loader
+    state: RunState
+    control: Control
+    metrics: Metrics
+    profiler: Profiler
+    watch: Watch
+    health: Health
+    incidents: Incidents
+    first_step: int
+
+
+def _start(config: RunConfig, watch: Watch) -> _Run:
+    """Everything the loop needs, at the step where the run goes on."""
+    run_dir = Path(config.run_dir)
+    sources = open_sources(config.data)
+    manifest = next(iter(sources.values())).manifest
+    configuration = model_configuration(
+        config.model, vocab_size=manifest.vocab_size, seq_len=config.data.seq_len, eod_id=manifest.eod_id
+    )
+    init_distributed()
+    config = _settled(config, configuration)
+    model = build_model(configuration, config.seed)
+    if config.model.init_from is not None:  # a checkpoint, where the run has one, replaces these weights
+        warm_start(model, Path(config.model.init_from), tokenizer=manifest.tokenizer)
+    apply_speed(model, config.train)
+    apply_recompute(model, config.train.recompute, offload=config.train.offload_activations)
+    engine = Engine(model, config)
+    loader = _loader(config, sources, engine)
+    model_values = json.loads(json.dumps(configuration.to_dict()))  # as a checkpoint gives it back
+    tokenizer = next(iter(sources.values())).tokenizer_folder
+    health = Health(config.health)
+    state = RunState(config, model_values, tokenizer, engine, loader, health)
+    for stretch in engine.agreed(left_out(run_dir)):
+        loader.leave_out(*stretch)
+    done = state.resume()
+    watch.check_owned = state.check_owned
+    if engine.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    metrics = Metrics(
+        config,
+        run_dir,
+        start_step=done,
+        active=engine.rank == 0,
+        shape=model_shape(configuration, config.data.seq_len),
+        peak=engine.peak_flops(),
+        attempt=state.attempt,
+        check_owned=state.check_owned,
+    )
+    state.record = metrics.log_event
+    if done:
+        metrics.log_event("resume", done, world_size=engine.world_size)
+    logger.info(
+        "%s: %s parameters, S = %d, ZeRO-%d on %d ranks (%s), recompute %s, steps %d to %d",
+        *(run_dir, f"{engine.parameters:,}", configuration.pondering_steps, engine.zero_stage, engine.world_size),
+        *(engine.device, config.train.recompute, done + 1, config.train.steps),
+    )
+    control = Control(run_dir, config.train.time_limit, rank=engine.rank)
+    profiler = Profiler(config.log, run_dir, rank=engine.rank, first_step=done + 1)
+    incidents = Incidents(run_dir, config.health, engine, loader, health, metrics)
+    if config.train.sanity_step and not done:
+        rehearse(engine, config, configuration.vocab_size)
+        control.took(save=trial_save(run_dir, config, engine))
+    watched = (control, metrics, profiler, watch, health, incidents)
+    return _Run(config, sources, engine, loader, state, *watched, done + 1)
+
+
+def _loader(config: RunConfig, sources: dict[str, ShardSet], engine: Engine) -> Loader:
+    return Loader(
+        config.data,
+        sources,
+        seed=config.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch_sequences,
+        rank=engine.rank,
+        world_size=engine.world_size,
+    )
+
+
+def _accumulate(run: _Run, step: int, ponder: int, *, logged: bool) -> StepTally:
+    """Forward and backward of the micro-batches of a step; what they report."""
+    tally = StepTally()
+    extras: dict[str, Any] = {"track": run.config.log.track_tokens if logged else None}
+    sequences, ahead = (run.config.train.batch_at(number) for number in (step, step + 1))
+    run.engine.set_batch(sequences)
+    batches = run.loader.next_batches(sequences, ahead)
+    counts = [int((batch.labels != IGNORE_INDEX).sum()) for batch in batches]
+    if run.config.data.packing == "best-fit":
+        # fewer labels count in some batches than in others; each weighs the same in the step
+        extras["label_count"] = run.engine.mean(counts)
+    for batch, count in zip(batches, counts, strict=True):  # tokens are (micro_batch, seq_len + 1)
+        run.watch.enter("forward")
+        output = run.engine.forward(batch.tokens[:, :-1], batch.labels, ponder, batch.position_ids, **extras)
+        tally.add(output, count)
+        run.watch.enter("backward")
+        run.engine.backward(output.loss)
+    return tally
+
+
+def _agree(run: _Run, tally: StepTally | None = None) -> tuple[torch.Tensor, Orders]:
+    """The step's sums over all ranks, and what all do after it, by one all-reduce of a few numbers."""
+    sums = torch.zeros(0, device=run.engine.device) if tally is None else tally.sums()
+    wishes = torch.tensor(run.control.wishes(save=run.state.late()), device=sums.device)
+    total = run.engine.total(torch.cat([sums, wishes]))
+    return total[: sums.numel()], run.control.orders(total[sums.numel() :].tolist())
+
+
+def _end(run: _Run, step: int, orders: Orders) -> int:
+    """Close everything, once all ranks are here: a launcher may end the others as soon as the first leaves."""
+    complete = step >= run.config.train.steps
+    reason, code = ("done", 0) if complete else (orders.reason, orders.exit_code or 0)
+    if not complete:
+        logger.info("ended at step %d by %s%s", step, reason, "" if orders.save else ", without saving")
+    run.state.close()
+    run.metrics.log_event("end", step, reason=reason, exit_code=code)
+    run.profiler.close()
+    run.loader.close()
+    run.metrics.close()
+    dist.barrier()
+    return code
+
+
+def _settled(config: RunConfig, configuration: Any) -> RunConfig:
+    """The run with what is left to the planner decided: as it was when the run began, else by what fits. Collective."""
+    if not is_auto(config.train):
+        return config
+    if dist.get_rank() == 0:
+        written = Path(config.run_dir, "config.yaml")
+        config = as_before(config, load(RunConfig, written).train if written.is_file() else None)
+        sharding, devices = read_sharding(config.train.deepspeed), present_devices(config, dist.get_world_size())
+        check_ranks(sharding, config.train, devices.ranks)
+        config = settle(config, sharding, configuration, devices)
+        train = config.train
+        logger.info("auto: recompute %s, micro-batch %s", train.recompute, train.micro_batch)
+    return from_first_rank(config)
+
+
+def _evaluate(run: _Run, step: int) -> None:
+    run.watch.enter("evaluate")
+    losses = {}
+    for name, source in run.sources.items():
+        batches = heldout_batches(
+            run.config.data,
+            {name: source},
+            sequences=run.config.evaluate.sequences,
+            micro_batch=run.config.train.micro_batch_sequences,
+            rank=run.engine.rank,
+            world_size=run.engine.world_size,
+        )
+        found = heldout_losses(run.engine.predict, batches, run.engine.total)
+        if found is not None:
+            losses[name] = found
+    run.engine.end_evaluation()
+    run.metrics.log_evaluation(step, losses)
+
+
+def _save(run: _Run, step: int, reason: str) -> None:
+    run.watch.enter("save")
+    run.metrics.sync()
+    run.state.save(step, reason)
+    run.incidents.saved()
+    run.metrics.resume_clock(step)
+    if run.state.save_seconds:  # none known while the first one is written behind
+        run.control.took(save=run.state.save_seconds)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

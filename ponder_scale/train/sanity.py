@@ -1,0 +1,119 @@
+"""Before step 1: one pass through everything at full size, dropped again.
+
+Out of memory shows at the highest number of pondering steps and the second micro-batch, a full or read-only disk at
+the first save: hours into a run, when nobody looks. Here they show in its first minute.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ponder_scale.config import RunConfig
+from ponder_scale.errors import CheckpointError, ConfigError, UnhealthyError
+from ponder_scale.parts import WEIGHT, write_part
+from ponder_scale.train import generators
+from ponder_scale.train.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+COUNTERS = ("micro_steps", "global_steps", "global_samples", "skipped_steps")  # of DeepSpeed's engine
+
+
+def rehearse(engine: Engine, config: RunConfig, vocab_size: int) -> None:
+    """Forward and backward of the real shapes with the most pondering steps, and no update. Collective.
+
+    The second micro-batch, where gradients are accumulated, is the last here. The update is refused at its gate, which
+    drops all gradients; counters and random generators are put back: the engine is as before, to the bit.
+
+    Raises:
+        ConfigError: a device has not enough memory.
+        UnhealthyError: the loss of the initial weights is not finite.
+    """
+    deepspeed, random = engine.deepspeed, generators.states()
+    counters = {name: getattr(deepspeed, name) for name in COUNTERS}
+    length, count = config.data.seq_len, min(2, engine.micro_steps)
+    tokens = torch.arange(config.train.micro_batch_sequences * (length + 1)).view(-1, length + 1) % vocab_size
+    positions = torch.arange(length).expand(len(tokens), -1).contiguous() if config.data.document_mask else None
+    norms: list[float] = []
+
+    def refuse(norm: float) -> bool:
+        norms.append(norm)
+        return False
+
+    engine.set_batch(count * config.train.micro_batch_sequences * engine.world_size)
+    try:
+        for _ in range(count):
+            output = engine.forward(
+                tokens[:, :-1],
+                tokens[:, 1:],
+                config.model.pondering_steps,
+                positions,
+                track=config.log.track_tokens,
+            )
+            engine.backward(output.loss)
+        engine.step(refuse)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(_out_of_memory(engine, config, error)) from error
+    engine.set_batch(config.train.global_batch)
+    for name, value in counters.items():
+        setattr(deepspeed, name, value)
+    generators.restore(random)
+    if not math.isfinite(norms[0]):
+        raise UnhealthyError(f"the initial weights give loss {output.loss.item()}, gradient norm {norms[0]}")
+
+
+def trial_save(run_dir: Path, config: RunConfig, engine: Engine) -> float:
+    """Save to a hidden folder and delete it again; the seconds it took. Collective.
+
+    Raises:
+        CheckpointError: a rank could not.
+    """
+    begin = time.monotonic()
+    folder = run_dir / "checkpoints" / f".saving-trial-{engine.rank:05d}"
+    size, error = 0, None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        size, _ = write_part(folder / "part", _at_full_size(engine.partition.tensors(copy=False)), {})
+    except OSError as problem:
+        error = f"rank {engine.rank}: {problem}"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    answers: list[Any] = [None] * engine.world_size
+    dist.all_gather_object(answers, (size, error))
+    errors = [text for _, text in answers if text]
+    if errors:
+        raise CheckpointError(f"a checkpoint cannot be saved in {run_dir}: {errors[0]}; free space or change run_dir")
+    needed, free = sum(size for size, _ in answers), shutil.disk_usage(run_dir).free
+    wanted = needed * ((config.checkpoint.keep or 1) + 1)
+    if free < wanted and engine.rank == 0:
+        logger.warning(
+            "a checkpoint takes %.1f GiB; checkpoint.keep needs %.1f GiB while saving, the disk of %s has %.1f GiB",
+            *(needed / 2**30, wanted / 2**30, run_dir, free / 2**30),
+        )
+    return time.monotonic() - begin
+
+
+def _at_full_size(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With stand-ins for the two moments where the optimizer makes them at its first update."""
+    weights = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{WEIGHT}/")}
+    if len(weights) < len(tensors):
+        return tensors
+    return tensors | {f"moment {number}/{name}": tensor for number in (1, 2) for name, tensor in weights.items()}
+
+
+def _out_of_memory(engine: Engine, config: RunConfig, error: BaseException) -> str:
+    train = config.train
+    return (
+        f"rank {engine.rank} has not enough memory for a step ({' '.join(str(error).split())[:120]}); lower "
+        f"train.micro_batch ({train.micro_batch}), let train.recompute ({train.recompute}) keep less, "
+        f"or see `ponder-scale plan`"
+    )

@@ -1,0 +1,317 @@
+"""What a run can be taken up from: saved while it trains, taken up when it starts.
+
+Saving is in two halves. Training stops for the first, which copies this rank's tensors to the host. The second
+writes, syncs, hashes, waits for the other ranks and seals; with `checkpoint.asynchronous` it runs on a thread while
+training goes on. Its collectives have a gloo group of their own, so that they cannot mix with those of training.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ponder_scale import checkpoint
+from ponder_scale.checkpoint import Index, Ranks, Retention
+from ponder_scale.config import RunConfig
+from ponder_scale.data.loader import Loader
+from ponder_scale.errors import CheckpointError, FencedError, SaveError
+from ponder_scale.parts import Parts, part_name, read_metadata, write_part
+from ponder_scale.settings import to_dict
+from ponder_scale.train import attempts, generators
+from ponder_scale.train.engine import Engine, code_commit, versions
+from ponder_scale.train.health import Health
+
+logger = logging.getLogger(__name__)
+
+FAILURES = 3  # saves in a row that may fail before the run stops: a full disk is often noticed and cleared in time
+SLOWEST_SAVE = timedelta(hours=3)  # how long one rank may write before the others give it up
+
+
+class RunState:
+    """Saves and resumes a run. Collective, except for `record`.
+
+    Args:
+        model_values: of the transformers configuration, as JSON gives them back.
+        tokenizer: folder with its files, copied into each checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model_values: dict[str, Any],
+        tokenizer: Path,
+        engine: Engine,
+        loader: Loader,
+        health: Health,
+    ) -> None:
+        self._config, self._run_dir = config, Path(config.run_dir)
+        self._model_values, self._tokenizer = model_values, tokenizer
+        self._engine, self._loader, self._health = engine, loader, health
+        self._group = dist.new_group(backend="gloo", timeout=SLOWEST_SAVE)
+        self._ranks = Ranks(engine.rank, engine.world_size, self._gather)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
+        self._saving: _Saving | None = None
+        self.attempt = 0
+        self._saved_step = 0
+        self._saved_at = time.monotonic()
+        self._failures: list[str] = []  # in a row
+        self.save_seconds = 0.0  # what the slowest save has taken from beginning to end, for those who must end in time
+        self.record: Callable[..., None] = lambda event, step, **values: None  # where an event goes, on rank 0
+
+    def resume(self) -> int:
+        """Load the newest whole checkpoint, take the run over, and return the step that is done; 0 at the beginning.
+
+        Ranks, ZeRO stage and micro-batch may be others than it was saved with.
+
+        Raises:
+            CheckpointError: there are checkpoints and none is whole, or it is of another model, optimizer or precision.
+        """
+        newest = checkpoint.newest_whole(self._run_dir, logger.warning, self._ranks)
+        step = 0 if newest is None else self._load(newest)
+        if self._engine.rank == 0:
+            facts = {"hosts": self._hosts(), "world_size": self._engine.world_size, "first_step": step + 1}
+            self.attempt = attempts.claim(self._run_dir, **facts, resumed_from=newest and newest.name)
+        else:
+            self._hosts()
+        self.attempt = self._gather(self.attempt)[0]
+        return self._goes_on_from(step)
+
+    def rewind(self) -> int:
+        """Go back to the newest whole checkpoint in the middle of a run, and return its step.
+
+        Raises:
+            CheckpointError: nothing was saved yet.
+        """
+        self.finish()
+        newest = checkpoint.newest_whole(self._run_dir, logger.warning, self._ranks)
+        if newest is None:
+            raise CheckpointError(f"{self._run_dir}: no checkpoint to go back to; set checkpoint.every_steps")
+        return self._goes_on_from(self._load(newest))
+
+    def check_owned(self) -> None:
+        """Raise FencedError where another process has taken the run over."""
+        attempts.check_owned(self._run_dir, self.attempt)
+
+    def due(self, step: int) -> str | None:
+        """Why the settings ask for a save after this step, or None. The last step is always saved."""
+        settings = self._config.checkpoint
+        if step == self._config.train.steps:
+            return "last step"
+        if settings.every_steps is not None and step % settings.every_steps == 0:
+            return "schedule"
+        if step in settings.milestones:
+            return "milestone"
+        return None
+
+    def late(self) -> bool:
+        """Whether this rank's clock asks for a save; rank 0's counts."""
+        every = self._config.checkpoint.every_minutes
+        return every is not None and time.monotonic() - self._saved_at >= 60 * every
+
+    def save(self, step: int, reason: str = "schedule") -> None:
+        """Save a checkpoint of this step; `reason` is for the log. A failure is told, and the next save tries again.
+
+        Raises:
+            SaveError: it failed, and so many before it.
+            FencedError: another process has taken the run over.
+        """
+        self.finish()
+        if step == self._saved_step:
+            return
+        began = time.monotonic()
+        asynchronous = self._config.checkpoint.asynchronous
+        tensors = self._engine.partition.tensors(copy=asynchronous)
+        metadata = {"begins": self._engine.partition.begins(), "generators": generators.states()}
+        state = self._state(step)
+
+        def write(folder: Path) -> Index:
+            name = part_name(self._engine.rank)
+            return {name: write_part(folder / name, tensors, metadata)}
+
+        copied = time.monotonic()
+        job = self._thread.submit(self._write, step, state, write)
+        self._saving = _Saving(step, reason, job, began, copied)
+        self._saved_at = copied
+        if not asynchronous:
+            self.finish()
+
+    def poll(self) -> None:
+        """Between steps: record a save that has ended since. It does not wait."""
+        saving = self._saving
+        if saving is None or not saving.job.done():
+            return
+        error = saving.job.exception()
+        if isinstance(error, FencedError):
+            raise error
+        if error is None:  # what failed is dealt with where all ranks look, in `finish`
+            self._record(saving)
+
+    def finish(self) -> None:
+        """Wait for the save under way, if there is one. Raises as `save` does."""
+        saving = self._saving
+        if saving is None:
+            return
+        waited = time.monotonic()
+        try:
+            saving.job.result()
+        except SaveError as error:
+            self._failures.append(str(error))
+            self.record("alarm", saving.step, kind="save failed", message=str(error))
+            if len(self._failures) >= FAILURES:
+                raise self._failed() from error
+            if self._engine.rank == 0:  # every rank has the same error
+                logger.error("%s; the next save tries again", error)
+        else:
+            self._failures, self._saved_step = [], saving.step
+            saving.waited = time.monotonic() - waited
+            self._record(saving)
+        finally:
+            self._saving = None
+
+    def close(self) -> None:
+        """Finish and end the thread. Raises SaveError if the last save failed: nobody will try again."""
+        self.finish()
+        self._thread.shutdown()
+        if self._failures:
+            raise self._failed()
+
+    def _goes_on_from(self, step: int) -> int:
+        self._saved_step, self._saved_at = step, time.monotonic()
+        if self._engine.rank == 0:
+            for folder in checkpoint.set_aside(self._run_dir, step):
+                logger.warning("put aside %s, of later steps than the run goes on from; look at it, delete it", folder)
+        return step
+
+    def _write(self, step: int, state: dict[str, Any], write: Callable[[Path], Index]) -> tuple[Path, float]:
+        """The second half of a save; its folder and seconds."""
+        began = time.monotonic()
+        settings = self._config.checkpoint
+        folder = checkpoint.save(
+            self._run_dir,
+            step,
+            state,
+            write,
+            tokenizer=self._tokenizer,
+            ranks=self._ranks,
+            retention=Retention(settings.keep, settings.keep_every, settings.milestones),
+            check_owned=self.check_owned,
+        )
+        return folder, time.monotonic() - began
+
+    def _record(self, saving: _Saving) -> None:
+        if saving.recorded or self._engine.rank != 0:  # only rank 0 looks at the clock and keeps the record
+            return
+        saving.recorded = True
+        folder, seconds = saving.job.result()
+        self.save_seconds = max(self.save_seconds, saving.copied - saving.began + seconds)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        stall = saving.copied - saving.began + saving.waited
+        self.record("save", saving.step, reason=saving.reason, stall_seconds=stall, write_seconds=seconds, bytes=size)
+        logger.info(
+            "saved %s (%s): %.2f GiB, training waited %.2f s, writing took %.2f s",
+            *(folder, saving.reason, size / 2**30, stall, seconds),
+        )
+
+    def _state(self, step: int) -> dict[str, Any]:
+        """Contents of state.json. Learning rate and pondering steps are not in it: functions of step and seed."""
+        engine, train = self._engine, self._config.train
+        return {
+            "step": step,
+            "tokens": train.sequences_until(step) * self._config.data.seq_len,
+            "attempt": self.attempt,
+            "loader": self._loader.state(),
+            "health": self._health.state(),
+            "optimizer": {"name": engine.optimizer_name, "scalars": engine.partition.scalars()},
+            "model": self._model_values,
+            "parameters": engine.partition.shapes(),
+            "config": to_dict(self._config),
+            "world_size": engine.world_size,
+            "zero_stage": engine.zero_stage,
+            "versions": versions(),
+            "commit": code_commit(),
+        }
+
+    def _load(self, newest: Path) -> int:
+        state = checkpoint.read_state(newest)
+        self._check(newest, state)
+        engine = self._engine
+        layout = (state["world_size"], state["zero_stage"])
+        same = layout == (engine.world_size, engine.zero_stage)
+        engine.partition.restore(self._parts(newest, same), state["optimizer"]["scalars"])
+        self._loader.restore(state["loader"])
+        self._health.restore(state["health"])
+        if layout[0] == engine.world_size:
+            generators.restore(read_metadata(newest / part_name(engine.rank))["generators"])
+        else:  # those of ranks that are gone or new cannot be carried on
+            generators.seed(self._config.seed, state["step"], engine.rank)
+        logger.info("going on from %s, which attempt %d saved", newest, state["attempt"])
+        if not same:
+            logger.info(
+                "it was saved by %d ranks under ZeRO-%d; %d ranks under ZeRO-%d take what they need of it",
+                *(*layout, engine.world_size, engine.zero_stage),
+            )
+        return state["step"]
+
+    def _parts(self, newest: Path, same: bool) -> Parts:
+        """What this rank reads: its own file if that is enough for every rank, else all, as rank 0 lists them."""
+        if same:
+            own = Parts(newest, [part_name(self._engine.rank)])
+            if all(self._gather(self._engine.partition.is_in(own))):
+                return own
+        box: list[Any] = [Parts(newest).table if self._engine.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return Parts(newest, table=box[0])
+
+    def _check(self, newest: Path, state: dict[str, Any]) -> None:
+        for key, saved in state["model"].items():
+            value = self._model_values.get(key, saved)
+            if saved != value and key not in ("transformers_version", "dtype", "torch_dtype"):
+                raise CheckpointError(
+                    f"checkpoint {newest}: its model has {key} {saved}, this run {value}; "
+                    "use another run_dir, or the same model"
+                )
+        for key, saved, value in (
+            ("optimizer", state["optimizer"]["name"], self._engine.optimizer_name),
+            ("train.precision", state["config"]["train"]["precision"], self._config.train.precision),
+        ):
+            if saved != value:
+                raise CheckpointError(
+                    f"checkpoint {newest}: saved with {key} {saved}, this run has {value}; use the same"
+                )
+
+    def _failed(self) -> SaveError:
+        before = f"step {self._saved_step} is saved" if self._saved_step else "nothing is saved yet"
+        disk = f"the disk of {self._run_dir}"
+        return SaveError(
+            f"{self._failures[-1]}; {before}; free space on {disk} or lower checkpoint.keep, and start again"
+        )
+
+    def _hosts(self) -> list[str]:
+        return sorted(set(self._gather(socket.gethostname())))
+
+    def _gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self._engine.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+@dataclass
+class _Saving:
+    """A save under way. Times are monotonic seconds."""
+
+    step: int
+    reason: str
+    job: Future[tuple[Path, float]]
+    began: float
+    copied: float
+    waited: float = 0.0
+    recorded: bool = False

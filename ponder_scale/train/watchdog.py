@@ -1,0 +1,162 @@
+"""The watch over one rank: where it is, for others to read; how long its phases take; whether it has stopped.
+
+A rank that hangs usually waits in a collective for one that failed elsewhere, so all of them stop. Each finds that
+out by itself, writes the stacks of its threads to its log, gives the others time for the same and leaves with exit
+code 86. Two threads: one looks at the clock, one writes RUN/heartbeat/rank-00000.json, which may block on a sick file
+system without harm to the first. Where the interpreter itself is blocked (native code that holds its lock) neither
+can run; faulthandler's timer, which needs no interpreter, then writes the stacks and leaves with exit code 1.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ponder_scale.config import HealthConfig
+from ponder_scale.errors import HUNG, FencedError
+
+HEARTBEATS = "heartbeat"
+HEARTBEAT_SECONDS = 5.0
+GRACE_SECONDS = 10.0  # for the other ranks to write their stacks before the first one leaves
+SLOW = ("start", "save", "evaluate")  # may take `slow_seconds`, and so may all of the first step
+# Seconds of the other phases hold the wait for the slowest rank, so they say nothing about this one; so do those of
+# forward under ZeRO-3, which gathers weights there.
+TIMED = ("data", "forward")
+NEGLIGIBLE = 0.05  # of the time: a rank that loses less by it is not worth naming
+
+
+class Watch:
+    """Begins to watch when it is made; `enter` is the sign of life, the end of a `with` block ends it.
+
+    Used by the main thread of a rank; costs it two looks at the clock a phase.
+    """
+
+    def __init__(self, run_dir: Path, health: HealthConfig, *, rank: int) -> None:
+        self._health = health
+        self._rank = rank
+        self._path = run_dir / HEARTBEATS / f"rank-{rank:05d}.json"
+        self._where: tuple[str, int | None] = ("start", None)
+        self._since, self._since_date = time.monotonic(), time.time()
+        self._first_step: int | None = None
+        self._seconds, self._compared = dict.fromkeys(TIMED, 0.0), self._since
+        self._closed = threading.Event()
+        self._leaving = False
+        self.check_owned: Callable[[], None] = lambda: None  # raises FencedError once another attempt has the run
+        self._threads = [threading.Thread(target=self._beat, name="heartbeat", daemon=True)]
+        if health.hang_seconds is not None:
+            self._threads.append(threading.Thread(target=self._guard, name="watchdog", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """This rank has reached `phase`, of step `step` or the one before said."""
+        now, (before, known) = time.monotonic(), self._where
+        if before in self._seconds:
+            self._seconds[before] += now - self._since
+        step = known if step is None else step
+        if self._first_step is None:
+            self._first_step = step
+        self._where, self._since, self._since_date = (phase, step), now, time.time()
+
+    def phase_seconds(self) -> list[float]:
+        """Seconds since the last call: in each of `TIMED`, and in all."""
+        now = time.monotonic()
+        spent = [*self._seconds.values(), now - self._compared]
+        self._seconds, self._compared = dict.fromkeys(TIMED, 0.0), now
+        return spent
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None and self._leaving:
+            time.sleep(2 * GRACE_SECONDS)  # a peer that left first broke a collective; the cause is still the hang
+        if kind is None:
+            self.enter("ended")
+        self._closed.set()
+        for thread in self._threads:
+            thread.join(HEARTBEAT_SECONDS)
+
+    def _limit(self) -> float:
+        assert self._health.hang_seconds is not None
+        phase, step = self._where
+        slow = phase in SLOW or step is None or step == self._first_step
+        return max(self._health.hang_seconds, self._health.slow_seconds) if slow else self._health.hang_seconds
+
+    def _guard(self) -> None:
+        assert self._health.hang_seconds is not None
+        pause = min(1.0, self._health.hang_seconds / 10)
+        while not self._closed.wait(pause):
+            idle, limit = time.monotonic() - self._since, self._limit()
+            faulthandler.dump_traceback_later(1.25 * limit + GRACE_SECONDS, exit=True)
+            if idle > limit:
+                self._alarm(idle)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _alarm(self, idle: float) -> None:
+        """Write the stacks; leave unless there is progress after all."""
+        since, (phase, step) = self._since, self._where
+        when = "before the first step" if step is None else f"of step {step}"
+        print(
+            f"rank {self._rank}: no progress for {idle:.0f} s in {phase} {when}; stacks:", file=sys.stderr, flush=True
+        )
+        faulthandler.dump_traceback(all_threads=True)
+        self._leaving = True
+        assert self._health.hang_seconds is not None
+        if not self._closed.wait(min(GRACE_SECONDS, self._health.hang_seconds)) and self._since == since:
+            sys.stdout.flush()
+            os._exit(HUNG)
+        self._leaving = False
+        print(f"rank {self._rank}: progress again, after {time.monotonic() - since:.0f} s", file=sys.stderr, flush=True)
+
+    def _beat(self) -> None:
+        written: Any = None
+        while True:
+            closed = self._closed.wait(0.5 if written is None else HEARTBEAT_SECONDS)
+            where = (self._where, self._since_date)
+            # the run folder is rank 0's to make, once it is known that the run can begin
+            if where != written and self._path.parents[1].is_dir():
+                self._write(*where)
+                written = where
+            if closed:
+                return
+
+    def _write(self, where: tuple[str, int | None], date: float) -> None:
+        content = {"step": where[1], "phase": where[0], "time": date, "pid": os.getpid(), "host": socket.gethostname()}
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        try:
+            self.check_owned()
+            self._path.parent.mkdir(exist_ok=True)
+            temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            temporary.replace(self._path)
+        except FencedError:
+            return  # the file is the new attempt's now; the main thread finds out at its next record or save
+        except OSError as error:  # a full disk must not end the run by way of its heartbeat
+            print(f"rank {self._rank}: heartbeat {self._path}: {error}", file=sys.stderr, flush=True)
+
+
+def straggler(seconds: Sequence[Sequence[float]], factor: float, phases: Sequence[str]) -> dict[str, Any] | None:
+    """The slowest rank and phase if it is `factor` times slower than the median rank, else None.
+
+    Args:
+        seconds: a row for each rank, of `Watch.phase_seconds`.
+        phases: those of `TIMED` that are compared.
+    """
+    columns = dict(zip(TIMED, zip(*seconds, strict=True), strict=False))
+    slow = []
+    for phase in phases:
+        median = statistics.median_low(columns[phase])
+        spent = max(columns[phase])
+        rank = columns[phase].index(spent)
+        if spent > factor * median and spent - median > NEGLIGIBLE * seconds[rank][-1]:
+            slow.append({"rank": rank, "phase": phase, "seconds": spent, "median_seconds": median})
+    return max(slow, key=lambda found: found["seconds"] - found["median_seconds"], default=None)

@@ -1,0 +1,103 @@
+"""Weights in a checkpoint or in a Hugging Face folder, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ponder_scale.checkpoint import read_state
+from ponder_scale.errors import CheckpointError
+from ponder_scale.parts import AVERAGE, WEIGHT, Parts
+
+
+def read_weights(folder: Path, *, average: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """The fp32 weights of a checkpoint, (name, tensor) in the order of the model; a tied weight once.
+
+    Args:
+        average: instead of the weights, their running average over the steps.
+
+    Raises:
+        CheckpointError: files are missing or of a layout this does not know, or the run kept no average.
+    """
+    state, parts = read_state(folder), Parts(folder)
+    if average and AVERAGE not in parts.kinds(next(iter(state["parameters"]))):
+        raise CheckpointError(f"{folder}: it holds no average of the weights; train with optim.ema, or export without")
+    for name, shape in state["parameters"].items():
+        weight = torch.empty(shape)
+        parts.read(AVERAGE if average else WEIGHT, name, 0, weight.view(-1))
+        yield name, weight
+
+
+def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a Hugging Face folder, (name, tensor) as they are there: safetensors, or PyTorch files.
+
+    Raises:
+        CheckpointError: there are none, or one cannot be read.
+    """
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise CheckpointError(f"{folder}: neither *.safetensors nor pytorch_model*.bin in it")
+    _check_index(folder)
+    for file in files:
+        if file.suffix == ".bin":
+            yield from _load(file).items()
+            continue
+        try:
+            with safe_open(file, "pt") as content:
+                for name in content.keys():  # noqa: SIM118 - it is not a dictionary
+                    yield name, content.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error}; download or export it again") from error
+
+
+def _check_index(folder: Path) -> None:
+    for index in folder.glob("*.index.json"):
+        for file in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+            if not (folder / file).is_file():
+                raise CheckpointError(f"{folder / file}: missing, {index.name} names it; download or export it again")
+
+
+# Of published folders: what stock classes of today do not have, or compute themselves.
+_LEFT_OUT = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+
+
+def model_weights(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """A Hugging Face folder's tensors under the names of the model's parameters, a tied one once.
+
+    Takes folders of ours, of transformers' stock classes and of the published code.
+
+    Raises:
+        CheckpointError: a tensor is missing, too many, or of another shape.
+    """
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    tied = model.config.tie_word_embeddings
+    for stored, tensor in read_folder(folder):
+        name = "lm_head.weight" if stored == "embed_out.weight" else stored
+        if name not in expected and f"{model.base_model_prefix}.{name}" in expected:
+            name = f"{model.base_model_prefix}.{name}"  # saved from the bare backbone
+        if stored == "adapter.weight" or stored.endswith(_LEFT_OUT) or (name == "lm_head.weight" and tied):
+            continue
+        shape = expected.pop(name, None)
+        if shape != tensor.shape:
+            wanted = "no such parameter" if shape is None else f"shape {tuple(shape)}"
+            raise CheckpointError(
+                f"{folder}: {stored} has shape {tuple(tensor.shape)}, the model has {wanted}; "
+                "use weights of the same architecture and size"
+            )
+        yield name, tensor
+    if expected:
+        raise CheckpointError(f"{folder}: no weight for {', '.join(sorted(expected)[:5])}; it is of another model")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        # weights_only: a pickle may otherwise run whatever its author wished
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())[:300]}") from error
