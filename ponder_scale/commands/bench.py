@@ -1,0 +1,111 @@
+"""`ponder-scale bench ...`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ponder_scale.commands.training import RECIPES
+from ponder_scale.config import RunConfig
+from ponder_scale.cost import RECOMPUTED_FORWARDS
+from ponder_scale.settings import find_recipe, load
+
+POLICIES = tuple(RECOMPUTED_FORWARDS)
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands to the parser."""
+    bench = commands.add_parser("bench", help="ratios against named baselines").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    op = bench.add_parser("op", help="the pondering embedding by backend, against the published way")
+    op.add_argument("--tokens", type=int, default=2048)
+    op.add_argument("--runs", type=int, default=5)
+    op.set_defaults(run=_bench_op)
+    step = bench.add_parser("step", help="time and memory of a training step by recomputation policy, against it")
+    step.add_argument("--runs", type=int, default=3)
+    step.add_argument("--largest", action="store_true", help="on a GPU: each way by the largest batch that it can hold")
+    step.set_defaults(run=_bench_step)
+    memory = bench.add_parser("memory", help="peak memory of a step as the pondering steps grow, by policy, against it")
+    memory.add_argument("--steps", type=int, nargs="+", default=[0, 1, 3, 7], help="numbers of pondering steps")
+    memory.set_defaults(run=_bench_memory)
+    comm = bench.add_parser("comm", help="all-gathers of a micro-step under ZeRO-3, by regime and recomputation policy")
+    comm.add_argument(
+        "--regimes", nargs="+", help="files of deepspeed_configs/; default: the two that are for any device"
+    )
+    comm.add_argument("--pondering-steps", type=int, default=3)
+    comm.add_argument("overrides", nargs="*", metavar="key=value", help="of the small model that runs")
+    comm.set_defaults(run=_bench_comm)
+    decode = bench.add_parser("decode", help="a token from the key-value caches, against running the prefix again")
+    decode.add_argument("--context", type=int, nargs="+", default=[128, 512], help="tokens before it")
+    decode.add_argument("--runs", type=int, default=5)
+    decode.set_defaults(run=_bench_decode)
+    for kind in (op, step, memory, decode):
+        kind.add_argument("--hidden", type=int, default=256, help="width D")
+        kind.add_argument("--vocab", type=int, default=32000)
+        kind.add_argument("--dtype", default="float32")
+        kind.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
+    for kind in (step, memory, decode):
+        kind.add_argument("--recipe", help="its model and sequence length, in place of the shape given here")
+        kind.add_argument("--layers", type=int, default=8)
+        kind.add_argument("--pondering-steps", type=int, default=3)
+    for kind in (step, memory, comm):
+        kind.add_argument("--policies", nargs="+", choices=POLICIES, help="of train.recompute; default: all")
+    for kind in (step, memory):
+        kind.add_argument("--batch", type=int, default=4, help="sequences of a micro-batch")
+        kind.add_argument("--seq-len", type=int, default=512)
+
+
+def _bench_op(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.bench.op import run
+
+    run(options.tokens, options.hidden, options.vocab, options.dtype, options.runs, threads=options.threads)
+
+
+def _bench_step(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.bench.step import run
+
+    work = _workload(options, options.batch, options.seq_len)
+    run(work, runs=options.runs, threads=options.threads, policies=options.policies, largest=options.largest)
+
+
+def _bench_memory(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.bench.step import memory
+
+    work = _workload(options, options.batch, options.seq_len)
+    memory(work, steps=options.steps, threads=options.threads, policies=options.policies)
+
+
+def _bench_comm(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.bench.communication import run
+
+    run(
+        regimes=options.regimes,
+        policies=options.policies,
+        pondering_steps=options.pondering_steps,
+        overrides=options.overrides,
+    )
+
+
+def _bench_decode(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.bench.decode import run
+
+    work = _workload(options, 1, max(options.context))
+    run(work, contexts=options.context, runs=options.runs, threads=options.threads)
+
+
+def _workload(options: argparse.Namespace, batch: int, seq_len: int) -> Any:
+    from ponder_scale.bench.measure import default_device
+    from ponder_scale.bench.workload import workload
+
+    return workload(
+        recipe=load(RunConfig, find_recipe(options.recipe, RECIPES)) if options.recipe else None,
+        batch=batch,
+        seq_len=seq_len,
+        hidden=options.hidden,
+        layers=options.layers,
+        vocab=options.vocab,
+        pondering_steps=options.pondering_steps,
+        dtype=options.dtype,
+        device=default_device(),
+    )

@@ -1,0 +1,101 @@
+"""Runs on a cluster: `submit`, `stop`, `save`, `requeue`; and `config`, which the Slurm templates ask."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ponder_scale.commands.training import RECIPES
+from ponder_scale.config import RunConfig
+from ponder_scale.cost import DEVICES
+from ponder_scale.errors import ConfigError
+from ponder_scale.settings import find_recipe, flat, load, to_dict, to_yaml
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands to the parser."""
+    config = commands.add_parser("config", help="the resolved configuration of a run")
+    _add_recipe(config)
+    config.add_argument("--get", metavar="KEY", help="the value of a key; of a group, a line key=value for each key")
+    config.set_defaults(run=_config)
+
+    submit = commands.add_parser("submit", help="check a run, show its plan, keep its code and hand it to Slurm")
+    _add_recipe(submit)
+    submit.add_argument("--nodes", type=int, default=1, help="nodes that train")
+    submit.add_argument("--gpus-per-node", type=int, default=8, help="one rank for each")
+    submit.add_argument("--spares", type=int, default=0, help="further nodes of the job, to take the place of others")
+    submit.add_argument("--time", metavar="LIMIT", help="of one stay in the queue, as sbatch takes it")
+    submit.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="more for sbatch, such as --sbatch=--qos=high"
+    )
+    submit.add_argument("--gpu", choices=sorted(DEVICES), default="h100", help="for the plan")
+    submit.add_argument("--mfu", type=float, default=0.4, help="for the plan: share of the device's FLOP/s")
+    only = submit.add_mutually_exclusive_group()
+    only.add_argument("--dry-run", action="store_true", help="show the plan and the command; nothing is written")
+    only.add_argument("--test-only", action="store_true", help="ask Slurm whether and when it could run")
+    submit.set_defaults(run=_submit)
+
+    for name, help_text, action in (
+        ("stop", "save and end a run", _stop),
+        ("save", "save a run at its next step; it goes on", _save),
+        ("requeue", "save a run and put its job back in the queue", _requeue),
+    ):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("run_dir", type=Path, metavar="RUN", help="its folder")
+        command.set_defaults(run=action)
+        if name == "stop":
+            command.add_argument("--now", action="store_true", help="without saving")
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _config(options: argparse.Namespace, _: list[str]) -> None:
+    config = load(RunConfig, find_recipe(options.recipe, RECIPES), options.overrides)
+    if options.get is None:
+        print(to_yaml(config), end="")
+        return
+    lines = flat(to_dict(config), options.get)
+    if not lines:
+        raise ConfigError(f"--get {options.get}: a run has no such key")
+    for key, value in lines.items():
+        print(value if key == options.get else f"{key}={value}")
+
+
+def _submit(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.commands.training import check_run, print_plan
+    from ponder_scale.submit import Resources, Submission
+    from ponder_scale.train.deepspeed_config import find_sharding
+
+    config = load(RunConfig, find_recipe(options.recipe, RECIPES), options.overrides)
+    resources = Resources(options.nodes, options.gpus_per_node, options.spares, options.time, tuple(options.sbatch))
+    check_run(config, resources.ranks)
+    print_plan(config, resources.ranks, per_node=resources.gpus_per_node, device=options.gpu, utilization=options.mfu)
+    submission = Submission(config, find_sharding(config.train.deepspeed), resources)
+    if options.dry_run:
+        print(submission.describe())
+    elif options.test_only:
+        print(submission.ask())
+    else:
+        print(submission.submit())
+
+
+def _stop(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.submit import stop
+
+    print(stop(options.run_dir, save=not options.now))
+
+
+def _save(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.submit import save
+
+    print(save(options.run_dir))
+
+
+def _requeue(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.submit import requeue
+
+    print(requeue(options.run_dir))

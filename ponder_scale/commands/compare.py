@@ -1,0 +1,67 @@
+"""`ponder-scale compare`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ponder_scale.commands.training import RECIPES
+from ponder_scale.config import RunConfig
+from ponder_scale.errors import ConfigError
+from ponder_scale.settings import find_recipe, load
+from ponder_scale.shards import open_shards
+
+
+def add_commands(commands: Any) -> None:
+    """Add the command to the parser."""
+    compare = commands.add_parser("compare", help="train a pondering model and its baselines alike, and say which wins")
+    compare.add_argument("recipe", help="a YAML file, or the name of a shipped recipe; its run_dir takes all runs")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs")
+    compare.add_argument("--steps", type=int, nargs="+", default=[], help="pondering steps S; default: the recipe's")
+    compare.add_argument("--seeds", type=int, nargs="+", default=[], help="default: the recipe's; 3 bear a claim")
+    compare.add_argument(
+        "--with", dest="extras", nargs="+", default=[], help="further baselines: looped, hidden, vanilla-unscaled"
+    )
+    compare.add_argument("--nproc", type=int, help="local ranks of each run; default: one a GPU, or one")
+    what = compare.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="print the overrides of each run, for slurm/sweep.sbatch")
+    what.add_argument("--only", metavar="MODEL[/seed-N]", help="train these, and report on what is there")
+    what.add_argument("--report", action="store_true", help="train nothing, report on what is there")
+    compare.set_defaults(run=_compare)
+
+
+def _compare(options: argparse.Namespace, _: list[str]) -> int:
+    recipe = find_recipe(options.recipe, RECIPES)
+
+    def configure(more: Sequence[str]) -> RunConfig:
+        return load(RunConfig, recipe, [*options.overrides, *more])
+
+    config = configure(())
+    if "RANK" in os.environ:
+        raise ConfigError("RANK is set: compare starts the ranks itself; under a launcher train each line of --list")
+    from ponder_scale.compare.findings import read_result
+    from ponder_scale.compare.members import plan_runs
+    from ponder_scale.compare.report import write_report
+    from ponder_scale.compare.run import choose, train_runs
+    from ponder_scale.train.launch import default_processes
+
+    vocab_size = max(open_shards(Path(source.path)).manifest.vocab_size for source in config.data.sources.values())
+    runs = plan_runs(configure, vocab_size=vocab_size, steps=options.steps, seeds=options.seeds, extras=options.extras)
+    if options.list:
+        print("\n".join(shlex.join([*options.overrides, *run.overrides]) for run in runs))
+        return 0
+    code = 0
+    if not options.report:
+        processes = options.nproc or default_processes()
+        code = train_runs(choose(runs, options.only), options.recipe, options.overrides, configure, processes)
+    results = [result for result in map(read_result, runs) if result is not None]
+    if not results:
+        raise ConfigError(f"{config.run_dir}: no run of this comparison has an evaluation yet")
+    missing = [run.name for run in runs if run not in [result.run for result in results]]
+    print(write_report(Path(config.run_dir), results, missing))
+    print(f"wrote {Path(config.run_dir) / 'compare.html'}, .md, .json and an SVG of each curve")
+    return code

@@ -1,0 +1,103 @@
+"""`ponder-scale evaluate ...`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands to the parser."""
+    evaluations = commands.add_parser("evaluate", help="held-out losses by pondering steps")
+    _add_kinds(evaluations.add_subparsers(required=True, metavar="WHAT"))
+
+
+def _add_kinds(kinds: Any) -> None:
+    ppl = kinds.add_parser("ppl", help="held-out loss of an exported folder for 0 to k pondering steps, by source")
+    ppl.add_argument("folder", type=Path, help="an exported folder")
+    ppl.add_argument("--steps", type=int, help="k; default: what it was trained with")
+    ppl.add_argument("--seq-len", type=int, help="tokens a sequence; default: the model's positions")
+    ppl.add_argument(
+        "--document-mask", action="store_true", help="attention within documents, as data.document_mask=true trains"
+    )
+    ppl.set_defaults(run=_evaluate_ppl)
+    run = kinds.add_parser("run", help="the same for every checkpoint that a run has kept")
+    run.add_argument("run_dir", type=Path, help="a run folder")
+    run.set_defaults(run=_evaluate_run)
+    tasks = kinds.add_parser("tasks", help="tasks of lm-evaluation-harness, for several numbers of pondering steps")
+    tasks.add_argument("folder", type=Path, help="an exported folder")
+    tasks.add_argument("--tasks", nargs="+", default=[], help="default: the nine of the paper, or all of --include")
+    tasks.add_argument("--steps", type=int, nargs="+", help="default: what it was trained with")
+    tasks.add_argument("--include", type=Path, help="folder of task files with their data, for use without a network")
+    tasks.add_argument("--limit", type=int, help="documents of each task")
+    tasks.add_argument("--batch-size", type=int, default=8)
+    tasks.add_argument("--json", type=Path, help="also write the metrics there")
+    tasks.set_defaults(run=_evaluate_tasks)
+    decoding = kinds.add_parser(
+        "decoding", help="what early exit, fewer steps, a shared cache and drafts save and cost"
+    )
+    decoding.add_argument("folder", type=Path, help="an exported folder")
+    decoding.add_argument("--data", action="append", required=True, metavar="SHARDS", help="prompts are held-out texts")
+    decoding.add_argument("--sequences", type=int, default=8)
+    decoding.add_argument("--prompt-tokens", type=int, default=64)
+    decoding.add_argument("--new-tokens", type=int, default=64)
+    decoding.add_argument("--exit-kl", type=float, nargs="+", default=[0.001, 0.01, 0.1], help="nats")
+    decoding.add_argument("--json", type=Path, help="also write the table there")
+    decoding.set_defaults(run=_evaluate_decoding)
+    for kind in (ppl, run):
+        kind.add_argument("--data", action="append", required=True, metavar="[NAME=]SHARDS", help="may be repeated")
+        kind.add_argument("--sequences", type=int, default=256, help="held-out sequences of each source")
+        kind.add_argument("--json", type=Path, help="also write the losses there")
+        kind.add_argument("--plot", type=Path, help="also write an SVG there")
+
+
+def _evaluate_ppl(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.evaluate.perplexity import evaluate, parse_sources
+
+    evaluate(
+        options.folder,
+        parse_sources(options.data),
+        sequences=options.sequences,
+        seq_len=options.seq_len,
+        steps=options.steps,
+        document_mask=options.document_mask,
+        json_file=options.json,
+        plot_file=options.plot,
+    )
+
+
+def _evaluate_run(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.evaluate.perplexity import parse_sources, trajectory
+
+    data = parse_sources(options.data)
+    trajectory(options.run_dir, data, sequences=options.sequences, json_file=options.json, plot_file=options.plot)
+
+
+def _evaluate_decoding(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.evaluate.decoding import measure
+    from ponder_scale.evaluate.perplexity import parse_sources
+
+    measure(
+        options.folder,
+        parse_sources(options.data),
+        sequences=options.sequences,
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        exit_kl=options.exit_kl,
+        json_file=options.json,
+    )
+
+
+def _evaluate_tasks(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.evaluate.tasks import evaluate_tasks
+
+    evaluate_tasks(
+        options.folder,
+        options.tasks,
+        steps=options.steps or (None,),
+        include=options.include,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        json_file=options.json,
+    )

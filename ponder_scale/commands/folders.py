@@ -1,0 +1,97 @@
+"""What is done with checkpoints and exported folders: `export`, `generate`, `trace` and the reference's format."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ponder_scale.errors import ConfigError
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands to the parser."""
+    export = commands.add_parser("export", help="a checkpoint as a Hugging Face folder")
+    export.add_argument("source", type=Path, help="a run folder (its newest whole checkpoint) or a checkpoint")
+    export.add_argument("out", type=Path, help="the folder to make")
+    _add_format(export)
+    export.add_argument("--ema", action="store_true", help="the running average of the weights instead of them")
+    export.add_argument("--verify", action="store_true", help="load it in a fresh process and compare")
+    export.set_defaults(run=_export)
+
+    imported = commands.add_parser("import-reference", help="a folder of the published code as a folder of ours")
+    imported.add_argument("source", type=Path, help="a folder of PonderingLM: config.json and weights")
+    imported.add_argument("out", type=Path, help="the folder to make")
+    _add_format(imported)
+    imported.set_defaults(run=_import_reference)
+
+    published = commands.add_parser("export-reference", help="a folder of ours as one that the published code reads")
+    published.add_argument("source", type=Path, help="an exported folder")
+    published.add_argument("out", type=Path, help="the folder to make")
+    published.set_defaults(run=_export_reference)
+
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.add_argument("folder", type=Path, help="an exported folder")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--pondering-steps", type=int, help="default: what it was trained with")
+    generate.add_argument("--exit-kl", type=float, help="stop pondering when a pass moves the prediction by less, nats")
+    generate.add_argument("--draft-steps", type=int, help="let the same weights draft with so many pondering steps")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    generate.add_argument("--seed", type=int, default=1)
+    generate.set_defaults(run=_generate)
+    trace = commands.add_parser("trace", help="what each pass believes about each token of a text")
+    trace.add_argument("folder", type=Path, help="an exported folder")
+    trace.add_argument("--text", required=True)
+    trace.add_argument("--pondering-steps", type=int, help="default: what it was trained with")
+    trace.add_argument("--html", type=Path, help="also write a page with a heat map")
+    trace.set_defaults(run=_trace)
+
+
+def _add_format(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    command.add_argument("--license", help="identifier on the hub for the model card, such as apache-2.0")
+
+
+def _export(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.export.huggingface import export
+    from ponder_scale.export.verify import verify_in_fresh_process
+
+    folder = export(options.source, options.out, dtype=options.dtype, licence=options.license, average=options.ema)
+    if options.verify:
+        verify_in_fresh_process(options.source, folder, dtype=options.dtype, average=options.ema)
+
+
+def _import_reference(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.export.reference import import_reference
+
+    import_reference(options.source, options.out, dtype=options.dtype, licence=options.license)
+
+
+def _export_reference(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.export.reference import export_reference
+
+    export_reference(options.source, options.out)
+
+
+def _generate(options: argparse.Namespace, _: list[str]) -> None:
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens is {options.max_new_tokens}; expected at least 1")
+    from ponder_scale.evaluate.generate import generate
+
+    generate(
+        options.folder,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        pondering_steps=options.pondering_steps,
+        temperature=options.temperature,
+        seed=options.seed,
+        exit_kl=options.exit_kl,
+        draft_steps=options.draft_steps,
+    )
+
+
+def _trace(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.evaluate.trace import trace_folder
+
+    trace_folder(options.folder, options.text, steps=options.pondering_steps, html_file=options.html)

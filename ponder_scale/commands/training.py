@@ -1,0 +1,128 @@
+"""`ponder-scale train` and `plan`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from ponder_scale.config import RunConfig
+from ponder_scale.cost import DEVICES
+from ponder_scale.errors import REWOUND, ConfigError
+from ponder_scale.failures import DEVICE_HOURS, Failures
+from ponder_scale.failures import report as failures_report
+from ponder_scale.settings import find_recipe, load
+from ponder_scale.shards import check_vocabulary, open_shards, same_tokenizer
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands to the parser."""
+    train = commands.add_parser("train", help="train a run, or go on with it from its newest whole checkpoint")
+    train.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=1000")
+    train.add_argument("--nproc", type=int, help="local ranks; default: one a GPU, or one. Not used under a launcher")
+    train.set_defaults(run=_train)
+
+    plan = commands.add_parser("plan", help="memory, FLOPs and time of a run, before any device is touched")
+    plan.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("--gpus", type=int, default=8, help="devices in all")
+    plan.add_argument("--gpus-per-node", type=int, default=8)
+    plan.add_argument("--gpu", choices=sorted(DEVICES), default="h100")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of the device's dense bf16 FLOP/s that is reached")
+    plan.add_argument(
+        "--failures",
+        nargs="?",
+        type=float,
+        const=DEVICE_HOURS,
+        metavar="HOURS",
+        help="also how often to save, and what failures cost, from the mean time between failures of one device "
+        f"(default: {DEVICE_HOURS:,.0f} h, as published for Llama 3)",
+    )
+    plan.add_argument("--save-seconds", type=float, default=60.0, help="that training stands still for a checkpoint")
+    plan.add_argument("--restart-seconds", type=float, default=900.0, help="from a failure to the next step")
+    plan.set_defaults(run=_plan)
+
+
+def _train(options: argparse.Namespace, arguments: list[str]) -> int:
+    config = load(RunConfig, find_recipe(options.recipe, RECIPES), options.overrides)
+    from ponder_scale.train.deepspeed_config import check_ranks, read_sharding
+    from ponder_scale.train.launch import default_processes, launch
+
+    launched = "RANK" in os.environ
+    if not launched:
+        _check_data(config)
+    processes = options.nproc or (1 if launched else default_processes())
+    if not launched and processes > 1:
+        check_ranks(read_sharding(config.train.deepspeed), config.train, processes)
+        return launch(arguments, processes)
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
+    from ponder_scale.train import signals
+    from ponder_scale.train.loop import train
+
+    code = train(config)
+    if code == REWOUND:  # all ranks are here: the way on is that of any resumed run, so it is taken by a fresh start
+        signals.start_over()
+    return code
+
+
+def _plan(options: argparse.Namespace, _: list[str]) -> None:
+    config = load(RunConfig, find_recipe(options.recipe, RECIPES), options.overrides)
+    for name in ("failures", "save_seconds", "restart_seconds"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
+    work = print_plan(config, options.gpus, per_node=options.gpus_per_node, device=options.gpu, utilization=options.mfu)
+    if options.failures is not None:
+        failures = Failures(options.failures * 3600 / options.gpus, options.save_seconds, options.restart_seconds)
+        print("\n".join(failures_report(failures, devices=options.gpus, work=work, steps=config.train.steps)))
+
+
+def check_run(config: RunConfig, ranks: int) -> None:
+    """Raise for what can be known to be wrong with a run before a device is touched: its data, its batch sizes."""
+    from ponder_scale.train.deepspeed_config import check_ranks, read_sharding
+
+    _check_data(config)
+    check_ranks(read_sharding(config.train.deepspeed), config.train, ranks)
+
+
+def print_plan(config: RunConfig, ranks: int, *, device: str, utilization: float, per_node: int = 8) -> float:
+    """Print what the run needs on so many devices, and return the seconds of its steps.
+
+    Raises:
+        ConfigError: the devices are no whole number of nodes, or the batch does not divide over them.
+    """
+    from ponder_scale.auto import settle
+    from ponder_scale.build import model_configuration
+    from ponder_scale.plan import Devices, plan_run, report, settle_sharding, training_seconds
+    from ponder_scale.train.deepspeed_config import check_ranks, read_sharding
+
+    in_a_node = min(per_node, ranks)
+    if in_a_node < 1 or ranks % in_a_node:
+        raise ConfigError(f"--gpus is {ranks}; expected a multiple of the {per_node} of a node (--gpus-per-node)")
+    sharding = read_sharding(config.train.deepspeed)
+    check_ranks(sharding, config.train, ranks)
+    vocab_size = config.model.vocab_size
+    if vocab_size is None:
+        vocab_size = max(open_shards(Path(source.path)).manifest.vocab_size for source in config.data.sources.values())
+    configuration = model_configuration(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len, eod_id=None)
+    devices = Devices(ranks, round(DEVICES[device][1]), in_a_node)
+    config = settle(config, sharding, configuration, devices)
+    sharding = settle_sharding(config, sharding, configuration, devices)
+    plan = plan_run(config, sharding, configuration, devices)
+    print("\n".join(report(plan, config, device=device, utilization=utilization)))
+    return training_seconds(plan, device, utilization)
+
+
+def _check_data(config: RunConfig) -> None:
+    """What can be wrong with the shards, said before anything slow begins and once, not by every rank."""
+    sources = {name: open_shards(Path(source.path)) for name, source in sorted(config.data.sources.items())}
+    same_tokenizer(sources)
+    if config.model.vocab_size is not None:
+        check_vocabulary(sources, config.model.vocab_size)

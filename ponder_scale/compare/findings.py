@@ -1,0 +1,129 @@
+"""What the runs of a comparison have measured, and a verdict that claims no more than its seeds bear."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ponder_scale import records
+from ponder_scale.compare.members import Member, Run
+
+# Two-sided 95% quantiles of Student's t by degrees of freedom; beyond nine the last one, which is wider than need be.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished or running training has measured.
+
+    Args:
+        curve: (step, held-out loss of the last pass), as far as it has come.
+        seconds: of training, without evaluations and saves.
+        held_out_tokens: over which the losses are means.
+    """
+
+    run: Run
+    curve: list[tuple[int, float]]
+    seconds: float
+    held_out_tokens: int
+    finished: bool
+
+    @property
+    def loss(self) -> float:
+        """The last held-out loss, in nats."""
+        return self.curve[-1][1]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A pondering model against a baseline, over the seeds that both have finished.
+
+    Args:
+        differences: baseline's loss - pondering model's, in nats, by seed; above 0 pondering is better.
+        half_width: of the 95% interval of their mean; None for a single seed.
+        ahead_from: tokens from which on pondering is ahead at every evaluation in every seed; None: it is not, or
+            the two were evaluated at other steps.
+    """
+
+    pondering: str
+    baseline: str
+    differences: list[float]
+    half_width: float | None
+    ahead_from: int | None
+
+    def __str__(self) -> str:
+        mean = statistics.fmean(self.differences)
+        found = f"{self.pondering} against {self.baseline}: loss lower by {mean:+.4f} nats"
+        if self.half_width is None:
+            return f"{found} in one seed: nothing is claimed, train at least 3 seeds"
+        found += f" +- {self.half_width:.4f} (95% interval over {len(self.differences)} seeds)"
+        if abs(mean) <= self.half_width:
+            return f"{found}: the interval holds 0, so no difference is claimed"
+        if mean < 0:
+            return f"{found}: {self.baseline} is better"
+        since = "" if self.ahead_from is None else f", at every evaluation from {self.ahead_from:,} tokens on"
+        return f"{found}: {self.pondering} is better{since}"
+
+
+def read_result(run: Run) -> Result | None:
+    """What a run has measured; None where it has no evaluation yet."""
+    path = run.run_dir / records.METRICS
+    if not path.is_file():
+        return None
+    curve: list[tuple[int, float]] = []
+    seconds, before, tokens = 0.0, 0, 0
+    for record in records.read(path):
+        if record["event"] == "evaluation":
+            curve.append((record["step"], record["losses"][-1]))
+            tokens = record["tokens"]
+        elif record["event"] == "step":
+            seconds += record["seconds_per_step"] * (record["step"] - before)
+            before = record["step"]
+    return Result(run, curve, seconds, tokens, curve[-1][0] == run.member.steps) if curve else None
+
+
+def verdicts(results: Sequence[Result]) -> list[Verdict]:
+    """Every pondering model against every baseline, where a seed of both is finished."""
+    members = members_of(results)
+    finished = {(result.run.member.name, result.run.seed): result for result in results if result.finished}
+    found = []
+    for pondering in (member for member in members if member.ponders):
+        for baseline in (member for member in members if not member.ponders):
+            pairs = [
+                (finished[pondering.name, seed], other)
+                for (name, seed), other in finished.items()
+                if name == baseline.name and (pondering.name, seed) in finished
+            ]
+            if pairs:
+                differences = [other.loss - ours.loss for ours, other in pairs]
+                ahead = _ahead_from(pairs, pondering)
+                found.append(Verdict(pondering.name, baseline.name, differences, half_width(differences), ahead))
+    return found
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the 95% interval of a mean, by Student's t; None for one value."""
+    if len(values) < 2:
+        return None
+    t = T_95[min(len(values) - 1, len(T_95)) - 1]
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def members_of(results: Sequence[Result]) -> list[Member]:
+    """The members of the results, each once, in their order."""
+    return list({result.run.member.name: result.run.member for result in results}.values())
+
+
+def _ahead_from(pairs: list[tuple[Result, Result]], member: Member) -> int | None:
+    curves = [(dict(ours.curve), dict(other.curve)) for ours, other in pairs]
+    if any(ours.keys() != other.keys() for ours, other in curves):
+        return None
+    ahead: int | None = None
+    for step in sorted(curves[0][0]):
+        if not all(ours[step] < other[step] for ours, other in curves):
+            ahead = None
+        elif ahead is None:
+            ahead = step
+    return None if ahead is None else round(member.share(ahead) * member.tokens)

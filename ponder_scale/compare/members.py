@@ -1,0 +1,186 @@
+"""The runs of a comparison: the pondering models of a recipe and the baselines that it has to beat.
+
+A member is a list of overrides of the recipe, so every run is an ordinary one. All members of a seed start from that
+seed and see the same data in the same order; a longer run goes on where the others end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ponder_scale.build import model_configuration, model_shape
+from ponder_scale.config import ModelConfig, RunConfig, TrainConfig
+from ponder_scale.cost import flops_per_token, steps_to_tokens
+from ponder_scale.errors import ConfigError
+from ponder_scale.plan import mean_steps
+
+VANILLA = "vanilla"
+TWICE = "vanilla-twice"
+FLOPS = "vanilla-flops"
+EVALUATIONS = 20  # points of a curve, where the recipe does not say how often to evaluate
+
+PLAIN = ("model.pondering_steps=0", "model.initial_scale=1", "train.pondering.schedule=fixed")
+# Baselines that are asked for by name, of as many pondering steps as the first pondering model.
+EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "looped": (
+        "the same passes, each on the hidden states of the one before (a looped transformer)",
+        ("model.feedback=hidden", "model.residual=replace"),
+    ),
+    "hidden": ("hidden states are added to the input instead of pondering embeddings", ("model.feedback=hidden",)),
+    "vanilla-unscaled": (
+        "vanilla without the factor sqrt(D) on its embeddings",
+        (
+            "model.pondering_steps=0",
+            "model.scale_embeds=false",
+            "model.initial_scale=1",
+            "train.pondering.schedule=fixed",
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model of the comparison.
+
+    Args:
+        about: what it is, for the table.
+        overrides: of the recipe, after those that the user gave.
+        parameters, tokens, flops: of the model, and of its whole training.
+    """
+
+    name: str
+    about: str
+    overrides: tuple[str, ...]
+    parameters: int
+    train: TrainConfig
+    tokens: int
+    flops: float
+
+    @property
+    def steps(self) -> int:
+        """Of its whole training."""
+        return self.train.steps
+
+    def share(self, step: int) -> float:
+        """Of its tokens, that it has trained on after `step`."""
+        return self.train.sequences_until(step) / self.train.sequences_until(self.steps)
+
+    @property
+    def ponders(self) -> bool:
+        """Whether it is one of the models that the baselines are compared with."""
+        return self.name.startswith("pondering-")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A member with a seed: one training run."""
+
+    member: Member
+    seed: int
+    run_dir: Path
+
+    @property
+    def name(self) -> str:
+        """As `--only` takes it."""
+        return f"{self.member.name}/seed-{self.seed}"
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """All that distinguishes it from the recipe with the user's overrides."""
+        return (*self.member.overrides, f"seed={self.seed}", f"run_dir={self.run_dir}")
+
+
+LoadConfig = Callable[[Sequence[str]], RunConfig]
+
+
+def plan_runs(
+    load: LoadConfig, *, vocab_size: int, steps: Sequence[int], seeds: Sequence[int], extras: Sequence[str]
+) -> list[Run]:
+    """The runs of a comparison, in the order of their members, seed after seed.
+
+    Args:
+        load: the configuration of the recipe and the user's overrides with further ones.
+        vocab_size: of the shards' tokenizer.
+        steps: pondering steps of the pondering models; empty: the recipe's.
+        seeds: empty: the recipe's.
+        extras: names of `EXTRAS`.
+
+    Raises:
+        ConfigError: the recipe does not ponder, or a name that is not known.
+    """
+    recipe = load(())
+    steps, seeds = list(steps or [recipe.model.pondering_steps]), list(seeds or [recipe.seed])
+    unknown = [name for name in extras if name not in EXTRAS]
+    if unknown:
+        raise ConfigError(f"--with {unknown[0]}: expected one of {', '.join(EXTRAS)}")
+    if min(steps) < 1:
+        raise ConfigError(f"--steps has {min(steps)}; expected at least 1: vanilla, which is 0, is always trained")
+
+    def member(name: str, about: str, *overrides: str) -> Member:
+        config = load(overrides)
+        each = config.evaluate.every_steps or max(1, config.train.steps // EVALUATIONS)
+        shape = model_shape(_configuration(config.model, vocab_size, config.data.seq_len), config.data.seq_len)
+        tokens = steps_to_tokens(config)
+        flops = tokens * flops_per_token(shape, config.train.recompute, mean_steps(config)).model
+        return Member(
+            name,
+            about,
+            (*overrides, f"evaluate.every_steps={each}"),
+            shape.parameters,
+            config.train,
+            tokens,
+            flops,
+        )
+
+    pondering = [member(f"pondering-{s}", f"S = {s}", f"model.pondering_steps={s}") for s in steps]
+    vanilla = member(VANILLA, "equal parameters and tokens", *PLAIN)
+    wider = twice_as_large(recipe.model, vocab_size, recipe.data.seq_len)
+    twice = member(TWICE, "about twice the parameters, equal tokens", *PLAIN, *wider)
+    further = recipe.train.sequences_until(recipe.train.steps) * (pondering[0].flops / vanilla.flops - 1)
+    longer = recipe.train.steps + round(further / recipe.train.global_batch)
+    about = f"equal parameters and the training FLOPs of {pondering[0].name}: more tokens"
+    flops = member(FLOPS, about, *PLAIN, f"train.steps={longer}")
+    more = [member(name, EXTRAS[name][0], f"model.pondering_steps={steps[0]}", *EXTRAS[name][1]) for name in extras]
+    members = [*pondering, vanilla, twice, flops, *more]
+    out = Path(recipe.run_dir)
+    return [Run(each, seed, out / each.name / f"seed-{seed}") for seed in seeds for each in members]
+
+
+def twice_as_large(model: ModelConfig, vocab_size: int, seq_len: int) -> list[str]:
+    """Overrides that make a model of about twice the parameters: wider and deeper, with heads as wide as before.
+
+    Of the shapes with up to twice the width and the layers, the nearest in size; of equally near ones (within 3%) the
+    one whose ratio of width to depth is nearest to the model's.
+    """
+    head = model.hidden_size // model.num_attention_heads
+    group = model.num_attention_heads // (model.num_key_value_heads or model.num_attention_heads)
+    target = 2 * _parameters(model, vocab_size, seq_len, {})
+    best: tuple[tuple[int, float], list[str]] | None = None
+    for heads in range(model.num_attention_heads, 2 * model.num_attention_heads + 1, group):
+        values = {"num_attention_heads": heads, "hidden_size": heads * head}
+        values["intermediate_size"] = round(model.intermediate_size * heads / model.num_attention_heads / 8) * 8
+        if model.num_key_value_heads is not None:
+            values["num_key_value_heads"] = heads // group
+        one, two = (_parameters(model, vocab_size, seq_len, {**values, "num_hidden_layers": n}) for n in (1, 2))
+        for layers in range(model.num_hidden_layers, 2 * model.num_hidden_layers + 1):
+            off = abs(math.log((one + (layers - 1) * (two - one)) / target))
+            slant = abs(math.log(heads / model.num_attention_heads * model.num_hidden_layers / layers))
+            rank = (int(off / 0.03), slant)
+            if best is None or rank < best[0]:
+                best = rank, [f"model.{key}={value}" for key, value in {**values, "num_hidden_layers": layers}.items()]
+    assert best is not None
+    return best[1]
+
+
+def _parameters(model: ModelConfig, vocab_size: int, seq_len: int, values: dict[str, Any]) -> int:
+    changed = ModelConfig(**{**vars(model), **values})
+    return model_shape(_configuration(changed, vocab_size, seq_len), seq_len).parameters
+
+
+def _configuration(model: ModelConfig, vocab_size: int, seq_len: int) -> Any:
+    return model_configuration(model, vocab_size=vocab_size, seq_len=seq_len, eod_id=0)

@@ -1,0 +1,70 @@
+"""Train the runs of a comparison one after another; finished ones are passed over, interrupted ones go on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from ponder_scale import settings
+from ponder_scale.checkpoint import CHECKPOINTS
+from ponder_scale.compare.findings import read_result
+from ponder_scale.compare.members import LoadConfig, Run
+from ponder_scale.config import RunConfig
+from ponder_scale.errors import ConfigError
+from ponder_scale.train.launch import launch
+
+logger = logging.getLogger(__name__)
+
+
+def choose(runs: Sequence[Run], only: str | None) -> list[Run]:
+    """The runs that `--only` names: MEMBER for all its seeds, or MEMBER/seed-N. Raises ConfigError where none is."""
+    chosen = [run for run in runs if only in (None, run.name, run.member.name)]
+    if not chosen:
+        raise ConfigError(f"--only {only}: expected one of {', '.join(run.name for run in runs)}")
+    return chosen
+
+
+def train_runs(runs: Sequence[Run], recipe: str, overrides: Sequence[str], load: LoadConfig, processes: int) -> int:
+    """Train what is not finished; the exit code of the first run that did not end well, or 0.
+
+    Raises:
+        ConfigError: a run's folder holds a run of other settings.
+    """
+    for run in runs:
+        _check_same(run, load(run.overrides))
+    for number, run in enumerate(runs, 1):
+        if is_finished(run):
+            logger.info("== %d/%d %s is finished", number, len(runs), run.name)
+            continue
+        logger.info("== %d/%d %s: %s", number, len(runs), run.name, run.member.about)
+        code = launch(["train", recipe, *overrides, *run.overrides], processes)
+        if code:
+            return code
+    return 0
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the run's last step is evaluated and saved."""
+    result = read_result(run)
+    saved = (run.run_dir / CHECKPOINTS / f"step-{run.member.steps:08d}").is_dir()
+    return saved and result is not None and result.finished
+
+
+def _check_same(run: Run, config: RunConfig) -> None:
+    path = run.run_dir / "config.yaml"
+    if not path.is_file():
+        return
+    saved, wanted = _flat(settings.to_dict(settings.load(RunConfig, path))), _flat(settings.to_dict(config))
+    for key in sorted(saved.keys() | wanted.keys()):
+        if saved.get(key) != wanted.get(key) and not key.startswith(("log.", "checkpoint.")):
+            raise ConfigError(
+                f"{run.run_dir}: was trained with {key} {saved.get(key)}, this comparison has {wanted.get(key)}; "
+                "give it another run_dir, or the same settings"
+            )
+
+
+def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,182 @@
+"""What the faster ways to decode save and cost: early exit, fewer steps, a shared cache, self-speculation.
+
+Two measurements on held-out sequences. Forced: the text's own tokens are fed one by one after a prompt, so that loss
+and changed tokens are over the same positions with the same prefix. Free: greedy continuations of the same prompts,
+for the speed and, of drafts, the acceptance.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from ponder_scale.config import DataConfig, SourceConfig
+from ponder_scale.data.loader import heldout_batches, open_sources
+from ponder_scale.errors import ConfigError, ShardError
+from ponder_scale.evaluate.generate import counted, load_folder
+from ponder_scale.evaluate.perplexity import check_tokenizer
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to decode, and what was measured of it.
+
+    Args:
+        loss: mean of the held-out tokens after the prompts, in nats; None: that of plain decoding.
+        changed: share of these tokens at which the most probable one is not that of plain decoding.
+        passes: of the model, for each new token of the free continuations; of a draft, and `draft_passes` besides.
+        speed: tokens/s of the free continuations, relative to plain decoding.
+        accepted: share of a draft's proposals that were taken.
+    """
+
+    name: str
+    loss: float
+    changed: float
+    passes: float
+    speed: float
+    draft_passes: float = 0.0
+    accepted: float | None = None
+
+
+def measure(
+    folder: Path,
+    data: Mapping[str, Path],
+    *,
+    sequences: int = 8,
+    prompt_tokens: int = 64,
+    new_tokens: int = 64,
+    exit_kl: Sequence[float] = (0.001, 0.01, 0.1),
+    json_file: Path | None = None,
+) -> list[Way]:
+    """Print and return every way to decode with an exported folder on held-out sequences of the first source.
+
+    Raises:
+        ConfigError: lengths that do not fit the model.
+        ShardError, TokenizerError: shards that hold nothing out, or of another tokenizer.
+    """
+    model, _ = load_folder(folder)
+    length, most = prompt_tokens + new_tokens, model.config.max_position_embeddings
+    if not (prompt_tokens >= 1 and new_tokens >= 2 and length <= most):
+        raise ConfigError(
+            f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens}: expected at least 1 and 2, and together "
+            f"at most {most}, the positions of the model"
+        )
+    rows = list(_rows(folder, data, sequences, length, model.device))
+    bench = _Bench(model, rows, prompt_tokens, new_tokens)
+    found = list(_ways(bench, exit_kl))
+    print(f"{len(rows)} sequences, {new_tokens} tokens after {prompt_tokens} each, S = {bench.steps}, {model.device}")
+    print(as_table(found))
+    if json_file is not None:
+        json_file.write_text(json.dumps([asdict(way) for way in found], indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def as_table(ways: Sequence[Way]) -> str:
+    """A line for each way."""
+    width = max(len(way.name) for way in ways)
+    lines = [f"{'':{width}}    loss  changed  passes/token  draft passes  accepted  speed"]
+    for way in ways:
+        accepted = "-" if way.accepted is None else f"{way.accepted:.0%}"
+        lines.append(
+            f"{way.name:{width}}  {way.loss:6.4f}  {way.changed:7.2%}  {way.passes:12.2f}  {way.draft_passes:12.2f}  "
+            f"{accepted:>8}  {way.speed:4.2f}x"
+        )
+    return "\n".join(lines)
+
+
+def _rows(folder: Path, data: Mapping[str, Path], sequences: int, length: int, device: Any) -> Iterator[Tensor]:
+    """Held-out sequences of `length` tokens, (1, length) each."""
+    name, shards = next(iter(data.items()))
+    config = DataConfig({name: SourceConfig(str(shards))}, length - 1)
+    sources = open_sources(config)
+    check_tokenizer(sources[name], shards, folder)
+    found = False
+    for batch in heldout_batches(config, sources, sequences=sequences, micro_batch=1):
+        found = True
+        yield batch.tokens.to(device)
+    if not found:
+        raise ShardError(f"{shards}: no held-out sequence of {length} tokens; lower --prompt-tokens or --new-tokens")
+
+
+def _ways(bench: _Bench, exit_kl: Sequence[float]) -> Iterator[Way]:
+    plain = bench.way("plain")
+    yield plain
+    for threshold in exit_kl:
+        yield bench.way(f"early exit at {threshold:g} nats", exit_kl=threshold)
+    for steps in range(bench.steps):
+        yield bench.way(f"{steps} pondering steps", pondering_steps=steps)
+    yield bench.way("cache shared by the passes", share_cache=True)
+    for steps in range(bench.steps):
+        yield bench.drafted(steps, plain)
+
+
+class _Bench:
+    """Sequences and the model that decodes them; the first way that is measured is what others are compared with."""
+
+    def __init__(self, model: Any, rows: list[Tensor], prompt_tokens: int, new_tokens: int) -> None:
+        self.model, self.rows, self.steps = model, rows, model.config.pondering_steps
+        self._prompt, self._new = prompt_tokens, new_tokens
+        self._best: Tensor | None = None
+        self._seconds: float | None = None
+
+    def way(self, name: str, **options: Any) -> Way:
+        """Both measurements under options of the model's forward."""
+        loss, best = self._forced(options)
+        self._best = best if self._best is None else self._best
+        changed = (best != self._best).float().mean().item()
+        with counted(self.model) as counts:
+            seconds = self._free(options)
+        return Way(name, loss, changed, counts.passes / self._generated, self._speed(seconds))
+
+    def drafted(self, steps: int, plain: Way) -> Way:
+        """Self-speculation: the text is that of plain decoding, so that only its speed is measured."""
+        draft = self.model.draft(steps)
+        with counted(self.model) as counts, counted(draft) as drafts:
+            seconds = self._free({"assistant_model": draft})
+        accepted = (self._generated - counts.forwards) / max(1, drafts.forwards)
+        passes = [each.passes / self._generated for each in (counts, drafts)]
+        name = f"draft of {steps} pondering steps"
+        return Way(name, plain.loss, 0.0, passes[0], self._speed(seconds), passes[1], accepted)
+
+    @property
+    def _generated(self) -> int:
+        return self._new * len(self.rows)
+
+    def _speed(self, seconds: float) -> float:
+        self._seconds = seconds if self._seconds is None else self._seconds
+        return self._seconds / seconds
+
+    @torch.no_grad()
+    def _forced(self, options: dict[str, Any]) -> tuple[float, Tensor]:
+        """The mean loss, and the most probable token at each position, (rows * new tokens,)."""
+        losses, best = [], []
+        for row in self.rows:
+            cache = DynamicCache()
+            logits = self.model(row[:, : self._prompt], past_key_values=cache, logits_to_keep=1, **options).logits
+            for place in range(self._prompt, self._prompt + self._new):
+                said = logits[0, -1].float().log_softmax(-1)  # (V,)
+                losses.append(-said[row[0, place]])
+                best.append(said.argmax())
+                if place + 1 < row.shape[1]:
+                    logits = self.model(row[:, place : place + 1], past_key_values=cache, **options).logits
+        return torch.stack(losses).mean().item(), torch.stack(best)
+
+    def _free(self, options: dict[str, Any]) -> float:
+        """Seconds for greedy continuations of all prompts."""
+        # an end token is forbidden, so that all ways make as many tokens
+        fixed = {"do_sample": False, "max_new_tokens": self._new, "min_new_tokens": self._new}
+        begin = time.monotonic()
+        for row in self.rows:
+            prompt = row[:, : self._prompt]
+            self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **fixed, **options)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.monotonic() - begin

@@ -1,0 +1,117 @@
+"""Continue a prompt with an exported folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+from ponder_scale.errors import CheckpointError, ConfigError
+
+
+def load_folder(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of an exported folder, by transformers' own loaders, on the GPU where there is one."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json in it; expected a folder made by `ponder-scale export`")
+    try:
+        # the tokenizer too: looking for it reads the model's configuration, which is remote code
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer
+
+
+@dataclass
+class Counts:
+    """Forwards of a model, and the passes in them."""
+
+    forwards: int = 0
+    passes: int = 0
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[Counts]:
+    """Counts what the model runs inside the block. A draft made of it before runs uncounted."""
+    counts, run_pass = Counts(), model.run_pass
+
+    def counting(embeds: Any, index: int, *arguments: Any, **keywords: Any) -> Any:
+        counts.forwards += index == 0
+        counts.passes += 1
+        return run_pass(embeds, index, *arguments, **keywords)
+
+    model.run_pass = counting
+    try:
+        yield counts
+    finally:
+        del model.run_pass
+
+
+def generate(
+    folder: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    pondering_steps: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 1,
+    exit_kl: float | None = None,
+    draft_steps: int | None = None,
+) -> None:
+    """Stream the continuation to standard output, then its speed and the passes it took.
+
+    Args:
+        exit_kl: stop pondering on a token when a pass moved the prediction by less, in nats.
+        draft_steps: pondering steps of the same weights drafting; the text is the model's own.
+
+    Raises:
+        ConfigError: settings that exclude each other or are out of range.
+    """
+    if exit_kl is not None and draft_steps is not None:
+        raise ConfigError("--exit-kl and --draft-steps exclude each other: a draft is checked by whole forwards")
+    for name, value in (("--exit-kl", exit_kl), ("--draft-steps", draft_steps), ("--pondering-steps", pondering_steps)):
+        if value is not None and value < 0:
+            raise ConfigError(f"{name} is {value}; expected at least 0")
+    model, tokenizer = load_folder(folder)
+    if pondering_steps is not None:
+        model.config.pondering_steps = pondering_steps
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    if not inputs.input_ids.shape[1]:
+        raise CheckpointError("--prompt is empty; give at least one token")
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        options["temperature"] = temperature
+    if exit_kl is not None:
+        options["exit_kl"] = exit_kl
+    draft = None if draft_steps is None else model.draft(draft_steps)
+    if draft is not None:
+        options["assistant_model"] = draft
+    torch.manual_seed(seed)
+    begin = time.monotonic()
+    with counted(model) as counts, counted(draft or model.draft(0)) as drafted:
+        output = model.generate(**inputs, **options, streamer=TextStreamer(tokenizer, skip_special_tokens=True))
+    seconds = time.monotonic() - begin
+    new = output.shape[1] - inputs.input_ids.shape[1]
+    print(f"{new} tokens in {seconds:.1f} s, {new / seconds:.1f} tokens/s; {passes_line(model, counts)}")
+    if draft is not None:
+        print(f"draft of {draft_steps} pondering steps: {acceptance_line(new, counts, drafted)}")
+
+
+def passes_line(model: Any, counts: Counts) -> str:
+    """How many of the passes ran."""
+    whole = counts.forwards * (model.config.pondering_steps + 1)
+    saved = f", {1 - counts.passes / whole:.0%} saved by early exit" if counts.passes < whole else ""
+    return f"{counts.passes} passes in {counts.forwards} forwards{saved}"
+
+
+def acceptance_line(new: int, counts: Counts, drafted: Counts) -> str:
+    """How much of a draft was taken: each forward of the model gives a token of its own and those it accepts."""
+    accepted = new - counts.forwards
+    return f"{accepted} of {drafted.forwards} proposed tokens accepted, {drafted.passes} passes"

@@ -1,0 +1,219 @@
+"""Held-out loss by inference-time pondering steps: of an exported folder, or of every checkpoint a run has kept.
+
+One forward of k steps holds all smaller numbers of steps: what pass s predicts is what the model with s steps does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ponder_scale.build import configuration_from_dict, model_class
+from ponder_scale.checkpoint import CHECKPOINTS, read_state
+from ponder_scale.config import DataConfig, SourceConfig
+from ponder_scale.data.loader import heldout_batches, open_sources
+from ponder_scale.data.sequences import MicroBatch
+from ponder_scale.errors import CheckpointError, ConfigError, ShardError, TokenizerError
+from ponder_scale.evaluate.generate import load_folder
+from ponder_scale.evaluate.plot import line_chart
+from ponder_scale.heldout import HeldOut, heldout_losses, mean_over
+from ponder_scale.manifest import tokenizer_identity
+from ponder_scale.shards import ShardSet
+from ponder_scale.weights import read_weights
+
+MICRO_BATCH = 8
+_READING = ("seq_len", "packing", "document_mask")  # what a sequence of a run is
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Losses in nats by pondering steps, 0 to k.
+
+    Args:
+        trained: the steps of the model's configuration.
+        sources: by name, and `all`, the mean over their tokens, where there are several.
+    """
+
+    trained: int
+    sources: dict[str, HeldOut]
+
+
+def evaluate(
+    folder: Path,
+    data: Mapping[str, Path],
+    *,
+    sequences: int,
+    seq_len: int | None = None,
+    steps: int | None = None,
+    document_mask: bool = False,
+    json_file: Path | None = None,
+    plot_file: Path | None = None,
+) -> Sweep:
+    """Print the losses of an exported folder on the held-out split of folders of shards, and return them.
+
+    Args:
+        sequences: at most so many of each source.
+        steps: k; default: what the model was trained with.
+        document_mask: attention stays within documents, as a model trained with data.document_mask had it.
+        json_file, plot_file: where to write the losses, and an SVG of them.
+
+    Raises:
+        TokenizerError: the shards were made with another tokenizer than the model's.
+        ShardError: they hold nothing out.
+    """
+    model, _ = load_folder(folder)
+    reading = {"seq_len": seq_len or model.config.max_position_embeddings, "document_mask": document_mask}
+    swept = sweep(model, folder, data, reading, sequences=sequences, steps=steps)
+    for name, held_out in swept.sources.items():
+        _print(name, held_out, swept.trained)
+    if json_file is not None:
+        _write_json(json_file, {"folder": str(folder), "sequences": sequences, **asdict(swept)})
+    if plot_file is not None:
+        series = {name: list(enumerate(held_out.losses)) for name, held_out in swept.sources.items()}
+        plot_file.write_text(
+            line_chart(series, "pondering steps", "held-out loss, nats"),
+            encoding="utf-8",
+        )
+    return swept
+
+
+def trajectory(
+    run_dir: Path,
+    data: Mapping[str, Path],
+    *,
+    sequences: int,
+    json_file: Path | None = None,
+    plot_file: Path | None = None,
+) -> dict[int, Sweep]:
+    """Print and return, by training step, the losses of each checkpoint that the run has kept.
+
+    Raises:
+        CheckpointError: the run has kept none.
+    """
+    folders = sorted((run_dir / CHECKPOINTS).glob("step-*"))
+    if not folders:
+        raise CheckpointError(f"{run_dir}: no checkpoint in {run_dir / CHECKPOINTS}; expected a run folder")
+    swept: dict[int, Sweep] = {}
+    for folder in folders:
+        state = read_state(folder)
+        configuration = configuration_from_dict(state["model"])
+        model = model_class(configuration)(configuration).eval()
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, weight in read_weights(folder):
+                parameters[name].copy_(weight)
+        reading = {key: value for key, value in state["config"]["data"].items() if key in _READING}
+        swept[state["step"]] = sweep(model, folder / "tokenizer", data, reading, sequences=sequences)
+    for step, found in swept.items():
+        for name, held_out in found.sources.items():
+            losses = "  ".join(f"{loss:.4f}" for loss in held_out.losses)
+            print(f"step {step:,}  {name}  losses of 0 to {len(held_out.losses) - 1} pondering steps: {losses}")
+    if json_file is not None:
+        _write_json(
+            json_file,
+            {
+                "run": str(run_dir),
+                "steps": {step: asdict(found) for step, found in swept.items()},
+            },
+        )
+    if plot_file is not None:
+        plot_file.write_text(
+            line_chart(_by_pass(swept), "training step", "held-out loss, nats"),
+            encoding="utf-8",
+        )
+    return swept
+
+
+def sweep(
+    model: Any,
+    tokenizer: Path,
+    data: Mapping[str, Path],
+    reading: Mapping[str, Any],
+    *,
+    sequences: int,
+    steps: int | None = None,
+) -> Sweep:
+    """The losses of a model on each source. `tokenizer` is the folder with its tokenizer, `reading` holds fields of
+    DataConfig that say what a sequence is; else as `evaluate`."""
+    trained = model.config.pondering_steps
+    if steps is not None and steps < 0:
+        raise ConfigError(f"--steps is {steps}; expected at least 0")
+    found: dict[str, HeldOut] = {}
+    for name, folder in data.items():
+        config = DataConfig({name: SourceConfig(str(folder))}, **reading)
+        sources = open_sources(config)
+        check_tokenizer(sources[name], folder, tokenizer)
+        batches = heldout_batches(config, sources, sequences=sequences, micro_batch=MICRO_BATCH)
+        held_out = _losses(model, batches, trained if steps is None else steps)
+        if held_out is None:
+            raise ShardError(f"{folder}: no held-out sequence of {config.seq_len} tokens; lower --seq-len")
+        found[name] = held_out
+    return Sweep(trained, found if len(found) == 1 else {**found, ALL: mean_over(found.values())})
+
+
+def check_tokenizer(shards: ShardSet, folder: Path, tokenizer: Path) -> None:
+    """Raise TokenizerError where shards, which are in `folder`, were made with another than the one in `tokenizer`."""
+    made_with, own = shards.manifest.tokenizer, tokenizer_identity(tokenizer) or "none"
+    if own != made_with:
+        raise TokenizerError(
+            f"{folder}: made with tokenizer {made_with[:12]}, {tokenizer} has {own[:12]}; "
+            "evaluate on shards of its own tokenizer"
+        )
+
+
+def parse_sources(words: Iterable[str]) -> dict[str, Path]:
+    """Sources by name from `NAME=FOLDER` or `FOLDER`, whose name is the folder's.
+
+    Raises:
+        ConfigError: two have one name.
+    """
+    sources: dict[str, Path] = {}
+    for word in words:
+        name, equals, folder = word.partition("=")
+        path = Path(folder if equals else word)
+        name = name if equals else path.resolve().name
+        if name in sources or name == ALL:
+            raise ConfigError(f"--data {word}: {name!r} names another source already; give it as NAME={path}")
+        sources[name] = path
+    return sources
+
+
+def _losses(model: Any, batches: Iterable[MicroBatch], steps: int) -> HeldOut | None:
+    @torch.no_grad()
+    def predict(tokens: Tensor, labels: Tensor, position_ids: Tensor | None) -> object:
+        return model(
+            input_ids=tokens.to(model.device),
+            shift_labels=labels.to(model.device),
+            position_ids=None if position_ids is None else position_ids.to(model.device),
+            skip_logits=True,
+            pondering_steps=steps,
+        )
+
+    return heldout_losses(predict, batches)
+
+
+def _by_pass(swept: Mapping[int, Sweep]) -> dict[str, list[tuple[int, float]]]:
+    series: dict[str, list[tuple[int, float]]] = {}
+    for step, found in swept.items():
+        for name, held_out in found.sources.items():
+            for index, loss in enumerate(held_out.losses):
+                series.setdefault(f"{name}, pass {index}", []).append((step, loss))
+    return series
+
+
+def _print(name: str, held_out: HeldOut, trained: int) -> None:
+    print(f"{name}: held-out, {held_out.tokens:,} tokens; pass s of one forward is the model with s pondering steps")
+    for index, (loss, perplexity) in enumerate(zip(held_out.losses, held_out.perplexities, strict=True)):
+        note = "" if index != trained else ", as trained"
+        print(f"  pass {index}: loss {loss:.4f}, perplexity {perplexity:.2f}{note}")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,88 @@
+"""The standard harness (lm-evaluation-harness) over a folder, for several numbers of pondering steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ponder_scale.errors import CheckpointError, ConfigError
+
+PAPER_TASKS = (
+    *("lambada_openai", "lambada_standard", "arc_easy", "arc_challenge", "winogrande"),
+    *("piqa", "hellaswag", "sciq", "race"),
+)
+
+
+def evaluate_tasks(
+    folder: Path,
+    tasks: Sequence[str],
+    *,
+    steps: Sequence[int | None] = (None,),
+    include: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    json_file: Path | None = None,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Print and return the metrics of each task, as {steps: {task: {metric: value}}}; "trained" stands for None.
+
+    Args:
+        tasks: names the harness knows; empty: the nine of the paper.
+        steps: numbers of pondering steps at inference; None: what the model was trained with.
+        include: folder of task files, with their data, instead of the harness's own tasks, which need a network.
+        limit: documents of each task; None: all.
+
+    Raises:
+        ConfigError: the harness is not installed, or does not know a task.
+        CheckpointError: `folder` is not an exported folder.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(f"evaluate tasks needs lm-eval ({error}); pip install 'ponder-scale[eval]'") from error
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json in it; expected a folder made by `ponder-scale export`")
+    manager = TaskManager(include_path=None if include is None else str(include), include_defaults=include is None)
+    names = list(tasks or (manager.all_tasks if include is not None else PAPER_TASKS))
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        known = f"{include} has {', '.join(manager.all_tasks)}" if include else "see `lm_eval ls tasks`"
+        raise ConfigError(f"--tasks: the harness does not know {', '.join(unknown)}; {known}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for number in steps:
+        arguments: dict[str, Any] = {"pretrained": str(folder), "trust_remote_code": True, "dtype": "auto"}
+        if number is not None:
+            arguments["pondering_steps"] = number
+        result = lm_eval.simple_evaluate(
+            model="hf",
+            model_args=arguments,
+            tasks=names,
+            task_manager=manager,
+            limit=limit,
+            batch_size=batch_size,
+            device=device,
+        )
+        found["trained" if number is None else str(number)] = {
+            task: {key: value for key, value in metrics.items() if isinstance(value, float)}
+            for task, metrics in result["results"].items()
+        }
+    print(as_table(found))
+    if json_file is not None:
+        json_file.write_text(json.dumps({"folder": str(folder), "steps": found}, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def as_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Tasks and metrics down, pondering steps across."""
+    rows = [(task, metric) for task, metrics in next(iter(found.values())).items() for metric in metrics]
+    width = max(len(f"{task} {metric}") for task, metric in rows)
+    lines = [f"{'pondering steps':{width}}" + "".join(f"{name:>10}" for name in found)]
+    for task, metric in rows:
+        values = "".join(f"{results[task][metric]:10.4f}" for results in found.values())
+        lines.append(f"{f'{task} {metric}':{width}}{values}")
+    return "\n".join(lines)

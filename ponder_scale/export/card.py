@@ -1,0 +1,102 @@
+"""The model card of a folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ponder_scale.build import configuration_from_dict
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [pondering]
+{licence}---
+
+# {name}
+
+A pondering language model ([arXiv 2505.20674](https://arxiv.org/abs/2505.20674)): the transformer runs {passes} times
+for each token; {feedback}.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+inputs = tokenizer("def ", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+`generate(pondering_steps=k)` runs k pondering steps instead of {steps}. `generate(assistant_model=model.draft(0))`
+gives the same text, drafted by the same weights without pondering. `generate(exit_kl=0.01)` stops pondering on a token
+when a pass changed its prediction by less. Continuous batching (`generate_batch`) is refused: its cache has one slot a
+layer, and a pondering model needs one for each pass. `SHA256SUMS` is for `sha256sum -c`.
+"""
+
+_FEEDBACK = {
+    "embedding": "after each of the first {steps} passes the probability-weighted sum of all token embeddings is fed\n"
+    "back into its input",
+    "hidden": "after each of the first {steps} passes its hidden states are fed back into its input",
+}
+
+
+def model_card(
+    name: str, configuration: Any, parameters: int, facts: Mapping[str, str], licence: str | None = None
+) -> str:
+    """The card as Markdown; `facts` are further rows of its table."""
+    architecture, layers = configuration.model_type.removeprefix("ponder_"), configuration.num_hidden_layers
+    rows = {
+        "architecture": f"{architecture}, {layers} layers, width {configuration.hidden_size}, "
+        f"vocabulary {configuration.vocab_size}",
+        "parameters": f"{parameters:,}",
+        "pondering steps S": str(configuration.pondering_steps),
+        "feedback, residual, embedding scale": f"{configuration.feedback}, {configuration.residual}, "
+        f"{'sqrt(D)' if configuration.scale_embeds else '1'} x {configuration.initial_scale:g} at the start",
+        **facts,
+        "licence": licence or "not stated",
+    }
+    return _CARD.format(
+        name=name,
+        passes=configuration.pondering_steps + 1,
+        steps=configuration.pondering_steps,
+        feedback=_FEEDBACK[configuration.feedback].format(steps=configuration.pondering_steps),
+        licence=f"license: {licence}\n" if licence else "",
+        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+    )
+
+
+def trained_card(
+    name: str, state: Mapping[str, Any], held_out: Mapping[str, Any] | None, parameters: int, licence: str | None
+) -> str:
+    """The card of a checkpoint.
+
+    Args:
+        state: its state.json.
+        held_out: the run's evaluation of it, as metrics.jsonl has it; None: there was none.
+    """
+    config = state["config"]
+    weights = [source["weight"] for source in config["data"]["sources"].values()]
+    shares = [
+        f"{source} {weight / sum(weights):.1%}"
+        for source, weight in zip(config["data"]["sources"], weights, strict=True)
+    ]
+    losses = "not evaluated"
+    if held_out is not None:
+        pairs = enumerate(held_out["losses"])
+        losses = ", ".join(f"pass {index}: {loss:.4f} ({math.exp(loss):.2f})" for index, loss in pairs)
+        losses += f", at step {held_out['step']:,}"
+    facts = {
+        "trained on": f"{state['tokens']:,} tokens in {state['step']:,} steps, sequences of "
+        f"{config['data']['seq_len']:,}",
+        "data": ", ".join(shares),
+        "hash of its manifests": state["loader"]["shards"],
+        "held-out loss (perplexity)": losses,
+        "commit": state.get("commit") or "not recorded",
+        "made with": ", ".join(f"{package} {version}" for package, version in state["versions"].items()),
+    }
+    return model_card(name, configuration_from_dict(state["model"]), parameters, facts, licence)

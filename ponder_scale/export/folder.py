@@ -1,0 +1,115 @@
+"""A Hugging Face folder: weights, the code of `ponder_scale/model`, configuration, tokenizer and model card.
+
+It is written under a hidden name beside its own and renamed at the end. SHA256SUMS is for `sha256sum -c`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+import ponder_scale.model
+from ponder_scale.build import model_class
+from ponder_scale.errors import CheckpointError
+from ponder_scale.export.tokenizer import bundle_tokenizer
+from ponder_scale.export.writer import write_safetensors
+from ponder_scale.manifest import sync_folder
+
+SUMS = "SHA256SUMS"
+
+
+@contextmanager
+def making(out: Path) -> Iterator[Path]:
+    """A hidden folder that becomes `out`, readable by all, when the block ends well, and goes away when it does not.
+
+    Raises:
+        CheckpointError: `out` exists.
+    """
+    if out.exists():
+        raise CheckpointError(f"{out}: exists already; remove it or give another folder")
+    hidden = out.with_name(f".making-{out.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    try:
+        yield hidden
+        sums = "".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(hidden.iterdir()))
+        (hidden / SUMS).write_text(sums, encoding="utf-8")
+        for path in hidden.iterdir():
+            path.chmod(0o644)
+        sync_folder(hidden)
+        hidden.rename(out)
+        sync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+
+
+def write_folder(
+    out: Path,
+    configuration: Any,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: str,
+    card: Callable[[int], str],
+    tokenizer: Path | None,
+) -> int:
+    """Make the folder `out` and return its number of parameters.
+
+    Args:
+        configuration: of a pondering model.
+        weights: (name, tensor), one in memory at a time.
+        card: takes the number of parameters, returns the README.
+        tokenizer: folder with its files; None: the model comes without one.
+    """
+    model = meta_model(configuration)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    parameters = sum(shape.numel() for shape in shapes.values())
+    with making(out) as folder:
+        write_safetensors(folder, shapes, weights, getattr(torch, dtype))
+        _write_configuration(folder, configuration, dtype)
+        for path in Path(ponder_scale.model.__path__[0]).glob("*.py"):
+            if path.name != "__init__.py":
+                shutil.copyfile(path, folder / path.name)
+        if tokenizer is not None:
+            bundle_tokenizer(tokenizer, folder, eod_id=configuration.eos_token_id)
+        (folder / "README.md").write_text(card(parameters), encoding="utf-8")
+    return parameters
+
+
+def meta_model(configuration: Any) -> Any:
+    """The model of a configuration, without memory for its weights."""
+    with torch.device("meta"):
+        return model_class(configuration)(configuration)
+
+
+def _write_configuration(folder: Path, configuration: Any, dtype: str) -> None:
+    model = model_class(configuration)
+    configuration.architectures = [model.__name__]
+    configuration.dtype = dtype
+    # no AutoModel: a loader that builds the bare backbone would leave the pondering out without a word
+    configuration.auto_map = {
+        "AutoConfig": f"configuration.{type(configuration).__name__}",
+        "AutoModelForCausalLM": f"modeling.{model.__name__}",
+    }
+    configuration.save_pretrained(folder)
+    end = configuration.eos_token_id
+    pad = end if configuration.pad_token_id is None else configuration.pad_token_id
+    GenerationConfig(
+        bos_token_id=configuration.bos_token_id, eos_token_id=end, pad_token_id=pad[0] if isinstance(pad, list) else pad
+    ).save_pretrained(folder)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

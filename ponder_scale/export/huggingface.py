@@ -1,0 +1,52 @@
+"""A checkpoint as a Hugging Face folder, without a GPU and without DeepSpeed; about one tensor is in memory."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from ponder_scale import checkpoint
+from ponder_scale.build import configuration_from_dict
+from ponder_scale.export.card import trained_card
+from ponder_scale.export.folder import write_folder
+from ponder_scale.weights import read_weights
+
+logger = logging.getLogger(__name__)
+
+
+def export(
+    source: Path, out: Path, *, dtype: str = "float32", licence: str | None = None, average: bool = False
+) -> Path:
+    """Make the folder `out` from a run's newest whole checkpoint, or from a checkpoint; returns `out`.
+
+    Args:
+        licence: identifier on the hub, such as apache-2.0, for the model card.
+        average: take the running average of the weights instead of them.
+
+    Raises:
+        CheckpointError: no whole checkpoint, weights of another model than its configuration, or `out` exists.
+    """
+    folder = checkpoint.find(source)
+    state = checkpoint.read_state(folder)
+    parameters = write_folder(
+        out,
+        configuration_from_dict(state["model"]),
+        read_weights(folder, average=average),
+        dtype=dtype,
+        card=lambda count: trained_card(out.name, state, _held_out(folder, state["step"]), count, licence),
+        tokenizer=folder / "tokenizer",
+    )
+    logger.info("exported %s (step %d, %s parameters, %s) to %s", folder, state["step"], f"{parameters:,}", dtype, out)
+    return out
+
+
+def _held_out(folder: Path, step: int) -> dict[str, Any] | None:
+    """The run's last evaluation up to the checkpoint's step, where its metrics are still beside it."""
+    metrics = folder.parent.parent / "metrics.jsonl"
+    if not metrics.is_file():
+        return None
+    events = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if '"evaluation"' in line]
+    done = [event for event in events if event["event"] == "evaluation" and event["step"] <= step]
+    return done[-1] if done else None

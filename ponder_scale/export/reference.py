@@ -1,0 +1,143 @@
+"""Folders of the published code to folders of ours and back (LUMIA-Group/PonderingLM and, for LLaMA, its follow-up).
+
+Its format is told in `foreign`. There GPT-NeoX calls its head `embed_out` and has an `adapter.weight` of no use.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ponder_scale.build import configuration_from_dict
+from ponder_scale.errors import CheckpointError
+from ponder_scale.export.card import model_card
+from ponder_scale.export.folder import making, meta_model, write_folder
+from ponder_scale.export.writer import write_safetensors
+from ponder_scale.foreign import NOT_THE_MODEL, folder_configuration, read_configuration
+from ponder_scale.model.configuration import PONDERING_FIELDS
+from ponder_scale.weights import model_weights
+
+logger = logging.getLogger(__name__)
+
+CLASSES = {"llama": "LlamaForCausalLM", "gpt_neox": "GPTNeoXForCausalLM", "gpt2": "GPT2LMHeadModel"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def import_reference(source: Path, out: Path, *, dtype: str = "float32", licence: str | None = None) -> Path:
+    """Make the folder `out` of ours from a folder of the published code; returns `out`.
+
+    Raises:
+        CheckpointError: not a folder of an architecture that it has, or settings that mean another model.
+    """
+    values = read_configuration(source)
+    architecture = values.get("model_type")
+    if architecture not in CLASSES:
+        raise CheckpointError(
+            f"{source / 'config.json'}: model_type is {architecture!r}; expected one of {', '.join(CLASSES)}"
+        )
+    configuration = folder_configuration(source)
+    has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)
+    parameters = write_folder(
+        out,
+        configuration,
+        model_weights(meta_model(configuration), source),
+        dtype=dtype,
+        card=lambda count: model_card(out.name, configuration, count, {"imported from": source.name}, licence),
+        tokenizer=source if has_tokenizer else None,
+    )
+    logger.info(
+        "imported %s (%s, S = %d, %s parameters) to %s",
+        source,
+        architecture,
+        configuration.pondering_steps,
+        f"{parameters:,}",
+        out,
+    )
+    if not has_tokenizer:
+        logger.info("no tokenizer in %s: add tokenizer.json and tokenizer_config.json to %s", source, out)
+    return out
+
+
+def export_reference(source: Path, out: Path) -> Path:
+    """Make a folder `out` that the published code reads from a folder of ours; weights in fp32; returns `out`.
+
+    Raises:
+        CheckpointError: `source` is not of ours, or ponders in a way that the published code does not have.
+    """
+    values = read_configuration(source)
+    architecture = str(values.get("model_type")).removeprefix("ponder_")
+    if architecture not in CLASSES or architecture == values["model_type"]:
+        known = ", ".join(f"ponder_{name}" for name in CLASSES)
+        raise CheckpointError(
+            f"{source / 'config.json'}: model_type is {values.get('model_type')!r}; expected one of {known}"
+        )
+    configuration = configuration_from_dict(values)
+    keys = published_keys(architecture, configuration)
+    model = meta_model(configuration)
+    shapes = {_published_name(architecture, name): parameter.shape for name, parameter in model.named_parameters()}
+    unused = {}
+    if architecture == "gpt_neox":
+        unused["adapter.weight"] = torch.Size((configuration.hidden_size, 2 * configuration.hidden_size))
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in model_weights(model, source):
+            yield _published_name(architecture, name), tensor
+        for name, shape in unused.items():
+            yield name, torch.zeros(shape)
+
+    stock = {
+        key: value for key, value in configuration.to_dict().items() if key not in (*NOT_THE_MODEL, *PONDERING_FIELDS)
+    }
+    with making(out) as folder:
+        write_safetensors(folder, shapes | unused, weights(), torch.float32)
+        content = {**stock, "model_type": architecture, "architectures": [CLASSES[architecture]], **keys}
+        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name in (*TOKENIZER_FILES, "tokenizer_config.json", "generation_config.json"):
+            if (source / name).is_file():
+                (folder / name).write_bytes((source / name).read_bytes())
+    logger.info("exported %s to %s, for the published code", source, out)
+    return out
+
+
+def published_keys(architecture: str, configuration: Any) -> dict[str, Any]:
+    """The published code's keys for a configuration of ours.
+
+    Raises:
+        CheckpointError: it has none for a field.
+    """
+    steps, scale = configuration.pondering_steps, configuration.initial_scale
+    refused = {
+        "pondering_top_k": configuration.pondering_top_k is not None,
+        "initial_scale": scale not in (1.0, float(steps)),
+        "pondering_temperature": architecture == "gpt_neox" and configuration.pondering_temperature != 1.0,
+        "feedback": configuration.feedback != "embedding",
+        "residual": configuration.residual == "replace"
+        or (configuration.residual == "restart" and (architecture != "llama" or scale != 1.0)),
+    }
+    for field, cannot in refused.items():
+        if cannot:
+            value = getattr(configuration, field)
+            raise CheckpointError(f"{field} is {value!r}, which the published {architecture} cannot express")
+    if configuration.residual == "restart":
+        if configuration.pondering_temperature != 1.0:
+            raise CheckpointError("pondering_temperature: the follow-up's variant has none; it must be 1.0")
+        switches = {"recurrent_model": True, "num_latent_thoughts": steps, "residual_interpolated_embeds": False}
+        return {**switches, "scale_embeds": configuration.scale_embeds}
+    return {
+        "ponderinglm": True,
+        "recurrent_model": architecture == "gpt2",
+        "pondering_steps": steps,
+        "scale_embeds": configuration.scale_embeds,
+        "mutiply_pondering_steps": scale != 1.0,
+        "softmax_temperature": configuration.pondering_temperature,
+    }
+
+
+def _published_name(architecture: str, name: str) -> str:
+    return "embed_out.weight" if architecture == "gpt_neox" and name == "lm_head.weight" else name

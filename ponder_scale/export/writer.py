@@ -1,0 +1,89 @@
+"""Safetensors files written one tensor at a time: the header is planned from shapes, so that no shard is ever whole.
+
+https://huggingface.co/docs/safetensors: 8 bytes length of the header, the header as JSON, then the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ponder_scale.errors import CheckpointError
+
+MAX_SHARD_BYTES = 5 * 10**9
+INDEX = "model.safetensors.index.json"
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def write_safetensors(
+    folder: Path, shapes: Mapping[str, torch.Size], weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> None:
+    """Write the tensors, in `dtype`, as model.safetensors, or as several files and their index.
+
+    Args:
+        shapes: what is expected, in the order of the files.
+        weights: (name, tensor) in any order; each is dropped before the next is taken.
+
+    Raises:
+        CheckpointError: a tensor is not among the expected, is of another shape, comes twice or is missing.
+    """
+    places = _plan(folder, shapes, dtype)
+    waiting = set(shapes)
+    for name, weight in weights:
+        if name not in waiting or weight.shape != shapes[name]:
+            wanted = tuple(shapes[name]) if name in shapes else "none of this name"
+            raise CheckpointError(f"{name}: shape {tuple(weight.shape)}, the configuration's model has {wanted}")
+        waiting.remove(name)
+        file, offset = places[name]
+        with file.open("rb+") as stream:
+            stream.seek(offset)
+            weight.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().tofile(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    if waiting:
+        raise CheckpointError(f"no weight for {', '.join(sorted(waiting)[:5])}")
+
+
+def _plan(folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> dict[str, tuple[Path, int]]:
+    """Write the headers and the index; the file and the offset in it of each tensor."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, shape in shapes.items():
+        size = shape.numel() * dtype.itemsize
+        if shards[-1] and used + size > MAX_SHARD_BYTES:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    places: dict[str, tuple[Path, int]] = {}
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    for file, names in zip(files, shards, strict=True):
+        places |= _write_header(folder / file, {name: shapes[name] for name in names}, dtype)
+    if len(shards) > 1:
+        total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+        weight_map = {name: places[name][0].name for name in sorted(shapes)}
+        content = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        (folder / INDEX).write_text(content + "\n", encoding="utf-8")
+    return places
+
+
+def _write_header(path: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> dict[str, tuple[Path, int]]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # readers want the tensors aligned
+    with path.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        stream.truncate(8 + len(encoded) + end)
+    return {name: (path, 8 + len(encoded) + header[name]["data_offsets"][0]) for name in shapes}
