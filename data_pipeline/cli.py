@@ -1,0 +1,214 @@
+"""`ponder-data`: corpora to token shards. A command loads what it alone needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import xxhash
+
+from data_pipeline.config import BuildConfig, SourceConfig, SourceKind
+from data_pipeline.pipeline import build
+from data_pipeline.progress import Progress
+from data_pipeline.readers import read
+from data_pipeline.units import units
+from ponder_scale.errors import ConfigError, ShardError, UserError
+from ponder_scale.manifest import read_manifest, verify
+from ponder_scale.settings import find_recipe, load
+from ponder_scale.shards import open_shards
+
+KINDS = ("megatron", "datatrove", "raw")  # of token files that can be adopted
+RECIPES = Path(__file__).parent / "recipes"
+MAX_TRAINING_BYTES = 2**26  # of one text that a tokenizer learns from
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0, 2 for what the user can mend, 130 for an interruption."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options, shlex.join(["ponder-data", *arguments]))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ponder-data", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("build", help="make a folder of token shards")
+    command.add_argument("settings", nargs="*", metavar="[RECIPE] key=value", help="a recipe, then overrides of it")
+    command.set_defaults(run=_build)
+
+    command = commands.add_parser("inspect", help="say what a folder of shards holds, with samples")
+    command.add_argument("folder", type=Path)
+    command.add_argument("--samples", type=int, default=2, help="documents shown, evenly spaced (default: 2)")
+    command.set_defaults(run=_inspect)
+
+    command = commands.add_parser("verify", help="read every byte of a folder of shards and check its hash")
+    command.add_argument("folder", type=Path)
+    command.set_defaults(run=_verify)
+
+    command = commands.add_parser("pack", help="find which documents share a sequence, for data.packing=best-fit")
+    command.add_argument("folder", type=Path)
+    command.add_argument("--seq-len", type=int, required=True, help="data.seq_len of the runs that will read it")
+    command.set_defaults(run=_pack)
+
+    command = commands.add_parser("plan", help="estimate tokens, time and disk of a build from a sample")
+    command.add_argument("settings", nargs="*", metavar="[RECIPE] key=value", help="those of the build")
+    command.add_argument("--sample-mb", type=float, default=8.0, help="input to read and tokenize (default: 8)")
+    command.set_defaults(run=_plan)
+
+    command = commands.add_parser("adopt", help="use token files of other programs where they lie")
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="in reading order")
+    command.add_argument("--kind", choices=KINDS, required=True)
+    command.add_argument("--tokenizer", type=Path, required=True, help="the one that made the tokens")
+    command.add_argument("--out", type=Path, required=True, help="the folder to make: links, an index, a manifest")
+    command.add_argument("--dtype", choices=["uint16", "uint32"], default="uint16", help="of datatrove and raw tokens")
+    command.add_argument("--heldout-files", type=int, default=0, help="how many of the last files are held out")
+    command.set_defaults(run=_adopt)
+
+    command = commands.add_parser("bench", help="measure tokenization and loading against what others do")
+    command.add_argument("corpus", type=Path, help="a .jsonl file; some 50 MB or more give steady numbers")
+    command.add_argument("--tokenizer", type=Path, required=True, help="a folder with tokenizer.json")
+    command.add_argument("--rounds", type=int, default=3)
+    command.set_defaults(run=_bench)
+
+    command = commands.add_parser("train-tokenizer", help="make a tokenizer from texts")
+    command.add_argument("inputs", nargs="+", metavar="INPUT", help=".jsonl files, folders of text files, text files")
+    command.add_argument("--vocab-size", type=int, required=True)
+    command.add_argument("--kind", choices=["bpe", "sentencepiece"], default="bpe")
+    command.add_argument("--out", type=Path, required=True, help="the folder to make")
+    command.add_argument("--field", default="text", help="key of the text in .jsonl files (default: text)")
+    command.add_argument("--pattern", default="**/*", help="files of a folder to read (default: **/*)")
+    command.add_argument("--exclude", action="append", default=[], help="names to leave out of a folder; repeatable")
+    command.set_defaults(run=_train_tokenizer)
+    return parser
+
+
+def _config(settings: list[str]) -> BuildConfig:
+    recipe = find_recipe(settings[0], RECIPES) if settings and "=" not in settings[0] else None
+    return load(BuildConfig, recipe, settings[1:] if recipe else settings)
+
+
+def _build(options: argparse.Namespace, command: str) -> None:
+    config = _config(options.settings)
+    built = build(config, command)
+    if built is None:
+        return
+    for split, shards in built.manifest.splits.items():
+        documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
+        print(f"{split}: {documents:,} documents, {tokens:,} tokens, shards: {len(shards)}")
+    for source, counts in built.manifest.provenance["sources"].items():
+        for reason, count in counts["drops"].items():
+            print(f"dropped from {source}: {count:,} {reason}")
+    print(f"built {config.out}" if built.new else f"{config.out} was built from these inputs and settings already")
+
+
+def _plan(options: argparse.Namespace, command: str) -> None:
+    from data_pipeline.estimate import estimate
+
+    print(estimate(_config(options.settings), int(options.sample_mb * 1e6)))
+
+
+def _adopt(options: argparse.Namespace, command: str) -> None:
+    from data_pipeline.adopt import adopt
+
+    manifest = adopt(
+        options.files, options.kind, options.tokenizer, options.out, options.dtype, options.heldout_files, command
+    )
+    tokens = sum(info.tokens for infos in manifest.splits.values() for info in infos)
+    print(
+        f"adopted {len(options.files)} files, {tokens:,} tokens, as {options.out}; the files must stay where they are"
+    )
+
+
+def _bench(options: argparse.Namespace, command: str) -> None:
+    from data_pipeline.bench import bench
+
+    print(bench(options.corpus, options.tokenizer, options.rounds))
+
+
+def _inspect(options: argparse.Namespace, command: str) -> None:
+    from data_pipeline.inspection import describe
+
+    for line in describe(open_shards(options.folder), options.samples):
+        print(line)
+
+
+def _pack(options: argparse.Namespace, command: str) -> None:
+    from ponder_scale.packing import pack
+
+    if options.seq_len < 2:
+        raise ConfigError(f"--seq-len is {options.seq_len}; expected at least 2")
+    shards = open_shards(options.folder)
+    infos = [info for infos in shards.manifest.splits.values() for info in infos]
+    with Progress("pack", sum(info.bytes for info in infos)) as progress:
+        content = pack(shards, options.seq_len, progress.add)
+    packed = content["shards"].values()
+    bins, tokens, cut = (sum(info[key] for info in packed) for key in ("bins", "tokens", "cut_by_concat"))
+    documents = sum(info.documents for info in infos)
+    print(
+        f"packed {documents:,} documents into {bins:,} sequences of {options.seq_len:,} tokens, "
+        f"{tokens / max(1, bins * (options.seq_len + 1)):.2%} full; concat would cut {cut / max(1, documents):.1%} of "
+        f"them that fit into one"
+    )
+
+
+def _verify(options: argparse.Namespace, command: str) -> None:
+    from ponder_scale.packing import verify_packings
+
+    manifest = read_manifest(options.folder)
+    size = sum(shard.bytes for shards in manifest.splits.values() for shard in shards)
+    with Progress("verify", size) as progress:
+        findings = [*verify(options.folder, progress.add), *verify_packings(options.folder)]
+    for finding in findings:
+        print(finding)
+    if findings:
+        raise ShardError(f"{options.folder}: {len(findings)} findings; restore what is damaged, or build again")
+    print(f"{options.folder}: every byte is as it was built")
+
+
+def _train_tokenizer(options: argparse.Namespace, command: str) -> None:
+    from data_pipeline.training import train_tokenizer
+
+    sources = {}
+    for name in options.inputs:
+        sources[name] = SourceConfig(
+            kind=_kind(name), path=name, field=options.field, pattern=options.pattern, exclude=options.exclude
+        )
+    size = train_tokenizer(_texts(sources), options.vocab_size, options.kind, options.out)
+    if size < options.vocab_size:
+        print(f"the texts support no more than {size:,} tokens, of {options.vocab_size:,} asked for")
+    print(f"trained {options.out}: {size:,} tokens")
+
+
+def _kind(name: str) -> SourceKind:
+    if Path(name).is_dir():
+        return "folder"
+    stem = name.removesuffix(".gz").removesuffix(".zst")
+    return "parquet" if stem.endswith(".parquet") else "jsonl" if stem.endswith(".jsonl") else "text"
+
+
+def _texts(sources: dict[str, SourceConfig]) -> Iterator[str]:
+    """The texts of all documents."""
+    planned = list(units(sources, None))
+    with Progress("read", sum(unit.size for unit in planned)) as progress:
+        for piece in (piece for unit in planned for piece in unit.pieces):
+            for record in read(piece, sources[piece.source], MAX_TRAINING_BYTES, xxhash.xxh3_128()):
+                progress.add(record.size, record.text is not None)
+                if record.text is not None:
+                    yield record.text
+    print("learning the tokens", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Every knob of a build, filled from a YAML recipe and `key=value` overrides by `ponder_scale.settings.load`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ponder_scale.errors import ConfigError
+from ponder_scale.settings import MISSING, knob
+
+SourceKind = Literal["jsonl", "parquet", "text", "folder", "dataset"]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where documents come from. Names that end in .gz or .zst are decompressed."""
+
+    kind: SourceKind = knob(
+        MISSING,
+        "jsonl: an object on each line; parquet: a row each; text: UTF-8 text files; folder: a document per file of "
+        "a tree; dataset: rows of a Hugging Face data set",
+    )
+    path: str = knob(
+        MISSING,
+        "jsonl, parquet, text: a file or a glob such as data/*.jsonl.gz; folder: the folder; dataset: its name on the "
+        "hub, or a folder written by save_to_disk",
+    )
+    field: str = knob("text", "jsonl, parquet, dataset: the key or column of the text")
+    document: Literal["file", "paragraph"] = knob("file", "text: what one document is; blank lines end paragraphs")
+    pattern: str = knob("**/*", "folder: glob of the files to read")
+    exclude: list[str] = knob([], "folder: names of files and folders to leave out; globs")
+    name: str | None = knob(None, "dataset: its configuration, such as wikitext-103-raw-v1")
+    split: str = knob("train", "dataset: the split to read")
+    revision: str | None = knob(None, "dataset: commit or tag on the hub; null: the newest")
+    streaming: bool = knob(False, "dataset: read from the hub without storing it on disk")
+    filters: dict[str, Any] = knob({}, "by name, with their thresholds: {gopher_quality: {min_words: 50}}")
+    weight: float | None = knob(None, "share in training relative to the other sources; null: by size", above=0)
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """A build of token shards."""
+
+    out: str = knob(MISSING, "the folder of shards to make")
+    tokenizer: str = knob(MISSING, "a folder with tokenizer.json, that file, or a SentencePiece .model file")
+    sources: dict[str, SourceConfig] = knob({}, "the inputs, by name, read in this order")
+    backend: Literal["auto", "reference", "tiktoken", "gigatoken"] = knob(
+        "auto", "the engine; others than the tokenizer's own library must give its tokens; auto: the fastest installed"
+    )
+    eod_token: str | None = knob(None, "null: the tokenizer's own end-of-text token")
+    append_eod: bool = knob(True, "end each document with the end-of-document token")
+    bos_token: str | None = knob(None, "begin each document with this token; null: with none")
+    special_tokens_in_text: Literal["text", "tokens"] = knob(
+        "text", "what </s> and the like inside a document become: ordinary text, or the special token"
+    )
+    deduplicate: Literal["none", "exact", "minhash"] = knob(
+        "none", "keep the first of equal, or of nearly equal, documents of all sources"
+    )
+    shuffle: bool = knob(
+        False, "documents in a random order over all shards; needs the size of the tokens twice on disk"
+    )
+    heldout_fraction: float = knob(
+        0.005, "of the documents, chosen by the hash of their text: stable as data grows", min=0, max=0.5
+    )
+    seed: int = knob(0, "of that choice and of the shuffle", min=0, max=2**31 - 1)
+    shard_bytes: int | None = knob(
+        None, "input of one shard; null: 1/32 of all, between 16 MiB and 1 GiB", unit="bytes", min=1
+    )
+    shard_tokens: int = knob(2**30, "a shard that holds as many is closed, and another begun", unit="tokens", min=1)
+    max_document_bytes: int = knob(
+        2**20, "longer ones are quarantined; tokenizers takes 110 to 260 bytes of memory for each", unit="bytes", min=1
+    )
+    max_bad_fraction: float = knob(0.001, "of the records; more bad ones fail the build", min=0, max=1)
+    max_damaged_files: int = knob(0, "compressed files that end in the middle; more fail the build", min=0)
+    workers: int | None = knob(None, "processes of each rank; null: one for each core, under MPI one", min=1)
+    lease_seconds: float = knob(60.0, "silence after which a worker's unit is given to another", min=1, unit="seconds")
+    overwrite: bool = knob(False, "build again: replace the finished folder at out, forget an unfinished other build")
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError("sources is empty; name an input: sources.NAME.kind=jsonl sources.NAME.path=FILE")
+
+
+# What may differ between a build and its continuation: how it runs, not what it makes.
+RUNNING = ("out", "overwrite", "workers", "lease_seconds", "max_bad_fraction", "max_damaged_files")

@@ -1,0 +1,149 @@
+"""Exact and near-duplicate removal for corpora beyond memory: keys on disk, compared bucket by bucket.
+
+Each document gets keys of 64 bits: the hash of its text, or one key for each band of its MinHash signature (Broder
+1997). A document that shares a key with an earlier one, in the order of the plan, is dropped. So of equal documents
+the first stays, for any number of workers. Two of N different texts have equal keys with a chance of N^2 / 2^65.
+
+The signature is that of FineWeb (Penedo et al. 2024): 5-grams of words, 14 bands of 8 hashes, which finds pairs of
+Jaccard similarity 0.75 with a chance of 0.77, 0.85 with 0.99, and 0.5 with 0.05.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+NGRAM_WORDS, BANDS, HASHES_OF_BAND = 5, 14, 8
+BUCKET_KEYS = 2**22  # compared in memory at once: 64 MiB and as much again for sorting
+RUN_KEYS = 2**22  # of one unit, sorted in memory at once
+
+_WORD = re.compile(r"\w+")
+_ODD = np.random.default_rng(0).integers(2**64, size=BANDS * HASHES_OF_BAND, dtype=np.uint64) | np.uint64(1)
+_MASK = np.random.default_rng(1).integers(2**64, size=BANDS * HASHES_OF_BAND, dtype=np.uint64)
+_NGRAMS_AT_ONCE = 4096
+
+
+def exact_keys(text: str) -> np.ndarray:
+    """The key of a text, (1,) uint64."""
+    return np.array([xxhash.xxh3_64_intdigest(text.encode())], dtype=np.uint64)
+
+
+def minhash_keys(text: str) -> np.ndarray:
+    """A key for each band of the signature, (BANDS,) uint64; of a text shorter than an n-gram its exact key."""
+    words = [xxhash.xxh3_64_intdigest(word.encode()) for word in _WORD.findall(text.lower())]
+    if len(words) < NGRAM_WORDS:
+        return exact_keys(" ".join(_WORD.findall(text.lower())))
+    hashes = np.array(words, dtype=np.uint64)
+    count = len(hashes) - NGRAM_WORDS + 1
+    grams = np.zeros(count, dtype=np.uint64)
+    for i in range(NGRAM_WORDS):
+        grams = _mix64(grams * np.uint64(31) + hashes[i : i + count])
+    bands = _signature(grams).reshape(BANDS, HASHES_OF_BAND)
+    keys = np.arange(BANDS, dtype=np.uint64)
+    for i in range(HASHES_OF_BAND):
+        keys = _mix64(keys * np.uint64(31) + bands[:, i])
+    return keys
+
+
+def _signature(grams: np.ndarray) -> np.ndarray:
+    """The least value of each hash function over the n-grams, (BANDS * HASHES_OF_BAND,) uint64."""
+    least = np.full(len(_ODD), np.iinfo(np.uint64).max, dtype=np.uint64)
+    for begin in range(0, len(grams), _NGRAMS_AT_ONCE):
+        some = grams[begin : begin + _NGRAMS_AT_ONCE, None]
+        np.minimum(least, ((some ^ _MASK) * _ODD).min(axis=0), out=least)
+    return least
+
+
+class KeyWriter:
+    """The keys of one unit on disk, as sorted runs of (key, number of the document in the unit)."""
+
+    def __init__(self, folder: Path, unit: int) -> None:
+        self._prefix = folder / f"{unit:06d}"
+        self._keys: list[np.ndarray] = []
+        self._numbers: list[np.ndarray] = []
+        self._held = self._runs = self._total = 0
+
+    def add(self, number: int, keys: np.ndarray) -> None:
+        """Take the keys of document `number`; numbers ascend."""
+        self._keys.append(keys)
+        self._numbers.append(np.full(len(keys), number, dtype=np.uint32))
+        self._held += len(keys)
+        if self._held >= RUN_KEYS:
+            self._write()
+
+    def close(self) -> dict[str, int]:
+        """Write what is held; the numbers of runs and of keys."""
+        if self._held:
+            self._write()
+        return {"runs": self._runs, "keys": self._total}
+
+    def _write(self) -> None:
+        keys, numbers = np.concatenate(self._keys), np.concatenate(self._numbers)
+        order = np.argsort(keys, kind="stable")
+        np.save(f"{self._prefix}-{self._runs}.keys.npy", keys[order])
+        np.save(f"{self._prefix}-{self._runs}.numbers.npy", numbers[order])
+        self._total += len(keys)
+        self._runs += 1
+        self._keys, self._numbers, self._held = [], [], 0
+
+
+def buckets(keys: int) -> int:
+    """Into how many buckets so many keys are divided."""
+    return max(1, -(-keys // BUCKET_KEYS))
+
+
+def find_duplicates(folder: Path, runs: Iterable[int], bucket: int, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """The duplicates in one of `total` buckets: (units (n,), numbers (n,)) uint32, sorted by unit and number.
+
+    folder: of the keys; runs: of each unit.
+    """
+    parts = []
+    for unit, count in enumerate(runs):
+        for run in range(count):
+            keys = np.load(folder / f"{unit:06d}-{run}.keys.npy", mmap_mode="r")
+            begin, end = (_first_of_bucket(keys, some, total) for some in (bucket, bucket + 1))
+            numbers = np.load(folder / f"{unit:06d}-{run}.numbers.npy", mmap_mode="r")[begin:end]
+            parts.append((np.array(keys[begin:end]), np.full(end - begin, unit, dtype=np.uint32), np.array(numbers)))
+    if not parts:
+        return np.empty(0, np.uint32), np.empty(0, np.uint32)
+    keys, units, numbers = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(keys, kind="stable")  # stable: within equal keys the order of the plan
+    repeated = order[1:][keys[order[1:]] == keys[order[:-1]]]
+    found = np.unique(units[repeated].astype(np.uint64) << np.uint64(32) | numbers[repeated])
+    return (found >> np.uint64(32)).astype(np.uint32), found.astype(np.uint32)
+
+
+class Duplicates:
+    """Which documents of one unit are duplicates, by the results of all buckets; asked in ascending order."""
+
+    def __init__(self, folder: Path, total: int, unit: int) -> None:
+        parts = [np.empty(0, np.uint32)]
+        for bucket in range(total):
+            units = np.load(folder / f"{bucket:06d}.units.npy", mmap_mode="r")
+            begin, end = np.searchsorted(units, [unit, unit + 1])
+            parts.append(np.load(folder / f"{bucket:06d}.numbers.npy", mmap_mode="r")[begin:end])
+        self._left = iter(np.unique(np.concatenate(parts)).tolist())
+        self._next = next(self._left, None)
+
+    def __contains__(self, number: int) -> bool:
+        if number != self._next:
+            return False
+        self._next = next(self._left, None)
+        return True
+
+
+def _first_of_bucket(keys: np.ndarray, bucket: int, total: int) -> int:
+    if bucket == total:
+        return len(keys)
+    return int(np.searchsorted(keys, np.uint64(2**64 * bucket // total)))
+
+
+def _mix64(value: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64: a bijection of uint64 in which every bit depends on all."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

@@ -1,0 +1,53 @@
+"""The values that flow through a build: where records lie, and what each of them turned out to be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+EMPTY = "empty"  # nothing but white space: dropped and counted, but not the input's fault
+NOT_UTF8 = "not UTF-8"
+NOT_JSON = "malformed JSON"
+NOT_AN_OBJECT = "not a JSON object"
+NO_FIELD = "field missing"
+NOT_TEXT = "field is not a string"
+TOO_LONG = "longer than max_document_bytes"
+DAMAGED = "compressed data is damaged or cut off"
+
+BAD = (NOT_UTF8, NOT_JSON, NOT_AN_OBJECT, NO_FIELD, NOT_TEXT, TOO_LONG, DAMAGED)  # the input is at fault
+
+
+class Record(NamedTuple):
+    """One record of an input: a document, or the reason why it is none."""
+
+    offset: int  # of its first byte in the file, decompressed; of a parquet file or data set, its row
+    size: int  # bytes of input that it took
+    text: str | None
+    reason: str  # "" where there is a text
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one input that is read on its own."""
+
+    source: str
+    path: str
+    name: str  # in reports
+    begin: int  # bytes of a plain file, row groups of a parquet file, rows or shards of a data set; 0 of others
+    end: int
+    size: int  # bytes of input, for balance and progress
+    file_size: int  # of the whole file, as planned; -1 where it is no file
+    modified: int  # nanoseconds
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The pieces, of one source, that one worker turns into one shard of each split."""
+
+    source: str
+    pieces: list[Piece]
+
+    @property
+    def size(self) -> int:
+        """Bytes of input."""
+        return sum(piece.size for piece in self.pieces)

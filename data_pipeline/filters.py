@@ -1,0 +1,165 @@
+"""Filters: a function of a text that returns the reason to drop it, or None. Thresholds are arguments.
+
+Gopher is Rae et al. 2021, "Scaling Language Models: Methods, Analysis & Insights from Training Gopher", appendix
+A.1.1 (quality) and table A1 (repetition). C4 is Raffel et al. 2020, "Exploring the Limits of Transfer Learning",
+section 2.2; its rules that only delete lines are left to the preparation of a corpus: a filter keeps a text as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from ponder_scale.errors import ConfigError
+
+Filter = Callable[[str], str | None]
+
+_GOPHER_STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
+_SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019)]*(?:\s|$)")
+
+
+def length(text: str, *, min_characters: int = 1, max_characters: int | None = None) -> str | None:
+    """Too short or too long, in characters."""
+    if len(text) < min_characters:
+        return "length: too short"
+    return "length: too long" if max_characters is not None and len(text) > max_characters else None
+
+
+def gopher_quality(
+    text: str,
+    *,
+    min_words: int = 50,
+    max_words: int = 100_000,
+    min_mean_word: float = 3.0,
+    max_mean_word: float = 10.0,
+    max_symbols_per_word: float = 0.1,
+    max_bullet_lines: float = 0.9,
+    max_ellipsis_lines: float = 0.3,
+    min_alphabetic_words: float = 0.8,
+    min_stop_words: int = 2,
+) -> str | None:
+    """Gopher's quality rules: words, their mean length, symbols, bullets, ellipses, alphabetic and stop words."""
+    words = text.split()
+    if not min_words <= len(words) <= max_words:
+        return "gopher_quality: number of words"
+    if not min_mean_word <= sum(map(len, words)) / len(words) <= max_mean_word:
+        return "gopher_quality: mean length of words"
+    ellipses = text.count("...") + text.count("…")
+    if max(text.count("#"), ellipses) > max_symbols_per_word * len(words):
+        return "gopher_quality: symbols"
+    lines = [line for line in text.splitlines() if line.strip()]
+    if sum(line.lstrip().startswith(("•", "-", "*", "‣")) for line in lines) > max_bullet_lines * len(lines):
+        return "gopher_quality: bullets"
+    if sum(line.rstrip().endswith(("...", "…")) for line in lines) > max_ellipsis_lines * len(lines):
+        return "gopher_quality: ellipses"
+    if sum(any(map(str.isalpha, word)) for word in words) < min_alphabetic_words * len(words):
+        return "gopher_quality: words without letters"
+    if len(_GOPHER_STOP_WORDS.intersection(map(str.lower, words))) < min_stop_words:
+        return "gopher_quality: stop words"
+    return None
+
+
+def gopher_repetition(
+    text: str,
+    *,
+    max_duplicate_lines: float = 0.3,
+    max_duplicate_paragraphs: float = 0.3,
+    max_duplicate_line_characters: float = 0.2,
+    max_duplicate_paragraph_characters: float = 0.2,
+    max_top_n_grams: Sequence[float] = (0.2, 0.18, 0.16),
+    max_duplicate_n_grams: Sequence[float] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10),
+) -> str | None:
+    """Gopher's repetition rules: repeated lines and paragraphs, the most frequent 2- to 4-gram, and repeated 5- to
+    10-grams, as shares of the lines, the paragraphs and the characters."""
+    for name, pieces, count_bound, character_bound in (
+        ("lines", [line.strip() for line in text.split("\n")], max_duplicate_lines, max_duplicate_line_characters),
+        ("paragraphs", text.split("\n\n"), max_duplicate_paragraphs, max_duplicate_paragraph_characters),
+    ):
+        repeated, characters = _repeated([piece for piece in pieces if piece.strip()])
+        if repeated > count_bound or characters > character_bound * len(text):
+            return f"gopher_repetition: {name}"
+    words = text.split()
+    total = max(1, sum(map(len, words)))
+    for n, bound in enumerate(max_top_n_grams, start=2):
+        if _top_n_gram(words, n) > bound * total:
+            return f"gopher_repetition: most frequent {n}-gram"
+    for n, bound in enumerate(max_duplicate_n_grams, start=5):
+        if _in_repeated_n_grams(words, n) > bound * total:
+            return f"gopher_repetition: {n}-grams"
+    return None
+
+
+def c4(
+    text: str, *, min_sentences: int = 5, max_lorem_ipsum: int = 0, max_braces: int = 0, max_word: int = 1000
+) -> str | None:
+    """C4's rules for whole pages: sentences, placeholder text, braces as a sign of code, and endless words."""
+    lowered = text.lower()
+    if lowered.count("lorem ipsum") > max_lorem_ipsum:
+        return "c4: lorem ipsum"
+    if text.count("{") > max_braces:
+        return "c4: braces"
+    if sum(1 for _ in _SENTENCE_END.finditer(text)) < min_sentences:
+        return "c4: number of sentences"
+    return "c4: endless word" if max(map(len, text.split()), default=0) > max_word else None
+
+
+FILTERS: dict[str, Callable[..., str | None]] = {
+    "length": length,
+    "gopher_quality": gopher_quality,
+    "gopher_repetition": gopher_repetition,
+    "c4": c4,
+}
+
+
+def chosen(source: str, filters: Mapping[str, Any]) -> list[Filter]:
+    """The filters of a source, with their thresholds, in the order given.
+
+    Raises ConfigError for an unknown filter or threshold.
+    """
+    found: list[Filter] = []
+    for name, thresholds in filters.items():
+        key = f"sources.{source}.filters.{name}"
+        if name not in FILTERS:
+            raise ConfigError(f"{key}: no such filter; expected one of: {', '.join(FILTERS)}")
+        known = list(inspect.signature(FILTERS[name]).parameters)[1:]
+        for threshold in thresholds or {}:
+            if threshold not in known:
+                raise ConfigError(f"{key}.{threshold}: unknown threshold; expected one of: {', '.join(known)}")
+        found.append(partial(FILTERS[name], **(thresholds or {})))
+    return found
+
+
+def _repeated(pieces: list[str]) -> tuple[float, int]:
+    """(share of the pieces that stood there before, characters of those)."""
+    seen: set[str] = set()
+    count = characters = 0
+    for piece in pieces:
+        if piece in seen:
+            count, characters = count + 1, characters + len(piece)
+        seen.add(piece)
+    return count / max(1, len(pieces)), characters
+
+
+def _top_n_gram(words: list[str], n: int) -> int:
+    """Characters in all occurrences of the most frequent n-gram; 0 when none occurs twice."""
+    counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+    if not counts:
+        return 0
+    gram, count = counts.most_common(1)[0]
+    return count * sum(map(len, gram)) if count > 1 else 0
+
+
+def _in_repeated_n_grams(words: list[str], n: int) -> int:
+    """Characters of the words covered by an n-gram that occurred before; each word counts once."""
+    seen: set[tuple[str, ...]] = set()
+    covered = characters = 0
+    for begin, gram in enumerate(zip(*(words[i:] for i in range(n)), strict=False)):
+        if gram in seen:
+            characters += sum(len(word) for word in words[max(begin, covered) : begin + n])
+            covered = begin + n
+        seen.add(gram)
+    return characters

@@ -1,0 +1,159 @@
+"""What made the shards: inputs with their hashes, drops by reason, tokenizer, versions, command, configuration."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from data_pipeline.config import RUNNING, BuildConfig
+from data_pipeline.document import BAD, DAMAGED, EMPTY, Piece, Record
+from data_pipeline.tokenizer import Tokenizer
+from ponder_scale.errors import ConfigError
+from ponder_scale.manifest import Manifest, ShardInfo, hash_file, sync
+from ponder_scale.settings import to_dict
+from ponder_scale.shards import dtype_for
+
+QUARANTINE = "quarantine.jsonl"  # a line for each bad record
+INPUTS = "inputs.jsonl"  # a line for each piece of input read
+PACKAGES = ("ponder-scale", "datasets", "isal", "numpy", "orjson", "pyarrow", "sentencepiece", "tokenizers", "xxhash")
+
+
+class Ledger:
+    """What became of the records of one unit; bad ones are written down."""
+
+    def __init__(self, source: str, quarantine: Path) -> None:
+        self.documents = 0
+        self._source = source
+        self._drops: Counter[str] = Counter()
+        self._inputs: list[dict[str, Any]] = []
+        self._first_bad: list[Any] | None = None
+        self._path = quarantine
+        self._stream = quarantine.open("wb")
+
+    def drop(self, piece: Piece, record: Record) -> None:
+        """Count a record that is no document; quarantine it when the input is at fault."""
+        self._drops[record.reason] += 1
+        if record.reason != EMPTY:
+            self._first_bad = self._first_bad or [piece.name, record.offset, record.reason]
+            line = {"source": self._source, "file": piece.name, "offset": record.offset, "reason": record.reason}
+            self._stream.write(orjson.dumps(line) + b"\n")
+
+    def reject(self, reason: str) -> None:
+        """Count a document that a filter or deduplication leaves out."""
+        self._drops[reason] += 1
+
+    def was_read(self, piece: Piece, digest: str) -> None:
+        """Note a piece that was read to its end, with the xxh3-128 of its bytes."""
+        line = {"source": self._source, "file": piece.name, "begin": piece.begin, "end": piece.end}
+        self._inputs.append({**line, "bytes": piece.size, "xxh3": digest})
+
+    def close(self) -> dict[str, Any]:
+        """All of it, for the journal."""
+        with self._stream:
+            sync(self._stream)
+        return {
+            "source": self._source,
+            "documents": self.documents,
+            "drops": dict(sorted(self._drops.items())),
+            "inputs": self._inputs,
+            "first_bad": self._first_bad,
+        }
+
+
+def write_inputs(results: Iterable[dict[str, Any]], path: Path) -> None:
+    """The inputs of all units in order, a line each."""
+    with path.open("wb") as stream:
+        for result in results:
+            stream.writelines(orjson.dumps(line) + b"\n" for line in result["inputs"])
+        sync(stream)
+
+
+def totals(results: Iterable[dict[str, Any]], config: BuildConfig) -> dict[str, Any]:
+    """The counts of each source, for the manifest, from the journals of all units in order.
+
+    Raises ConfigError when there are more bad records or damaged files than allowed, or no document at all.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    drops: dict[str, Counter[str]] = defaultdict(Counter)
+    files: dict[str, set[str]] = defaultdict(set)
+    first_bad = None
+    for result in results:
+        source = result["source"]
+        counts[source].update(documents=result["documents"], bytes=sum(line["bytes"] for line in result["inputs"]))
+        files[source].update(line["file"] for line in result["inputs"])
+        drops[source].update(result["drops"])
+        first_bad = first_bad or result["first_bad"]
+    documents = sum(count["documents"] for count in counts.values())
+    _check(documents, sum(drops.values(), Counter[str]()), first_bad, config)
+    return {
+        source: {**count, "files": len(files[source]), "drops": dict(sorted(drops[source].items()))}
+        for source, count in counts.items()
+    }
+
+
+def _check(documents: int, drops: Counter[str], first_bad: list[Any] | None, config: BuildConfig) -> None:
+    records = documents + drops.total()
+    bad = sum(drops[reason] for reason in BAD)
+    if bad > config.max_bad_fraction * records or drops[DAMAGED] > config.max_damaged_files:
+        assert first_bad is not None
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in drops.most_common() if reason in BAD)
+        bound = f"max_bad_fraction {config.max_bad_fraction:g}"
+        if drops[DAMAGED] > config.max_damaged_files:
+            bound = f"max_damaged_files {config.max_damaged_files}"
+        raise ConfigError(
+            f"{bad:,} of {records:,} records are bad ({reasons}), more than {bound}; the first is {first_bad[0]} at "
+            f"{first_bad[1]:,}: {first_bad[2]}; see {config.out}.partial/work/quarantine; raise the bound to finish "
+            f"without reading again, or mend the input"
+        )
+    if not documents:
+        raise ConfigError(
+            f"sources: {', '.join(config.sources)}: no document in them, {drops[EMPTY]:,} empty ones, "
+            f"{drops.total() - drops[EMPTY]:,} left out"
+        )
+
+
+def origin(config: BuildConfig, tokenizer: Tokenizer, plan: str) -> dict[str, Any]:
+    """All that decides the bytes of the shards, as plain values: equal origins need no second build.
+
+    plan: the hash of the units, with names, sizes and times of all files.
+    """
+    settings = {key: value for key, value in to_dict(config).items() if key not in RUNNING}
+    return {"config": settings, "tokenizer": tokenizer.sha256, "plan": plan}
+
+
+def compose(
+    folder: Path,
+    config: BuildConfig,
+    tokenizer: Tokenizer,
+    splits: dict[str, list[ShardInfo]],
+    files: list[Path],
+    provenance: dict[str, Any],
+) -> Manifest:
+    """The manifest of a build in `folder`, whose shards are `splits` and whose other files are `files`."""
+    environment = {"python": platform.python_version(), "packages": {name: _version(name) for name in PACKAGES}}
+    weights = {name: source.weight for name, source in config.sources.items() if source.weight is not None}
+    return Manifest(
+        dtype=dtype_for(tokenizer.vocab_size).name,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id if config.append_eod else None,
+        bos_id=tokenizer.bos_id,
+        tokenizer=tokenizer.sha256,
+        splits=splits,
+        weights=weights,
+        files={path.relative_to(folder).as_posix(): hash_file(path) for path in files},
+        provenance={**provenance, **environment},
+    )
+
+
+def _version(package: str) -> str:
+    """That of an installed package; importlib's own reads its whole description as an e-mail, at ten times the cost."""
+    found = distribution(package)
+    # a checkout that is installed in place has an egg-info, whose file has the older name
+    lines = (found.read_text("METADATA") or found.read_text("PKG-INFO") or "").splitlines()
+    return next(line.removeprefix("Version: ") for line in lines if line.startswith("Version: "))

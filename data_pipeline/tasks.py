@@ -1,0 +1,274 @@
+"""What one worker does with one task of a build: a unit to a shard, a unit to keys, a bucket to its duplicates."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_pipeline import dedup, shuffle
+from data_pipeline.backends import REFERENCE, Checked, Encode, Mismatch, open_engine
+from data_pipeline.config import BuildConfig
+from data_pipeline.document import Unit
+from data_pipeline.filters import chosen
+from data_pipeline.manifest import Ledger
+from data_pipeline.output import WORK, PartWriter
+from data_pipeline.parallel import Report, Stage
+from data_pipeline.readers import read
+from data_pipeline.sources import COMPRESSED
+from data_pipeline.tokenizer import Tokenizer, open_tokenizer
+from data_pipeline.units import PLAN, Plan, check_unchanged
+from ponder_scale.manifest import sync_folder
+from ponder_scale.shards import TOKENIZER, dtype_for
+
+SPLITS = ("train", "heldout")
+BATCH_DOCUMENTS = 1024
+BATCH_BYTES = 2**21  # of text
+DUPLICATE = "duplicate"
+
+Writer = PartWriter | shuffle.Scatter
+
+
+class _Stored:
+    """The hash and the number of the stored bytes that were read: of compressed files, not those of the records."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._hash = xxhash.xxh3_128()
+
+    def update(self, content: bytes | memoryview, /) -> None:
+        """Take the next bytes."""
+        self.bytes += len(content)
+        self._hash.update(content)
+
+    def hexdigest(self) -> str:
+        """The hash of all."""
+        return self._hash.hexdigest()
+
+
+class Tasks:
+    """The tasks of the build in `folder`: a method for each stage, which does one task and returns its journal."""
+
+    def __init__(self, folder: Path, config: BuildConfig, report: Report) -> None:
+        self.folder, self.work, self.config = folder, folder / WORK, config
+        self.plan = Plan(self.work / PLAN)
+        self._report = report
+
+    def stage(self, name: str) -> Stage:
+        """The tasks of a stage. Those before it must be done."""
+        sizes: Any = self.plan.sizes
+        if name == "duplicates":
+            sizes = [1] * self._key_buckets
+        elif name == "gather":
+            sizes = [1] * len(self._buckets)
+        return Stage(self.work, name, sizes, self.config.lease_seconds)
+
+    def keys(self, number: int, scratch: Path) -> dict[str, Any]:
+        """The keys of the documents of a unit, for deduplication."""
+        unit = self.plan.unit(number)
+        keys_of = dedup.minhash_keys if self.config.deduplicate == "minhash" else dedup.exact_keys
+        writer = dedup.KeyWriter(self.work / "keys", number)
+        for count, text in enumerate(self._texts(unit, None)):
+            writer.add(count, keys_of(text))
+        return writer.close()
+
+    def duplicates(self, bucket: int, scratch: Path) -> dict[str, Any]:
+        """The duplicates whose key lies in a bucket."""
+        units, numbers = dedup.find_duplicates(self.work / "keys", self._key_runs, bucket, self._key_buckets)
+        for name, values in (("units", units), ("numbers", numbers)):
+            np.save(scratch / f"{name}.npy", values)
+            (scratch / f"{name}.npy").rename(self.work / "duplicates" / f"{bucket:06d}.{name}.npy")
+        return {}
+
+    def shards(self, number: int, scratch: Path) -> dict[str, Any]:
+        """A unit as its shard of each split."""
+        unit = self.plan.unit(number)
+
+        def writer(split: str) -> Writer:
+            name = f"{split}-{number:05d}"
+            return PartWriter(scratch, name, unit.source, self.config.shard_tokens, self._tokenizer.vocab_size)
+
+        result, writers = self._tokenize(number, unit, scratch, writer)
+        return {**result, "shards": self._place(writers)}
+
+    def scatter(self, number: int, scratch: Path) -> dict[str, Any]:
+        """A unit as documents sorted by the bucket that each is to go to."""
+        unit = self.plan.unit(number)
+        own = [i for i, (source, _) in enumerate(self._buckets) if source == unit.source]
+
+        def writer(split: str) -> Writer:
+            seed = [self.config.seed, number, SPLITS.index(split)]
+            return shuffle.Scatter(scratch / f"{number:06d}-{split}", len(own), self._dtype, seed)
+
+        result, writers = self._tokenize(number, unit, scratch, writer)
+        for some in writers.values():
+            some.close()
+        for path in scratch.glob(f"{number:06d}-*"):
+            path.rename(self.work / "scatter" / path.name)
+        sync_folder(self.work / "scatter")
+        return result
+
+    def gather(self, number: int, scratch: Path) -> dict[str, Any]:
+        """A bucket as its shard of each split, documents in random order."""
+        source, bucket = self._buckets[number]
+        units = [i for i in range(len(self.plan)) if self._sources[i] == source]
+        writers = {}
+        for split in SPLITS:
+            name = f"{split}-{number:05d}"
+            writers[split] = PartWriter(scratch, name, source, self.config.shard_tokens, self._tokenizer.vocab_size)
+            prefixes = [self.work / "scatter" / f"{unit:06d}-{split}" for unit in units]
+            seed = [self.config.seed, number, SPLITS.index(split), 1]
+            for tokens, lengths in shuffle.gather(prefixes, bucket, self._dtype, seed):
+                writers[split].add(tokens, lengths)
+        return {"source": source, "shards": self._place(writers)}
+
+    def _place(self, writers: dict[str, Any]) -> dict[str, Any]:
+        return {split: [asdict(info) for info in writer.close(self.folder)] for split, writer in writers.items()}
+
+    def _tokenize(self, number: int, unit: Unit, scratch: Path, writer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(the journal, the writer of each split, not closed), by the fast engine while it agrees."""
+        for name in (self._engine, REFERENCE):
+            encode = open_engine(name, self._tokenizer) if name == REFERENCE else self._fast
+            if name != REFERENCE:
+                encode = Checked(encode, self._tokenizer).encode_batch
+            try:
+                writers = {split: writer(split) for split in SPLITS}
+                return {**self._fill(number, unit, scratch, encode, writers), "engine": name}, writers
+            except Mismatch as error:
+                print(
+                    f"warning: unit {number}: {name} gives other tokens than {self._tokenizer.path.name} for "
+                    f"{str(error)[:60]!r}; the unit is done again by the reference",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        raise AssertionError("the reference agrees with itself")
+
+    def _fill(self, number: int, unit: Unit, scratch: Path, encode: Encode, writers: dict[str, Any]) -> dict[str, Any]:
+        """Read, clean and tokenize a unit into the writers of its splits; the journal."""
+        ledger = Ledger(unit.source, scratch / "quarantine")
+        wanted = self._wanted(number, unit, ledger)
+        documents, size, tokens_written, reported = 0, 0, 0, 0
+        batch: dict[str, list[str]] = {split: [] for split in SPLITS}
+        bound = int(self.config.heldout_fraction * 2**64)
+        for text in wanted:
+            held_out = bound and xxhash.xxh3_64_intdigest(text.encode(), seed=self.config.seed) < bound
+            batch["heldout" if held_out else "train"].append(text)
+            documents += 1
+            size += len(text)
+            if documents % BATCH_DOCUMENTS == 0 or size >= BATCH_BYTES:
+                tokens_written += self._write(batch, encode, writers)
+                consumed = min(self._consumed, unit.size)
+                self._report(consumed - reported, documents - ledger.documents, tokens_written)
+                reported, size, tokens_written = consumed, 0, 0
+                ledger.documents = documents
+        tokens_written += self._write(batch, encode, writers)
+        self._report(unit.size - reported, documents - ledger.documents, tokens_written)
+        ledger.documents = documents
+        result = ledger.close()
+        (scratch / "quarantine").rename(self.work / "quarantine" / f"{number:06d}.jsonl")
+        return result
+
+    def _write(self, batch: dict[str, list[str]], encode: Encode, writers: dict[str, Any]) -> int:
+        count = 0
+        for split, texts in batch.items():
+            if texts:
+                tokens, lengths = encode(texts)
+                tokens, lengths = self._framed(tokens, lengths)
+                writers[split].add(tokens, lengths)
+                count += len(tokens)
+                texts.clear()
+        return count
+
+    def _framed(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The documents with their first and last token, where asked for."""
+        if self._tokenizer.bos_id is not None:
+            tokens = np.insert(tokens, np.cumsum(lengths) - lengths, self._tokenizer.bos_id)
+            lengths = lengths + 1
+        if self.config.append_eod:
+            tokens = np.insert(tokens, np.cumsum(lengths), self._tokenizer.eod_id)
+            lengths = lengths + 1
+        return tokens, lengths
+
+    def _wanted(self, number: int, unit: Unit, ledger: Ledger) -> Iterator[str]:
+        """The texts of a unit that are to be kept; what is left out is counted."""
+        filters = chosen(unit.source, self.config.sources[unit.source].filters)
+        if self.config.deduplicate == "none":
+            duplicates: Any = ()
+        else:
+            duplicates = dedup.Duplicates(self.work / "duplicates", self._key_buckets, number)
+        for count, text in enumerate(self._texts(unit, ledger)):
+            if duplicates and count in duplicates:
+                ledger.reject(DUPLICATE)
+                continue
+            reason = next(filter(None, (screen(text) for screen in filters)), None) if filters else None
+            if reason is None:
+                yield text
+            else:
+                ledger.reject(reason)
+
+    def _texts(self, unit: Unit, ledger: Ledger | None) -> Iterator[str]:
+        """The texts of all documents of a unit; `_consumed` counts the bytes of input read for them."""
+        config = self.config.sources[unit.source]
+        self._consumed = done = 0
+        for piece in unit.pieces:
+            hasher, compressed = _Stored(), piece.path.endswith(COMPRESSED)
+            for record in read(piece, config, self.config.max_document_bytes, hasher):
+                self._consumed = done + hasher.bytes if compressed else self._consumed + record.size
+                if record.text is not None:
+                    yield record.text
+                elif ledger is not None:
+                    ledger.drop(piece, record)
+            check_unchanged(piece)
+            if ledger is not None:
+                ledger.was_read(piece, hasher.hexdigest())
+            done += piece.size
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return open_tokenizer(
+            self.folder / TOKENIZER,
+            self.config.eod_token,
+            self.config.bos_token,
+            self.config.special_tokens_in_text == "tokens",
+        )
+
+    @cached_property
+    def _fast(self) -> Encode:
+        return open_engine(self._engine, self._tokenizer)
+
+    @property
+    def _engine(self) -> str:
+        return str(self.plan.header["engine"])
+
+    @cached_property
+    def _dtype(self) -> np.dtype:
+        return dtype_for(self._tokenizer.vocab_size)
+
+    @cached_property
+    def _sources(self) -> list[str]:
+        return [self.plan.unit(i).source for i in range(len(self.plan))]
+
+    @cached_property
+    def _key_runs(self) -> list[int]:
+        stage = self.stage("keys")
+        return [stage.result(i)["runs"] for i in range(len(self.plan))]
+
+    @cached_property
+    def _key_buckets(self) -> int:
+        stage = self.stage("keys")
+        return dedup.buckets(sum(stage.result(i)["keys"] for i in range(len(self.plan))))
+
+    @cached_property
+    def _buckets(self) -> list[tuple[str, int]]:
+        """(source, number in the source) of each bucket of the shuffle."""
+        found = []
+        for source in self.config.sources:
+            size = sum(size for size, name in zip(self.plan.sizes, self._sources, strict=True) if name == source)
+            found += [(source, i) for i in range(max(1, -(-size // shuffle.BUCKET_BYTES)))]
+        return found

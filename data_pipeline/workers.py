@@ -1,0 +1,128 @@
+"""The worker processes of one machine: started, listened to, and replaced by each other when one dies."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.config import BuildConfig
+from data_pipeline.parallel import Stage, Team, work_off
+from data_pipeline.progress import Progress
+from data_pipeline.tasks import Tasks
+from ponder_scale.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from multiprocessing import connection
+    from multiprocessing.context import SpawnProcess
+
+
+def run_stage(folder: Path, config: BuildConfig, name: str, team: Team, what: str) -> None:
+    """Do every task of a stage, this rank with its workers and all other ranks with theirs.
+
+    Raises the UserError that stopped a worker, and ConfigError when all workers of this rank were killed.
+    """
+    _one_thread()
+    if team.ranks > 1:
+        _without_torch()
+    tasks = Tasks(folder, config, lambda size, documents, tokens: None)
+    stage = tasks.stage(name)
+    with Progress(what, sum(stage.sizes), quiet=team.rank > 0) as progress:
+
+        def watch(left: list[int]) -> None:
+            if team.ranks > 1:
+                progress.reach(sum(stage.sizes) - sum(stage.sizes[task] for task in left))
+
+        if team.workers == 1 or len(stage.unfinished()) <= 1:
+            alone = Tasks(folder, config, progress.add if team.ranks == 1 else lambda size, documents, tokens: None)
+            work_off(stage, getattr(alone, name), team.rank, team.ranks, watch)
+        else:
+            with _started(folder, config, name, team) as children:
+                _listen(stage, children, progress, team)
+
+
+@contextmanager
+def _started(
+    folder: Path, config: BuildConfig, name: str, team: Team
+) -> Iterator[dict[connection.Connection, SpawnProcess]]:
+    """A process for each worker, by the pipe it reports through; they are ended with the block."""
+    from multiprocessing import get_context
+
+    context = get_context("spawn")  # threads of libraries do not survive a fork
+    children = {}
+    try:
+        for worker in range(team.workers):
+            ours, theirs = context.Pipe(duplex=False)
+            place = (team.rank * team.workers + worker, team.ranks * team.workers)
+            process = context.Process(target=_work, args=(folder, config, name, place, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            children[ours] = process
+        yield children
+    finally:
+        for process in children.values():
+            process.terminate()
+            process.join()
+
+
+def _listen(stage: Stage, children: dict[connection.Connection, SpawnProcess], progress: Progress, team: Team) -> None:
+    """Pass on what the workers report, until each has found everything done, or one reports an error."""
+    from multiprocessing import connection
+
+    alive = dict(children)
+    while alive:
+        ready: Any = connection.wait(list(alive), timeout=1.0)
+        for pipe in ready:
+            try:
+                message = pipe.recv()
+            except EOFError:
+                process = alive.pop(pipe)
+                process.join()
+                if process.exitcode:
+                    _lost(stage, process, bool(alive))
+                continue
+            if isinstance(message, BaseException):
+                raise message
+            if team.ranks == 1:
+                progress.add(*message)
+
+
+def _lost(stage: Stage, process: SpawnProcess, others: bool) -> None:
+    code = process.exitcode or 0
+    what = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    if process.pid is not None:
+        stage.release(process.pid)
+    print(f"warning: worker {process.pid} {what}; its unit goes to another", file=sys.stderr, flush=True)
+    if not others and stage.unfinished():
+        raise ConfigError(
+            f"all workers are gone, the last one {what}; if it was signal 9 the machine may lack memory: lower "
+            f"workers or max_document_bytes; the same command goes on from the units that are done"
+        )
+
+
+def _work(folder: Path, config: BuildConfig, name: str, place: tuple[int, int], pipe: connection.Connection) -> None:
+    """One worker process. What it cannot do it reports as the error that stopped it."""
+    _one_thread()
+    _without_torch()
+    try:
+        tasks = Tasks(folder, config, lambda size, documents, tokens: pipe.send((size, documents, tokens)))
+        work_off(tasks.stage(name), getattr(tasks, name), *place)
+    except (UserError, OSError) as error:
+        pipe.send(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _without_torch() -> None:
+    """For processes that are nothing but workers: `datasets` would load torch to read rows, for memory's worth only."""
+    os.environ["USE_TORCH"] = "0"
+
+
+def _one_thread() -> None:
+    """Workers are processes, so libraries need no threads of their own; read before their first use."""
+    for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
