@@ -1,0 +1,21 @@
+#!/bin/bash
+# Copies folders of shards to this node's own disk: copy_shards.sh TO SHARDS...
+# A copy is named by the hash of its manifest, so it serves every later job that reads the same data, until the site
+# cleans the disk. It gets its name when it is complete.
+set -euo pipefail
+to=$1
+shift
+mkdir -p "$to"
+exec 9>"$to/.lock"
+flock 9
+for shards; do
+    name=$(sha256sum <"$shards/manifest.json")
+    copy=$to/${name:0:16}
+    [ ! -e "$copy" ] || continue
+    rm -rf "$copy.part"
+    need=$(du --summarize --dereference --block-size=1M "$shards" | cut -f1)
+    free=$(df --output=avail --block-size=1M "$to" | tail -n 1)
+    [ "$need" -lt "$free" ] || { echo "node $(hostname): $shards needs $need MiB, $to has $free" >&2; exit 1; }
+    cp -rL "$shards" "$copy.part"
+    mv "$copy.part" "$copy"
+done
