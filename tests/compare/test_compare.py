@@ -1,0 +1,204 @@
+"""Comparisons: what is trained, what is claimed, a small one from end to end. Mechanics, no claim about pondering."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ponder_scale.build import model_configuration
+from ponder_scale.cli import _parse as parse
+from ponder_scale.compare.findings import Result, Verdict, half_width, read_result, verdicts
+from ponder_scale.compare.members import EXTRAS, Member, Run, plan_runs
+from ponder_scale.config import RunConfig, TrainConfig
+from ponder_scale.errors import ConfigError
+from ponder_scale.settings import load
+
+VOCABULARY = 300
+SHAPE = [
+    *("model.hidden_size=48", "model.intermediate_size=128", "model.num_hidden_layers=3"),
+    *("model.num_attention_heads=6", "model.num_key_value_heads=3", "model.pondering_steps=2"),
+    *("data.seq_len=16", "data.sources.tiny.path=unused", "train.global_batch=4", "train.micro_batch=4"),
+]
+SETTINGS = [*SHAPE, "run_dir=runs/x", "train.steps=40"]
+
+
+def configure(more: Any = ()) -> RunConfig:
+    return load(RunConfig, None, [*SETTINGS, *more])
+
+
+def test_models_are_compared_by_their_tokens_when_the_batch_rises() -> None:
+    def ramped(more: Any = ()) -> RunConfig:
+        return configure(["train.batch_ramp_from=1", "train.batch_ramp_steps=31", *more])
+
+    runs = plan_runs(ramped, vocab_size=VOCABULARY, steps=[], seeds=[], extras=[])
+    ours, vanilla, flops = (
+        next(run.member for run in runs if run.member.name == name)
+        for name in ("pondering-2", "vanilla", "vanilla-flops")
+    )
+    assert ours.tokens == vanilla.tokens == (10 * (1 + 2 + 3) + 10 * 4) * 16
+    assert flops.flops == pytest.approx(ours.flops, rel=1 / 40)
+    assert ours.share(20) == 30 / 100 and ours.share(40) == 1
+
+
+def planned(**arguments: Any) -> dict[str, Run]:
+    options = {"vocab_size": VOCABULARY, "steps": [], "seeds": [], "extras": [], **arguments}
+    return {run.name: run for run in plan_runs(configure, **options)}
+
+
+def test_the_baselines_are_equal_in_what_they_say() -> None:
+    runs = planned(extras=list(EXTRAS), seeds=[1, 5])
+    assert len(runs) == 2 * (4 + len(EXTRAS))
+    ours, vanilla, twice, flops = (
+        runs[f"{name}/seed-1"].member for name in ("pondering-2", "vanilla", "vanilla-twice", "vanilla-flops")
+    )
+    assert ours.parameters == vanilla.parameters == flops.parameters == runs["looped/seed-1"].member.parameters
+    assert ours.tokens == vanilla.tokens == twice.tokens == 40 * 4 * 16
+    assert twice.parameters == pytest.approx(2 * ours.parameters, rel=0.04)
+    assert flops.flops == pytest.approx(ours.flops, rel=1 / 40) and flops.tokens > 3 * ours.tokens
+    for run in runs.values():
+        config = configure(run.overrides)
+        assert config.run_dir == f"runs/x/{run.name}" and config.seed == run.seed
+        assert config.data == configure().data and config.optim == configure().optim
+    looped = configure(runs["looped/seed-5"].overrides).model
+    assert (looped.feedback, looped.residual, looped.pondering_steps) == ("hidden", "replace", 2)
+    assert configure(runs["vanilla-flops/seed-1"].overrides).model == configure(runs["vanilla/seed-1"].overrides).model
+
+
+@pytest.mark.parametrize("recipe", ["pythia-70m", "llama-1.4b", "gpt2-124m", "quickstart"])
+def test_twice_the_parameters_is_found_for_the_shipped_recipes(recipe: str) -> None:
+    from ponder_scale.commands.training import RECIPES
+
+    def of_recipe(more: Any = ()) -> RunConfig:
+        return load(RunConfig, RECIPES / f"{recipe}.yaml", more)
+
+    members = {
+        run.member.name: run.member for run in plan_runs(of_recipe, vocab_size=2000, steps=[1], seeds=[], extras=[])
+    }
+    assert members["vanilla-twice"].parameters == pytest.approx(2 * members["vanilla"].parameters, rel=0.04)
+
+
+def test_what_cannot_be_compared_is_answered() -> None:
+    with pytest.raises(ConfigError, match="--steps has 0; expected at least 1: vanilla, which is 0"):
+        planned(steps=[0, 1])
+    with pytest.raises(ConfigError, match="--with paused: expected one of looped, hidden, vanilla-unscaled"):
+        planned(extras=["paused"])
+
+
+def result(name: str, seed: int, losses: list[float], finished: bool = True) -> Result:
+    member = Member(name, "", (), 1, TrainConfig(10 * len(losses), 1), 1000 * len(losses), 1.0)
+    curve = [(10 * (index + 1), loss) for index, loss in enumerate(losses)]
+    return Result(Run(member, seed, Path("x")), curve, 1.0, 1, finished)
+
+
+def test_a_difference_is_claimed_only_beyond_its_spread_over_seeds() -> None:
+    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))  # Student's t, two degrees of freedom
+    ours = [result("pondering-1", seed, [4.0, 3.0 + seed / 100, 2.0 + seed / 100]) for seed in (1, 2, 3)]
+    # the same seeds lie 0.1 apart, give or take 0.001: the spread between seeds must not hide that
+    better = [result("vanilla", seed, [4.0, 3.1, 2.1 + seed / 100 + seed / 1000]) for seed in (1, 2, 3)]
+    mixed = [result("looped", seed, [4.0, 3.0, 2.0 + (-1) ** seed / 50]) for seed in (1, 2, 3)]
+    alone = [result("hidden", 2, [4.0, 3.0, 9.0]), result("hidden", 3, [4.0, 3.0, 9.0], finished=False)]
+    found = {verdict.baseline: verdict for verdict in verdicts([*ours, *better, *mixed, *alone])}
+    assert found["vanilla"].differences == pytest.approx([0.101, 0.102, 0.103])
+    assert found["vanilla"].half_width == pytest.approx(4.303 * 0.001 / math.sqrt(3))
+    text = str(found["vanilla"])
+    assert "loss lower by +0.1020 nats +- 0.0025 (95% interval over 3 seeds): pondering-1 is better" in text
+    assert "at every evaluation from 2,000 tokens on" in text
+    assert str(found["looped"]).endswith("the interval holds 0, so no difference is claimed")
+    assert str(found["hidden"]).endswith("in one seed: nothing is claimed, train at least 3 seeds")
+    assert str(Verdict("a", "b", [-0.2, -0.21], 0.1, None)).endswith("b is better")
+
+
+def test_a_result_is_what_the_record_says(tmp_path: Path) -> None:
+    lines = [
+        {"event": "step", "step": 5, "seconds_per_step": 2.0},
+        {"event": "evaluation", "step": 5, "losses": [5.0, 4.0], "tokens": 64},
+        {"event": "save", "step": 5},
+        {"event": "step", "step": 8, "seconds_per_step": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = Run(Member("vanilla", "", (), 1, TrainConfig(8, 1), 800, 1.0), 1, tmp_path)
+    found = read_result(run)
+    assert found is not None
+    assert (found.curve, found.seconds, found.held_out_tokens, found.finished) == ([(5, 4.0)], 13.0, 64, False)
+    assert read_result(Run(run.member, 1, tmp_path / "absent")) is None
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_shards: Any) -> Path:
+    folder = tiny_shards(train=(3000,), heldout=(400,), vocab_size=VOCABULARY).folder
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer/tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_a_comparison_trains_what_is_missing_and_reports(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text("train: {precision: fp32, deepspeed: zero0, recompute: none}\noptim: {lr: 3.0e-3}\n")
+    settings = [*SHAPE, f"run_dir={out}", f"data.sources.tiny.path={shards}", "train.steps=6"]
+
+    def compare(*more: str) -> str:
+        command = [sys.executable, "-m", "ponder_scale.cli", "compare", str(recipe), *settings, *more]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    def compare_here(*more: str) -> str:
+        """Where nothing is trained."""
+        options = parse(["compare", str(recipe), *settings, *more])
+        options.run(options, [])
+        return capsys.readouterr().out
+
+    with pytest.raises(ConfigError, match="no run of this comparison has an evaluation yet"):
+        compare_here("--report")
+    lines = [line.split() for line in compare_here("--list").splitlines()]
+    assert [load(RunConfig, recipe, line).run_dir for line in lines] == [
+        f"{out}/{name}/seed-1" for name in ("pondering-2", "vanilla", "vanilla-twice", "vanilla-flops")
+    ]
+    assert "Not finished: pondering-2/seed-1, vanilla-twice/seed-1" in compare("--only", "vanilla")
+    # an interrupted run: its last checkpoint and what it recorded after the one before are lost
+    shutil.rmtree(out / "vanilla/seed-1/checkpoints/step-00000006")
+    printed = compare()
+    assert "vanilla/seed-1 is finished" not in printed
+    assert printed.count("step 6/6  loss") == 3 and "Not finished: none" in printed
+    assert "pondering-2 against vanilla: loss lower by" in printed and "nothing is claimed" in printed
+    with caplog.at_level(logging.INFO, "ponder_scale"):
+        assert compare_here() == compare_here("--report")
+    assert caplog.text.count("is finished") == 4
+    content = json.loads((out / "compare.json").read_text())
+    for member in content["members"]:
+        (run,) = member["runs"]
+        record = [json.loads(line) for line in (Path(run["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+        last = [line for line in record if line["event"] == "evaluation"][-1]
+        assert run["finished"] and run["loss"] == last["losses"][-1] and f"{run['loss']:.4f}" in printed
+        assert run["held_out_tokens"] == last["tokens"]
+    for axis in ("step", "tokens", "flops"):
+        curves = ET.parse(out / f"compare-by-{axis}.svg").getroot().findall("{http://www.w3.org/2000/svg}polyline")
+        assert len(curves) == 4
+    page = (out / "compare.html").read_text()
+    assert page.count("<svg") == 3 and "http://www.w3.org/2000/svg" in page and "<script" not in page
+    with pytest.raises(ConfigError, match=r"was trained with train\.steps 6, this comparison has 7"):
+        compare_here("--only", "vanilla", "train.steps=7")
+    with pytest.raises(ConfigError, match="--only nobody: expected one of pondering-2/seed-1, "):
+        compare_here("--only", "nobody")
+
+
+def test_every_ablation_is_a_run_of_its_own() -> None:
+    text = (Path(__file__).parents[2] / "examples/ablations.txt").read_text()
+    lines = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
+    runs = [load(RunConfig, None, [*SETTINGS, *line]) for line in lines]
+    for config in runs:
+        model_configuration(config.model, vocab_size=VOCABULARY, seq_len=16, eod_id=0)
+    assert len({config.run_dir for config in runs}) == len(runs) == int(re.search(r"--array=1-(\d+)", text)[1])  # type: ignore[index]
+    assert {config.model.pondering_steps for config in runs} == set(range(6))

@@ -1,0 +1,38 @@
+"""The benchmark runs every contender that is installed; its numbers are not judged here."""
+
+import re
+
+import pytest
+
+from data_pipeline.baselines import BASELINES
+from data_pipeline.cli import main
+from ponder_scale.data import bench as loader_bench
+
+from .test_build import make_texts, write_jsonl
+
+
+@pytest.mark.timeout(300)
+def test_the_table_has_a_row_for_each_contender_and_the_loader(tiny_tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("data_pipeline.bench.BASELINES", {"per_document": BASELINES["per_document"]})
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", make_texts(40_000))
+    assert main(["bench", str(corpus), "--tokenizer", str(tiny_tokenizer), "--rounds", "1"]) == 0
+    table = capsys.readouterr().out
+    for row in ("ponder-data, gigatoken", "ponder-data, tiktoken", "ponder-data, reference", "per_document"):
+        assert re.search(rf"^{row} +[0-9.]+ +[0-9.]+ +[0-9.]+ +[0-9,]+$", table, re.MULTILINE), table
+    assert re.search(r"^index: 20\.\d bytes a document$", table, re.MULTILINE)
+    assert "warm, tokens and document positions" in table and "cold, plain memory map" in table
+
+
+def test_the_loader_is_measured_warm_and_cold(tiny_shards, monkeypatch):
+    monkeypatch.setattr(loader_bench, "COLD_BYTES", 2**25)
+    shards = tiny_shards(train=(9000,), heldout=())
+    monkeypatch.setattr(loader_bench, "SECONDS", 0.1)
+    rows = loader_bench.main(shards.folder)
+    assert sum("Megatron's GPTDataset" in row["name"] for row in rows) == 2
+    assert {row["unit"] for row in rows} == {"CPU-ms", "bytes", "sequences/CPU-s", "sequences/s", "x"}
+    assert all(row["value"] > 0 for row in rows)
+
+
+def test_a_corpus_that_cannot_be_measured_is_refused(tiny_tokenizer, tmp_path, capsys):
+    assert main(["bench", str(tmp_path / "none.txt"), "--tokenizer", str(tiny_tokenizer)]) == 2
+    assert "expected a .jsonl file and a folder with tokenizer.json" in capsys.readouterr().err

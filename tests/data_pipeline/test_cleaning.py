@@ -1,0 +1,208 @@
+import json
+
+import numpy as np
+import pytest
+
+from data_pipeline import dedup, shuffle
+from data_pipeline.cli import main
+from data_pipeline.filters import FILTERS, c4, chosen, gopher_quality, gopher_repetition, length
+from data_pipeline.tokenizer import open_tokenizer
+from ponder_scale.errors import ConfigError
+from ponder_scale.manifest import read_manifest, verify
+from ponder_scale.shards import open_shards
+
+from .test_build import arguments, documents, make_texts, write_jsonl
+
+PROSE = " ".join(
+    f"In the year {year} the people of the town have walked to the market with baskets and came back with bread."
+    for year in range(1900, 1910)
+)
+WORDS = [f"word{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(600)]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (PROSE, None),
+        ("too few words with the stop word of", "number of words"),
+        ("the of " + "ab " * 60, "mean length of words"),
+        ("the of " + "incomprehensibilities " * 60, "mean length of words"),
+        (PROSE + " #" * 60, "symbols"),
+        ("\n".join(f"- the item number {line} of some lengthy list" for line in range(40)), "bullets"),
+        (
+            "\n".join(
+                f"the line {line} of a list with many words that still goes on and trails off..." for line in range(40)
+            ),
+            "ellipses",
+        ),
+        ("the of with " + "1234 " * 60, "words without letters"),
+        (" ".join(WORDS[:60]), "stop words"),
+    ],
+)
+def test_gopher_quality_drops_by_the_published_thresholds(text, reason):
+    found = gopher_quality(text)
+    assert found == (None if reason is None else f"gopher_quality: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (" ".join(WORDS), None),
+        ("\n".join(["the same line"] * 4 + [" ".join(WORDS)]), "lines"),
+        ("\n\n".join(["same paragraph here"] * 3 + [" ".join(WORDS[:50])]), "lines"),
+        (" ".join(f"{word} again and" for word in WORDS[:30]), "most frequent 2-gram"),
+        (" ".join([*WORDS[:40], *WORDS[:12], *WORDS[40:60]]), "5-grams"),
+    ],
+)
+def test_gopher_repetition_drops_by_the_published_thresholds(text, reason):
+    found = gopher_repetition(text)
+    assert found == (None if reason is None else f"gopher_repetition: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("One. Two! Three? Four. Five.", None),
+        ("One. Two. Three.", "number of sentences"),
+        ("One. Two. Three. Four. Five. {", "braces"),
+        ("Lorem ipsum one. Two. Three. Four. Five.", "lorem ipsum"),
+        ("One. Two. Three. Four. Five. " + "x" * 1001, "endless word"),
+    ],
+)
+def test_c4_drops_whole_pages_by_its_rules(text, reason):
+    assert c4(text) == (None if reason is None else f"c4: {reason}")
+
+
+def test_lengths_and_thresholds_can_be_set():
+    assert length("abc") is None
+    assert length("abc", min_characters=4) == "length: too short"
+    (screen,) = chosen("web", {"length": {"max_characters": 2}})
+    assert screen("abc") == "length: too long"
+    with pytest.raises(ConfigError, match=r"sources.web.filters.gofer: no such filter; expected one of: length, goph"):
+        chosen("web", {"gofer": {}})
+    with pytest.raises(ConfigError, match=r"filters.length.min_words: unknown threshold; expected one of: min_char"):
+        chosen("web", {"length": {"min_words": 1}})
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("text", ["", " ", "\n\n", "x", "…", "# " * 100, "\U0001f600" * 1000])
+def test_no_filter_fails_on_odd_texts(name, text):
+    assert FILTERS[name](text) is None or FILTERS[name](text).startswith(name)
+
+
+def test_each_source_has_its_own_field_and_filters_and_drops_are_counted(tiny_tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in (PROSE, "short")))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("short", "tiny")))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+sources:
+  books: {{kind: jsonl, path: {tmp_path}/a.jsonl, field: body, filters: {{gopher_quality: {{}}}}, weight: 2}}
+  web: {{kind: jsonl, path: {tmp_path}/b.jsonl, filters: {{length: {{min_characters: 5}}}}, weight: 1}}
+heldout_fraction: 0
+"""
+    )
+    out = tmp_path / "out"
+    assert main(["build", str(recipe), f"out={out}", f"tokenizer={tiny_tokenizer}"]) == 0
+    manifest = read_manifest(out)
+    assert manifest.provenance["sources"]["books"]["drops"] == {"gopher_quality: number of words": 1}
+    assert manifest.provenance["sources"]["web"]["drops"] == {"length: too short": 1}
+    assert manifest.weights == {"books": 2, "web": 1}
+    assert [info.source for info in manifest.splits["train"]] == ["books", "web"]
+    tokenizer = open_tokenizer(out / "tokenizer")
+    assert [tokenizer.decode(one[:-1]) for one in documents(out, "train")] == [PROSE, "short"]
+
+
+def test_the_signature_estimates_similarity():
+    generator = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(400)]
+    for keep in (400, 390, 300):
+        other = [*words[:keep], *(f"v{i}" for i in range(400 - keep))]
+        one, two = (dedup._signature(_grams(some)) for some in (words, other))
+        a, b = ({tuple(some[i : i + 5]) for i in range(len(some) - 4)} for some in (words, other))
+        assert abs((one == two).mean() - len(a & b) / len(a | b)) < 0.12
+    assert generator is not None
+
+
+def _grams(words: list[str]) -> np.ndarray:
+    table = {word: int(np.random.default_rng(abs(hash(word)) % 2**32).integers(2**63)) for word in words}
+    grams = [hash(tuple(table[word] for word in words[i : i + 5])) % 2**64 for i in range(len(words) - 4)]
+    return np.array(grams, dtype=np.uint64)
+
+
+def test_keys_are_shared_by_equal_and_nearly_equal_texts_only():
+    base = " ".join(WORDS[:300])
+    assert np.array_equal(dedup.exact_keys(base), dedup.exact_keys(base))
+    assert dedup.exact_keys(base) != dedup.exact_keys(base + " ")
+    assert np.array_equal(dedup.minhash_keys(base), dedup.minhash_keys(base.upper().replace(" ", ",  ")))
+    near = dedup.minhash_keys(base.replace(WORDS[150], "other"))
+    assert np.isin(dedup.minhash_keys(base), near).any()
+    assert not np.isin(dedup.minhash_keys(base), dedup.minhash_keys(" ".join(WORDS[300:]))).any()
+    assert len(dedup.minhash_keys("one two")) == 1
+
+
+def duplicated_corpus(path):
+    texts = make_texts(300)
+    texts += [texts[7], texts[7], texts[200]]
+    near = PROSE.replace("1905", "1950")
+    texts = [*texts[:100], PROSE, *texts[100:], PROSE, near, near.upper()]
+    return write_jsonl(path, texts), texts
+
+
+# a bucket size set here does not reach other processes, so the small one is for one worker
+@pytest.mark.parametrize(("workers", "bucket_keys"), [(1, 2**22), (2, 2**22), (1, 50)])
+def test_exact_duplicates_go_and_the_first_stays_for_any_buckets_and_workers(
+    tiny_tokenizer, tmp_path, monkeypatch, bucket_keys, workers
+):
+    monkeypatch.setattr(dedup, "BUCKET_KEYS", bucket_keys)
+    monkeypatch.setattr(dedup, "RUN_KEYS", 20)
+    corpus, texts = duplicated_corpus(tmp_path / "web.jsonl")
+    out = tmp_path / "out"
+    settings = ["deduplicate=exact", "heldout_fraction=0", "shard_bytes=4000"]
+    assert main(arguments(corpus, tiny_tokenizer, out, *settings, f"workers={workers}")) == 0
+    tokenizer = open_tokenizer(tiny_tokenizer)
+    assert [tokenizer.decode(one[:-1]) for one in documents(out, "train")] == list(dict.fromkeys(texts))
+    drops = read_manifest(out).provenance["sources"]["web"]["drops"]
+    assert drops == {"duplicate": len(texts) - len(set(texts))}
+    assert verify(out) == []
+
+
+def test_near_duplicates_go_and_unlike_texts_stay(tiny_tokenizer, tmp_path):
+    texts = [" ".join(np.random.default_rng(i).permutation(WORDS)[:200]) for i in range(50)]
+    near = [text.replace(text.split()[100], "changed") for text in texts[:20]]
+    corpus = write_jsonl(tmp_path / "web.jsonl", texts + near)
+    out = tmp_path / "out"
+    settings = ["deduplicate=minhash", "heldout_fraction=0", "shard_bytes=20000"]
+    assert main(arguments(corpus, tiny_tokenizer, out, *settings)) == 0
+    tokenizer = open_tokenizer(tiny_tokenizer)
+    assert [tokenizer.decode(one[:-1]) for one in documents(out, "train")] == texts
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_shuffle_keeps_every_document_and_depends_on_the_seed_alone(tiny_tokenizer, tmp_path, monkeypatch, workers):
+    """datatrove's default seed gives other bytes at each run."""
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 10_000)
+    if workers > 1:
+        monkeypatch.setattr(shuffle, "BUCKET_BYTES", 2**27)
+    monkeypatch.setattr(shuffle, "RUN_TOKENS", 1000)
+    corpus = write_jsonl(tmp_path / "web.jsonl", make_texts(500))
+    plain = arguments(corpus, tiny_tokenizer, tmp_path / "plain", "shard_bytes=20000", f"workers={workers}")
+    assert main(plain) == 0
+    found = {}
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        settings = ["shuffle=true", f"seed={seed}", f"out={tmp_path / name}"]
+        assert main([*plain, *settings]) == 0
+        assert verify(tmp_path / name) == []
+        found[name] = documents(tmp_path / name, "train")
+    assert found["one"] == found["again"]
+    before = documents(tmp_path / "plain", "train")
+    assert sorted(found["one"]) == sorted(before)
+    assert found["one"] != before
+    place = {tuple(one): i for i, one in enumerate(before)}
+    moved = np.array([place[tuple(one)] for one in found["one"]])
+    assert abs(np.corrcoef(moved, np.arange(len(moved)))[0, 1]) < 0.2
+    assert sorted(found["other"] + documents(tmp_path / "other", "heldout")) == sorted(
+        found["one"] + documents(tmp_path / "one", "heldout")
+    )
+    if workers == 1:
+        assert len(open_shards(tmp_path / "one").split("train")) > 3

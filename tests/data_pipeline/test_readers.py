@@ -1,0 +1,279 @@
+import gzip
+import json
+import tracemalloc
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import xxhash
+import zstandard
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.readers import read
+from data_pipeline.sources import files, split
+from ponder_scale.errors import ConfigError
+
+LIMIT = 2**16
+WHOLE = 2**60
+
+
+def pieces(config: SourceConfig, size: int = WHOLE):
+    return [piece for file in files({"it": config}) for piece in split(file, config, size)]
+
+
+def records(config: SourceConfig, size: int = WHOLE, limit: int = LIMIT):
+    """All records of a source read in pieces of `size` bytes, after checking that the hashes cover the bytes."""
+    found = []
+    for piece in pieces(config, size):
+        hasher = xxhash.xxh3_128()
+        found += read(piece, config, limit, hasher)
+        if config.kind in ("jsonl", "text", "folder"):
+            content = Path(piece.path).read_bytes()[piece.begin : piece.end]
+            assert hasher.hexdigest() == xxhash.xxh3_128_hexdigest(content)
+    return found
+
+
+def texts(config: SourceConfig, **how) -> list[str]:
+    return [record.text for record in records(config, **how) if record.text is not None]
+
+
+def drops(config: SourceConfig, **how) -> list[tuple[int, str]]:
+    return [(record.offset, record.reason) for record in records(config, **how) if record.text is None]
+
+
+def stored(path, content: bytes):
+    """A file of `content`, compressed as its name says."""
+    if path.suffix == ".gz":
+        half = len(content) // 2
+        content = gzip.compress(content[:half]) + gzip.compress(content[half:])  # two members, as `cat` makes
+    elif path.suffix == ".zst":
+        half = len(content) // 2
+        compress = zstandard.ZstdCompressor(write_checksum=True).compress
+        content = compress(content[:half]) + compress(content[half:])
+    path.write_bytes(content)
+    return path
+
+
+SUFFIXES = ["", ".gz", ".zst"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_jsonl_yields_the_field_of_each_line(tmp_path, suffix):
+    rows = ["one", "zwei\nlines", "\u00e9\u2028\U0001f600", " padded "]
+    content = "".join(json.dumps({"content": row, "id": 7}) + "\n" for row in rows)
+    path = stored(tmp_path / f"a.jsonl{suffix}", content.encode())
+    config = SourceConfig(kind="jsonl", path=str(path), field="content")
+    assert texts(config) == rows
+    assert [record.offset for record in records(config)][:2] == [0, 28]
+    assert sum(record.size for record in records(config)) == len(content)
+
+
+BAD_LINES = [
+    (b'{"text": "good"}', None),
+    (b'{"text": "cut', "malformed JSON"),
+    (b'{"other": "x"}', "field missing"),
+    (b'{"text": null}', "field is not a string"),
+    (b'{"text": ["x"]}', "field is not a string"),
+    (b"[1]", "not a JSON object"),
+    (b'"text"', "not a JSON object"),
+    (b'{"text": "\xff"}', "not UTF-8"),
+    (b'{"text": "\\ud800"}', "malformed JSON"),
+    (b'{"text": "' + b"x" * (LIMIT + 1) + b'"}', "longer than max_document_bytes"),
+    (b'{"text": "' + b"y" * (6 * LIMIT + 2**21) + b'"}', "longer than max_document_bytes"),
+    (b'{"text": " \\n\\t"}', "empty"),
+    (b"", "empty"),
+    (b'{"text": "last, with no newline"}', None),
+]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_bad_line_is_a_drop_with_its_offset_and_reason(tmp_path, suffix):
+    path = stored(tmp_path / f"a.jsonl{suffix}", b"\n".join(line for line, _ in BAD_LINES))
+    config = SourceConfig(kind="jsonl", path=str(path))
+    assert texts(config) == ["good", "last, with no newline"]
+    offsets = [sum(len(line) + 1 for line, _ in BAD_LINES[:i]) for i in range(len(BAD_LINES))]
+    expected = [(offset, reason) for offset, (_, reason) in zip(offsets, BAD_LINES, strict=True) if reason is not None]
+    assert drops(config) == expected
+
+
+@pytest.mark.parametrize("size", [1, 7, 50, 1000, 2**18])
+def test_records_are_the_same_for_pieces_of_any_size(tmp_path, size):
+    lines = stored(tmp_path / "a.jsonl", b"\n".join(line for line, _ in BAD_LINES) + b"\n")
+    blocks = stored(tmp_path / "a.txt", b"\n\none\nmore\n \t\n\ntwo\n\n\xff\n\n" + b"z\n" * LIMIT + b"\nthree")
+    for config in (
+        SourceConfig(kind="jsonl", path=str(lines)),
+        SourceConfig(kind="text", path=str(blocks), document="paragraph"),
+    ):
+        whole = [record for record in records(config) if record.reason != "empty"]
+        assert [record for record in records(config, size=size) if record.reason != "empty"] == whole
+        parts = pieces(config, size)
+        assert [part.begin for part in parts[1:]] == [part.end for part in parts[:-1]]
+        assert len(parts) > 1 or size == 2**18
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_damaged_compression_is_a_counted_record_and_no_silent_end(tmp_path, suffix, damage):
+    lines = b"".join(b'{"text": "%d %d"}\n' % (i, i * 7919 % 1000) for i in range(20_000))
+    path = stored(tmp_path / f"a.jsonl{suffix}", lines)
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        del content[-len(content) // 3 :]
+    else:
+        content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    for kind in ("jsonl", "text"):
+        config = SourceConfig(kind=kind, path=str(path), document="paragraph")
+        assert drops(config)[-1][1] == "compressed data is damaged or cut off"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_one_enormous_line_takes_little_memory(tmp_path, suffix):
+    huge = b'{"text": "' + b"a" * 200_000_000 + b'"}\n{"text": "after"}\n'
+    path = stored(tmp_path / f"a.jsonl{suffix}", huge)
+    del huge
+    tracemalloc.start()
+    for kind in ("jsonl", "text"):
+        config = SourceConfig(kind=kind, path=str(path), document="paragraph")
+        for piece in pieces(config, 2**20):
+            for record in read(piece, config, 2**20, xxhash.xxh3_128()):
+                assert record.reason == "longer than max_document_bytes" or record.text in (
+                    "after",
+                    '{"text": "after"}\n',
+                )
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 30e6
+
+
+def test_the_library_errors_of_gzip_are_those_expected():
+    assert issubclass(zlib.error, Exception) and not issubclass(zlib.error, OSError)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    assert texts(SourceConfig(kind="jsonl", path=str(tmp_path / "a.jsonl"))) == ["one"]
+    assert texts(SourceConfig(kind="text", path=str(tmp_path / "a.txt"))) == ["one"]
+
+
+def test_a_text_file_is_a_document_up_to_the_limit(tmp_path):
+    config = SourceConfig(kind="text", path=str(stored(tmp_path / "a.txt.gz", b"x" * LIMIT)))
+    assert texts(config) == ["x" * LIMIT]
+    stored(tmp_path / "a.txt.gz", b"x" * (LIMIT + 1))
+    assert drops(config) == [(0, "longer than max_document_bytes")]
+
+
+def test_paragraphs_are_separated_by_blank_lines(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\n\none\nmore\n \t\n\ntwo\n\n\xff\n\nthree")
+    config = SourceConfig(kind="text", path=str(path), document="paragraph")
+    assert texts(config) == ["one\nmore\n", "two\n", "three"]
+    for record in records(config):
+        if record.text is not None:
+            assert path.read_bytes()[record.offset : record.offset + record.size].decode() == record.text
+    assert drops(config) == [(20, "not UTF-8")]
+
+
+def write_parquet(path, rows, groups: int = 3):
+    pq.write_table(pa.table({"body": rows, "id": list(range(len(rows)))}), path, row_group_size=groups)
+    return SourceConfig(kind="parquet", path=str(path), field="body")
+
+
+def test_parquet_yields_the_column_of_each_row_in_any_groups(tmp_path):
+    rows = ["one", None, "", "zwei\nlines", "x" * (LIMIT + 1), "\u00e9", "last"]
+    config = write_parquet(tmp_path / "a.parquet", rows)
+    assert texts(config) == ["one", "zwei\nlines", "\u00e9", "last"]
+    assert drops(config) == [(1, "field is not a string"), (2, "empty"), (4, "longer than max_document_bytes")]
+    assert len(pieces(config, 1)) == 3
+    assert records(config, size=1) == records(config)
+    assert sum(piece.size for piece in pieces(config, 1)) == pieces(config)[0].size
+
+
+def test_parquet_text_that_is_not_utf8_is_a_bad_record(tmp_path):
+    broken = pa.array([b"\xff\xfe", b"good"]).view(pa.binary()).cast(pa.binary())
+    column = pa.StringArray.from_buffers(2, *broken.buffers()[1:])
+    pq.write_table(pa.table({"body": column}), tmp_path / "a.parquet")
+    config = SourceConfig(kind="parquet", path=str(tmp_path / "a.parquet"), field="body")
+    assert drops(config) == [(0, "not UTF-8")]
+    assert texts(config) == ["good"]
+
+
+def test_the_hash_of_a_parquet_piece_is_of_its_column(tmp_path):
+    def digest(name, rows):
+        config = write_parquet(tmp_path / name, rows)
+        hasher = xxhash.xxh3_128()
+        (piece,) = pieces(config)
+        list(read(piece, config, LIMIT, hasher))
+        return hasher.hexdigest()
+
+    assert digest("a", ["one", "two"]) == digest("b", ["one", "two"]) != digest("c", ["one", "six"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.parquet", b"PAR1 no parquet", "a.parquet is no parquet file that can be read"),
+        ("b.parquet", None, r"sources.it.field is 'text'; the columns of .* are: body, id"),
+    ],
+)
+def test_a_parquet_file_that_cannot_be_used_is_refused(tmp_path, name, content, message):
+    if content is None:
+        write_parquet(tmp_path / name, ["x"])
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        pieces(SourceConfig(kind="parquet", path=str(tmp_path / name)))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("dataset")
+    rows = ["one", None, "", "zwei", "x" * (LIMIT + 1), *map(str, range(100))]
+    table = datasets.Dataset.from_dict({"text": rows})
+    table.save_to_disk(str(folder / "saved"))
+    datasets.DatasetDict({"train": table.select([0]), "test": table}).save_to_disk(str(folder / "splits"))
+    table.to_parquet(str(folder / "files" / "test-00000.parquet"))
+    table.to_json(str(folder / "files" / "test-00001.jsonl"))
+    return folder
+
+
+def test_a_data_set_on_disk_is_read_by_rows_in_any_pieces(dataset):
+    saved = SourceConfig(kind="dataset", path=str(dataset / "saved"))
+    assert texts(saved) == ["one", "zwei", *map(str, range(100))]
+    assert drops(saved) == [(1, "field is not a string"), (2, "empty"), (4, "longer than max_document_bytes")]
+    assert len(pieces(saved, 10_000)) > 3
+    assert records(saved, size=10_000) == records(saved)
+    test_split = SourceConfig(kind="dataset", path=str(dataset / "splits"), split="test")
+    assert records(test_split) == records(saved)
+    assert texts(replace(test_split, split="train")) == ["one"]
+
+
+def test_the_loader_of_the_hub_reads_and_streams_a_data_set(dataset, tmp_path):
+    (tmp_path / "hub").mkdir()
+    pq.write_table(pa.table({"text": ["one", "two", "three"]}), tmp_path / "hub" / "train-00000-of-00001.parquet")
+    stored_once = SourceConfig(kind="dataset", path=str(tmp_path / "hub"))
+    assert texts(stored_once) == ["one", "two", "three"]
+    assert texts(replace(stored_once, streaming=True)) == ["one", "two", "three"]
+
+
+def test_a_data_set_that_cannot_be_used_is_one_clear_line(dataset, tmp_path):
+    with pytest.raises(ConfigError, match=r"sources.it.field is 'body'; the columns of .* are: text"):
+        files({"it": SourceConfig(kind="dataset", path=str(dataset / "saved"), field="body")})
+    with pytest.raises(ConfigError, match=r"sources.it: data set .*nowhere, split train, cannot be loaded") as error:
+        files({"it": SourceConfig(kind="dataset", path=str(tmp_path / "nowhere"))})
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_vanishes_is_an_error_and_no_drop(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+    config = SourceConfig(kind="text", path=str(path))
+    (piece,) = pieces(config)
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"sources.it: .*a.txt cannot be read: No such file"):
+        list(read(piece, config, LIMIT, xxhash.xxh3_128()))

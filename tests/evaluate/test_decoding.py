@@ -1,0 +1,91 @@
+"""What faster decoding saves and costs, against forwards over whole sequences; and `generate` with its settings."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ponder_scale.config import DataConfig, SourceConfig
+from ponder_scale.data.loader import heldout_batches, open_sources
+from ponder_scale.errors import ConfigError, ShardError, TokenizerError
+from ponder_scale.evaluate.decoding import measure
+from ponder_scale.evaluate.generate import generate
+
+PROMPT, NEW = 10, 12
+
+
+def whole_forward(model: Any, folder: Path, steps: int) -> tuple[float, torch.Tensor]:
+    """Loss and most probable tokens of the positions after the prompts, without any cache."""
+    config = DataConfig({"x": SourceConfig(str(folder))}, PROMPT + NEW - 1)
+    losses, best = [], []
+    for tokens, *_ in heldout_batches(config, open_sources(config), sequences=3, micro_batch=1):
+        with torch.no_grad():
+            said = model(tokens[:, :-1], pondering_steps=steps).logits[0, PROMPT - 1 :].log_softmax(-1)
+        losses.append(-said.gather(1, tokens[0, PROMPT:].unsqueeze(1)))
+        best.append(said.argmax(-1))
+    return torch.cat(losses).mean().item(), torch.cat(best)
+
+
+def test_every_way_to_decode_is_measured(
+    model: Any, folder: Path, shards: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths = {"sequences": 3, "prompt_tokens": PROMPT, "new_tokens": NEW}
+    found = measure(folder, {"x": shards[0]}, **lengths, exit_kl=[0.0, 1e9], json_file=tmp_path / "ways.json")
+    ways = {way.name: way for way in found}
+    exact, best = whole_forward(model, shards[0], 2)
+    assert ways["plain"].loss == pytest.approx(exact, rel=1e-4)
+    assert (ways["plain"].changed, ways["plain"].passes, ways["plain"].speed) == (0.0, 3.0, 1.0)
+    for steps in (0, 1):
+        loss, other = whole_forward(model, shards[0], steps)
+        way = ways[f"{steps} pondering steps"]
+        assert way.loss == pytest.approx(loss, rel=1e-4) and way.passes == steps + 1
+        assert way.changed == pytest.approx((other != best).float().mean().item()) and way.changed > 0
+    never, always = ways["early exit at 0 nats"], ways["early exit at 1e+09 nats"]
+    assert never.loss == ways["plain"].loss and never.passes == 3.0 and never.changed == 0
+    assert always.passes == pytest.approx((3 + 2 * (NEW - 1)) / NEW) and always.loss != exact
+    shared = ways["cache shared by the passes"]
+    assert shared.passes == 3.0 and shared.loss != ways["plain"].loss
+    draft = ways["draft of 1 pondering steps"]
+    assert draft.loss == ways["plain"].loss and draft.accepted is not None and 0 <= draft.accepted <= 1
+    assert draft.draft_passes > 0 and draft.passes <= 3.0
+    printed = capsys.readouterr().out
+    assert "3 sequences, 12 tokens after 10 each, S = 2, cpu" in printed
+    assert [row["name"] for row in json.loads((tmp_path / "ways.json").read_text())] == list(ways)
+
+
+def test_what_cannot_be_measured_is_answered(folder: Path, shards: tuple[Path, Path], tiny_shards: Any) -> None:
+    with pytest.raises(ConfigError, match="together at most 32, the positions of the model"):
+        measure(folder, {"x": shards[0]}, prompt_tokens=30, new_tokens=10)
+    with pytest.raises(TokenizerError, match="evaluate on shards of its own tokenizer"):
+        measure(folder, {"x": tiny_shards().folder}, prompt_tokens=4, new_tokens=4)
+    with pytest.raises(ShardError, match="no held-out sequence of 32 tokens"):
+        measure(folder, {"x": shards[0]}, sequences=0, prompt_tokens=16, new_tokens=16)
+
+
+def test_generate_says_what_early_exit_and_a_draft_saved(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(**options: Any) -> tuple[str, str]:
+        generate(folder, "The quick brown", max_new_tokens=8, **options)
+        text, _, rest = capsys.readouterr().out.rpartition(" tokens in ")
+        return text.rpartition("\n")[0], rest
+
+    plain, passes = said()
+    tokens = int(re.search(r"(\d+) passes in (\d+) forwards$", passes.strip())[1]) // 3  # type: ignore[index]
+    assert f"{3 * tokens} passes in {tokens} forwards" in passes and "saved" not in passes
+    _, passes = said(exit_kl=1e9)
+    assert f"{2 * tokens + 1} passes" in passes and "saved by early exit" in passes
+    drafted, passes = said(draft_steps=0)
+    assert drafted == plain and re.search(r"draft of 0 pondering steps: \d+ of \d+ proposed tokens accepted", passes)
+    _, passes = said(pondering_steps=0)
+    assert f"{tokens} passes in {tokens} forwards" in passes
+    for options, message in (
+        ({"exit_kl": 0.1, "draft_steps": 0}, "--exit-kl and --draft-steps exclude each other"),
+        ({"exit_kl": -1.0}, r"--exit-kl is -1\.0; expected at least 0"),
+        ({"draft_steps": -1}, "--draft-steps is -1; expected at least 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            said(**options)

@@ -1,0 +1,118 @@
+"""Exported weights are the engine's own, bit for bit, from every ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ponder_scale.checkpoint import find
+from ponder_scale.errors import CheckpointError
+from ponder_scale.export.folder import write_folder
+from ponder_scale.export.huggingface import export
+from tests.export.checkpoints import save_checkpoint
+from tests.model.architectures import TINY, make
+from tests.ranks import run_ranks
+from tests.train.test_gradients import small_buckets
+
+MODELS = {  # one for each stage, so that every architecture and tying is met
+    0: ("gpt2", True, "fp32"),
+    1: ("gpt_neox", False, "bf16"),
+    2: ("llama", True, "bf16"),
+    3: ("olmo2", False, "fp32"),
+}
+
+
+def case(folder: Path, stage: int, tokenizer: Path, **more: Any) -> dict[str, Any]:
+    architecture, tied, precision = MODELS[stage]
+    overrides = [f"model.architecture={architecture}"]
+    if architecture in ("gpt2", "gpt_neox"):
+        overrides.append("model.num_key_value_heads=null")
+    (folder / "settings").mkdir(exist_ok=True)
+    values = {"policy": "none", "tied": tied, "precision": precision, "overrides": overrides, "steps": 2}
+    sharding = small_buckets(folder / "settings", stage)
+    return {
+        **values,
+        "deepspeed": sharding,
+        "run_dir": str(folder / f"run{stage}"),
+        "tokenizer": str(tokenizer),
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> dict[int, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    cases = [case(folder, stage, tiny_tokenizer) for stage in MODELS]
+    for ranks in run_ranks(save_checkpoint, cases):
+        assert all("error" not in rank for rank in ranks), ranks
+    return {stage: folder / f"run{stage}" for stage in MODELS}
+
+
+@pytest.mark.parametrize("stage", MODELS)
+def test_an_export_holds_the_engine_s_weights(stage: int, runs: dict[int, Path], tmp_path: Path) -> None:
+    folder = export(runs[stage], tmp_path / "out", licence="apache-2.0")
+    got, expected = load_file(folder / "model.safetensors"), torch.load(runs[stage] / "expected.pt")
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    half = load_file(export(runs[stage], tmp_path / "half", dtype="bfloat16") / "model.safetensors")
+    assert all(torch.equal(half[name], expected[name].bfloat16()) for name in expected)
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("OK") == len(list(folder.iterdir())) - 1
+    card = (folder / "README.md").read_text()
+    assert MODELS[stage][0] in card and "f" * 32 in card and "license: apache-2.0" in card and "any 100.0%" in card
+
+
+def test_hugging_face_to_training_and_back_is_bit_exact(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    cases = {}
+    for stage in MODELS:
+        settings = case(tmp_path, stage, tiny_tokenizer, steps=0, precision="fp32")
+        settings["overrides"].append("model.scale_embeds=false")
+        settings["init"] = str(stock_folder(settings, tmp_path / f"start{stage}"))
+        cases[stage] = settings
+    for stage, ranks in zip(cases, run_ranks(save_checkpoint, list(cases.values())), strict=True):
+        assert all("error" not in rank for rank in ranks), ranks
+        got = load_file(export(Path(cases[stage]["run_dir"]), tmp_path / f"out{stage}") / "model.safetensors")
+        start = load_file(tmp_path / f"start{stage}/model.safetensors")
+        assert got.keys() == {name.replace("embed_out", "lm_head") for name in start}
+        assert all(torch.equal(got[name.replace("embed_out", "lm_head")], start[name]) for name in start)
+
+
+def stock_folder(settings: dict[str, Any], folder: Path) -> Path:
+    """A folder of the stock class that the run's model is made over, with other weights than it starts with."""
+    from tests.train.test_gradients import make_model, run_config
+
+    ours = make_model(run_config(settings))
+    tiny = next(tiny for tiny in TINY.values() if isinstance(ours, tiny.model))
+    fields = {key: value for key, value in ours.config.to_dict().items() if key not in ("model_type", "auto_map")}
+    torch.manual_seed(11)
+    tiny.stock_model(tiny.stock_configuration(**fields)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gpt2"])
+def test_our_folder_loads_as_the_stock_class(architecture: str, tmp_path: Path) -> None:
+    tiny, model = TINY[architecture], make(architecture, seed=2, pondering_steps=2)
+    folder = write_folder(
+        tmp_path / "ours", model.config, model.named_parameters(), dtype="float32", card=str, tokenizer=None
+    )
+    assert folder == sum(parameter.numel() for parameter in model.parameters())
+    stock = tiny.stock_model.from_pretrained(tmp_path / "ours")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in stock.state_dict().items())
+
+
+def test_weights_of_another_model_are_refused_and_nothing_is_left(runs: dict[int, Path], tmp_path: Path) -> None:
+    source = find(runs[3])
+    shutil.copytree(source, tmp_path / "checkpoint")
+    state = json.loads((source / "state.json").read_text())
+    state["model"]["intermediate_size"] = 48
+    (tmp_path / "checkpoint/state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="the configuration's model has"):
+        export(tmp_path / "checkpoint", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}

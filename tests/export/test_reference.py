@@ -1,0 +1,136 @@
+"""Folders of the published code: imported they compute what it computes, exported again they are what they were."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from ponder_scale.errors import CheckpointError
+from ponder_scale.export.reference import export_reference, import_reference
+from ponder_scale.foreign import pondering_fields
+from tests.model.test_oracle import CASES, CONTENT, ORACLE
+
+NAMES = (
+    "llama.S3.scale1.mult1",
+    "llama.vanilla",
+    "gpt_neox.S1.scale1.mult0",
+    "gpt2.S1.scale1.mult0",
+    "orin.S2.scale1.resid0",
+    "orin.S2.scale1.resid1",
+)
+
+
+def published_folder(folder: Path, name: str, *, pytorch: bool = False, **keys: Any) -> Path:
+    """A folder as the published code saves it."""
+    case = CASES[name]
+    family = CONTENT["families"][case["family"]]
+    folder.mkdir()
+    config = {key: value for key, value in family["config"].items() if key != "num_parameters"}
+    config |= {**case["settings"], "torch_dtype": "float32", "architectures": ["AnyForCausalLM"], **keys}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(ORACLE / family["weights"])
+    if pytorch:
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("pytorch", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_imported_folder_gives_the_published_logits(name: str, pytorch: bool, tmp_path: Path) -> None:
+    source = published_folder(tmp_path / "theirs", name, pytorch=pytorch)
+    folder = import_reference(source, tmp_path / f"ours-{name.replace('.', '-')}", licence="mit")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    inputs = load_file(ORACLE / "inputs.safetensors")
+    with torch.no_grad():
+        output = model(inputs[CASES[name]["input"]], labels=inputs[CASES[name]["labels"]])
+    expected = load_file(ORACLE / CASES[name]["file"])[f"{name}/logits"]
+    torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=0)
+    assert output.loss.item() == pytest.approx(CASES[name]["loss"], abs=1e-6, rel=2e-7)
+    card = (folder / "README.md").read_text()
+    assert "license: mit" in card and "imported from | theirs" in card
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_import_and_export_give_the_published_folder_back(name: str, tmp_path: Path) -> None:
+    source = published_folder(tmp_path / "theirs", name)
+    back = export_reference(import_reference(source, tmp_path / "ours"), tmp_path / "back")
+    got, expected = (load_file(folder / "model.safetensors") for folder in (back, source))
+    expected.pop("adapter.weight", None)
+    assert got.keys() - {"adapter.weight"} == expected.keys()
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+    if "gpt_neox" in name:
+        assert got["adapter.weight"].shape == (64, 128)  # the published class has the parameter and never uses it
+    theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (source, back))
+    assert ours["model_type"] == theirs["model_type"] and "auto_map" not in ours
+    assert pondering_fields(ours) == pondering_fields(theirs) | {
+        key: value for key, value in pondering_fields(ours).items() if "vanilla" in name
+    }
+    assert {key: ours[key] for key in ("vocab_size", "tie_word_embeddings")} == {
+        key: theirs[key] for key in ("vocab_size", "tie_word_embeddings")
+    }
+
+
+def test_temperature_is_read_where_the_published_code_reads_it() -> None:
+    keys = {"ponderinglm": True, "pondering_steps": 2, "softmax_temperature": 0.5}
+    assert pondering_fields({**keys, "model_type": "llama"})["pondering_temperature"] == 0.5
+    assert pondering_fields({**keys, "model_type": "gpt_neox"})["pondering_temperature"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model_type": "bert"}, "model_type is 'bert'; expected one of llama, gpt_neox, gpt2"),
+        ({"num_latent_thoughts": 2}, "latent thoughts as extra positions are another model"),
+        ({"pondering_steps": 0, "mutiply_pondering_steps": True}, "multiplies the embeddings by 0"),
+        ({"hidden_size": 32}, "use weights of the same architecture and size"),
+        ({"num_hidden_layers": 3}, "no weight for model.layers.2"),
+    ],
+)
+def test_what_cannot_be_imported_is_answered(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    source = published_folder(tmp_path / "theirs", NAMES[0], **keys)
+    with pytest.raises(CheckpointError, match=message):
+        import_reference(source, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists() and not list(tmp_path.glob(".making*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("gpt_neox.S1.scale1.mult0", "residual", "restart"),
+        ("gpt_neox.S1.scale1.mult0", "pondering_temperature", 0.5),
+        ("llama.S3.scale1.mult1", "residual", "replace"),
+        ("llama.S3.scale1.mult1", "feedback", "hidden"),
+        ("llama.S3.scale1.mult1", "initial_scale", 2.0),
+        ("llama.S3.scale1.mult1", "pondering_top_k", 4),
+    ],
+)
+def test_what_the_published_code_cannot_express_is_refused(name: str, field: str, value: Any, tmp_path: Path) -> None:
+    ours = import_reference(published_folder(tmp_path / "theirs", name), tmp_path / "ours")
+    config = json.loads((ours / "config.json").read_text())
+    (ours / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(CheckpointError, match=f"{field} is .*cannot express"):
+        export_reference(ours, tmp_path / "back")
+
+
+def test_the_commands_convert_and_answer_in_one_line(tmp_path: Path) -> None:
+    source = published_folder(tmp_path / "theirs", NAMES[0])
+
+    def run(*words: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ponder_scale.cli", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+
+    assert "S = 3, 115,008 parameters" in run("import-reference", source, tmp_path / "ours").stdout
+    assert run("export-reference", tmp_path / "ours", tmp_path / "back").returncode == 0
+    refused = run("export-reference", source, tmp_path / "other")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert refused.stderr.startswith("error: ") and "expected one of ponder_llama" in refused.stderr

@@ -1,0 +1,82 @@
+"""Run the Triton backend on the CPU by Triton's interpreter and print its errors against float64, as JSON.
+
+Run by test_kernels.py in a process of its own: TRITON_INTERPRET=1 counts when triton is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from ponder_scale.model import kernels
+from ponder_scale.model.pondering_embedding import cross_entropy, pondering_embedding
+
+TOKENS, WIDTH, VOCABULARY = 50, 80, 1003  # no multiple of any tile
+NAMES = ("value", "loss", "entropy", "hidden", "head", "table")
+
+
+def operands(dtype: torch.dtype, tied: bool) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, generator=generator)
+    head = 0.4 * torch.randn(VOCABULARY, WIDTH, generator=generator)
+    table = head if tied else torch.randn(VOCABULARY, WIDTH, generator=generator)
+    labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    labels[::7] = -100
+    upstream = torch.randn(TOKENS, WIDTH, generator=generator)
+    return [tensor.to(dtype) for tensor in (hidden, head, table)], labels, upstream.to(dtype)
+
+
+def leaves(tensors: list[torch.Tensor], dtype: torch.dtype, tied: bool) -> list[torch.Tensor]:
+    made = [tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors]
+    return [*made[:2], made[1]] if tied else made
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((got.double() - wanted).norm() / wanted.norm()).item()
+
+
+def embedding_errors(dtype: torch.dtype, tied: bool, **options: Any) -> dict[str, float]:
+    tensors, labels, upstream = operands(dtype, tied)
+    ours, theirs = leaves(tensors, dtype, tied), leaves(tensors, torch.float64, tied)
+    mixed, seen = pondering_embedding(*ours, labels=labels, backend="triton", **options)
+    expected, wanted = pondering_embedding(*theirs, labels=labels, backend="eager", **options)
+    unlabelled, _ = pondering_embedding(*ours, backend="triton", **options)
+    mixed.backward(upstream)
+    expected.backward(upstream.double())
+    pairs = [(mixed, expected), (seen.loss, wanted.loss), (seen.entropy, wanted.entropy)]
+    pairs += [(got.grad, reference.grad) for got, reference in zip(ours, theirs, strict=True)]
+    errors = {name: relative(*pair) for name, pair in zip(NAMES, pairs, strict=True)}
+    return {**errors, "changed by statistics": float(not torch.equal(mixed, unlabelled))}
+
+
+def loss_errors(dtype: torch.dtype, **options: Any) -> dict[str, float]:
+    tensors, labels, _ = operands(dtype, tied=False)
+    ours, theirs = (leaves(tensors, kind, tied=False)[:2] for kind in (dtype, torch.float64))
+    total, seen = cross_entropy(*ours, labels, backend="triton", **options)
+    expected, wanted = cross_entropy(*theirs, labels, **options)
+    (total * 0.01).backward()
+    (expected * 0.01).backward()
+    pairs = [(total, expected), (seen.loss, wanted.loss), (seen.entropy, wanted.entropy)]
+    pairs += [(got.grad, reference.grad) for got, reference in zip(ours, theirs, strict=True)]
+    return {name: relative(*pair) for name, pair in zip(NAMES, pairs, strict=False)}
+
+
+def main() -> None:
+    """Errors of every case: blocks small enough that there are several."""
+    kernels.TOKEN_BLOCK, kernels.VOCABULARY_BLOCK = 32, 512
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[sys.argv[1]]
+    cases = {
+        "plain": embedding_errors(dtype, False),
+        "temperature and scale": embedding_errors(dtype, False, temperature=0.9, scale=2.5),
+        "tied": embedding_errors(dtype, True, temperature=0.9, scale=2.5),
+        "loss": loss_errors(dtype),
+        "loss with z-loss": loss_errors(dtype, z_loss=0.05),
+    }
+    print(json.dumps(cases))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The commands of README and docs run: the quick start on a small corpus, then every command of a shell block."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+SMALL = ["model.hidden_size=32", "model.intermediate_size=64", "train.steps=4", "optim.warmup_steps=1"]
+# what makes a command quick where the documents measure; the last value of a flag counts
+QUICK = {
+    "ponder-scale evaluate decoding": "--sequences 1 --prompt-tokens 8 --new-tokens 4",
+    "ponder-scale bench op": "--tokens 64 --hidden 32 --vocab 100 --runs 1",
+    "ponder-scale bench step": "--batch 1 --seq-len 16 --hidden 64 --layers 1 --vocab 100 --runs 1 --policies pass",
+    "ponder-scale bench memory": "--batch 1 --seq-len 16 --hidden 64 --layers 1 --vocab 100 --steps 1 --policies pass",
+    "ponder-scale bench decode": "--hidden 64 --layers 1 --vocab 100 --runs 1 --context 8",
+    "ponder-scale bench comm": "--regimes zero3_bounded --policies pass --pondering-steps 1"
+    " model.hidden_size=96 model.num_hidden_layers=1",
+}
+
+
+def _commands(document: Path) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", document.read_text(), flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [re.sub(r"\s+#.*", "", line).strip() for line in lines]
+
+
+# each once, in the order of reading
+COMMANDS = list(dict.fromkeys(command for document in DOCUMENTS for command in _commands(document)))
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder in which the quick start has run on a part of the standard library; and what it printed."""
+    folder = tmp_path_factory.mktemp("readme")
+    corpus = folder / "corpus"
+    for name in ("asyncio", "email", "encodings", "idlelib", "json", "multiprocessing", "unittest"):
+        shutil.copytree(Path(sysconfig.get_path("stdlib")) / name, corpus / name)
+    script = REPOSITORY / "examples" / "quickstart.sh"
+    command = ["sh", str(script), "runs/quickstart", str(corpus), "2", *SMALL]
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-1500:]
+    return folder, done.stdout
+
+
+def test_the_quick_start_reaches_generated_text_and_names_what_to_try(workplace: tuple[Path, str]) -> None:
+    folder, printed = workplace
+    for heading in ("1/6", "2/6", "3/6", "4/6", "5/6", "6/6", "made in", "try next"):
+        assert f"== {heading}" in printed or f"   {heading}" in printed, heading
+    assert "in a fresh process" in printed and "def read(self, size=-1):" in printed
+    assert (folder / "runs/quickstart/huggingface/model.safetensors").is_file()
+
+
+def test_the_readme_names_the_two_commands() -> None:
+    assert {"make quickstart", "make test"} <= set(COMMANDS)
+    done = subprocess.run(["make", "-n", "quickstart", "test"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "make test" in (REPOSITORY / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith(("ponder-", "torchrun", "mpiexec"))])
+def test_a_command_of_the_documents_runs(command: str, workplace: tuple[Path, str]) -> None:
+    command += "".join(f" {words}" for start, words in QUICK.items() if command.startswith(start))
+    if " train " in command:
+        command += " " + " ".join(SMALL).replace("train.steps=4", "train.steps=5")
+    command = command.replace('"$STDLIB"', "corpus")
+    done = subprocess.run(
+        command, shell=True, cwd=workplace[0], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *REPOSITORY.glob("*/README.md")], ids=lambda path: path.stem)
+def test_every_file_a_document_links_exists(document: Path) -> None:
+    for name in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        if not name.startswith("http"):
+            assert (document.parent / name).exists(), name
+
+
+def test_the_tree_in_the_readme_is_that_of_the_repository() -> None:
+    tree = re.search(r"```\n(ponder_scale/.*?)```", DOCUMENTS[0].read_text(), flags=re.DOTALL)
+    assert tree is not None
+    folders: list[str] = []
+    for line in tree.group(1).splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 4
+        folders[depth:] = [name]
+        assert (REPOSITORY / "".join(folders)).exists(), "".join(folders)
+
+
+def test_the_configuration_page_is_that_of_the_code() -> None:
+    page = runpy.run_path(str(REPOSITORY / "docs" / "make_configuration.py"))["page"]()
+    written = (REPOSITORY / "docs" / "configuration.md").read_text()
+    assert written == page, "run: python docs/make_configuration.py > docs/configuration.md"

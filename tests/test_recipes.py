@@ -1,0 +1,46 @@
+"""Every shipped recipe loads, builds its model and names a sharding file that is accepted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import data_pipeline
+import ponder_scale
+from data_pipeline.config import BuildConfig
+from ponder_scale.build import model_class, model_configuration
+from ponder_scale.config import RunConfig
+from ponder_scale.errors import ConfigError
+from ponder_scale.settings import find_recipe, load, to_yaml
+from ponder_scale.train.deepspeed_config import deepspeed_config, read_sharding
+
+TRAINING = Path(ponder_scale.__path__[0]) / "recipes"
+DATA = Path(data_pipeline.__path__[0]) / "recipes"
+
+
+@pytest.mark.parametrize("path", sorted(TRAINING.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_training_recipe_builds_its_model(path: Path, tmp_path: Path) -> None:
+    config = load(RunConfig, path)
+    configuration = model_configuration(config.model, vocab_size=1000, seq_len=config.data.seq_len, eod_id=0)
+    with torch.device("meta"):
+        model = model_class(configuration)(configuration)
+    assert model.config.pondering_steps == config.model.pondering_steps
+    deepspeed_config(read_sharding(config.train.deepspeed), config.train, config.optim, world_size=1)
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load(RunConfig, tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize("path", sorted(DATA.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_data_recipe_loads(path: Path) -> None:
+    overrides = ["tokenizer=t", "out=o", "sources.stdlib.path=p"]
+    assert load(BuildConfig, path, overrides).sources
+
+
+def test_a_recipe_is_found_by_name_or_path_and_its_absence_lists_the_others(tmp_path: Path) -> None:
+    assert find_recipe("quickstart", TRAINING) == TRAINING / "quickstart.yaml"
+    (tmp_path / "mine.yaml").write_text("seed: 3\n")
+    assert find_recipe(str(tmp_path / "mine.yaml"), TRAINING) == tmp_path / "mine.yaml"
+    with pytest.raises(ConfigError, match=r"recipe fast: no such file; .*quickstart"):
+        find_recipe("fast", TRAINING)

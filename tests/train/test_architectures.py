@@ -1,0 +1,24 @@
+"""Gradients under ZeRO-3 with two ranks equal plain torch for every architecture, with tied embeddings and without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.train.test_gradients import check, small_buckets
+
+ARCHITECTURES = ("gpt_neox", "gpt2", "olmo2")  # llama: test_gradients.py
+
+
+@pytest.mark.parametrize("policy", ["none", "layer", "pass", "pass+layer"])
+def test_gradients_equal_plain_torch(policy: str, tmp_path: Path) -> None:
+    deepspeed = small_buckets(tmp_path, 3)
+    cases = []
+    for architecture in ARCHITECTURES:
+        overrides = [f"model.architecture={architecture}", "model.initial_scale=3"]
+        if architecture != "olmo2":
+            overrides.append("model.num_key_value_heads=null")
+        for tied in (False, True):
+            cases.append({"deepspeed": deepspeed, "policy": policy, "tied": tied, "overrides": overrides})
+    check(cases)

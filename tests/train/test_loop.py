@@ -1,0 +1,200 @@
+"""Whole training runs on two ranks: metrics, refusals, and what other tests of whole runs share."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ponder_scale.checkpoint import find
+from ponder_scale.config import RunConfig
+from ponder_scale.packing import pack
+from ponder_scale.records import COMPUTED
+from ponder_scale.settings import load
+from ponder_scale.weights import read_weights
+from tests.ranks import run_ranks
+
+STEPS = 4
+SHAPE = [
+    "model.hidden_size=16",
+    "model.intermediate_size=32",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.pondering_steps=2",
+    "data.seq_len=12",
+    "train.global_batch=8",
+    "train.micro_batch=2",
+    "optim.lr=1e-2",
+    "optim.warmup_steps=2",
+    "checkpoint.every_steps=1",
+    "checkpoint.keep=null",
+    "evaluate.sequences=6",
+    "log.every_steps=1",
+]
+
+
+def train_on_a_rank(case: dict[str, Any]) -> str:
+    """Train by the overrides of the case; where it names a fault, it comes to this rank at a call of a function.
+
+    A fault is {"rank", "at", "call": the number of the first call it comes to, "calls": to how many, "how"}; how:
+    "kill" and "stop" (SIGKILL and SIGSTOP to this process) before the call, "kill after" it, or "full": during it,
+    the system refuses to let any file grow.
+    """
+    from ponder_scale import checkpoint
+    from ponder_scale.train import loop, state
+
+    torch.set_num_threads(1)
+    fault = case.get("fault")
+    if fault and os.environ["RANK"] == str(fault["rank"]):
+        owner = {"save": state.RunState, "write_part": state}.get(fault["at"], checkpoint)
+        original, calls = getattr(owner, fault["at"]), []
+
+        def faulty(*arguments: Any, **options: Any) -> Any:
+            calls.append(1)
+            if not 0 <= len(calls) - fault.get("call", 2) < fault.get("calls", 1):
+                return original(*arguments, **options)
+            if fault["how"] == "full":
+                return with_full_disk(lambda: original(*arguments, **options))
+            if fault["how"] == "kill after":
+                original(*arguments, **options)
+            if fault["how"] == "stop":
+                Path(case["pid_file"]).write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP if fault["how"] == "stop" else signal.SIGKILL)
+            time.sleep(1)  # a signal to the process may reach another thread of it first
+            return original(*arguments, **options)
+
+        setattr(owner, fault["at"], faulty)
+    loop.train(load(RunConfig, None, case["overrides"]))
+    return "done"
+
+
+def with_full_disk(action: Callable[[], Any]) -> Any:
+    """Run the action while the system lets no file grow beyond 8 bytes, a real error of the real system call."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
+    try:
+        return action()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def overrides(run_dir: Path, shards: Any, *more: str) -> list[str]:
+    sources = [f"run_dir={run_dir}", f"data.sources.tiny.path={shards.folder}", f"train.steps={STEPS}"]
+    return [*sources, *SHAPE, "train.precision=fp32", *more]
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """What a run computed: steps and evaluations, without what depends on the clock."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds_per_step", "seconds_left", "tokens_per_second", "data_wait_share", "memory_gib", "memory_now_gib")
+    computed = [line for line in lines if line["event"] in COMPUTED]
+    return [{key: value for key, value in line.items() if key not in (*clock, "time", "attempt")} for line in computed]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return dict(read_weights(find(run_dir)))
+
+
+def assert_same_run(run_dir: Path, reference: Path) -> None:
+    assert records(run_dir) == records(reference)
+    got, expected = weights(run_dir), weights(reference)
+    assert got.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(got[name], weight), name
+
+
+def test_metrics_hold_what_they_promise(shards: Any, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    (ranks,) = run_ranks(train_on_a_rank, [{"overrides": overrides(run_dir, shards, "evaluate.every_steps=2")}])
+    assert ranks == ["done", "done"]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["event"] == "step"]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    for line in steps:
+        assert line["tokens"] == line["step"] * 8 * 12
+        assert line["loss"] == line["pass_losses"][-1]
+        assert len(line["pass_losses"]) == len(line["pass_entropies"]) == len(line["embed_norms"]) == 3
+        assert len(line["pass_kls"]) == len(line["update_norms"]) == len(line["embed_cosines"]) == 2
+        assert line["mfu"] is None and line["hfu"] is None  # no peak is known of a CPU
+        assert line["seconds_left"] == pytest.approx(line["seconds_per_step"] * (STEPS - line["step"]))
+        assert 0 <= line["data_wait_share"] <= 1 and 0 < line["memory_now_gib"] <= line["memory_gib"] * 1.001
+        assert all(line[key] > 0 for key in ("grad_norm", "lr", "tokens_per_second", "seconds_per_step", "memory_gib"))
+    evaluations = [line for line in lines if line["event"] == "evaluation"]
+    assert [(line["step"], line["tokens"], len(line["losses"])) for line in evaluations] == [(2, 72, 3), (4, 72, 3)]
+    assert load(RunConfig, run_dir / "config.yaml").train.steps == STEPS
+
+
+def test_another_model_or_precision_is_refused_and_nothing_is_lost(shards: Any, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    base = overrides(run_dir, shards)
+    longer = [*base, "train.steps=6"]
+    cases = [
+        {"overrides": base},
+        {"overrides": [*longer, "model.hidden_size=32"]},
+        {"overrides": [*longer, "train.precision=bf16"]},
+        {"overrides": longer},
+    ]
+    done, wider, precision, on = run_ranks(train_on_a_rank, cases)
+    assert done == on == ["done", "done"]
+    assert "its model has hidden_size 16, this run 32" in wider[0]["error"]
+    assert "saved with train.precision fp32, this run has bf16" in precision[0]["error"]
+    assert [line["step"] for line in records(run_dir) if line["event"] == "step"] == list(range(1, 7))
+    attempts = [json.loads(line) for line in (run_dir / "attempts.jsonl").read_text().splitlines()]
+    assert [(line["attempt"], line["first_step"], line["resumed_from"]) for line in attempts] == [
+        (1, 1, None),
+        (2, 5, "step-00000004"),
+    ]  # those that were refused took nothing over
+
+
+def test_weights_and_biases_gets_the_same_numbers_offline(shards: Any, tmp_path: Path) -> None:
+    case = {"overrides": overrides(tmp_path / "run", shards, "log.wandb=offline", "train.steps=2")}
+    assert run_ranks(train_on_a_rank, [case]) == [["done", "done"]]
+    (record,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert b"pass_entropies/2" in record.read_bytes()
+
+
+def test_labels_weigh_the_same_however_unevenly_they_fill_the_batches(shards: Any, tmp_path: Path) -> None:
+    """Packed sequences have labels that do not count; ranks and micro-batches must not change what a step learns."""
+    pack(shards, 12)
+    more = ["data.packing=best-fit", "data.document_mask=true", "evaluate.every_steps=2", "optim.warmup_steps=0"]
+    more.append("optim.z_loss=0.1")  # large enough to be told from the loss to five digits
+    two, one = (overrides(tmp_path / name, shards, *more) for name in ("two", "one"))
+    assert run_ranks(train_on_a_rank, [{"overrides": two}]) == [["done", "done"]]
+    whole = [*one, "train.micro_batch=8"]
+    assert run_ranks(train_on_a_rank, [{"overrides": whole}], world_size=1) == [["done"]]
+    got, expected = records(tmp_path / "two"), records(tmp_path / "one")
+    assert [line.keys() for line in got] == [line.keys() for line in expected] and len(got) > 2 * STEPS - 3
+    for line, same in zip(got, expected, strict=True):
+        for key in line.keys() & {"pass_losses", "grad_norm", "losses", "z_loss"}:
+            assert line[key] == pytest.approx(same[key], rel=1e-5), (key, line["step"])
+        assert line.get("labels") == same.get("labels") != 8 * 12
+
+
+def test_a_document_mask_reaches_the_model(shards: Any, tmp_path: Path) -> None:
+    """The first loss, of equal weights on equal data, differs by what attention may see."""
+    plain, masked = (overrides(tmp_path / name, shards, "train.steps=2") for name in ("plain", "masked"))
+    cases = [{"overrides": plain}, {"overrides": [*masked, "data.document_mask=true"]}]
+    assert run_ranks(train_on_a_rank, cases) == [["done", "done"], ["done", "done"]]
+    first, second = (records(tmp_path / name)[0]["loss"] for name in ("plain", "masked"))
+    assert first != second and first == pytest.approx(second, rel=0.05)
+
+
+def test_what_auto_chose_is_written_down_and_kept(shards: Any, tmp_path: Path) -> None:
+    auto = overrides(tmp_path / "run", shards, "train.recompute=auto", "train.micro_batch=auto")
+    fresh = overrides(tmp_path / "fresh", shards, "train.recompute=auto")
+    less = ["train.memory_gib=1e-6", "train.steps=6"]  # in which nothing fits
+    first, second, refused = run_ranks(
+        train_on_a_rank, [{"overrides": auto}, {"overrides": [*auto, *less]}, {"overrides": [*fresh, *less]}]
+    )
+    assert first == second == ["done", "done"]
+    train = load(RunConfig, tmp_path / "run" / "config.yaml").train
+    assert (train.recompute, train.micro_batch) == ("none", 4)  # everything fits; 8 sequences over 2 ranks
+    assert "nothing fits" in refused[0]["error"]

@@ -1,0 +1,183 @@
+"""What is recorded of a step: rates and FLOPs by arithmetic, alarms by their thresholds, trackers over attempts."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ponder_scale.config import RunConfig
+from ponder_scale.cost import Shape, flops_per_token
+from ponder_scale.records import METRICS, read
+from ponder_scale.settings import load
+from ponder_scale.train import throughput as throughput_module
+from ponder_scale.train.alarms import FIRST_STEP, LOGGED_STEPS, CollapseAlarms
+from ponder_scale.train.metrics import Metrics, StepTally
+from ponder_scale.train.schedules import pondering_steps
+from ponder_scale.train.throughput import Throughput
+
+SHAPE = Shape(1000, 400, vocabulary=50, hidden=8, layers=2, sequence=16, pondering_steps=3)
+
+
+def config(*overrides: str) -> RunConfig:
+    fixed = ["run_dir=unused", "data.sources.any.path=unused", "data.seq_len=16", "train.steps=100"]
+    return load(RunConfig, None, [*fixed, "train.global_batch=4", "train.recompute=pass", *overrides])
+
+
+def test_rates_leave_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(throughput_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    throughput = Throughput(config(), SHAPE, start_step=0, peak=1e6)
+    clock.now += 10.0
+    first = throughput.since_last(5, data_wait=1.0)
+    assert (first["tokens"], first["seconds_per_step"], first["tokens_per_second"]) == (5 * 64, 2.0, 32.0)
+    assert first["seconds_left"] == 190.0 and first["data_wait_share"] == pytest.approx(0.1)
+    each = flops_per_token(SHAPE, "pass")
+    assert first["flops"] == pytest.approx(5 * 64 * each.model)
+    assert first["mfu"] == pytest.approx(5 * 64 * each.model / 10.0 / 1e6)
+    assert first["hfu"] == pytest.approx(5 * 64 * each.hardware / 10.0 / 1e6)
+    clock.now += 1000.0  # a save
+    throughput.restart(7)
+    clock.now += 3.0
+    second = throughput.since_last(10, data_wait=1.0)
+    assert second["seconds_per_step"] == 1.0 and second["data_wait_share"] == 0.0
+    assert second["mfu"] == pytest.approx(3 * 64 * each.model / 3.0 / 1e6)
+    assert second["flops"] == pytest.approx(10 * 64 * each.model)
+
+
+def test_flops_count_the_pondering_steps_that_were_drawn_also_after_a_resume() -> None:
+    random = config("train.pondering.schedule=uniform", "train.pondering.low=0", "model.pondering_steps=3")
+    drawn = [pondering_steps(step, 3, random.train.pondering, random.seed) for step in range(1, 41)]
+    expected = sum(64 * flops_per_token(SHAPE, "pass", steps).model for steps in drawn)
+    whole = Throughput(random, SHAPE, start_step=0, peak=None).since_last(40, 0.0)
+    resumed = Throughput(random, SHAPE, start_step=17, peak=None).since_last(40, 0.0)
+    assert whole["flops"] == pytest.approx(expected) and resumed["flops"] == pytest.approx(expected)
+    assert whole["mfu"] is None
+
+
+def test_rates_follow_the_tokens_of_a_ramp(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(throughput_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    ramp = config("train.batch_ramp_from=1", "train.batch_ramp_steps=7")  # 1 1 2 2 3 3 4 4 ...
+    throughput = Throughput(ramp, SHAPE, start_step=0, peak=None)
+    throughput.restart(2)
+    clock.now += 5.0
+    found = throughput.since_last(5, data_wait=0.0)
+    assert found["tokens"] == 9 * 16 and found["tokens_per_second"] == 7 * 16 / 5.0
+    assert found["seconds_per_step"] == pytest.approx(5.0 / 3)
+    assert found["seconds_left"] == pytest.approx(5.0 / 7 * (3 + 94 * 4))
+    assert found["flops"] == pytest.approx(9 * 16 * flops_per_token(SHAPE, "pass").model)
+
+
+def means(kl: float, entropy: float) -> dict[str, list[float]]:
+    return {"pass_kls": [kl, kl / 2], "pass_entropies": [entropy, entropy, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sign", "none"),
+    [
+        ("pondering_idle", means(1e-6, 2.0), means(1e-3, 2.0)),
+        ("pondering_uniform", means(0.3, 0.99 * math.log(50)), means(0.3, 0.9 * math.log(50))),
+    ],
+)
+def test_a_collapse_is_told_once_while_it_lasts(kind: str, sign: dict[str, Any], none: dict[str, Any]) -> None:
+    alarms = CollapseAlarms(config(), 50)
+    told = [step for step in range(1, FIRST_STEP + 60) for _ in alarms.of(step, sign)]
+    assert told == [FIRST_STEP + LOGGED_STEPS - 1]
+    assert alarms.of(1000, none) == []
+    again = [alarm for step in range(1001, 1050) for alarm in alarms.of(step, sign)]
+    assert [alarm["kind"] for alarm in again] == [kind] and "pondering" in again[0]["message"]
+    healthy = CollapseAlarms(config(), 50)
+    assert not any(healthy.of(step, none) for step in range(1, 2000))
+
+
+def test_steps_without_pondering_neither_give_nor_clear_an_alarm() -> None:
+    alarms = CollapseAlarms(config(), 50)
+    steps = range(FIRST_STEP, FIRST_STEP + 20)
+    vanilla = {"pass_kls": [], "pass_entropies": [3.9]}
+    told = [step for step in steps for _ in alarms.of(step, means(1e-7, 2.0) if step % 2 else vanilla)]
+    assert len(told) == 1
+
+
+def test_a_tally_is_the_mean_over_batches_by_their_weight() -> None:
+    def output(loss: float, **more: Any) -> Any:
+        values = {"pass_losses": torch.tensor([loss, 2 * loss]), "pass_entropies": torch.tensor([1.0, 1.0])}
+        return SimpleNamespace(**values, **{"z_loss": None, "changes": None, **more})
+
+    tally = StepTally()
+    tally.add(output(1.0, z_loss=torch.tensor(0.5)), 1.0)
+    tally.add(output(4.0, z_loss=torch.tensor(0.0)), 3.0)
+    found = tally.means(tally.sums() * 2)  # as two ranks with the same numbers add up
+    assert found == {"pass_losses": [3.25, 6.5], "pass_entropies": [1.0, 1.0], "z_loss": [0.125]}
+
+
+def two_attempts(run_dir: Path, **log: str) -> None:
+    """Steps 1 to 6, a crash, and steps 4 to 9."""
+    settings = config(f"run_dir={run_dir}", *(f"log.{key}={value}" for key, value in log.items()))
+    for attempt, first, last in ((1, 1, 6), (2, 4, 9)):
+        metrics = Metrics(settings, run_dir, start_step=first - 1, active=True, attempt=attempt, shape=SHAPE, peak=None)
+        for step in range(first, last + 1):
+            values = {"pass_losses": [3.0, float(step)], "pass_entropies": [1.0, 1.0], "pass_kls": [0.1]}
+            metrics.log_step(step, values, labels=64, grad_norm=1.0, lr=1e-3, data_wait=0.0)
+        if attempt == 2:
+            metrics.log_event("end", last, reason="done")
+            metrics.close()
+        else:
+            for tracker in metrics._trackers:  # a crash, but for what their own processes would still write
+                tracker.close()
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    two_attempts(tmp_path, tensorboard="true")
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(point.step, point.value) for point in board.Scalars("loss")] == [(step, step) for step in range(1, 10)]
+    assert "pass_losses/0" in board.Tags()["scalars"]
+
+
+def records_of_wandb(file: Path) -> Iterator[Any]:
+    """The records of a .wandb file: LevelDB's log format (blocks of 32 KiB) after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, data = file.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        data += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last of its pieces
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            yield record
+            data = b""
+
+
+def test_weights_and_biases_is_one_run_over_attempts_and_gets_each_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    two_attempts(tmp_path, wandb="offline")
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    assert len(files) == 2
+    seen = []
+    for file in files:
+        assert file.stem == "run-" + (tmp_path / "wandb_id").read_text().strip()
+        for record in records_of_wandb(file):
+            items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            if "loss" in items:
+                seen.append((int(items["_step"]), float(items["loss"])))
+    assert seen == [(step, step) for step in range(1, 10)]
+    assert [line["step"] for line in read(tmp_path / METRICS) if line["event"] == "step"] == list(range(1, 10))
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"0123456789abcdef0123" not in written and "0123456789abcdef0123" not in "".join(capfd.readouterr())
