@@ -62,12 +62,8 @@ def stories(
         }
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_on_the_cluster(scenario: Callable[[Place], None], stories: dict[str, Future[None]]) -> None:
-    stories[scenario.__name__].result()
-
-
 def test_every_template_is_what_slurm_accepts(lab: Lab) -> None:
+    """Before the scenarios begin: some of them take nodes away."""
     templates = sorted(path.name for path in (REPOSITORY / "slurm").glob("*.sbatch"))
     assert len(templates) == 5
     for name in templates:
@@ -75,6 +71,11 @@ def test_every_template_is_what_slurm_accepts(lab: Lab) -> None:
     assert "to start at" in lab.run("sbatch", "--test-only", "--nodes=18", "--no-kill", "slurm/train.sbatch").stderr
     refused = lab.run("sbatch", "--test-only", "--nodes=99", "slurm/train.sbatch", check=False)
     assert refused.returncode and "not available" in refused.stderr
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_on_the_cluster(scenario: Callable[[Place], None], stories: dict[str, Future[None]]) -> None:
+    stories[scenario.__name__].result()
 
 
 def test_the_lab_needs_no_root() -> None:
