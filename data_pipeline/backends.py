@@ -41,7 +41,7 @@ _opened: dict[tuple[Any, ...], Encode] = {}  # loading one costs more than a sma
 
 
 class Mismatch(Exception):
-    """An engine gave other tokens than the reference."""
+    """An engine failed, or gave other tokens than the reference; the message goes on after its name."""
 
 
 class Checked:
@@ -52,17 +52,33 @@ class Checked:
         self._seen = 0
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """As `Tokenizer.encode_batch`. Raises Mismatch for a sampled document with other tokens."""
-        tokens, lengths = self._encode(texts)
+        """As `Tokenizer.encode_batch`. Raises Mismatch where it fails, and for a sampled document with other tokens."""
+        try:
+            tokens, lengths = self._encode(texts)
+        except Exception as error:
+            raise Mismatch(f"failed ({type(error).__name__}: {_line(error)})") from error
         for number in range(-self._seen % SAMPLE_EVERY, len(texts), SAMPLE_EVERY):
             if len(texts[number]) > SAMPLE_CHARACTERS:
                 continue
             end = int(lengths[: number + 1].sum())
             expected, _ = self._reference.encode_batch([texts[number]])
             if not np.array_equal(tokens[end - lengths[number] : end], expected):
-                raise Mismatch(texts[number])
+                raise Mismatch(f"gives other tokens than {self._reference.path.name} for {texts[number][:60]!r}")
         self._seen += len(texts)
         return tokens, lengths
+
+
+def checked(name: str, reference: Tokenizer) -> Encode:
+    """The encoder of an engine, `Checked`; the reference as it is.
+
+    Raises Mismatch when it cannot be opened, as where a build goes on without it.
+    """
+    if name == REFERENCE:
+        return reference.encode_batch
+    try:
+        return Checked(open_engine(name, reference), reference).encode_batch
+    except Exception as error:  # an engine may fail in any way; then it is not used
+        raise Mismatch(f"cannot be opened ({_line(error)})") from error
 
 
 def choose(asked: str, reference: Tokenizer, samples: Sequence[str], warn: Callable[[str], None]) -> str:

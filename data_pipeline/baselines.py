@@ -2,8 +2,9 @@
 
     python -m data_pipeline.baselines NAME CORPUS TOKENIZER OUT
 
-per_document is the path of Megatron-LM's default preprocess_data.py, written here from its description: a pool of
-processes that parse and encode one line at a time, lists of integers sent back, one writer.
+per_document is the path of Megatron-LM's default preprocess_data.py with its HuggingFaceTokenizer, written here from
+its description (August 2026): a pool of processes that parse one line at a time and encode it by transformers' fast
+tokenizer, called as it is there, lists of integers sent back, one writer.
 """
 
 from __future__ import annotations
@@ -28,24 +29,31 @@ def _load(tokenizer: Path) -> None:
     _tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
 
 
+def _load_transformers(tokenizer: Path) -> None:
+    global _tokenizer
+    import transformers
+
+    _tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer / "tokenizer.json"))
+
+
 def _encode(line: str) -> list[int]:
-    ids: list[int] = _tokenizer.encode(json.loads(line)["text"]).ids
+    ids: list[int] = _tokenizer(json.loads(line)["text"]).input_ids
     return ids
 
 
 def per_document(corpus: Path, tokenizer: Path, out: Path) -> None:
     """Megatron-LM's default path: one document at a time."""
-    import transformers  # noqa: F401  # its tokenizer class is what that script starts with
-
+    _load_transformers(tokenizer)
+    dtype = np.uint16 if len(_tokenizer) < 65500 else np.int32
     lengths: list[int] = []
     out.mkdir()
     with (
         corpus.open(encoding="utf-8") as lines,
-        multiprocessing.Pool(1, _load, (tokenizer,)) as pool,
+        multiprocessing.Pool(1, _load_transformers, (tokenizer,)) as pool,
         (out / "tokens.bin").open("wb") as stream,
     ):
         for ids in pool.imap(_encode, lines, _PER_TASK):
-            stream.write(np.array([*ids, 0], dtype=np.uint16).tobytes())
+            stream.write(np.array([*ids, 0], dtype=dtype).tobytes())
             lengths.append(len(ids) + 1)
     np.array(lengths, dtype=np.int32).tofile(out / "lengths")
 

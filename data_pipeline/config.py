@@ -34,7 +34,9 @@ class SourceConfig:
     revision: str | None = knob(None, "dataset: commit or tag on the hub; null: the newest")
     streaming: bool = knob(False, "dataset: read from the hub without storing it on disk")
     filters: dict[str, Any] = knob({}, "by name, with their thresholds: {gopher_quality: {min_words: 50}}")
-    weight: float | None = knob(None, "share in training relative to the other sources; null: by size", above=0)
+    weight: float | None = knob(
+        None, "share in training relative to the other sources; null, for all sources: by size", above=0
+    )
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class BuildConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ConfigError("sources is empty; name an input: sources.NAME.kind=jsonl sources.NAME.path=FILE")
+        weighted = {name: source.weight is not None for name, source in self.sources.items()}
+        if len(set(weighted.values())) > 1:
+            none = ", ".join(f"sources.{name}.weight" for name, given in weighted.items() if not given)
+            raise ConfigError(f"{none} is null, while other sources have a weight; give all of them one, or none")
 
 
 # What may differ between a build and its continuation: how it runs, not what it makes.

@@ -1,8 +1,9 @@
 """Exact and near-duplicate removal for corpora beyond memory: keys on disk, compared bucket by bucket.
 
-Each document gets keys of 64 bits: the hash of its text, or one key for each band of its MinHash signature (Broder
-1997). A document that shares a key with an earlier one, in the order of the plan, is dropped. So of equal documents
-the first stays, for any number of workers. Two of N different texts have equal keys with a chance of N^2 / 2^65.
+Each document that the filters keep gets keys of 64 bits: the hash of its text, or one key for each band of its MinHash
+signature (Broder 1997). A document that shares a key with an earlier one, in the order of the plan, is dropped. So of
+equal documents the first stays, for any number of workers. Two of N different texts have equal keys with a chance of
+N^2 / 2^65.
 
 The signature is that of FineWeb (Penedo et al. 2024): 5-grams of words, 14 bands of 8 hashes, which finds pairs of
 Jaccard similarity 0.75 with a chance of 0.77, 0.85 with 0.99, and 0.5 with 0.05.
@@ -11,11 +12,14 @@ Jaccard similarity 0.75 with a chance of 0.77, 0.85 with 0.99, and 0.5 with 0.05
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import xxhash
+
+from ponder_scale.manifest import sync, sync_folder
 
 NGRAM_WORDS, BANDS, HASHES_OF_BAND = 5, 14, 8
 BUCKET_KEYS = 2**22  # compared in memory at once: 64 MiB and as much again for sorting
@@ -61,34 +65,40 @@ def _signature(grams: np.ndarray) -> np.ndarray:
 class KeyWriter:
     """The keys of one unit on disk, as sorted runs of (key, number of the document in the unit)."""
 
-    def __init__(self, folder: Path, unit: int) -> None:
-        self._prefix = folder / f"{unit:06d}"
-        self._keys: list[np.ndarray] = []
-        self._numbers: list[np.ndarray] = []
-        self._held = self._runs = self._total = 0
+    def __init__(self, scratch: Path, folder: Path, unit: int) -> None:
+        self._scratch, self._folder, self._unit = scratch, folder, unit
+        self._keys, self._numbers = array("Q"), array("I")
+        self._runs = self._total = 0
 
     def add(self, number: int, keys: np.ndarray) -> None:
         """Take the keys of document `number`; numbers ascend."""
-        self._keys.append(keys)
-        self._numbers.append(np.full(len(keys), number, dtype=np.uint32))
-        self._held += len(keys)
-        if self._held >= RUN_KEYS:
+        self._keys.frombytes(keys.tobytes())
+        self._numbers.extend([number] * len(keys))
+        if len(self._keys) >= RUN_KEYS:
             self._write()
 
     def close(self) -> dict[str, int]:
-        """Write what is held; the numbers of runs and of keys."""
-        if self._held:
+        """Write what is held, give all files their names; the numbers of runs and of keys."""
+        if self._keys:
             self._write()
+        for path in self._scratch.glob(f"{self._unit:06d}-*.npy"):
+            path.rename(self._folder / path.name)
+        sync_folder(self._folder)
         return {"runs": self._runs, "keys": self._total}
 
     def _write(self) -> None:
-        keys, numbers = np.concatenate(self._keys), np.concatenate(self._numbers)
-        order = np.argsort(keys, kind="stable")
-        np.save(f"{self._prefix}-{self._runs}.keys.npy", keys[order])
-        np.save(f"{self._prefix}-{self._runs}.numbers.npy", numbers[order])
-        self._total += len(keys)
+        columns: dict[str, np.ndarray] = {
+            "keys": np.frombuffer(self._keys, np.uint64),
+            "numbers": np.frombuffer(self._numbers, np.uint32),
+        }
+        order = np.argsort(columns["keys"], kind="stable")
+        for name, values in columns.items():
+            with (self._scratch / f"{self._unit:06d}-{self._runs}.{name}.npy").open("wb") as stream:
+                np.save(stream, values[order])
+                sync(stream)
+        self._total += len(order)
         self._runs += 1
-        self._keys, self._numbers, self._held = [], [], 0
+        self._keys, self._numbers = array("Q"), array("I")
 
 
 def buckets(keys: int) -> int:

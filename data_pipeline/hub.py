@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.document import EMPTY, NOT_TEXT, TOO_LONG, Piece, Record
+from data_pipeline.document import EMPTY, NOT_TEXT, NOT_UTF8, TOO_LONG, Piece, Record
 from ponder_scale.errors import ConfigError
 
 _ROWS_READ_TOGETHER = 64
@@ -50,14 +50,19 @@ def read(piece: Piece, config: SourceConfig, max_bytes: int) -> Iterator[Record]
     else:
         content, first = content.select(range(piece.begin, piece.end)), piece.begin
     number = first
-    for batch in content.select_columns([config.field]).iter(batch_size=_ROWS_READ_TOGETHER):
-        for text in batch[config.field]:
-            yield record(number, text, max_bytes)
+    rows = content.select_columns([config.field]).with_format("arrow")
+    for table in rows.iter(batch_size=_ROWS_READ_TOGETHER):
+        for value in table.column(config.field):
+            yield record(number, value, max_bytes)
             number += 1
 
 
-def record(number: int, text: Any, max_bytes: int) -> Record:
-    """Row `number` as a record, from the value of its column."""
+def record(number: int, value: Any, max_bytes: int) -> Record:
+    """Row `number` as a record, from the Arrow scalar of its column."""
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError:
+        return Record(number, 0, None, NOT_UTF8)
     if not isinstance(text, str):
         return Record(number, 0, None, NOT_TEXT)
     size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))

@@ -55,7 +55,8 @@ def _samples(shards: ShardSet, count: int) -> Iterator[str]:
     of_split = [shard for shard in shards.split("train") if shard.info.documents]
     if not of_split or not count:
         return
-    tokenizer = open_tokenizer(shards.tokenizer_folder)
+    config = shards.manifest.provenance.get("origin", {}).get("config", {})
+    tokenizer = open_tokenizer(shards.tokenizer_folder, config.get("eod_token"))
     for number in range(count):
         shard = of_split[number * len(of_split) // count]
         yield from _boundary(shard, shard.info.documents * number // count, tokenizer)

@@ -124,7 +124,9 @@ def origin(config: BuildConfig, tokenizer: Tokenizer, plan: str) -> dict[str, An
     plan: the hash of the units, with names, sizes and times of all files.
     """
     settings = {key: value for key, value in to_dict(config).items() if key not in RUNNING}
-    return {"config": settings, "tokenizer": tokenizer.sha256, "plan": plan}
+    # files beside the tokenizer's may change these
+    ends = [tokenizer.bos_id, tokenizer.eod_id]
+    return {"config": settings, "tokenizer": tokenizer.sha256, "ends": ends, "plan": plan}
 
 
 def compose(

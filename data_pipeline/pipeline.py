@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from data_pipeline.backends import SAMPLE_CHARACTERS, choose
+from data_pipeline.backends import choose
 from data_pipeline.config import BuildConfig
 from data_pipeline.document import Unit
 from data_pipeline.filters import chosen
@@ -36,7 +36,7 @@ from ponder_scale.errors import ConfigError
 from ponder_scale.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, seal, sync, sync_folder
 from ponder_scale.shards import TOKENIZER, open_shards
 
-PARITY_DOCUMENTS = 32  # of the corpus, on which engines are compared before a build
+PARITY_DOCUMENTS, PARITY_CHARACTERS = 32, 2**16  # of the corpus at most, on which engines are compared at first
 _NEW_PLAN = "plan.new.jsonl"
 
 
@@ -130,8 +130,13 @@ def _begin(folder: Path, tokenizer: Tokenizer, config: BuildConfig, header: dict
 
 def _first_documents(unit: Unit, config: BuildConfig) -> list[str]:
     records = read(unit.pieces[0], config.sources[unit.source], config.max_document_bytes, xxhash.xxh3_128())
-    texts = [record.text or "" for record in islice(records, PARITY_DOCUMENTS)]
-    return [text for text in texts if len(text) <= SAMPLE_CHARACTERS]
+    texts, left = [], PARITY_CHARACTERS  # the reference is slow, and samples of each unit follow
+    for record in islice(records, PARITY_DOCUMENTS):
+        text = record.text or ""
+        if len(text) <= left:
+            texts.append(text)
+            left -= len(text)
+    return texts
 
 
 def _was_sealed(folder: Path, made_from: dict[str, Any]) -> bool:
@@ -159,6 +164,8 @@ def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
     keys = [key for key in one["config"] if one["config"][key] != other["config"].get(key)]
     if one["tokenizer"] != other["tokenizer"]:
         keys.append("tokenizer files")
+    if one["ends"] != other["ends"]:
+        keys.append("tokens that begin and end documents")
     return f"settings ({', '.join(keys)})" if keys else "inputs"
 
 

@@ -11,17 +11,21 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """Counts bytes, documents and tokens against the bytes there are, and says how long it will take yet."""
+    """Counts bytes, documents and tokens against the bytes there are, and says how long it will take yet.
 
-    def __init__(self, what: str, total_bytes: int, quiet: bool = False) -> None:
+    `done`: bytes that were done before it began, by an interrupted build; rates are without them.
+    """
+
+    def __init__(self, what: str, total_bytes: int, quiet: bool = False, done: int = 0) -> None:
         self._what, self._total, self._quiet = what, total_bytes, quiet
-        self._bytes = self._documents = self._tokens = 0
+        self._bytes = self._before = done
+        self._documents = self._tokens = 0
         self._begin = self._last_line = time.monotonic()
         self._bar: Any = None
         if sys.stderr.isatty() and not quiet:
             from tqdm import tqdm  # not loaded for a log file
 
-            self._bar = tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, dynamic_ncols=True)
+            self._bar = tqdm(total=total_bytes, initial=done, desc=what, unit="B", unit_scale=True, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -66,7 +70,8 @@ class Progress:
         now = time.monotonic()
         seconds = max(now - self._begin, 1e-9)
         done = self._bytes / self._total if self._total else 1.0
-        left = seconds / done - seconds if done else 0.0
+        speed = (self._bytes - self._before) / seconds
+        left = (self._total - self._bytes) / speed if speed else 0.0
         amount = f"{self._bytes / 1e6:,.1f} of {self._total / 1e6:,.1f} MB ({done:.0%})"
-        rates = filter(None, [f"{self._bytes / 1e6 / seconds:,.1f} MB/s", self._rates(now)])
+        rates = filter(None, [f"{speed / 1e6:,.1f} MB/s", self._rates(now)])
         print(f"{self._what}: {amount}, {', '.join(rates)}, {left:,.0f} s left", file=sys.stderr, flush=True)

@@ -137,25 +137,18 @@ def _read_parquet(piece: Piece, field: str, max_bytes: int, hasher: Hasher) -> I
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(piece.path, pre_buffer=False) as file:
+        with ParquetFile(piece.path, pre_buffer=False, buffer_size=_CHUNK) as file:
             _hash_column(piece, file.metadata, field, hasher)
             number = sum(file.metadata.row_group(i).num_rows for i in range(piece.begin))
             groups = list(range(piece.begin, piece.end))
             for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=[field], use_threads=False):
                 for value in batch.column(0):
-                    yield _row(number, value, max_bytes)
+                    yield hub.record(number, value, max_bytes)
                     number += 1
     except ArrowException as error:
         raise ConfigError(
             f"sources.{piece.source}: {piece.path} cannot be read: {str(error).splitlines()[0]}"
         ) from error
-
-
-def _row(number: int, value: Any, max_bytes: int) -> Record:
-    try:
-        return hub.record(number, value.as_py(), max_bytes)
-    except UnicodeDecodeError:
-        return Record(number, 0, None, NOT_UTF8)
 
 
 def _hash_column(piece: Piece, metadata: Any, field: str, hasher: Hasher) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from data_pipeline import dedup, shuffle
-from data_pipeline.backends import REFERENCE, Checked, Encode, Mismatch, open_engine
+from data_pipeline.backends import REFERENCE, Encode, Mismatch, checked
 from data_pipeline.config import BuildConfig
 from data_pipeline.document import Unit
 from data_pipeline.filters import chosen
@@ -70,12 +70,17 @@ class Tasks:
         return Stage(self.work, name, sizes, self.config.lease_seconds)
 
     def keys(self, number: int, scratch: Path) -> dict[str, Any]:
-        """The keys of the documents of a unit, for deduplication."""
-        unit = self.plan.unit(number)
+        """The keys of the documents of a unit, for deduplication; of none that a filter leaves out anyway, or it would
+        take its equals of other sources with it."""
+        unit, documents = self.plan.unit(number), 0
+        filters = chosen(unit.source, self.config.sources[unit.source].filters)
         keys_of = dedup.minhash_keys if self.config.deduplicate == "minhash" else dedup.exact_keys
-        writer = dedup.KeyWriter(self.work / "keys", number)
+        writer = dedup.KeyWriter(scratch, self.work / "keys", number)
         for count, text in enumerate(self._texts(unit, None)):
-            writer.add(count, keys_of(text))
+            documents += 1
+            if not any(screen(text) for screen in filters):
+                writer.add(count, keys_of(text))
+        self._report(unit.size, documents, 0)
         return writer.close()
 
     def duplicates(self, bucket: int, scratch: Path) -> dict[str, Any]:
@@ -84,6 +89,7 @@ class Tasks:
         for name, values in (("units", units), ("numbers", numbers)):
             np.save(scratch / f"{name}.npy", values)
             (scratch / f"{name}.npy").rename(self.work / "duplicates" / f"{bucket:06d}.{name}.npy")
+        self._report(1, 0, 0)
         return {}
 
     def shards(self, number: int, scratch: Path) -> dict[str, Any]:
@@ -126,6 +132,7 @@ class Tasks:
             seed = [self.config.seed, number, SPLITS.index(split), 1]
             for tokens, lengths in shuffle.gather(prefixes, bucket, self._dtype, seed):
                 writers[split].add(tokens, lengths)
+        self._report(1, 0, 0)
         return {"source": source, "shards": self._place(writers)}
 
     def _place(self, writers: dict[str, Any]) -> dict[str, Any]:
@@ -134,16 +141,13 @@ class Tasks:
     def _tokenize(self, number: int, unit: Unit, scratch: Path, writer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """(the journal, the writer of each split, not closed), by the fast engine while it agrees."""
         for name in (self._engine, REFERENCE):
-            encode = open_engine(name, self._tokenizer) if name == REFERENCE else self._fast
-            if name != REFERENCE:
-                encode = Checked(encode, self._tokenizer).encode_batch
             try:
+                encode = checked(name, self._tokenizer)
                 writers = {split: writer(split) for split in SPLITS}
                 return {**self._fill(number, unit, scratch, encode, writers), "engine": name}, writers
             except Mismatch as error:
                 print(
-                    f"warning: unit {number}: {name} gives other tokens than {self._tokenizer.path.name} for "
-                    f"{str(error)[:60]!r}; the unit is done again by the reference",
+                    f"warning: unit {number}: {name} {error}; the unit is done again by the reference",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -237,10 +241,6 @@ class Tasks:
             self.config.bos_token,
             self.config.special_tokens_in_text == "tokens",
         )
-
-    @cached_property
-    def _fast(self) -> Encode:
-        return open_engine(self._engine, self._tokenizer)
 
     @property
     def _engine(self) -> str:

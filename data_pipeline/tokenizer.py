@@ -19,16 +19,8 @@ from ponder_scale.errors import TokenizerError
 from ponder_scale.manifest import sync, sync_folder, tokenizer_sha256
 
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
-_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
+# beside the file that decides the tokens; no other one that could
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 class Tokenizer(Protocol):
@@ -76,20 +68,22 @@ def open_tokenizer(
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> list[Path]:
-    """Copy the tokenizer's files into a new folder, so that shards are used without the original; the copies.
+    """Copy the tokenizer's files into a new folder, which opens as this tokenizer without the original; the copies.
 
     Raises TokenizerError when the tokenizer is not any more what it was when it was opened.
     """
     folder.mkdir()
-    beside = [tokenizer.path.with_name(name) for name in _FILES]
+    own = "tokenizer.json" if tokenizer.path.suffix == ".json" else tokenizer.path.name
+    beside = {name: tokenizer.path.with_name(name) for name in _BESIDE}
     copies = []
-    for path in sorted({tokenizer.path, *(path for path in beside if path.is_file())}):
-        copies.append(folder / path.name)
-        with copies[-1].open("wb") as stream:
-            stream.write(path.read_bytes())
-            sync(stream)
+    for name, path in sorted({own: tokenizer.path, **beside}.items()):
+        if path.is_file():
+            copies.append(folder / name)
+            with copies[-1].open("wb") as stream:
+                stream.write(path.read_bytes())
+                sync(stream)
     sync_folder(folder)
-    if tokenizer_sha256([folder / tokenizer.path.name]) != tokenizer.sha256:
+    if tokenizer_sha256([folder / own]) != tokenizer.sha256:
         raise TokenizerError(f"tokenizer {tokenizer.path}: changed during the build; build again")
     return copies
 

@@ -40,7 +40,8 @@ def units(sources: Mapping[str, SourceConfig], shard_bytes: int | None) -> Itera
     pieces: list[Piece] = []
     filled = 0
     for piece in (piece for file in found for piece in split(file, sources[file.source], shard_bytes)):
-        full = filled >= shard_bytes or len(pieces) == MAX_UNIT_PIECES
+        # how large a shard of a stream is nobody knows before it is read: each is a unit
+        full = filled >= shard_bytes or len(pieces) == MAX_UNIT_PIECES or sources[piece.source].streaming
         if pieces and (full or pieces[0].source != piece.source):
             yield Unit(pieces[0].source, pieces)
             pieces, filled = [], 0

@@ -30,7 +30,8 @@ def run_stage(folder: Path, config: BuildConfig, name: str, team: Team, what: st
         _without_torch()
     tasks = Tasks(folder, config, lambda size, documents, tokens: None)
     stage = tasks.stage(name)
-    with Progress(what, sum(stage.sizes), quiet=team.rank > 0) as progress:
+    done = sum(stage.sizes) - sum(stage.sizes[task] for task in stage.unfinished())
+    with Progress(what, sum(stage.sizes), quiet=team.rank > 0, done=done) as progress:
 
         def watch(left: list[int]) -> None:
             if team.ranks > 1:

@@ -26,14 +26,17 @@ def is_auto(train: TrainConfig) -> bool:
     return "auto" in (train.recompute, train.micro_batch)
 
 
-def as_before(config: RunConfig, before: TrainConfig | None) -> RunConfig:
-    """The run with what an earlier attempt of it settled, so that a resumed run computes as the interrupted one."""
+def as_before(config: RunConfig, before: TrainConfig | None, ranks: int) -> RunConfig:
+    """The run with what an earlier attempt of it settled, so that a resumed run computes as the interrupted one.
+
+    A micro-batch that does not divide over these ranks is settled anew.
+    """
     if before is None or is_auto(before):
         return config
     train = config.train
     if train.recompute == "auto":
         train = replace(train, recompute=before.recompute)
-    if train.micro_batch == "auto":
+    if train.micro_batch == "auto" and train.batch_unit % (before.micro_batch_sequences * ranks) == 0:
         train = replace(train, micro_batch=before.micro_batch)
     return replace(config, train=train)
 

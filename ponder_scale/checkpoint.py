@@ -198,7 +198,7 @@ def find(path: Path) -> Path:
     if (path / INDEX).is_file():
         return path
     if (path / CHECKPOINTS).is_dir():
-        newest = newest_whole(path, lambda problem: None)
+        newest = newest_whole(path, logger.warning)
         if newest is not None:
             return newest
         raise CheckpointError(f"{path}: no whole checkpoint in it; none was saved yet")

@@ -317,6 +317,11 @@ class RunConfig:
                 f"optim.grad_clip is {self.optim.grad_clip} with muon: under ZeRO it would clip Muon's update, whose "
                 "norm is not the gradient's, and cripple learning; set optim.grad_clip=null"
             )
+        if self.health.on_spike == "rewind" and not (self.checkpoint.every_steps or self.checkpoint.every_minutes):
+            raise ConfigError(
+                "health.on_spike is rewind, but nothing is saved to go back to: the run would begin anew; set "
+                "checkpoint.every_steps or checkpoint.every_minutes"
+            )
         decay = self.optim.wsd_decay_steps
         if (self.optim.schedule == "wsd") != (decay is not None):
             raise ConfigError(

@@ -45,24 +45,41 @@ class Recorder:
         self.reached = _keep_until(path, start_step)
         # unbuffered and in append mode: a line is one write, which another writer's line cannot split
         self._file = path.open("ab", buffering=0)
+        self._pending = bytearray()  # lines, or the rest of one, that a full disk has not taken yet
+        self._refused = False
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Append a line. Numbers that are not finite become null. What is not a step is on disk on return."""
         assert event in COMPUTED + HISTORY, event
         self._check_owned()
         head = {"event": event, "step": step, "attempt": self._attempt, "time": round(time.time(), 3)}
-        self._file.write(orjson.dumps(head | values, option=orjson.OPT_APPEND_NEWLINE))
-        if event != "step":
+        self._pending += orjson.dumps(head | values, option=orjson.OPT_APPEND_NEWLINE)
+        if event == "step":
+            self._flush()
+        else:
             self.sync()
 
     def sync(self) -> None:
         """Wait until all lines are on disk. Before a checkpoint is sealed, so that no line before it can be lost."""
-        os.fsync(self._file.fileno())
+        if self._flush():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Sync and close."""
         self.sync()
         self._file.close()
+
+    def _flush(self) -> bool:
+        """Whether the disk has taken all lines. A full one ends no run: what it refuses is offered again."""
+        try:
+            while self._pending:
+                del self._pending[: self._file.write(self._pending)]
+            self._refused = False
+        except OSError as error:
+            if not self._refused:
+                logger.error("%s: %s; lines are kept in memory until there is room", self._file.name, error)
+            self._refused = True
+        return not self._pending
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ A field is made by `knob`, which holds its help text, unit and bounds; `load` ch
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
@@ -57,7 +58,7 @@ def load(schema: type[T], recipe: Path | None, overrides: Sequence[str] = ()) ->
         layers.append((f"override {override!r}", [override]))
     for origin, content in layers:
         try:
-            node = OmegaConf.from_dotlist(content) if isinstance(content, list) else OmegaConf.create(content)
+            node = _from_override(*content) if isinstance(content, list) else OmegaConf.create(content)
             base = OmegaConf.merge(base, node)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{origin}: {_explain(error)}") from error
@@ -70,6 +71,14 @@ def load(schema: type[T], recipe: Path | None, overrides: Sequence[str] = ()) ->
         raise ConfigError(f"{where}{error.full_key} is required; give it as {error.full_key}=VALUE") from error
     _check_bounds(config, "")
     return config  # type: ignore[return-value]
+
+
+def _from_override(override: str) -> Any:
+    try:
+        return OmegaConf.from_dotlist([override])
+    except yaml.YAMLError:  # *.py and {a are no YAML; they are what they look like
+        key, _, value = override.partition("=")
+        return OmegaConf.from_dotlist([f"{key}={json.dumps(value)}"])
 
 
 def from_dict(schema: type[T], values: dict[str, Any]) -> T:

@@ -269,6 +269,12 @@ def same_tokenizer(sets: Mapping[str, ShardSet]) -> None:
                 f"{first.manifest.tokenizer[:12]} and {other.manifest.tokenizer[:12]}; rebuild one with the "
                 f"tokenizer of the other"
             )
+        ends = [some.manifest.eod_id for some in (first, other)]
+        if None not in ends and ends[0] != ends[1]:
+            raise TokenizerError(
+                f"sources {names[0]} ({first.folder}) and {name} ({other.folder}) end documents with different tokens, "
+                f"{ends[0]} and {ends[1]}; rebuild one with the eod_token of the other"
+            )
 
 
 def check_vocabulary(sets: Mapping[str, ShardSet], vocab_size: int) -> None:

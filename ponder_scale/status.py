@@ -32,6 +32,10 @@ def status(run_dir: Path, now: float | None = None) -> list[str]:
     Raises:
         ConfigError: it is no run folder.
     """
+    job = run_dir / "job"  # of `ponder-scale submit`
+    if not (run_dir / "config.yaml").is_file() and job.is_file():
+        number = job.read_text(encoding="utf-8").strip()
+        return [f"run       {run_dir}: submitted as job {number}, not begun; squeue --jobs={number} says why"]
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: no config.yaml in it; expected the run_dir of a run that has begun")
     now = time.time() if now is None else now

@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,12 @@ from ponder_scale.settings import to_dict
 HOME = Path(__file__).parents[1]
 PARTS = ("ponder_scale", "data_pipeline", "deepspeed_configs", "slurm")  # what a job needs of the project
 TEMPLATE = Path("slurm", "train.sbatch")
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED")
+ENDED = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("REVOKED", "SPECIAL_EXIT", "TIMEOUT"),
+)
+COMPLETING_SECONDS = 30  # that a job may take to leave its nodes, before it waits again or has ended
 
 
 class SubmitError(UserError):
@@ -158,15 +165,20 @@ def state_of(run_dir: Path) -> tuple[str, str] | None:
         job = (run_dir / "job").read_text(encoding="utf-8").strip()
     except OSError:
         return None
-    words = ["squeue", "--noheader", f"--jobs={job}", "--states=PENDING,RUNNING,SUSPENDED,REQUEUED", "--format=%T"]
-    done = _call(words)
-    return job, done.stdout.strip() if done.returncode == 0 else ""  # squeue fails for a job it has forgotten
+    words = ["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T"]
+    for _ in range(COMPLETING_SECONDS):
+        done = _call(words)
+        state = done.stdout.strip() if done.returncode == 0 else ""  # squeue fails for a job it has forgotten
+        if state != "COMPLETING":
+            break
+        time.sleep(1)  # for its nodes, after which it waits in the queue again, or has ended
+    return job, "" if state in ENDED else state
 
 
 def stop(run_dir: Path, *, save: bool) -> str:
     """End a run: at its next step when it trains, at once when it waits. Returns what was done."""
     job, state = _active(run_dir)
-    if state == "PENDING":
+    if state in WAITING:
         _slurm(["scancel", job])
         return f"job {job} was waiting and has been cancelled; what the run has saved is in {run_dir}/checkpoints"
     return _request(run_dir, "SAVE_AND_STOP" if save else "STOP", "saves and ends" if save else "ends without saving")
@@ -175,7 +187,7 @@ def stop(run_dir: Path, *, save: bool) -> str:
 def save(run_dir: Path) -> str:
     """Have a run save at its next step. Returns what was done."""
     job, state = _active(run_dir)
-    if state == "PENDING":
+    if state in WAITING:
         raise SubmitError(f"job {job} of {run_dir} waits in the queue: there is nothing new to save")
     return _request(run_dir, "SAVE", "saves and goes on")
 

@@ -26,7 +26,7 @@ def main() -> None:
     patience = timedelta(seconds=seconds)
     store = dist.TCPStore(address, port, size, rank == 0, patience, wait_for_workers=False)
     store.set(f"here/{rank}", node)
-    absent = wait_for_ranks(store, size, deadline)
+    absent = wait_for_ranks(store, size, deadline - seconds / 2, "here")
     if absent:
         nodes = {other // ranks_here for other in absent}
         if rank // ranks_here not in nodes and local == 0:
@@ -42,21 +42,30 @@ def main() -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     elements = ELEMENTS if backend == "nccl" else 2**20
     group, _ = dist.new_subgroups(ranks_here)
-    exchange(elements, device, group, ranks_here)
-    gigabytes = exchange(elements, device, None, size)
-    if rank == 0:
-        print(f"all-reduce over {size} ranks ({backend}): {gigabytes:.1f} GB/s of bus bandwidth", file=sys.stderr)
-    if local == 0:
+    try:
+        exchange(elements, device, group, ranks_here)
+    except RuntimeError as error:
+        print(f"node {node}, among its own ranks: {error}", file=sys.stderr)
+    else:
+        store.set(f"well/{rank}", node)
+    unwell = {other // ranks_here for other in wait_for_ranks(store, size, deadline, "well")}
+    if not unwell:
+        gigabytes = exchange(elements, device, None, size)
+        if rank == 0:
+            print(f"all-reduce over {size} ranks ({backend}): {gigabytes:.1f} GB/s of bus bandwidth", file=sys.stderr)
+    if local == 0 and rank // ranks_here not in unwell:
         print(node, flush=True)
-    dist.barrier()
+    store.set(f"done/{rank}", node)
+    if rank == 0:
+        wait_for_ranks(store, size, time.monotonic() + 5, "done")  # the store is in this process
     os._exit(0)  # nothing is left to write, and tearing NCCL down can hang
 
 
-def wait_for_ranks(store: dist.TCPStore, size: int, deadline: float) -> set[int]:
-    """The ranks that have not come by the deadline."""
+def wait_for_ranks(store: dist.TCPStore, size: int, deadline: float, word: str) -> set[int]:
+    """The ranks that have not said the word by the deadline."""
     absent = set(range(size))
     while absent and time.monotonic() < deadline:
-        absent = {rank for rank in absent if not store.check([f"here/{rank}"])}
+        absent = {rank for rank in absent if not store.check([f"{word}/{rank}"])}
         time.sleep(0.1)
     return absent
 

@@ -180,6 +180,7 @@ for name in ("ponder_scale", "deepspeed", "omegaconf", "data_pipeline"):
 def test_a_wrong_key_type_or_bound_is_answered_with_the_key(recipe: Path) -> None:
     train = ("ponder-scale", "train", recipe, *TRAIN)
     assert "unknown key train.stepz; did you mean 'steps'?" in error_of(*train, "train.stepz=3")
+    assert "train.steps: Value '*.py' of type 'str' could not be converted" in error_of(*train, "train.steps=*.py")
     assert "train.steps: Value 'many' of type 'str' could not be converted to Integer" in error_of(
         *train, "train.steps=many"
     )

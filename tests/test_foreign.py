@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,10 @@ def test_a_stock_model_goes_on_as_one_that_learns_to_ponder(tiny_shards: Any, tm
         cases.append({"overrides": settings})
         expected[architecture] = first_loss(stock, load(RunConfig, None, settings))
     assert run_ranks(train_on_a_rank, cases) == [["done", "done"]] * 3
+    shutil.rmtree(tmp_path / "llama")
+    longer = {"overrides": [*cases[0]["overrides"], f"run_dir={tmp_path / 'longer'}", "train.steps=5"]}
+    shutil.copytree(tmp_path / "run" / "llama", tmp_path / "longer")
+    assert run_ranks(train_on_a_rank, [longer]) == [["done", "done"]]
     for architecture, loss in expected.items():
         steps = [line for line in records(tmp_path / "run" / architecture) if line["event"] == "step"]
         assert [line["pondering_steps"] for line in steps] == [0, 1, 1, 2]

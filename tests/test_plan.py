@@ -215,11 +215,13 @@ def test_auto_takes_the_fastest_policy_and_the_largest_micro_batch_that_fit() ->
 def test_a_run_goes_on_with_what_its_start_settled() -> None:
     config, _ = small("train.recompute=auto", "train.micro_batch=auto")
     before, _ = small("train.recompute=layer", "train.micro_batch=2")
-    train = as_before(config, before.train).train
+    train = as_before(config, before.train, 2).train
     assert (train.recompute, train.micro_batch) == ("layer", 2)
-    assert as_before(config, None) is config
+    assert as_before(config, None, 2) is config
+    more = config.train.batch_unit  # ranks, over which a micro-batch of 2 does not divide any more
+    assert as_before(config, before.train, more).train.micro_batch == "auto"
     chosen, _ = small("train.recompute=none", "train.micro_batch=auto")
-    assert as_before(chosen, before.train).train.recompute == "none"  # what is asked for now comes first
+    assert as_before(chosen, before.train, 2).train.recompute == "none"  # what is asked for now comes first
 
 
 MEASURE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,25 @@ def test_a_line_cut_off_by_a_crash_is_left_out_and_nothing_joins_it(tmp_path: Pa
     an_attempt(tmp_path, 2, 4, 5, ())
     assert [step for _, step, _ in lines(tmp_path / METRICS, "step")] == [1, 2, 3, 4, 5]
     assert all(json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines())
+
+
+def test_a_full_disk_loses_and_tears_no_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It takes a part of a line, then nothing, then all: by the limit that the system sets on the size of files."""
+    recorder = Recorder(tmp_path, start_step=0, attempt=1)
+    recorder.write("step", 1, loss=1.0)
+    size, limits = (tmp_path / METRICS).stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
+    try:
+        recorder.write("step", 2, loss=0.5)
+        recorder.write("alarm", 2, kind="save failed", message="no space")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / METRICS).stat().st_size == size + 10
+    assert caplog.text.count("lines are kept in memory until there is room") == 1
+    recorder.write("step", 3, loss=0.25)
+    recorder.close()
+    assert lines(tmp_path / METRICS) == [("step", 1, 1), ("step", 2, 1), ("alarm", 2, 1), ("step", 3, 1)]
+    assert "damaged" not in caplog.text
 
 
 def test_the_last_step_of_any_attempt_is_known(tmp_path: Path) -> None:

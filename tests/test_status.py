@@ -130,3 +130,8 @@ def test_status_and_report_load_no_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0s"), (61, "1m01s"), (7260, "2h01m"), (90_000, "1d01h")])
 def test_durations_have_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_run_that_waits_in_the_queue_says_so(tmp_path: Path) -> None:
+    (tmp_path / "job").write_text("77\n")
+    assert status(tmp_path) == [f"run       {tmp_path}: submitted as job 77, not begun; squeue --jobs=77 says why"]

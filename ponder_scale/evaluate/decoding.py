@@ -59,9 +59,11 @@ def measure(
     """Print and return every way to decode with an exported folder on held-out sequences of the first source.
 
     Raises:
-        ConfigError: lengths that do not fit the model.
+        ConfigError: lengths that do not fit the model, or several folders of data.
         ShardError, TokenizerError: shards that hold nothing out, or of another tokenizer.
     """
+    if len(data) > 1:
+        raise ConfigError(f"--data names {len(data)} folders; decoding is measured on one")
     model, _ = load_folder(folder)
     length, most = prompt_tokens + new_tokens, model.config.max_position_embeddings
     if not (prompt_tokens >= 1 and new_tokens >= 2 and length <= most):

@@ -20,7 +20,7 @@ from ponder_scale.config import DataConfig, SourceConfig
 from ponder_scale.data.loader import heldout_batches, open_sources
 from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.errors import CheckpointError, ConfigError, ShardError, TokenizerError
-from ponder_scale.evaluate.generate import load_folder
+from ponder_scale.evaluate.generate import default_device, load_folder
 from ponder_scale.evaluate.plot import line_chart
 from ponder_scale.heldout import HeldOut, heldout_losses, mean_over
 from ponder_scale.manifest import tokenizer_identity
@@ -104,7 +104,7 @@ def trajectory(
     for folder in folders:
         state = read_state(folder)
         configuration = configuration_from_dict(state["model"])
-        model = model_class(configuration)(configuration).eval()
+        model = model_class(configuration)(configuration).eval().to(default_device())
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, weight in read_weights(folder):

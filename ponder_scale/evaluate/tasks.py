@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ponder_scale.errors import CheckpointError, ConfigError
+from ponder_scale.evaluate.generate import default_device
 
 PAPER_TASKS = (
     *("lambada_openai", "lambada_standard", "arc_easy", "arc_challenge", "winogrande"),
@@ -46,13 +45,17 @@ def evaluate_tasks(
         raise ConfigError(f"evaluate tasks needs lm-eval ({error}); pip install 'ponder-scale[eval]'") from error
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in it; expected a folder made by `ponder-scale export`")
-    manager = TaskManager(include_path=None if include is None else str(include), include_defaults=include is None)
-    names = list(tasks or (manager.all_tasks if include is not None else PAPER_TASKS))
+    own = TaskManager(include_path=str(include), include_defaults=False).all_tasks if include is not None else []
+    names = list(tasks or own or PAPER_TASKS)
+    # reading the harness' own thousands takes seconds
+    path, needed = None if include is None else str(include), not set(names) <= set(own)
+    manager = TaskManager(include_path=path, include_defaults=needed)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
-        known = f"{include} has {', '.join(manager.all_tasks)}" if include else "see `lm_eval ls tasks`"
-        raise ConfigError(f"--tasks: the harness does not know {', '.join(unknown)}; {known}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+        known = f"{include} has {', '.join(own)}; " if include else ""
+        raise ConfigError(
+            f"--tasks: the harness does not know {', '.join(unknown)}; {known}its own are listed by `lm_eval ls tasks`"
+        )
     found: dict[str, dict[str, dict[str, float]]] = {}
     for number in steps:
         arguments: dict[str, Any] = {"pretrained": str(folder), "trust_remote_code": True, "dtype": "auto"}
@@ -65,7 +68,7 @@ def evaluate_tasks(
             task_manager=manager,
             limit=limit,
             batch_size=batch_size,
-            device=device,
+            device=default_device(),
         )
         found["trained" if number is None else str(number)] = {
             task: {key: value for key, value in metrics.items() if isinstance(value, float)}

@@ -71,13 +71,20 @@ def model_card(
 
 
 def trained_card(
-    name: str, state: Mapping[str, Any], held_out: Mapping[str, Any] | None, parameters: int, licence: str | None
+    name: str,
+    state: Mapping[str, Any],
+    held_out: Mapping[str, Any] | None,
+    parameters: int,
+    licence: str | None,
+    *,
+    average: bool = False,
 ) -> str:
     """The card of a checkpoint.
 
     Args:
         state: its state.json.
         held_out: the run's evaluation of it, as metrics.jsonl has it; None: there was none.
+        average: the folder holds the running average of the weights, which training did not evaluate.
     """
     config = state["config"]
     weights = [source["weight"] for source in config["data"]["sources"].values()]
@@ -88,9 +95,14 @@ def trained_card(
     losses = "not evaluated"
     if held_out is not None:
         pairs = enumerate(held_out["losses"])
-        losses = ", ".join(f"pass {index}: {loss:.4f} ({math.exp(loss):.2f})" for index, loss in pairs)
-        losses += f", at step {held_out['step']:,}"
+        losses = ", ".join(
+            f"pass {index}: not finite" if loss is None else f"pass {index}: {loss:.4f} ({math.exp(loss):.2f})"
+            for index, loss in pairs
+        )
+        losses += f", at step {held_out['step']:,}" + (", of the weights that were averaged" if average else "")
+    decay = config["optim"]["ema"]
     facts = {
+        "weights": f"running average over training, decay {decay:g}" if average else "of the last step",
         "trained on": f"{state['tokens']:,} tokens in {state['step']:,} steps, sequences of "
         f"{config['data']['seq_len']:,}",
         "data": ", ".join(shares),

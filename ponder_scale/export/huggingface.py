@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from ponder_scale import checkpoint
 from ponder_scale.build import configuration_from_dict
 from ponder_scale.export.card import trained_card
 from ponder_scale.export.folder import write_folder
+from ponder_scale.records import METRICS, read
 from ponder_scale.weights import read_weights
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,9 @@ def export(
         configuration_from_dict(state["model"]),
         read_weights(folder, average=average),
         dtype=dtype,
-        card=lambda count: trained_card(out.name, state, _held_out(folder, state["step"]), count, licence),
+        card=lambda count: trained_card(
+            out.name, state, _held_out(folder, state["step"]), count, licence, average=average
+        ),
         tokenizer=folder / "tokenizer",
     )
     logger.info("exported %s (step %d, %s parameters, %s) to %s", folder, state["step"], f"{parameters:,}", dtype, out)
@@ -44,9 +46,8 @@ def export(
 
 def _held_out(folder: Path, step: int) -> dict[str, Any] | None:
     """The run's last evaluation up to the checkpoint's step, where its metrics are still beside it."""
-    metrics = folder.parent.parent / "metrics.jsonl"
+    metrics = folder.parent.parent / METRICS
     if not metrics.is_file():
         return None
-    events = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if '"evaluation"' in line]
-    done = [event for event in events if event["event"] == "evaluation" and event["step"] <= step]
+    done = [record for record in read(metrics) if record["event"] == "evaluation" and record["step"] <= step]
     return done[-1] if done else None

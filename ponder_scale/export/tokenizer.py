@@ -22,12 +22,16 @@ SENTENCEPIECE = "tokenizer.model"
 SAMPLES = ("def read(self):\n    return 1", " leading and  double spaces", "naïve café — 你好", "\n\n\ttabs", "a")
 
 
-def bundle_tokenizer(source: Path, out: Path, *, eod_id: int) -> None:
+def bundle_tokenizer(source: Path, out: Path, *, eod_id: int | list[int] | None) -> None:
     """Copy a tokenizer's files from `source` and complete what `AutoTokenizer` needs.
+
+    Args:
+        eod_id: as a configuration of transformers has it: of several the first is the text's end.
 
     Raises:
         TokenizerError: transformers reads the SentencePiece model, but encodes text differently.
     """
+    end = next(iter(eod_id), None) if isinstance(eod_id, list) else eod_id
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
@@ -35,28 +39,31 @@ def bundle_tokenizer(source: Path, out: Path, *, eod_id: int) -> None:
     if (out / "tokenizer.json").is_file():
         # transformers 5 writes its own class name there, which transformers 4 does not know
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        config.setdefault("eos_token", _token(out / "tokenizer.json", eod_id))
+        if not config.get("eos_token"):
+            config["eos_token"] = _token(out / "tokenizer.json", end)
         _write(out / CONFIG, config)
         return
     models = sorted(source.glob("*.model"))
     if not models:
         raise TokenizerError(f"{source}: neither tokenizer.json nor a SentencePiece .model in it")
     shutil.copyfile(models[0], out / SENTENCEPIECE)
-    _write(out / CONFIG, {**_sentencepiece_config(out / SENTENCEPIECE, eod_id), **config})
+    _write(out / CONFIG, {**_sentencepiece_config(out / SENTENCEPIECE, end), **config})
     _check_sentencepiece(out)
 
 
-def _token(path: Path, token_id: int) -> str | None:
+def _token(path: Path, token_id: int | None) -> str | None:
+    if token_id is None:
+        return None
     import tokenizers
 
     return tokenizers.Tokenizer.from_file(str(path)).id_to_token(token_id)
 
 
-def _sentencepiece_config(model: Path, eod_id: int) -> dict[str, Any]:
+def _sentencepiece_config(model: Path, end: int | None) -> dict[str, Any]:
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    pieces = {"eos_token": eod_id, "unk_token": processor.unk_id(), "bos_token": processor.bos_id()}
+    pieces = {"eos_token": end, "unk_token": processor.unk_id(), "bos_token": processor.bos_id()}
     return {
         "tokenizer_class": "LlamaTokenizer",
         "legacy": False,
@@ -64,7 +71,7 @@ def _sentencepiece_config(model: Path, eod_id: int) -> dict[str, Any]:
         "add_bos_token": False,
         "add_eos_token": False,
         "bos_token": None,
-        **{name: processor.id_to_piece(token) for name, token in pieces.items() if token >= 0},
+        **{name: processor.id_to_piece(token) for name, token in pieces.items() if token is not None and token >= 0},
     }
 
 

@@ -160,9 +160,12 @@ class Ponder:
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: continuous batching keeps one key-value slot a layer, so the passes would overwrite each other."""
         raise ValueError(
-            "generate_batch (continuous batching) is silently wrong for a pondering model: its paged cache has one "
-            "slot a layer and S + 1 passes need their own; use generate, which takes padded batches"
+            "continuous batching is silently wrong for a pondering model: its paged cache has one slot a layer and "
+            "S + 1 passes need their own; use generate, which takes padded batches"
         )
+
+    # the other ways into it, as transformers 5 has them
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
     def post_init(self) -> None:
         """Initialize as the published code does, over transformers' own initialization."""

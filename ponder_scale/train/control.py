@@ -65,7 +65,7 @@ class Control:
         self._deadline = _deadline(time_limit) if self._first else None
         self._looked, self._files = -LOOK_SECONDS, dict.fromkeys(REQUESTS, False)
         self._step_seconds: list[float] = []
-        self._save_seconds = UNKNOWN_SAVE_SECONDS
+        self._save_seconds, self._save_known, self._evaluation_seconds = UNKNOWN_SAVE_SECONDS, False, 0.0
         if self._deadline is not None:
             logger.info("time limit: saves and ends in time for %s from now", _duration(self.seconds_left()))
 
@@ -73,13 +73,24 @@ class Control:
         """Seconds until this attempt is ended from outside."""
         return float("inf") if self._deadline is None else self._deadline - time.monotonic()
 
-    def took(self, *, step: float | None = None, save: float | None = None) -> None:
-        """Note the seconds of a step or of a save (or of a load, which is about as long), to end in time."""
+    def took(
+        self,
+        *,
+        step: float | None = None,
+        save: float | None = None,
+        load: float | None = None,
+        evaluation: float | None = None,
+    ) -> None:
+        """Note the seconds of something, to end in time. A load stands for a save until one has been measured."""
         if step is not None:
             self._step_seconds = [*self._step_seconds[-9:], step]
         if save is not None:
-            known = self._save_seconds != UNKNOWN_SAVE_SECONDS
-            self._save_seconds = max(self._save_seconds, save) if known else save
+            self._save_seconds = max(self._save_seconds, save) if self._save_known else save
+            self._save_known = True
+        if load is not None:
+            self._save_seconds = max(self._save_seconds, load)
+        if evaluation is not None:
+            self._evaluation_seconds = max(self._evaluation_seconds, evaluation)
 
     def wishes(self, *, save: bool = False) -> list[float]:
         """1 for each of `ORDERS` that this rank wants, else 0; `save`: time for a save by the clock, of rank 0."""
@@ -112,16 +123,17 @@ class Control:
         return self._files
 
     def _out_of_time(self) -> bool:
-        """Whether another step and the save after it might not end in time."""
+        """Whether an evaluation, a scheduled save, a step and the save after it might not end in time."""
         if self._deadline is None:
             return False
         left = self.seconds_left()
         margin = min(60.0, 0.1 * (self._deadline - signals.started))
-        return left < margin + 1.5 * self._save_seconds + 2 * max(self._step_seconds, default=0.0)
+        steps, saves = 2 * max(self._step_seconds, default=0.0), 2.5 * self._save_seconds
+        return left < margin + self._evaluation_seconds + steps + saves
 
 
 def parse_time_limit(value: str) -> float:
-    """Seconds of "90", "30:00" (minutes), "12:00:00" or Slurm's "1-12:00:00".
+    """Seconds of "90", "30:00" (minutes), "12:00:00" or Slurm's "1-12:00:00", "1-12:00" and "1-12" (hours).
 
     Raises ConfigError for anything else.
     """
@@ -129,6 +141,9 @@ def parse_time_limit(value: str) -> float:
     if not found:
         raise ConfigError(f"train.time_limit is {value}; expected seconds, HH:MM:SS, D-HH:MM:SS, slurm or null")
     days, hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    if found[1]:  # after days Slurm counts from the left
+        parts = [float(part) for part in value.strip().partition("-")[2].split(":")]
+        hours, minutes, seconds = [*parts, 0.0, 0.0][:3]
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from ponder_scale.auto import as_before, is_auto, settle
 from ponder_scale.build import build_model, model_configuration, model_shape
+from ponder_scale.checkpoint import saved_steps
 from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import Loader, heldout_batches, open_sources
 from ponder_scale.data.sequences import IGNORE_INDEX
@@ -36,7 +37,7 @@ from ponder_scale.train.profiling import Profiler
 from ponder_scale.train.sanity import rehearse, trial_save
 from ponder_scale.train.schedules import learning_rate, pondering_steps
 from ponder_scale.train.state import RunState
-from ponder_scale.train.watchdog import Watch
+from ponder_scale.train.watchdog import Watch, forget_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def _train(run: _Run) -> int:
     config = run.config
     _, orders = _agree(run)  # a signal may have come while the engine was built
     step = run.first_step - 1
+    run.metrics.resume_clock(step, run.loader.wait_seconds)
     while step < config.train.steps and not orders.stop:
         step, began = step + 1, time.monotonic()
         run.watch.enter("data", step)
@@ -126,7 +128,8 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
     init_distributed()
     config = _settled(config, configuration)
     model = build_model(configuration, config.seed)
-    if config.model.init_from is not None:  # a checkpoint, where the run has one, replaces these weights
+    # a run that has a checkpoint goes on from that, also where the folder that it began with is gone
+    if config.model.init_from is not None and not saved_steps(run_dir):
         warm_start(model, Path(config.model.init_from), tokenizer=manifest.tokenizer)
     apply_speed(model, config.train)
     apply_recompute(model, config.train.recompute, offload=config.train.offload_activations)
@@ -138,10 +141,13 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
     state = RunState(config, model_values, tokenizer, engine, loader, health)
     for stretch in engine.agreed(left_out(run_dir)):
         loader.leave_out(*stretch)
+    began = time.monotonic()
     done = state.resume()
+    loading = time.monotonic() - began
     watch.check_owned = state.check_owned
     if engine.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
+        forget_ranks(run_dir, engine.world_size)
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     metrics = Metrics(
         config,
@@ -162,6 +168,8 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
         *(engine.device, config.train.recompute, done + 1, config.train.steps),
     )
     control = Control(run_dir, config.train.time_limit, rank=engine.rank)
+    if done:
+        control.took(load=loading)
     profiler = Profiler(config.log, run_dir, rank=engine.rank, first_step=done + 1)
     incidents = Incidents(run_dir, config.health, engine, loader, health, metrics)
     if config.train.sanity_step and not done:
@@ -217,6 +225,8 @@ def _end(run: _Run, step: int, orders: Orders) -> int:
     reason, code = ("done", 0) if complete else (orders.reason, orders.exit_code or 0)
     if not complete:
         logger.info("ended at step %d by %s%s", step, reason, "" if orders.save else ", without saving")
+    run.control.done(orders)
+    run.watch.enter("save")  # one written behind may still be under way
     run.state.close()
     run.metrics.log_event("end", step, reason=reason, exit_code=code)
     run.profiler.close()
@@ -232,7 +242,8 @@ def _settled(config: RunConfig, configuration: Any) -> RunConfig:
         return config
     if dist.get_rank() == 0:
         written = Path(config.run_dir, "config.yaml")
-        config = as_before(config, load(RunConfig, written).train if written.is_file() else None)
+        before = load(RunConfig, written).train if written.is_file() else None
+        config = as_before(config, before, dist.get_world_size())
         sharding, devices = read_sharding(config.train.deepspeed), present_devices(config, dist.get_world_size())
         check_ranks(sharding, config.train, devices.ranks)
         config = settle(config, sharding, configuration, devices)
@@ -243,6 +254,7 @@ def _settled(config: RunConfig, configuration: Any) -> RunConfig:
 
 def _evaluate(run: _Run, step: int) -> None:
     run.watch.enter("evaluate")
+    began = time.monotonic()
     losses = {}
     for name, source in run.sources.items():
         batches = heldout_batches(
@@ -258,6 +270,8 @@ def _evaluate(run: _Run, step: int) -> None:
             losses[name] = found
     run.engine.end_evaluation()
     run.metrics.log_evaluation(step, losses)
+    run.control.took(evaluation=time.monotonic() - began)
+    run.metrics.resume_clock(step, run.loader.wait_seconds)
 
 
 def _save(run: _Run, step: int, reason: str) -> None:
@@ -265,7 +279,7 @@ def _save(run: _Run, step: int, reason: str) -> None:
     run.metrics.sync()
     run.state.save(step, reason)
     run.incidents.saved()
-    run.metrics.resume_clock(step)
+    run.metrics.resume_clock(step, run.loader.wait_seconds)
     if run.state.save_seconds:  # none known while the first one is written behind
         run.control.took(save=run.state.save_seconds)
 

@@ -133,11 +133,8 @@ class Metrics:
         logger.info("%s", _line(step, self._config.train.steps, values))
 
     def log_evaluation(self, step: int, sources: Mapping[str, HeldOut]) -> None:
-        """Record held-out losses by source; time spent on them does not count as training."""
-        if not self._active:
-            return
-        self._throughput.restart(step)
-        if not sources:
+        """Record held-out losses by source."""
+        if not self._active or not sources:
             return
         mean = mean_over(sources.values())
         by_source = {name: {"losses": found.losses, "tokens": found.tokens} for name, found in sources.items()}
@@ -149,10 +146,10 @@ class Metrics:
                 *(step, self._config.train.steps, name, found.tokens, passes),
             )
 
-    def resume_clock(self, step: int) -> None:
-        """Leave out the time since the last record, after a save."""
+    def resume_clock(self, step: int, data_wait: float) -> None:
+        """Leave out the time since the last record, after something else than training; `data_wait` as above."""
         if self._active:
-            self._throughput.restart(step)
+            self._throughput.restart(step, data_wait)
 
     def sync(self) -> None:
         """Wait until the record is on disk; before a save, so that a checkpoint is never ahead of it."""

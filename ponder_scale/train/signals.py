@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 AGAIN = (signal.SIGTERM, signal.SIGUSR2)
@@ -30,8 +31,18 @@ class Received:
     interrupt: bool = False
 
 
+def process_start() -> float:
+    """When this process began, on the monotonic clock; `start_over` does not change it."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since boot: man 5 proc
+    except OSError:  # not Linux
+        return time.monotonic()
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - age
+
+
 received = Received()
-started = time.monotonic()  # of the process, nearly: this module is its first import
+started = process_start()
 
 
 def install() -> None:
@@ -47,8 +58,9 @@ def install() -> None:
 def start_over() -> NoReturn:
     """Run this command again in this process, from the beginning; what has arrived is not forgotten by it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)  # what is pending stays so, until `install` there
-    if received.again:
-        os.kill(os.getpid(), signal.SIGTERM)
+    for number, arrived in ((signal.SIGTERM, received.again), (signal.SIGINT, received.interrupt)):
+        if arrived:
+            os.kill(os.getpid(), number)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, sys.orig_argv)

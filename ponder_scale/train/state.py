@@ -85,18 +85,6 @@ class RunState:
         self.attempt = self._gather(self.attempt)[0]
         return self._goes_on_from(step)
 
-    def rewind(self) -> int:
-        """Go back to the newest whole checkpoint in the middle of a run, and return its step.
-
-        Raises:
-            CheckpointError: nothing was saved yet.
-        """
-        self.finish()
-        newest = checkpoint.newest_whole(self._run_dir, logger.warning, self._ranks)
-        if newest is None:
-            raise CheckpointError(f"{self._run_dir}: no checkpoint to go back to; set checkpoint.every_steps")
-        return self._goes_on_from(self._load(newest))
-
     def check_owned(self) -> None:
         """Raise FencedError where another process has taken the run over."""
         attempts.check_owned(self._run_dir, self.attempt)
@@ -152,7 +140,9 @@ class RunState:
         error = saving.job.exception()
         if isinstance(error, FencedError):
             raise error
-        if error is None:  # what failed is dealt with where all ranks look, in `finish`
+        if isinstance(error, SaveError):  # what follows from it is decided where all ranks look, in `finish`
+            self._tell(saving, error)
+        elif error is None:
             self._record(saving)
 
     def finish(self) -> None:
@@ -165,11 +155,9 @@ class RunState:
             saving.job.result()
         except SaveError as error:
             self._failures.append(str(error))
-            self.record("alarm", saving.step, kind="save failed", message=str(error))
+            self._tell(saving, error)
             if len(self._failures) >= FAILURES:
                 raise self._failed() from error
-            if self._engine.rank == 0:  # every rank has the same error
-                logger.error("%s; the next save tries again", error)
         else:
             self._failures, self._saved_step = [], saving.step
             saving.waited = time.monotonic() - waited
@@ -206,6 +194,13 @@ class RunState:
             check_owned=self.check_owned,
         )
         return folder, time.monotonic() - began
+
+    def _tell(self, saving: _Saving, error: SaveError) -> None:
+        if saving.recorded or self._engine.rank != 0:  # every rank has the same error
+            return
+        saving.recorded = True
+        self.record("alarm", saving.step, kind="save failed", message=str(error))
+        logger.error("%s; the next save tries again", error)
 
     def _record(self, saving: _Saving) -> None:
         if saving.recorded or self._engine.rank != 0:  # only rank 0 looks at the clock and keeps the record

@@ -38,6 +38,7 @@ class Throughput:
         self._step, self._at = step, now
         return {
             "tokens": self._tokens(step),
+            "global_batch": self._config.train.batch_at(step),
             "flops": self._flops,
             "seconds_per_step": seconds / steps,
             "seconds_left": seconds / tokens * (self._tokens(self._config.train.steps) - self._tokens(step)),
@@ -47,10 +48,10 @@ class Throughput:
             "data_wait_share": min(1.0, waited / seconds),
         }
 
-    def restart(self, step: int) -> None:
-        """Leave out the time since the last record, after something else than training."""
+    def restart(self, step: int, data_wait: float) -> None:
+        """Leave out the time since the last record, after something else than training; `data_wait` as above."""
         self._totals(step)
-        self._step, self._at = step, time.monotonic()
+        self._step, self._at, self._data_wait = step, time.monotonic(), data_wait
 
     def _tokens(self, step: int) -> int:
         """Those of the steps up to `step`."""

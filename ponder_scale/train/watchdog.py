@@ -144,6 +144,13 @@ class Watch:
             print(f"rank {self._rank}: heartbeat {self._path}: {error}", file=sys.stderr, flush=True)
 
 
+def forget_ranks(run_dir: Path, world_size: int) -> None:
+    """Remove the heartbeats of ranks that an earlier attempt had and this one has not."""
+    for path in (run_dir / HEARTBEATS).glob("rank-*.json"):
+        if int(path.stem.removeprefix("rank-")) >= world_size:
+            path.unlink(missing_ok=True)
+
+
 def straggler(seconds: Sequence[Sequence[float]], factor: float, phases: Sequence[str]) -> dict[str, Any] | None:
     """The slowest rank and phase if it is `factor` times slower than the median rank, else None.
 

@@ -1,10 +1,11 @@
 import random
+import sys
 
 import numpy as np
 import pytest
 
 from data_pipeline import backends
-from data_pipeline.backends import PROBES, Checked, Mismatch, choose, first_difference, open_engine
+from data_pipeline.backends import PROBES, Checked, Mismatch, checked, choose, first_difference, open_engine
 from data_pipeline.cli import main
 from data_pipeline.tokenizer import open_tokenizer
 from data_pipeline.training import train_tokenizer
@@ -113,6 +114,25 @@ def test_a_difference_during_a_build_does_the_unit_again_by_the_reference(
     assert read_manifest(tmp_path / "fast").identity == read_manifest(tmp_path / "reference").identity
 
 
+def test_an_engine_that_fails_during_a_build_is_replaced_by_the_reference(
+    tiny_tokenizer, tmp_path, monkeypatch, capsys
+):
+    """tiktoken gives up on a million spaces and a letter; or a build goes on where the engine is not installed."""
+    corpus = write_jsonl(tmp_path / "web.jsonl", [*make_texts(40), " " * 1_000_000 + "x"])
+    same = ["workers=1", "shard_bytes=2000", "max_document_bytes=2000000"]
+    assert main(arguments(corpus, tiny_tokenizer, tmp_path / "reference", *same, "backend=reference")) == 0
+    assert main(arguments(corpus, tiny_tokenizer, tmp_path / "fast", *same, "backend=tiktoken")) == 0
+    assert "tiktoken failed (ValueError: " in (said := capsys.readouterr().err)
+    assert "the unit is done again by the reference" in said
+    engines = read_manifest(tmp_path / "fast").provenance["engines"]
+    assert engines["reference"] == 1 and engines["tiktoken"] >= 1
+    assert read_manifest(tmp_path / "fast").identity == read_manifest(tmp_path / "reference").identity
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    monkeypatch.setattr(backends, "_opened", {})
+    with pytest.raises(Mismatch, match=r"cannot be opened \(import of tiktoken halted"):
+        checked("tiktoken", open_tokenizer(tiny_tokenizer))
+
+
 def test_the_sample_is_taken_whatever_the_batches(tiny_tokenizer):
     reference = open_tokenizer(tiny_tokenizer)
     asked = []
@@ -125,11 +145,11 @@ def test_the_sample_is_taken_whatever_the_batches(tiny_tokenizer):
     texts = [f"text {i}" for i in range(5000)]
     for size in (1, 999, 5000):
         asked.clear()
-        checked = Checked(reference.encode_batch, Counting())
+        sampled = Checked(reference.encode_batch, Counting())
         for begin in range(0, 5000, size):
-            checked.encode_batch(texts[begin : begin + size])
+            sampled.encode_batch(texts[begin : begin + size])
         assert asked == ["text 0", "text 2048", "text 4096"]
-    with pytest.raises(Mismatch):
+    with pytest.raises(Mismatch, match=r"gives other tokens than tokenizer\.json for 'text 0'"):
         Checked(lambda texts: (np.zeros(len(texts), np.int32), np.ones(len(texts), np.int64)), reference).encode_batch(
             texts
         )

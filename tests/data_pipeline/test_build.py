@@ -1,6 +1,7 @@
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,30 @@ def test_a_finished_build_is_not_repeated_and_not_overwritten(corpus, tiny_token
     assert main([*same, "overwrite=true"]) == 0
     assert len(documents(out, "train")) < 100
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "web.jsonl"]
+
+
+def test_another_end_of_documents_is_another_build(corpus, tiny_tokenizer, tmp_path, capsys):
+    """The file beside the tokenizer's that names it may change, while the tokens of texts do not."""
+    shutil.copytree(tiny_tokenizer, tmp_path / "tokenizer")
+    same = arguments(corpus, tmp_path / "tokenizer", tmp_path / "out")
+    assert main(same) == 0
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "!"}))
+    assert main(same) == 2
+    assert "made from other inputs, settings or another tokenizer" in capsys.readouterr().err
+
+
+def test_sources_have_weights_all_or_none(corpus, tiny_tokenizer, tmp_path, capsys):
+    second = ["sources.other.kind=jsonl", f"sources.other.path={corpus}"]
+    assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out", *second, "sources.web.weight=1")) == 2
+    said = capsys.readouterr().err
+    assert "sources.other.weight is null, while other sources have a weight; give all of them one, or none" in said
+
+
+def test_a_document_ends_as_asked_and_is_shown_so(corpus, tiny_tokenizer, tmp_path, capsys):
+    assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out", "eod_token=!")) == 0
+    (tmp_path / "out" / "tokenizer" / "tokenizer_config.json").unlink(missing_ok=True)
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "|== document" in capsys.readouterr().out
 
 
 def test_a_damaged_result_is_not_taken_for_finished(corpus, tiny_tokenizer, tmp_path, capsys):

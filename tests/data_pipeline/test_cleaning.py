@@ -167,6 +167,19 @@ def test_exact_duplicates_go_and_the_first_stays_for_any_buckets_and_workers(
     assert verify(out) == []
 
 
+def test_what_a_filter_leaves_out_takes_no_equal_with_it(tiny_tokenizer, tmp_path):
+    """One source is filtered, the other is not: the text of both stays, from the one that keeps it."""
+    first = write_jsonl(tmp_path / "a.jsonl", ["short", "a text that is long enough for the filter"])
+    second = write_jsonl(tmp_path / "b.jsonl", ["short", "a text that is long enough for the filter", "other"])
+    settings = [f"out={tmp_path / 'out'}", f"tokenizer={tiny_tokenizer}", "deduplicate=exact", "heldout_fraction=0"]
+    for name, path in (("a", first), ("b", second)):
+        settings += [f"sources.{name}.kind=jsonl", f"sources.{name}.path={path}"]
+    assert main(["build", *settings, "sources.a.filters={length: {min_characters: 20}}"]) == 0
+    tokenizer = open_tokenizer(tiny_tokenizer)
+    found = [tokenizer.decode(one[:-1]) for one in documents(tmp_path / "out", "train")]
+    assert found == ["a text that is long enough for the filter", "short", "other"]
+
+
 def test_near_duplicates_go_and_unlike_texts_stay(tiny_tokenizer, tmp_path):
     texts = [" ".join(np.random.default_rng(i).permutation(WORDS)[:200]) for i in range(50)]
     near = [text.replace(text.split()[100], "changed") for text in texts[:20]]

@@ -62,6 +62,13 @@ def test_what_is_not_counted_is_not_shown(clock, capsys):
     assert capsys.readouterr().err == "verify: 4.0 of 4.0 MB (100%), 2.0 MB/s, 0 s left\n"
 
 
+def test_what_was_done_before_counts_for_no_speed(clock, capsys):
+    with Progress("build", 10_000_000, done=4_000_000) as work:
+        clock[0] += 6.0
+        work.add(3_000_000)
+    assert "build: 7.0 of 10.0 MB (70%), 0.5 MB/s, 6 s left" in capsys.readouterr().err
+
+
 def test_work_of_no_bytes_is_done(clock, capsys):
     with Progress("read", 0):
         pass

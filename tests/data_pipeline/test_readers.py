@@ -253,6 +253,19 @@ def test_a_data_set_on_disk_is_read_by_rows_in_any_pieces(dataset):
     assert texts(replace(test_split, split="train")) == ["one"]
 
 
+def test_a_row_of_a_data_set_that_is_not_utf8_is_a_bad_record(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    broken = pa.array([b"\xff\xfe", b"good"]).cast(pa.binary())
+    column = pa.StringArray.from_buffers(2, *broken.buffers()[1:])
+    datasets.Dataset(pa.table({"text": column})).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "hub").mkdir()
+    pq.write_table(pa.table({"text": column}), tmp_path / "hub" / "train-00000-of-00001.parquet")
+    saved = SourceConfig(kind="dataset", path=str(tmp_path / "saved"))
+    for config in (saved, replace(saved, path=str(tmp_path / "hub"), streaming=True)):
+        assert drops(config) == [(0, "not UTF-8")]
+        assert texts(config) == ["good"]
+
+
 def test_the_loader_of_the_hub_reads_and_streams_a_data_set(dataset, tmp_path):
     (tmp_path / "hub").mkdir()
     pq.write_table(pa.table({"text": ["one", "two", "three"]}), tmp_path / "hub" / "train-00000-of-00001.parquet")

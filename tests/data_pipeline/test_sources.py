@@ -1,3 +1,5 @@
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.config import SourceConfig
@@ -65,6 +67,15 @@ def test_units_gather_small_files_and_cut_large_ones_and_never_mix_sources(tmp_p
     assert len(of_lines) > 10
     assert [unit.pieces[0].begin for unit in of_lines[1:]] == [unit.pieces[-1].end for unit in of_lines[:-1]]
     assert sum(unit.size for unit in planned) == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_each_shard_of_a_stream_is_a_unit(tmp_path):
+    """Nobody knows how large one is before it is read; together they would be one worker's."""
+    for number in range(5):
+        rows = pa.table({"text": [f"row {number}"]})
+        pq.write_table(rows, tmp_path / f"train-{number:05d}-of-00005.parquet")
+    planned = list(units({"it": SourceConfig(kind="dataset", path=str(tmp_path), streaming=True)}, None))
+    assert [[(piece.begin, piece.end) for piece in unit.pieces] for unit in planned] == [[(i, i + 1)] for i in range(5)]
 
 
 def test_a_written_plan_is_read_back_unit_by_unit(tmp_path):

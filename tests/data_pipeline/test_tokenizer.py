@@ -96,6 +96,18 @@ def test_a_saved_tokenizer_is_the_same_one(folder, tmp_path):
     )
 
 
+def test_the_file_that_was_named_is_the_one_that_is_saved(tiny_tokenizer, sentencepiece, tmp_path):
+    """Also beside another that would be taken of a folder, and under a name that no folder is opened by."""
+    (both := tmp_path / "both").mkdir()
+    shutil.copy(tiny_tokenizer / "tokenizer.json", both)
+    shutil.copy(sentencepiece / "tokenizer.model", both)
+    shutil.copy(tiny_tokenizer / "tokenizer.json", both / "mine.json")
+    for number, name in enumerate(("tokenizer.model", "mine.json", "tokenizer.json")):
+        tokenizer = open_tokenizer(both / name)
+        save(tokenizer, tmp_path / str(number))
+        assert open_tokenizer(tmp_path / str(number)).sha256 == tokenizer.sha256
+
+
 def test_a_tokenizer_that_changes_during_a_build_is_noticed(tiny_tokenizer, tmp_path):
     shutil.copytree(tiny_tokenizer, tmp_path / "other")
     tokenizer = open_tokenizer(tmp_path / "other")

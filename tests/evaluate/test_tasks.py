@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
 from ponder_scale.errors import ConfigError
-from ponder_scale.evaluate.tasks import evaluate_tasks
+from ponder_scale.evaluate.tasks import PAPER_TASKS, evaluate_tasks
 
 QUESTIONS = [
     ("The quick", [" brown fox", " lazy dog"], 0),
@@ -88,6 +89,11 @@ def test_the_harness_gives_what_plain_forwards_give_for_each_number_of_steps(
     assert found["0"]["local_until"]["exact_match,none"] < 1.0
     assert found["0"]["local_rolling"] != found["2"]["local_rolling"]
     assert "local_choice acc,none" in capsys.readouterr().out
+
+
+def test_the_papers_nine_are_tasks_of_the_harness_also_beside_files_of_ones_own(task_files: Path) -> None:
+    assert len(PAPER_TASKS) == 9
+    assert set(PAPER_TASKS) <= set(TaskManager(include_path=str(task_files)).all_tasks)
 
 
 def test_an_unknown_task_is_answered(folder: Path, task_files: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ponder_scale.checkpoint import find
 from ponder_scale.errors import CheckpointError
+from ponder_scale.export.card import trained_card
 from ponder_scale.export.folder import write_folder
 from ponder_scale.export.huggingface import export
+from ponder_scale.export.tokenizer import bundle_tokenizer
+from ponder_scale.export.verify import verify_in_fresh_process
 from tests.export.checkpoints import save_checkpoint
 from tests.model.architectures import TINY, make
 from tests.ranks import run_ranks
@@ -67,6 +71,43 @@ def test_an_export_holds_the_engine_s_weights(stage: int, runs: dict[int, Path],
     assert done.returncode == 0 and done.stdout.count("OK") == len(list(folder.iterdir())) - 1
     card = (folder / "README.md").read_text()
     assert MODELS[stage][0] in card and "f" * 32 in card and "license: apache-2.0" in card and "any 100.0%" in card
+
+
+def test_a_folder_that_computes_something_else_is_not_verified(runs: dict[int, Path], tmp_path: Path) -> None:
+    folder = export(runs[2], tmp_path / "out")
+    verify_in_fresh_process(runs[2], folder, dtype="float32")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    for value in (0.5, math.nan):
+        changed = weights[name].clone()
+        changed[0, 0] = value
+        save_file({**weights, name: changed}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match="computes something else than checkpoint"):
+            verify_in_fresh_process(runs[2], folder, dtype="float32")
+
+
+def test_the_card_tells_the_losses_of_a_record_that_a_crash_has_torn(runs: dict[int, Path], tmp_path: Path) -> None:
+    run = shutil.copytree(runs[3], tmp_path / "run")
+    evaluation = {"event": "evaluation", "step": 2, "losses": [3.25, None], "tokens": 7}
+    (run / "metrics.jsonl").write_text(json.dumps(evaluation) + '\n{"event":"evaluation","st')
+    card = (export(run, tmp_path / "out") / "README.md").read_text()
+    assert "pass 0: 3.2500 (25.79), pass 1: not finite, at step 2 |" in card
+    assert "| weights | of the last step |" in card and "| commit | not recorded |" in card
+    state = json.loads((find(run) / "state.json").read_text())
+    state["config"]["optim"]["ema"], state["commit"] = 0.999, "c" * 40
+    card = trained_card("mine", state, evaluation, 1, None, average=True)
+    assert "| weights | running average over training, decay 0.999 |" in card
+    assert "at step 2, of the weights that were averaged |" in card and f"| commit | {'c' * 40} |" in card
+
+
+@pytest.mark.parametrize(("end", "token"), [(None, None), ([1, 0], "!"), (1, "!")])
+def test_an_end_that_a_configuration_names_in_any_way_is_written_down(
+    end: Any, token: str | None, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "from").mkdir()
+    shutil.copy(tiny_tokenizer / "tokenizer.json", tmp_path / "from")
+    bundle_tokenizer(tmp_path / "from", tmp_path, eod_id=end)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == token
 
 
 def test_hugging_face_to_training_and_back_is_bit_exact(tiny_tokenizer: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from tests.model.architectures import LAYERS, TINY, VOCABULARY, make_confident
 
@@ -102,9 +102,18 @@ def test_a_plain_forward_builds_no_cache(llama: Any) -> None:
         assert llama(PROMPT, use_cache=True).past_key_values is not None
 
 
-def test_continuous_batching_is_refused(llama: Any) -> None:
+@pytest.mark.parametrize("entry", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
+def test_continuous_batching_is_refused_at_every_entry(llama: Any, entry: str) -> None:
+    assert hasattr(LlamaForCausalLM, entry)  # it is the name of a way in, in this version of transformers
     with pytest.raises(ValueError, match="silently wrong for a pondering model"):
-        llama.generate_batch([[1, 2, 3]])
+        getattr(llama, entry)([[1, 2, 3]])
+
+
+def test_no_other_entry_to_continuous_batching_is_known() -> None:
+    from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
+
+    entries = {name for name in vars(ContinuousMixin) if not name.startswith("_") and "destroy" not in name}
+    assert entries == {"generate_batch", "init_continuous_batching", "continuous_batching_context_manager"}
 
 
 def test_sampling_draws_the_same_with_the_cache_as_without(model: Any) -> None:

@@ -51,6 +51,22 @@ def a_crash_after_a_checkpoint_is_repeated_in_place(place: Place) -> None:
     assert "begins at 10" in run.rank_log(1, 0)
 
 
+def a_crash_of_the_trainer_loses_no_step(place: Place) -> None:
+    """The real one, on a node that fails its check from then on: a spare takes its place."""
+    (place.folder / "run").mkdir()
+    check = place.folder / "check"
+    check.write_text('#!/bin/bash\n[ ! -e "$1.fault" ] || [ "$SLURMD_NODENAME" != "$(cat "$1/second")" ]\n')
+    check.chmod(0o755)
+    run = train(place, nodes=3, SPARES="1", CRASH="10:1", CHECK_NODE=str(check))
+    run.until_said("trains on")
+    first = hosts(run)[0].split(",")
+    (run.folder / "second").write_text(first[1] + "\n")
+    assert run.ended() == "COMPLETED", run.log
+    assert len(hosts(run)) == 2 and first[1] not in hosts(run)[1].split(",") and "back to the queue" not in run.log
+    assert f"not fit to train: {first[1]}" in run.log
+    assert run.losses() == place.reference().losses()
+
+
 def crashes_are_repeated_within_a_budget(place: Place) -> None:
     run = count(place, "to=900", "crash_every=7", "save_every=5", MAX_FAILURES="3")
     assert run.ended() == "FAILED"
@@ -71,5 +87,6 @@ SCENARIOS = [
     a_crash_before_any_progress_is_not_repeated,
     a_crash_after_a_checkpoint_is_repeated_in_place,
     crashes_are_repeated_within_a_budget,
+    a_crash_of_the_trainer_loses_no_step,
     what_a_person_must_look_at_is_not_repeated,
 ]

@@ -96,13 +96,52 @@ def _run_without_root(script: str) -> None:
     assert sorted(done.stdout.split()) == ["n1", "n2"], done.stderr
 
 
-def test_ranks_that_do_not_come_condemn_their_nodes() -> None:
-    """The all-reduce check with two ranks of three: they name their own nodes as those that are well."""
-    port, script = free_port(), REPOSITORY / "slurm" / "all_reduce.py"
-    ranks = []
-    for rank in (0, 1):
-        shared = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+ALL_REDUCE = REPOSITORY / "slurm" / "all_reduce.py"
+
+
+def exchanged(scripts: list[Path], *, world_size: int) -> list[str]:
+    """What ranks of nodes of one rank each print when they check that they can exchange data."""
+    port, ranks = free_port(), []
+    for rank, script in enumerate(scripts):
+        shared = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         own = {"RANK": str(rank), "LOCAL_RANK": "0", "SLURMD_NODENAME": f"n{rank}", "CUDA_VISIBLE_DEVICES": ""}
-        words = [sys.executable, str(script), "20"]
-        ranks.append(subprocess.Popen(words, env={**os.environ, **shared, **own}, stdout=subprocess.PIPE, text=True))
-    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["n0\n", "n1\n"]
+        variables = {**os.environ, **shared, **own, "MASTER_PORT": port}
+        words = [sys.executable, str(script), "30"]
+        ranks.append(subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, text=True))
+    return [rank.communicate(timeout=120)[0] for rank in ranks]
+
+
+def test_ranks_that_do_not_come_condemn_their_nodes() -> None:
+    assert exchanged([ALL_REDUCE] * 2, world_size=3) == ["n0\n", "n1\n"]
+
+
+def test_a_node_that_cannot_exchange_within_itself_condemns_itself_alone(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        f"import sys\nsys.path.insert(0, {str(ALL_REDUCE.parent)!r})\nimport all_reduce\n"
+        "def exchange(*_):\n    raise RuntimeError('link down')\n"
+        "all_reduce.exchange = exchange\nall_reduce.main()\n"
+    )
+    assert exchanged([ALL_REDUCE, broken, ALL_REDUCE], world_size=3) == ["n0\n", "", "n2\n"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "ecc", "slowdown", "said"),
+    [
+        (2, "0, 0\n1, 0", "0, Not Active\n1, Not Active", ""),
+        (1, "0, 0", "0, Not Active", "Slurm gave 2 GPUs, 1 are visible"),
+        (2, "0, 0\n1, 3", "0, Not Active\n1, Not Active", "uncorrected memory errors (GPU, count): 1, 3"),
+        (2, "0, 0\n1, [N/A]", "0, Active\n1, Not Active", "clocks are held back by the hardware on GPU 0, Active"),
+    ],
+)
+def test_a_nodes_gpus_are_looked_at(listed: int, ecc: str, slowdown: str, said: str, tmp_path: Path) -> None:
+    """By what nvidia-smi answers, played by a script here."""
+    (tmp_path / "nvidia-smi").write_text(
+        f"#!/bin/sh\ncase \"$*\" in\n--list-gpus) seq {listed} | sed 's/^/GPU /' ;;\n"
+        f"*ecc*) printf '{ecc}\\n' ;;\n*slowdown*) printf '{slowdown}\\n' ;;\nesac\n"
+    )
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    variables = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_GPUS_ON_NODE": "2"}
+    words = ["bash", str(REPOSITORY / "slurm" / "check_node.sh"), str(tmp_path)]
+    done = subprocess.run(words, env={**variables, "CHECK_FREE_GIB": "0"}, capture_output=True, text=True, timeout=60)
+    assert said in done.stdout and done.returncode == (1 if said else 0) and bool(said) == bool(done.stdout)

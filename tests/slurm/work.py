@@ -82,7 +82,9 @@ def a_run_is_submitted_saved_stopped_and_submitted_again(place: Place) -> None:
     until_step(saved + 2)
     assert "ends without saving" in command("stop", "--now", folder)
     assert place.lab.wait(second) == "COMPLETED"
-    assert Run(place, folder, "").whole()[-1] == saved or saved + 2 >= 8
+    assert f"going on from {folder}/checkpoints/step-{saved:08d}" in log.read_text()  # one node, after two
+    steps = [step for step, _ in Run(place, folder, "").losses()]
+    assert steps == list(range(1, len(steps) + 1)) and steps[-1] >= saved + 2
 
     kept = folder / "submissions" / "0001"
     assert (kept / "code" / "ponder_scale" / "train" / "loop.py").is_file() and (kept / "diff.patch").is_file()
@@ -105,6 +107,24 @@ def an_array_takes_its_tasks_from_a_list(place: Place) -> None:
     assert (spaced / "log").is_file() and (place.folder / "one" / "log").is_file()
     assert "task 3: it names no run_dir" in logs[2] and "quotes do not match" in logs[3]
     assert "there are tasks 1 to 4; submit with --array=1-4" in logs[4]
+
+
+def a_task_of_an_array_is_requeued_alone(place: Place) -> None:
+    """One of its tasks has the array's own number, by which Slurm would requeue them all."""
+    tasks = [f"to=50 run_dir={place.folder}/{name}" for name in ("one", "two")]
+    (place.folder / "list").write_text("\n".join(['unmatched="', *tasks]) + "\n")
+    options = ["--nodes=1", "--ntasks-per-node=1", *NO_GPUS, f"--output={place.folder}/%a.log", "--array=2-3"]
+    array = place.lab.sbatch(*options, "slurm/sweep.sbatch", place.folder / "list", "-", TRAINER="contract")
+    logs = {number: place.folder / f"{number}.log" for number in (2, 3)}
+    beats = [place.folder / name / "heartbeat" for name in ("one", "two")]
+    place.lab.until(lambda: all(beat.exists() for beat in beats), "both tasks train")
+    numbers = {number: place.lab.show(f"{array}_{number}")["JobId"] for number in logs}
+    (first,) = (number for number in logs if numbers[number] == array)
+    place.lab.run("scancel", "--batch", "--signal=USR2", f"{array}_{first}")
+    place.lab.until(lambda: "back to the queue" in logs[first].read_text(), "the requeue")
+    assert {place.lab.wait(f"{array}_{number}") for number in logs} == {"COMPLETED"}
+    restarts = {number: place.lab.show(f"{array}_{number}")["Restarts"] for number in logs}
+    assert restarts == {number: str(int(number == first)) for number in logs}, restarts
 
 
 def a_chain_leads_from_a_corpus_to_an_evaluated_model(place: Place) -> None:
@@ -163,5 +183,6 @@ SCENARIOS = [
     two_runs_on_one_node_do_not_clash,
     the_check_sees_that_all_nodes_exchange_data,
     an_array_takes_its_tasks_from_a_list,
+    a_task_of_an_array_is_requeued_alone,
     a_chain_that_breaks_leaves_no_job_waiting,
 ]

@@ -67,6 +67,7 @@ EVENTS = [  # rank, events, at which step of the attempt (0: before it, while al
     (1, ["SIGUSR1", "SIGTERM"], 2, AGAIN),
     (0, ["time"], 1, AGAIN),
     (0, ["SAVE_AND_STOP"], 1, 0),
+    (0, ["STOP"], 0, 0),
     (1, ["SIGINT"], 1, INTERRUPTED),
     (0, ["SAVE"], 1, 0),
 ]
@@ -81,13 +82,15 @@ def test_ranks_agree_on_every_event_and_the_run_goes_on_bit_for_bit(shards: Any,
     assert steps == [2, 3, 4, 5, 6, 8]  # one for each event, and the last
     assert not [name for name in control.REQUESTS if (run_dir / name).exists()]
     ends = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines() if '"end"' in line]
-    reasons = ["a signal", "a signal", "the time limit", "the file SAVE_AND_STOP", "an interrupt", "done"]
-    assert [(end["step"], end["reason"]) for end in ends] == list(zip([0, 2, 3, 4, 5, 8], reasons, strict=True))
+    reasons = ["a signal", "a signal", "the time limit", "the file SAVE_AND_STOP", "the file STOP"]
+    reasons += ["an interrupt", "done"]
+    assert [(end["step"], end["reason"]) for end in ends] == list(zip([0, 2, 3, 4, 4, 5, 8], reasons, strict=True))
     assert_same_run(run_dir, tmp_path / "whole")
     for rank, events, at, code in EVENTS:
         injected = f"{' after '.join(reversed(events))}{f' to rank {rank}' if events[0].startswith('SIG') else ''}"
         phase = "a step" if at else "start-up"
-        fault(injected, phase, detected="all ranks, same step", after=f"saved; exit code {code}", lost="nothing")
+        after = f"{'not saved, as asked' if events == ['STOP'] else 'saved'}; exit code {code}"
+        fault(injected, phase, detected="all ranks, same step", after=after, lost="nothing")
 
 
 def test_a_persons_wish_comes_before_a_schedulers(shards: Any, tmp_path: Path) -> None:
@@ -103,18 +106,45 @@ def test_the_time_limit_leaves_time_for_a_step_and_a_save(tmp_path: Path, monkey
     limited = control.Control(tmp_path, "1:00:00", rank=0)
     limited.took(step=10.0, save=100.0)
     limited.took(step=12.0, save=90.0)
-    # ends 60 s (margin) + 1.5 x 100 s (save) + 2 x 12 s (step) before
-    now[0] = 1000.0 + 3600 - 235
+    limited.took(evaluation=40.0)
+    # ends 60 s (margin) + 2.5 x 100 s (a scheduled save, and the last) + 2 x 12 s (step) + 40 s (evaluation) before
+    now[0] = 1000.0 + 3600 - 375
     assert not limited.orders(limited.wishes()).stop
     now[0] += 2
     orders = limited.orders(limited.wishes())
     assert orders.save and orders.exit_code == AGAIN
+    resumed = control.Control(tmp_path, "1:00:00", rank=0)
+    resumed.took(load=300.0)  # no save is known: it may take as long
+    now[0] = 1000.0 + 3600 - 60 - 2.5 * 300 + 1
+    assert resumed.orders(resumed.wishes()).stop
+    resumed.took(save=2.0)
+    assert not resumed.orders(resumed.wishes()).stop
     assert control.Control(tmp_path, None, rank=0).wishes() == [0.0] * len(control.ORDERS)
     assert control.Control(tmp_path, "1", rank=1).wishes() == [0.0] * len(control.ORDERS)  # rank 0 has the clock
 
 
+def test_a_process_that_starts_over_keeps_its_time_limit_and_its_interrupt() -> None:
+    """A rewind runs the command again in the same process; the launcher's clock goes on."""
+    script = """
+import os, sys, time
+from ponder_scale.train import signals
+signals.install()
+if os.environ.setdefault("ROUND", "1") == "1":
+    os.environ["ROUND"] = "2"
+    signals.received.interrupt = True
+    time.sleep(1.0)
+    signals.start_over()
+time.sleep(0.1)
+print(time.monotonic() - signals.started, signals.received)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    age, received = done.stdout.split(" ", 1)
+    assert 1.0 < float(age) < 30.0 and "interrupt=True" in received
+
+
 def test_the_time_limit_is_read_as_people_and_slurm_write_it() -> None:
     cases = {"90": 90, "1.5": 1.5, "30:00": 1800, "12:00:00": 43200, "1-12:00:00": 129600}
+    cases |= {"1-12:30": 131400, "1-12": 129600, "2-00:00:30": 172830}
     assert {text: control.parse_time_limit(text) for text in cases} == cases
     with pytest.raises(ConfigError, match=r"train\.time_limit is soon; expected seconds, HH:MM:SS"):
         control.parse_time_limit("soon")
@@ -145,6 +175,7 @@ class Command:
         recipe.write_text(f"run_dir: {run_dir}\n")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.metrics = run_dir / "metrics.jsonl"
+        self.pids: list[int] = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "ponder_scale.cli", "train", str(recipe), *settings, "--nproc", "2", *more],
             env=environment,
@@ -161,7 +192,8 @@ class Command:
             assert time.monotonic() < deadline and self.process.poll() is None, self.output()
             time.sleep(0.1)
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(child) for child in children]
+        self.pids = [int(child) for child in children]
+        return self.pids
 
     def output(self) -> str:
         """All that was printed, after the end."""
@@ -170,6 +202,8 @@ class Command:
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
+        for rank in filter(alive, self.pids):  # one that is stopped would keep our pipe open for ever
+            os.kill(rank, signal.SIGKILL)
         self.process.communicate()
 
 
@@ -189,11 +223,16 @@ def command(shards: Any, tmp_path: Path) -> Iterator[Callable[..., Command]]:
 ENDLESS = ["train.steps=1000000", "checkpoint.every_steps=null", "log.every_steps=1"]
 
 
-def alive(pid: int) -> bool:
+def state(pid: int) -> str:
+    """As `ps` gives it; "Z" too for a process that is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return "Z"
+
+
+def alive(pid: int) -> bool:
+    return state(pid) != "Z"
 
 
 def has_signal(pid: int, *masks: str) -> bool:
@@ -226,6 +265,7 @@ def test_preemption_of_a_running_command_saves_and_asks_to_be_started_again(
     started = command(*ENDLESS)
     ranks = started.ranks()
     os.kill(ranks[1], signal.SIGSTOP)  # else both write at once, into each other's lines
+    wait_until(lambda: state(ranks[1]) == "T")  # of signals that wait together the lowest number comes first
     started.process.send_signal(signal.SIGUSR1)  # stacks of all ranks, and on with it
     wait_until(lambda: has_signal(ranks[1], "ShdPnd") and not has_signal(ranks[0], "ShdPnd", "SigPnd", "SigBlk"))
     os.kill(ranks[1], signal.SIGCONT)

@@ -34,6 +34,8 @@ def test_a_run_goes_from_1_to_2_to_4_to_1_ranks_across_stages(shards: Any, tmp_p
         assert results[0] == ("done" if leg == len(legs) - 1 else {"error": "died or hung"}), results
     attempts = [json.loads(line) for line in (tmp_path / "run/attempts.jsonl").read_text().splitlines()]
     assert [(line["world_size"], line["first_step"]) for line in attempts] == [(1, 1), (2, 2), (4, 3), (1, 4)]
+    hearts = sorted(path.name for path in (tmp_path / "run" / "heartbeat").glob("rank-*.json"))
+    assert hearts == ["rank-00000.json"]  # of the last attempt: what the four ranks before left is no sign of life
     for line, expected in zip(records(tmp_path / "run"), records(tmp_path / "reference"), strict=True):
         assert line["event"] == expected["event"] and line["step"] == expected["step"]
         losses = "pass_losses" if line["event"] == "step" else "losses"

@@ -309,10 +309,11 @@ def test_weight_decay_leaves_out_norms_and_embeddings_unless_asked() -> None:
         assert len(everything["params"]) == len(names)
 
 
-def test_a_wsd_schedule_that_does_not_fit_is_refused() -> None:
+def test_settings_that_do_not_fit_one_another_are_refused() -> None:
     case = {"policy": "pass", "tied": False, "deepspeed": "zero3"}
     for overrides, message in [
         (["optim.schedule=wsd"], "wsd_decay_steps is None with optim.schedule wsd"),
+        (["health.on_spike=rewind", "checkpoint.every_steps=null"], "nothing is saved to go back to"),
         (["optim.wsd_decay_steps=2"], "wsd_decay_steps is 2 with optim.schedule cosine"),
         (["optim.schedule=wsd", "optim.wsd_decay_steps=9"], "more than the 3 steps after warm-up; lower it"),
     ]:

@@ -48,13 +48,13 @@ def train_on_a_rank(case: dict[str, Any]) -> str:
     "kill" and "stop" (SIGKILL and SIGSTOP to this process) before the call, "kill after" it, or "full": during it,
     the system refuses to let any file grow.
     """
-    from ponder_scale import checkpoint
+    from ponder_scale import checkpoint, parts
     from ponder_scale.train import loop, state
 
     torch.set_num_threads(1)
     fault = case.get("fault")
     if fault and os.environ["RANK"] == str(fault["rank"]):
-        owner = {"save": state.RunState, "write_part": state}.get(fault["at"], checkpoint)
+        owner: Any = {"save": state.RunState, "write_part": state, "sync": parts}.get(fault["at"], checkpoint)
         original, calls = getattr(owner, fault["at"]), []
 
         def faulty(*arguments: Any, **options: Any) -> Any:
@@ -119,7 +119,7 @@ def test_metrics_hold_what_they_promise(shards: Any, tmp_path: Path) -> None:
     steps = [line for line in lines if line["event"] == "step"]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     for line in steps:
-        assert line["tokens"] == line["step"] * 8 * 12
+        assert line["tokens"] == line["step"] * 8 * 12 and line["global_batch"] == 8
         assert line["loss"] == line["pass_losses"][-1]
         assert len(line["pass_losses"]) == len(line["pass_entropies"]) == len(line["embed_norms"]) == 3
         assert len(line["pass_kls"]) == len(line["update_norms"]) == len(line["embed_cosines"]) == 2

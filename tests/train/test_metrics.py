@@ -43,10 +43,10 @@ def test_rates_leave_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch) -
     assert first["mfu"] == pytest.approx(5 * 64 * each.model / 10.0 / 1e6)
     assert first["hfu"] == pytest.approx(5 * 64 * each.hardware / 10.0 / 1e6)
     clock.now += 1000.0  # a save
-    throughput.restart(7)
+    throughput.restart(7, data_wait=5.0)
     clock.now += 3.0
-    second = throughput.since_last(10, data_wait=1.0)
-    assert second["seconds_per_step"] == 1.0 and second["data_wait_share"] == 0.0
+    second = throughput.since_last(10, data_wait=5.3)
+    assert second["seconds_per_step"] == 1.0 and second["data_wait_share"] == pytest.approx(0.1)
     assert second["mfu"] == pytest.approx(3 * 64 * each.model / 3.0 / 1e6)
     assert second["flops"] == pytest.approx(10 * 64 * each.model)
 
@@ -66,10 +66,10 @@ def test_rates_follow_the_tokens_of_a_ramp(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(throughput_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     ramp = config("train.batch_ramp_from=1", "train.batch_ramp_steps=7")  # 1 1 2 2 3 3 4 4 ...
     throughput = Throughput(ramp, SHAPE, start_step=0, peak=None)
-    throughput.restart(2)
+    throughput.restart(2, data_wait=0.0)
     clock.now += 5.0
     found = throughput.since_last(5, data_wait=0.0)
-    assert found["tokens"] == 9 * 16 and found["tokens_per_second"] == 7 * 16 / 5.0
+    assert found["global_batch"] == 3 and found["tokens"] == 9 * 16 and found["tokens_per_second"] == 7 * 16 / 5.0
     assert found["seconds_per_step"] == pytest.approx(5.0 / 3)
     assert found["seconds_left"] == pytest.approx(5.0 / 7 * (3 + 94 * 4))
     assert found["flops"] == pytest.approx(9 * 16 * flops_per_token(SHAPE, "pass").model)

@@ -21,7 +21,7 @@ from ponder_scale.checkpoint import ASIDE, find, saved_steps, verify
 from ponder_scale.errors import UNHEALTHY, SaveError
 from tests.faults import Fault
 from tests.ranks import run_ranks
-from tests.train.test_exact_resume import assert_same_state
+from tests.train.test_exact_resume import assert_same_state, resumed_from
 from tests.train.test_loop import STEPS, assert_same_run, overrides, records, train_on_a_rank
 
 pytestmark = pytest.mark.faults
@@ -30,7 +30,9 @@ DONE = ["done", "done"]
 MOMENTS = {  # every other one with asynchronous saving, whose second half is the same code on a thread
     "rank 1, before its part": {"rank": 1, "at": "write_part", "how": "kill"},
     "rank 1, its part written": {"rank": 1, "at": "write_part", "how": "kill after"},
+    "rank 1, its part not yet on disk": {"rank": 1, "at": "sync", "how": "kill"},
     "rank 0, before the index": {"rank": 0, "at": "_seal", "how": "kill"},
+    "rank 0, between index and rename": {"rank": 0, "at": "_write_json", "call": 4, "how": "kill after"},
     "rank 0, after the rename": {"rank": 0, "at": "_seal", "how": "kill after"},
     "rank 0, before deleting older ones": {"rank": 0, "at": "_delete_older", "how": "kill"},
 }
@@ -57,10 +59,10 @@ def test_a_run_killed_at_any_moment_of_a_save_goes_on_from_a_whole_checkpoint(
         assert killed[moment["rank"]] == {"error": "died or hung"}, name
         assert resumed == DONE, (name, resumed)
         assert_same_run(tmp_path / str(number), whole)
-        how = "save, asynchronous" if number % 2 else "save"
+        assert resumed_from(tmp_path / str(number))[1] is not None, name
         fault(
             f"SIGKILL: {name}",
-            f"{how} save",
+            "save, asynchronous" if number % 2 else "save",
             detected="at the restart",
             after="newest whole checkpoint",
             lost="nothing saved",
