@@ -111,7 +111,7 @@ def an_array_takes_its_tasks_from_a_list(place: Place) -> None:
 
 def a_task_of_an_array_is_requeued_alone(place: Place) -> None:
     """One of its tasks has the array's own number, by which Slurm would requeue them all."""
-    tasks = [f"to=50 run_dir={place.folder}/{name}" for name in ("one", "two")]
+    tasks = [f"to=50 'run_dir={place.folder}/{name}'" for name in ("one", "two")]
     (place.folder / "list").write_text("\n".join(['unmatched="', *tasks]) + "\n")
     options = ["--nodes=1", "--ntasks-per-node=1", *NO_GPUS, f"--output={place.folder}/%a.log", "--array=2-3"]
     array = place.lab.sbatch(*options, "slurm/sweep.sbatch", place.folder / "list", "-", TRAINER="contract")
