@@ -22,7 +22,8 @@ from ponder_scale.manifest import BlockHashes, Manifest, ShardInfo, hash_file, s
 from ponder_scale.shards import TOKENIZER, check_index, index_pieces
 
 Kind = Literal["megatron", "datatrove", "raw"]
-SUFFIXES: dict[Kind, str] = {"megatron": ".bin", "datatrove": ".ds", "raw": ".bin"}
+SUFFIXES: dict[Kind, str] = {"megatron": ".bin", "datatrove": ".ds"}  # raw has any: dolma's end in .npy
+_NUMPY = b"\x93NUMPY"  # begins a file of numpy.save, whose header is no tokens
 _BLOCK = 2**23  # tokens looked at together
 _MAX_RAW_DOCUMENT = 2**30  # tokens; a dump without boundaries is cut into such "documents"
 
@@ -38,18 +39,25 @@ class Dump:
 
 
 def adopt(
-    files: list[Path], kind: Kind, tokenizer_path: Path, out: Path, dtype: str, heldout_files: int, command: str
+    files: list[Path],
+    kind: Kind,
+    tokenizer_path: Path,
+    out: Path,
+    dtype: str,
+    heldout_files: int,
+    eod_token: str | None,
+    command: str,
 ) -> Manifest:
     """Make `out` a folder of shards of these files, the last `heldout_files` of them held out.
 
-    dtype: of datatrove's and headerless tokens, uint16 or uint32. Raises ShardError when a file is not what it is
-    said to be, or holds token ids that the tokenizer does not have.
+    dtype: of datatrove's and headerless tokens, uint16 or uint32; eod_token: None: the tokenizer's own. Raises
+    ShardError when a file is not what it is said to be, or holds token ids that the tokenizer does not have.
     """
     if out.exists() and any(out.iterdir()):
         raise ShardError(f"--out is {out}, which is not empty; choose another folder")
     if not 0 <= heldout_files < len(files):
         raise ShardError(f"--heldout-files is {heldout_files}, of {len(files)} files; expected 0 to {len(files) - 1}")
-    tokenizer = open_tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path, eod_token)
     dumps = [_open(path, kind, np.dtype(dtype).newbyteorder("<"), tokenizer) for path in files]
     if len({dump.dtype for dump in dumps}) > 1:
         raise ShardError(
@@ -62,6 +70,7 @@ def adopt(
         splits[split].append(_place(dump, out, f"{split}-{len(splits[split]):05d}", tokenizer))
     copies = save(tokenizer, out / TOKENIZER)
     ends = {int(_ends(dump)) for dump in dumps if kind != "raw"}
+    about = {"kind": kind, "files": [str(path.resolve()) for path in files], "eod_token": eod_token}
     manifest = Manifest(
         dtype=dumps[0].dtype.name.replace("uint32", "int32"),
         vocab_size=tokenizer.vocab_size,
@@ -70,14 +79,14 @@ def adopt(
         tokenizer=tokenizer.sha256,
         splits=splits,
         files={path.relative_to(out).as_posix(): hash_file(path) for path in copies},
-        provenance={"command": command, "adopted": {"kind": kind, "files": [str(path.resolve()) for path in files]}},
+        provenance={"command": command, "adopted": about},
     )
     seal(out, manifest)
     return manifest
 
 
 def _open(path: Path, kind: Kind, dtype: np.dtype, tokenizer: Tokenizer) -> Dump:
-    if path.suffix != SUFFIXES[kind]:
+    if kind in SUFFIXES and path.suffix != SUFFIXES[kind]:
         raise ShardError(f"{path}: expected a file that ends in {SUFFIXES[kind]} for --kind {kind}")
     if kind == "megatron":
         dtype, lengths = _megatron_index(path)
@@ -88,7 +97,7 @@ def _open(path: Path, kind: Kind, dtype: np.dtype, tokenizer: Tokenizer) -> Dump
             raise ShardError(
                 f"{path}: its size is no multiple of {dtype.itemsize}; are its tokens really {dtype.name}?"
             )
-        lengths = _datatrove_lengths(path, size) if kind == "datatrove" else _cut(size)
+        lengths = _datatrove_lengths(path, size) if kind == "datatrove" else _raw_lengths(path, size)
         indexed = False
     dump = Dump(path, dtype, lengths, indexed)
     _check(dump, tokenizer)
@@ -116,8 +125,11 @@ def _datatrove_lengths(path: Path, size: int) -> np.ndarray:
     return np.diff(ends, prepend=0)
 
 
-def _cut(size: int) -> np.ndarray:
+def _raw_lengths(path: Path, size: int) -> np.ndarray:
     """Lengths that cover a dump without boundaries."""
+    with path.open("rb") as stream:
+        if stream.read(len(_NUMPY)) == _NUMPY:
+            raise ShardError(f"{path}: begins with the header of numpy.save; write its tokens alone: array.tofile")
     whole, rest = divmod(size, _MAX_RAW_DOCUMENT)
     return np.array([_MAX_RAW_DOCUMENT] * whole + [rest] * (rest > 0), dtype=np.int64)
 

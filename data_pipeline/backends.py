@@ -35,6 +35,8 @@ PROBES = (
     "=" * 300 + "-" * 257 + " " * 129 + "\n" * 65,
 )
 
+_ENDINGS = (KeyboardInterrupt, SystemExit)  # all else that ends an engine is its failure, a panic of Rust too
+
 Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 _opened: dict[tuple[Any, ...], Encode] = {}  # loading one costs more than a small build
@@ -55,7 +57,9 @@ class Checked:
         """As `Tokenizer.encode_batch`. Raises Mismatch where it fails, and for a sampled document with other tokens."""
         try:
             tokens, lengths = self._encode(texts)
-        except Exception as error:
+        except _ENDINGS:
+            raise
+        except BaseException as error:
             raise Mismatch(f"failed ({type(error).__name__}: {_line(error)})") from error
         for number in range(-self._seen % SAMPLE_EVERY, len(texts), SAMPLE_EVERY):
             if len(texts[number]) > SAMPLE_CHARACTERS:
@@ -77,7 +81,9 @@ def checked(name: str, reference: Tokenizer) -> Encode:
         return reference.encode_batch
     try:
         return Checked(open_engine(name, reference), reference).encode_batch
-    except Exception as error:  # an engine may fail in any way; then it is not used
+    except _ENDINGS:
+        raise
+    except BaseException as error:
         raise Mismatch(f"cannot be opened ({_line(error)})") from error
 
 
@@ -95,7 +101,9 @@ def choose(asked: str, reference: Tokenizer, samples: Sequence[str], warn: Calla
             if asked != "auto":
                 raise ConfigError(f"backend is {asked}, which is not installed; run: pip install {asked}") from error
             continue
-        except Exception as error:  # an engine may fail in any way; then it is not used
+        except _ENDINGS:
+            raise
+        except BaseException as error:
             if asked != "auto":
                 warn(f"backend {name} cannot read {reference.path} ({_line(error)}); using its own library instead")
             continue
@@ -122,7 +130,9 @@ def first_difference(encode: Encode, reference: Tokenizer, texts: Sequence[str])
     """The first of the texts that gets other tokens."""
     try:
         tokens, lengths = encode(texts)
-    except Exception as error:  # an engine may fail in any way; then it is not used
+    except _ENDINGS:
+        raise
+    except BaseException as error:
         return f"{type(error).__name__}: {_line(error)}"
     expected, expected_lengths = reference.encode_batch(texts)
     if np.array_equal(lengths, expected_lengths) and np.array_equal(tokens, expected):

@@ -44,7 +44,7 @@ def _encode(line: str) -> list[int]:
 def per_document(corpus: Path, tokenizer: Path, out: Path) -> None:
     """Megatron-LM's default path: one document at a time."""
     _load_transformers(tokenizer)
-    dtype = np.uint16 if len(_tokenizer) < 65500 else np.int32
+    dtype = _dtype(len(_tokenizer))
     lengths: list[int] = []
     out.mkdir()
     with (
@@ -94,10 +94,15 @@ def streaming(corpus: Path, tokenizer: Path, out: Path) -> None:
     from streaming import MDSWriter
 
     _load(tokenizer)
-    with MDSWriter(out=str(out / "tokens"), columns={"tokens": "ndarray:uint16"}) as writer:
+    dtype = _dtype(_tokenizer.get_vocab_size())
+    with MDSWriter(out=str(out / "tokens"), columns={"tokens": f"ndarray:{dtype.name}"}) as writer:
         for texts in _batches(corpus):
             for encoding in _tokenizer.encode_batch_fast(texts):
-                writer.write({"tokens": np.array(encoding.ids, dtype=np.uint16)})
+                writer.write({"tokens": np.array(encoding.ids, dtype=dtype)})
+
+
+def _dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)  # Megatron's rule
 
 
 def _batches(corpus: Path) -> Iterator[list[str]]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from data_pipeline.baselines import BASELINES, NEEDS
 from ponder_scale.errors import ConfigError
+from ponder_scale.manifest import MANIFEST, read_manifest
 
 SMALL = 8  # the small corpus is this part of the whole one
 REFERENCE = "per_document"  # what ratios are taken to
@@ -33,6 +34,7 @@ class Runs:
     small: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)  # MB of its largest process
+    engines: set[str] = field(default_factory=set)  # of ours, that did the work
 
 
 def bench(corpus: Path, tokenizer: Path, rounds: int) -> str:
@@ -50,8 +52,11 @@ def bench(corpus: Path, tokenizer: Path, rounds: int) -> str:
         for _ in range(rounds):
             for name, times in runs.items():
                 for path, into in ((small, times.small), (corpus, times.whole)):
-                    seconds, memory = _run(_command(name, path, tokenizer, Path(folder, "out")), folder)
+                    out = Path(folder, "out")
+                    seconds, memory = _run(_command(name, path, tokenizer, out), folder)
                     into.append(seconds)
+                    times.engines |= _engines(out)
+                    shutil.rmtree(out, ignore_errors=True)
                 times.memory.append(memory)
         lines = list(_table(runs, text["small"] / 1e6, text["whole"] / 1e6))
         lines += _loader(corpus, tokenizer, Path(folder))
@@ -72,13 +77,15 @@ def _table(runs: dict[str, Runs], small: float, whole: float) -> Iterator[str]:
         start = max(0.0, statistics.median(runs[name].small) - small / speed)
         memory = statistics.median(runs[name].memory)
         yield f"{name:<24}{speed:>10.2f}{speed / speeds[REFERENCE]:>8.1f}{start:>16.2f}{memory:>9,.0f}"
+        if (engines := runs[name].engines) and engines != {name.partition(", ")[2]}:
+            yield f"  done by {' and '.join(sorted(engines))}, as the engine does not give this tokenizer's tokens"
     yield f"corpus: {whole:,.1f} MB of text; medians of {len(runs[REFERENCE].whole)} interleaved rounds"
 
 
 def _loader(corpus: Path, tokenizer: Path, folder: Path) -> Iterator[str]:
     """The loader's own measurements on shards of the corpus, in a process that may import torch."""
     shards = folder / "shards"
-    _run(_command("ponder-data, reference", corpus, tokenizer, shards), str(folder), keep=True)
+    _run(_command("ponder-data, reference", corpus, tokenizer, shards), str(folder))
     documents, index = _index(shards)
     yield ""
     yield f"index: {index / max(1, documents):.1f} bytes a document"
@@ -124,7 +131,13 @@ def _command(name: str, corpus: Path, tokenizer: Path, out: Path) -> list[str]:
     return [sys.executable, "-m", "data_pipeline.cli", "build", *settings, *source]
 
 
-def _run(command: list[str], folder: str, keep: bool = False) -> tuple[float, float]:
+def _engines(out: Path) -> set[str]:
+    """The engines that a build of ours says it used; none of what others wrote."""
+    path = out / MANIFEST
+    return set(read_manifest(out).provenance["engines"]) if path.is_file() else set()
+
+
+def _run(command: list[str], folder: str) -> tuple[float, float]:
     """(processor seconds, peak MB) of a command and the processes that it started."""
     log = Path(folder, "log")
     with log.open("wb") as stream:
@@ -134,6 +147,4 @@ def _run(command: list[str], folder: str, keep: bool = False) -> tuple[float, fl
     if process.returncode:
         last = log.read_text(errors="replace").strip().splitlines() or [""]
         raise ConfigError(f"bench: {' '.join(command[2:5])} failed: {last[-1]}")
-    if not keep:
-        shutil.rmtree(Path(folder, "out"), ignore_errors=True)
     return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024

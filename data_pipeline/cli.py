@@ -11,14 +11,11 @@ from pathlib import Path
 import xxhash
 
 from data_pipeline.config import BuildConfig, SourceConfig, SourceKind
-from data_pipeline.pipeline import build
+from data_pipeline.parallel import one_thread
 from data_pipeline.progress import Progress
-from data_pipeline.readers import read
-from data_pipeline.units import units
 from ponder_scale.errors import ConfigError, ShardError, UserError
 from ponder_scale.manifest import read_manifest, verify
 from ponder_scale.settings import find_recipe, load
-from ponder_scale.shards import open_shards
 
 KINDS = ("megatron", "datatrove", "raw")  # of token files that can be adopted
 RECIPES = Path(__file__).parent / "recipes"
@@ -74,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True, help="the folder to make: links, an index, a manifest")
     command.add_argument("--dtype", choices=["uint16", "uint32"], default="uint16", help="of datatrove and raw tokens")
     command.add_argument("--heldout-files", type=int, default=0, help="how many of the last files are held out")
+    command.add_argument("--eod-token", help="ends each document (default: the tokenizer's own)")
     command.set_defaults(run=_adopt)
 
     command = commands.add_parser("bench", help="measure tokenization and loading against what others do")
@@ -100,6 +98,9 @@ def _config(settings: list[str]) -> BuildConfig:
 
 
 def _build(options: argparse.Namespace, command: str) -> None:
+    one_thread()
+    from data_pipeline.pipeline import build  # loads numpy, whose threads cost a small build a fifth of its time
+
     config = _config(options.settings)
     built = build(config, command)
     if built is None:
@@ -114,6 +115,7 @@ def _build(options: argparse.Namespace, command: str) -> None:
 
 
 def _plan(options: argparse.Namespace, command: str) -> None:
+    one_thread()
     from data_pipeline.estimate import estimate
 
     print(estimate(_config(options.settings), int(options.sample_mb * 1e6)))
@@ -123,7 +125,14 @@ def _adopt(options: argparse.Namespace, command: str) -> None:
     from data_pipeline.adopt import adopt
 
     manifest = adopt(
-        options.files, options.kind, options.tokenizer, options.out, options.dtype, options.heldout_files, command
+        options.files,
+        options.kind,
+        options.tokenizer,
+        options.out,
+        options.dtype,
+        options.heldout_files,
+        options.eod_token,
+        command,
     )
     tokens = sum(info.tokens for infos in manifest.splits.values() for info in infos)
     print(
@@ -139,6 +148,7 @@ def _bench(options: argparse.Namespace, command: str) -> None:
 
 def _inspect(options: argparse.Namespace, command: str) -> None:
     from data_pipeline.inspection import describe
+    from ponder_scale.shards import open_shards
 
     for line in describe(open_shards(options.folder), options.samples):
         print(line)
@@ -146,6 +156,7 @@ def _inspect(options: argparse.Namespace, command: str) -> None:
 
 def _pack(options: argparse.Namespace, command: str) -> None:
     from ponder_scale.packing import pack
+    from ponder_scale.shards import open_shards
 
     if options.seq_len < 2:
         raise ConfigError(f"--seq-len is {options.seq_len}; expected at least 2")
@@ -200,6 +211,9 @@ def _kind(name: str) -> SourceKind:
 
 def _texts(sources: dict[str, SourceConfig]) -> Iterator[str]:
     """The texts of all documents."""
+    from data_pipeline.readers import read
+    from data_pipeline.units import units
+
     planned = list(units(sources, None))
     with Progress("read", sum(unit.size for unit in planned)) as progress:
         for piece in (piece for unit in planned for piece in unit.pieces):

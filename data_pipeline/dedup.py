@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,11 @@ import xxhash
 from ponder_scale.manifest import sync, sync_folder
 
 NGRAM_WORDS, BANDS, HASHES_OF_BAND = 5, 14, 8
-BUCKET_KEYS = 2**22  # compared in memory at once: 64 MiB and as much again for sorting
+BUCKET_KEYS = 2**21  # compared in memory at once: up to 80 bytes for each that is a duplicate
 RUN_KEYS = 2**22  # of one unit, sorted in memory at once
+KEY_BYTES = 12  # on disk: the key, and the number of its document in the unit
 
 _WORD = re.compile(r"\w+")
-_ODD = np.random.default_rng(0).integers(2**64, size=BANDS * HASHES_OF_BAND, dtype=np.uint64) | np.uint64(1)
-_MASK = np.random.default_rng(1).integers(2**64, size=BANDS * HASHES_OF_BAND, dtype=np.uint64)
 _NGRAMS_AT_ONCE = 4096
 
 
@@ -55,11 +55,21 @@ def minhash_keys(text: str) -> np.ndarray:
 
 def _signature(grams: np.ndarray) -> np.ndarray:
     """The least value of each hash function over the n-grams, (BANDS * HASHES_OF_BAND,) uint64."""
-    least = np.full(len(_ODD), np.iinfo(np.uint64).max, dtype=np.uint64)
+    odd, mask = _hash_functions()
+    least = np.full(len(odd), np.iinfo(np.uint64).max, dtype=np.uint64)
     for begin in range(0, len(grams), _NGRAMS_AT_ONCE):
         some = grams[begin : begin + _NGRAMS_AT_ONCE, None]
-        np.minimum(least, ((some ^ _MASK) * _ODD).min(axis=0), out=least)
+        np.minimum(least, ((some ^ mask) * odd).min(axis=0), out=least)
     return least
+
+
+@cache
+def _hash_functions() -> tuple[np.ndarray, np.ndarray]:
+    """(odd factors, masks) of the hash functions, (BANDS * HASHES_OF_BAND,) uint64 each."""
+    odd, mask = (
+        np.random.default_rng(seed).integers(2**64, size=BANDS * HASHES_OF_BAND, dtype=np.uint64) for seed in (0, 1)
+    )
+    return odd | np.uint64(1), mask
 
 
 class KeyWriter:
@@ -121,8 +131,11 @@ def find_duplicates(folder: Path, runs: Iterable[int], bucket: int, total: int) 
     if not parts:
         return np.empty(0, np.uint32), np.empty(0, np.uint32)
     keys, units, numbers = (np.concatenate(column) for column in zip(*parts, strict=True))
+    del parts
     order = np.argsort(keys, kind="stable")  # stable: within equal keys the order of the plan
-    repeated = order[1:][keys[order[1:]] == keys[order[:-1]]]
+    keys = keys[order]
+    repeated = order[1:][keys[1:] == keys[:-1]]
+    del keys, order
     found = np.unique(units[repeated].astype(np.uint64) << np.uint64(32) | numbers[repeated])
     return (found >> np.uint64(32)).astype(np.uint32), found.astype(np.uint32)
 
@@ -136,13 +149,12 @@ class Duplicates:
             units = np.load(folder / f"{bucket:06d}.units.npy", mmap_mode="r")
             begin, end = np.searchsorted(units, [unit, unit + 1])
             parts.append(np.load(folder / f"{bucket:06d}.numbers.npy", mmap_mode="r")[begin:end])
-        self._left = iter(np.unique(np.concatenate(parts)).tolist())
-        self._next = next(self._left, None)
+        self._numbers, self._next = np.unique(np.concatenate(parts)), 0
 
     def __contains__(self, number: int) -> bool:
-        if number != self._next:
+        if self._next == len(self._numbers) or self._numbers[self._next] != number:
             return False
-        self._next = next(self._left, None)
+        self._next += 1
         return True
 
 

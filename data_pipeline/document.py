@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 EMPTY = "empty"  # nothing but white space: dropped and counted, but not the input's fault
 NOT_UTF8 = "not UTF-8"
@@ -24,6 +24,13 @@ class Record(NamedTuple):
     size: int  # bytes of input that it took
     text: str | None
     reason: str  # "" where there is a text
+
+
+class Hasher(Protocol):
+    """What is fed the stored bytes of a piece, such as xxhash.xxh3_128."""
+
+    def update(self, content: bytes | memoryview, /) -> None:
+        """Take the next bytes."""
 
 
 @dataclass(frozen=True)

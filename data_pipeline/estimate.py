@@ -9,9 +9,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.backends import choose, open_engine
-from data_pipeline.config import BuildConfig
-from data_pipeline.document import Unit
+from data_pipeline.backends import REFERENCE, Mismatch, checked, choose
+from data_pipeline.config import BuildConfig, SourceConfig
+from data_pipeline.document import Piece, Unit
 from data_pipeline.filters import chosen
 from data_pipeline.readers import read
 from data_pipeline.sources import COMPRESSED
@@ -51,9 +51,15 @@ def estimate(config: BuildConfig, sample_bytes: int) -> str:
 
     Raises a UserError for inputs and a tokenizer that cannot be used.
     """
-    planned = list(units(config.sources, config.shard_bytes))
-    if not planned:
+    found = list(units(config.sources, config.shard_bytes))
+    if not found:
         raise ConfigError(f"sources: {', '.join(config.sources)}: nothing in them")
+    planned = [unit for unit in found if not config.sources[unit.source].streaming]
+    if not planned:
+        raise ConfigError(
+            f"sources: {', '.join(config.sources)}: streamed, and nobody knows how large a stream is before it is "
+            f"read; plan with streaming=false, or build without a plan"
+        )
     total = sum(unit.size for unit in planned)
     sample = _Sample()
     places = [planned[i * len(planned) // SAMPLES] for i in range(min(SAMPLES, len(planned)))]
@@ -71,6 +77,7 @@ def estimate(config: BuildConfig, sample_bytes: int) -> str:
     whole = [piece for unit in planned for piece in unit.pieces if piece.path.endswith(COMPRESSED)]
     uncut = [piece for piece in whole if piece.size > max(WORTH_SPLITTING, total / (cores * UNITS_PER_CORE))]
     note = f"; {len(uncut):,} compressed files cannot be cut: split them to use all cores" if uncut else ""
+    note += f"; {len(found) - len(planned):,} streamed units, of unknown size, not counted" if found != planned else ""
     return "\n".join(
         [
             f"input       {total / 1e9:,.3f} GB in {len(planned):,} units of up to {largest:,.1f} MB{note}",
@@ -87,36 +94,53 @@ def _read(unit: Unit, config: BuildConfig, size: int, sample: _Sample) -> None:
     source = config.sources[unit.source]
     filters = chosen(unit.source, source.filters)
     begin, stored = time.process_time(), 0
-    by_bytes = source.kind not in ("parquet", "dataset")  # others are read in whole pieces
     for piece in unit.pieces:
-        meter = _Meter()
-        for record in read(piece, source, config.max_document_bytes, meter):
+        meter, rows, taken = _Meter(), _rows(piece, source), 0
+        for count, record in enumerate(read(piece, source, config.max_document_bytes, meter), start=1):
             reason = record.reason or next(filter(None, (screen(record.text or "") for screen in filters)), None)
             if record.text is not None and reason is None:
                 sample.texts.append(record.text)
             else:
                 sample.drops[reason or ""] += 1
-            if by_bytes and stored + meter.stored >= size:
+            taken = meter.stored if rows is None else piece.size * count // rows
+            if stored + taken >= size:
                 break
-        stored += meter.stored if by_bytes else piece.size
+        stored += meter.stored if rows is None else taken
         if stored >= size:
             break
     sample.input_bytes += stored
     sample.seconds += time.process_time() - begin
 
 
+def _rows(piece: Piece, source: SourceConfig) -> int | None:
+    """How many there are, where bytes are not read one after another."""
+    if source.kind == "parquet":
+        from pyarrow.parquet import read_metadata
+
+        metadata = read_metadata(piece.path)
+        return sum(metadata.row_group(i).num_rows for i in range(piece.begin, piece.end))
+    return piece.end - piece.begin if source.kind == "dataset" else None
+
+
 def _tokenize(config: BuildConfig, sample: _Sample) -> str:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = _tokenizer(config)
-    engine = choose(
-        config.backend, tokenizer, sample.texts[:32], lambda line: print(f"warning: {line}", file=sys.stderr)
-    )
-    encode = open_engine(engine, tokenizer)
-    begin = time.process_time()
-    for first in range(0, len(sample.texts), 256):
-        tokens, lengths = encode(sample.texts[first : first + 256])
-        sample.tokens += len(tokens) + len(lengths)
-    sample.seconds += time.process_time() - begin
+
+    def warn(message: str) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    def count(engine: str) -> None:
+        encode, begin, sample.tokens = checked(engine, tokenizer), time.process_time(), 0
+        for first in range(0, len(sample.texts), 256):
+            tokens, lengths = encode(sample.texts[first : first + 256])
+            sample.tokens += len(tokens) + len(lengths)
+        sample.seconds += time.process_time() - begin
+
+    engine = choose(config.backend, tokenizer, sample.texts[:32], warn)
+    try:
+        count(engine)
+    except Mismatch as error:
+        warn(f"{engine} {error}; the sample is done again by the reference")
+        count(engine := REFERENCE)
     return engine
 
 

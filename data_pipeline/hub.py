@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.document import EMPTY, NOT_TEXT, NOT_UTF8, TOO_LONG, Piece, Record
+from data_pipeline.document import EMPTY, NOT_TEXT, NOT_UTF8, TOO_LONG, Hasher, Piece, Record
 from ponder_scale.errors import ConfigError
 
 _ROWS_READ_TOGETHER = 64
@@ -42,8 +42,8 @@ def split(whole: Piece, size: int) -> Iterator[Piece]:
         yield Piece(whole.source, whole.path, whole.name, begin, end, whole.size // count, -1, 0)
 
 
-def read(piece: Piece, config: SourceConfig, max_bytes: int) -> Iterator[Record]:
-    """The rows of a piece as records; their size is that of the text in UTF-8."""
+def read(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
+    """The rows of a piece as records; their size is that of the text in UTF-8. `hasher` is fed all texts."""
     content = _load(piece.source, config)
     if config.streaming:
         content, first = content.shard(num_shards=content.num_shards, index=piece.begin), 0
@@ -53,6 +53,8 @@ def read(piece: Piece, config: SourceConfig, max_bytes: int) -> Iterator[Record]
     rows = content.select_columns([config.field]).with_format("arrow")
     for table in rows.iter(batch_size=_ROWS_READ_TOGETHER):
         for value in table.column(config.field):
+            if hasattr(value, "as_buffer") and value.is_valid:  # text, and not a number or a list
+                hasher.update(memoryview(value.as_buffer()))
             yield record(number, value, max_bytes)
             number += 1
 

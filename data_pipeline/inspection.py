@@ -55,8 +55,9 @@ def _samples(shards: ShardSet, count: int) -> Iterator[str]:
     of_split = [shard for shard in shards.split("train") if shard.info.documents]
     if not of_split or not count:
         return
-    config = shards.manifest.provenance.get("origin", {}).get("config", {})
-    tokenizer = open_tokenizer(shards.tokenizer_folder, config.get("eod_token"))
+    made = shards.manifest.provenance
+    asked = made["adopted"] if "adopted" in made else made.get("origin", {}).get("config", {})
+    tokenizer = open_tokenizer(shards.tokenizer_folder, asked.get("eod_token"))
     for number in range(count):
         shard = of_split[number * len(of_split) // count]
         yield from _boundary(shard, shard.info.documents * number // count, tokenizer)

@@ -41,6 +41,13 @@ class Team:
     world: Any = None  # MPI's communicator of the ranks, where there is more than one
 
 
+def one_thread() -> None:
+    """Workers are processes, so libraries need no threads of their own; to be called before they are loaded."""
+    for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
 def assemble(workers: int | None, prepare: Callable[[], bool]) -> tuple[Team, bool]:
     """The team this process belongs to, by the environment of mpirun or srun, and what `prepare` returned, which
     only rank 0 calls and all others wait for.

@@ -10,7 +10,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import orjson
 
@@ -25,6 +25,7 @@ from data_pipeline.document import (
     NOT_TEXT,
     NOT_UTF8,
     TOO_LONG,
+    Hasher,
     Piece,
     Record,
 )
@@ -39,13 +40,6 @@ class _Damaged(Exception):
     """Compressed data that ends too early or makes no sense."""
 
 
-class Hasher(Protocol):
-    """What is fed the stored bytes of a piece, such as xxhash.xxh3_128."""
-
-    def update(self, content: bytes | memoryview, /) -> None:
-        """Take the next bytes."""
-
-
 def read(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
     """The records of one piece; `hasher` is fed every byte of it that decides them.
 
@@ -54,7 +48,7 @@ def read(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> 
     """
     try:
         if config.kind == "dataset":
-            yield from hub.read(piece, config, max_bytes)
+            yield from hub.read(piece, config, max_bytes, hasher)
         elif config.kind == "parquet":
             yield from _read_parquet(piece, config.field, max_bytes, hasher)
         elif config.kind == "jsonl":
@@ -138,13 +132,13 @@ def _read_parquet(piece: Piece, field: str, max_bytes: int, hasher: Hasher) -> I
 
     try:
         with ParquetFile(piece.path, pre_buffer=False, buffer_size=_CHUNK) as file:
-            _hash_column(piece, file.metadata, field, hasher)
             number = sum(file.metadata.row_group(i).num_rows for i in range(piece.begin))
             groups = list(range(piece.begin, piece.end))
             for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=[field], use_threads=False):
                 for value in batch.column(0):
                     yield hub.record(number, value, max_bytes)
                     number += 1
+            _hash_column(piece, file.metadata, field, hasher)  # last: who wants some rows pays for no more
     except ArrowException as error:
         raise ConfigError(
             f"sources.{piece.source}: {piece.path} cannot be read: {str(error).splitlines()[0]}"

@@ -92,8 +92,13 @@ def gather(prefixes: list[Path], bucket: int, dtype: np.dtype, seed: list[int]) 
 def _runs(prefix: Path, bucket: int, dtype: np.dtype) -> Iterator[Run]:
     """Memory maps of what one unit holds of a bucket."""
     index = np.load(prefix.with_suffix(".npy"), mmap_mode="r")
+    # once for all runs: the kernel lets a process have 65,530 maps
+    tokens = _mapped(prefix.with_suffix(".tokens"), dtype)
+    lengths = _mapped(prefix.with_suffix(".lengths"), np.dtype(np.int32))
     for (document, token), (document_end, token_end) in zip(index[:, bucket], index[:, bucket + 1], strict=True):
         if document < document_end:
-            tokens = np.memmap(prefix.with_suffix(".tokens"), dtype=dtype, mode="r") if token < token_end else None
-            lengths = np.memmap(prefix.with_suffix(".lengths"), dtype=np.int32, mode="r")
-            yield Run(np.empty(0, dtype) if tokens is None else tokens[token:token_end], lengths[document:document_end])
+            yield Run(tokens[token:token_end], lengths[document:document_end])
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)

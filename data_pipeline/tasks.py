@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -24,7 +24,7 @@ from data_pipeline.readers import read
 from data_pipeline.sources import COMPRESSED
 from data_pipeline.tokenizer import Tokenizer, open_tokenizer
 from data_pipeline.units import PLAN, Plan, check_unchanged
-from ponder_scale.manifest import sync_folder
+from ponder_scale.manifest import sync, sync_folder
 from ponder_scale.shards import TOKENIZER, dtype_for
 
 SPLITS = ("train", "heldout")
@@ -33,6 +33,14 @@ BATCH_BYTES = 2**21  # of text
 DUPLICATE = "duplicate"
 
 Writer = PartWriter | shuffle.Scatter
+
+
+class _Bucket(NamedTuple):
+    """The documents that one task of the gather stage puts in order."""
+
+    source: str
+    number: int  # in the source
+    size: int  # bytes of input
 
 
 class _Stored:
@@ -64,9 +72,9 @@ class Tasks:
         """The tasks of a stage. Those before it must be done."""
         sizes: Any = self.plan.sizes
         if name == "duplicates":
-            sizes = [1] * self._key_buckets
+            sizes = [dedup.KEY_BYTES * self._keys // self._key_buckets] * self._key_buckets
         elif name == "gather":
-            sizes = [1] * len(self._buckets)
+            sizes = [bucket.size for bucket in self._buckets]
         return Stage(self.work, name, sizes, self.config.lease_seconds)
 
     def keys(self, number: int, scratch: Path) -> dict[str, Any]:
@@ -76,20 +84,24 @@ class Tasks:
         filters = chosen(unit.source, self.config.sources[unit.source].filters)
         keys_of = dedup.minhash_keys if self.config.deduplicate == "minhash" else dedup.exact_keys
         writer = dedup.KeyWriter(scratch, self.work / "keys", number)
-        for count, text in enumerate(self._texts(unit, None)):
-            documents += 1
+        for text in self._texts(unit, None):
             if not any(screen(text) for screen in filters):
-                writer.add(count, keys_of(text))
-        self._report(unit.size, documents, 0)
+                writer.add(documents, keys_of(text))
+            documents += 1
+            if documents % BATCH_DOCUMENTS == 0:
+                self._tell(min(self._consumed, unit.size), BATCH_DOCUMENTS, 0)
+        self._tell(unit.size, documents % BATCH_DOCUMENTS, 0)
         return writer.close()
 
     def duplicates(self, bucket: int, scratch: Path) -> dict[str, Any]:
         """The duplicates whose key lies in a bucket."""
         units, numbers = dedup.find_duplicates(self.work / "keys", self._key_runs, bucket, self._key_buckets)
         for name, values in (("units", units), ("numbers", numbers)):
-            np.save(scratch / f"{name}.npy", values)
+            with (scratch / f"{name}.npy").open("wb") as stream:
+                np.save(stream, values)
+                sync(stream)
             (scratch / f"{name}.npy").rename(self.work / "duplicates" / f"{bucket:06d}.{name}.npy")
-        self._report(1, 0, 0)
+        self._report(dedup.KEY_BYTES * self._keys // self._key_buckets, 0, 0)
         return {}
 
     def shards(self, number: int, scratch: Path) -> dict[str, Any]:
@@ -106,11 +118,11 @@ class Tasks:
     def scatter(self, number: int, scratch: Path) -> dict[str, Any]:
         """A unit as documents sorted by the bucket that each is to go to."""
         unit = self.plan.unit(number)
-        own = [i for i, (source, _) in enumerate(self._buckets) if source == unit.source]
+        own = sum(bucket.source == unit.source for bucket in self._buckets)
 
         def writer(split: str) -> Writer:
             seed = [self.config.seed, number, SPLITS.index(split)]
-            return shuffle.Scatter(scratch / f"{number:06d}-{split}", len(own), self._dtype, seed)
+            return shuffle.Scatter(scratch / f"{number:06d}-{split}", own, self._dtype, seed)
 
         result, writers = self._tokenize(number, unit, scratch, writer)
         for some in writers.values():
@@ -122,7 +134,8 @@ class Tasks:
 
     def gather(self, number: int, scratch: Path) -> dict[str, Any]:
         """A bucket as its shard of each split, documents in random order."""
-        source, bucket = self._buckets[number]
+        source, bucket, size = self._buckets[number]
+        documents = tokens_written = 0
         units = [i for i in range(len(self.plan)) if self._sources[i] == source]
         writers = {}
         for split in SPLITS:
@@ -132,7 +145,8 @@ class Tasks:
             seed = [self.config.seed, number, SPLITS.index(split), 1]
             for tokens, lengths in shuffle.gather(prefixes, bucket, self._dtype, seed):
                 writers[split].add(tokens, lengths)
-        self._report(1, 0, 0)
+                documents, tokens_written = documents + len(lengths), tokens_written + len(tokens)
+        self._report(size, documents, tokens_written)
         return {"source": source, "shards": self._place(writers)}
 
     def _place(self, writers: dict[str, Any]) -> dict[str, Any]:
@@ -141,11 +155,13 @@ class Tasks:
     def _tokenize(self, number: int, unit: Unit, scratch: Path, writer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """(the journal, the writer of each split, not closed), by the fast engine while it agrees."""
         for name in (self._engine, REFERENCE):
+            self._told = 0
             try:
                 encode = checked(name, self._tokenizer)
                 writers = {split: writer(split) for split in SPLITS}
                 return {**self._fill(number, unit, scratch, encode, writers), "engine": name}, writers
             except Mismatch as error:
+                self._tell(0, 0, 0)  # takes back what it had done
                 print(
                     f"warning: unit {number}: {name} {error}; the unit is done again by the reference",
                     file=sys.stderr,
@@ -157,7 +173,7 @@ class Tasks:
         """Read, clean and tokenize a unit into the writers of its splits; the journal."""
         ledger = Ledger(unit.source, scratch / "quarantine")
         wanted = self._wanted(number, unit, ledger)
-        documents, size, tokens_written, reported = 0, 0, 0, 0
+        documents, size, tokens_written = 0, 0, 0
         batch: dict[str, list[str]] = {split: [] for split in SPLITS}
         bound = int(self.config.heldout_fraction * 2**64)
         for text in wanted:
@@ -167,12 +183,11 @@ class Tasks:
             size += len(text)
             if documents % BATCH_DOCUMENTS == 0 or size >= BATCH_BYTES:
                 tokens_written += self._write(batch, encode, writers)
-                consumed = min(self._consumed, unit.size)
-                self._report(consumed - reported, documents - ledger.documents, tokens_written)
-                reported, size, tokens_written = consumed, 0, 0
+                self._tell(min(self._consumed, unit.size), documents - ledger.documents, tokens_written)
+                size, tokens_written = 0, 0
                 ledger.documents = documents
         tokens_written += self._write(batch, encode, writers)
-        self._report(unit.size - reported, documents - ledger.documents, tokens_written)
+        self._tell(unit.size, documents - ledger.documents, tokens_written)
         ledger.documents = documents
         result = ledger.close()
         (scratch / "quarantine").rename(self.work / "quarantine" / f"{number:06d}.jsonl")
@@ -219,7 +234,7 @@ class Tasks:
     def _texts(self, unit: Unit, ledger: Ledger | None) -> Iterator[str]:
         """The texts of all documents of a unit; `_consumed` counts the bytes of input read for them."""
         config = self.config.sources[unit.source]
-        self._consumed = done = 0
+        self._consumed = self._told = done = 0
         for piece in unit.pieces:
             hasher, compressed = _Stored(), piece.path.endswith(COMPRESSED)
             for record in read(piece, config, self.config.max_document_bytes, hasher):
@@ -232,6 +247,11 @@ class Tasks:
             if ledger is not None:
                 ledger.was_read(piece, hasher.hexdigest())
             done += piece.size
+
+    def _tell(self, size: int, documents: int, tokens: int) -> None:
+        """Report `size` bytes of the unit in hand as done, with the documents and tokens since the last report."""
+        self._report(size - self._told, documents, tokens)
+        self._told = size
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -261,14 +281,21 @@ class Tasks:
 
     @cached_property
     def _key_buckets(self) -> int:
-        stage = self.stage("keys")
-        return dedup.buckets(sum(stage.result(i)["keys"] for i in range(len(self.plan))))
+        return dedup.buckets(self._keys)
 
     @cached_property
-    def _buckets(self) -> list[tuple[str, int]]:
-        """(source, number in the source) of each bucket of the shuffle."""
+    def _keys(self) -> int:
+        stage = self.stage("keys")
+        return sum(stage.result(i)["keys"] for i in range(len(self.plan)))
+
+    @cached_property
+    def _buckets(self) -> list[_Bucket]:
+        """Those of the shuffle."""
         found = []
         for source in self.config.sources:
-            size = sum(size for size, name in zip(self.plan.sizes, self._sources, strict=True) if name == source)
-            found += [(source, i) for i in range(max(1, -(-size // shuffle.BUCKET_BYTES)))]
+            sizes = [size for size, name in zip(self.plan.sizes, self._sources, strict=True) if name == source]
+            count = max(1, -(-sum(sizes) // shuffle.BUCKET_BYTES))
+            if self.config.sources[source].streaming:  # of unknown size
+                count = len(sizes)
+            found += [_Bucket(source, i, sum(sizes) // count) for i in range(count)]
         return found

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.config import BuildConfig
-from data_pipeline.parallel import Stage, Team, work_off
-from data_pipeline.progress import Progress
+from data_pipeline.parallel import Stage, Team, one_thread, work_off
+from data_pipeline.progress import SECONDS_BETWEEN_LINES, Progress
 from data_pipeline.tasks import Tasks
 from ponder_scale.errors import ConfigError, UserError
 
@@ -25,7 +26,7 @@ def run_stage(folder: Path, config: BuildConfig, name: str, team: Team, what: st
 
     Raises the UserError that stopped a worker, and ConfigError when all workers of this rank were killed.
     """
-    _one_thread()
+    one_thread()
     if team.ranks > 1:
         _without_torch()
     tasks = Tasks(folder, config, lambda size, documents, tokens: None)
@@ -42,7 +43,7 @@ def run_stage(folder: Path, config: BuildConfig, name: str, team: Team, what: st
             work_off(stage, getattr(alone, name), team.rank, team.ranks, watch)
         else:
             with _started(folder, config, name, team) as children:
-                _listen(stage, children, progress, team)
+                _listen(stage, children, progress, team, watch)
 
 
 @contextmanager
@@ -69,12 +70,24 @@ def _started(
             process.join()
 
 
-def _listen(stage: Stage, children: dict[connection.Connection, SpawnProcess], progress: Progress, team: Team) -> None:
-    """Pass on what the workers report, until each has found everything done, or one reports an error."""
+def _listen(
+    stage: Stage,
+    children: dict[connection.Connection, SpawnProcess],
+    progress: Progress,
+    team: Team,
+    watch: Callable[[list[int]], None],
+) -> None:
+    """Pass on what the workers report, until each has found everything done, or one reports an error.
+
+    Of what other ranks do there is no report, so `watch` is told what is left.
+    """
     from multiprocessing import connection
 
-    alive = dict(children)
+    alive, last_look = dict(children), time.monotonic()
     while alive:
+        if team.ranks > 1 and time.monotonic() - last_look >= SECONDS_BETWEEN_LINES:
+            watch(stage.unfinished())
+            last_look = time.monotonic()
         ready: Any = connection.wait(list(alive), timeout=1.0)
         for pipe in ready:
             try:
@@ -106,7 +119,7 @@ def _lost(stage: Stage, process: SpawnProcess, others: bool) -> None:
 
 def _work(folder: Path, config: BuildConfig, name: str, place: tuple[int, int], pipe: connection.Connection) -> None:
     """One worker process. What it cannot do it reports as the error that stopped it."""
-    _one_thread()
+    one_thread()
     _without_torch()
     try:
         tasks = Tasks(folder, config, lambda size, documents, tokens: pipe.send((size, documents, tokens)))
@@ -120,10 +133,3 @@ def _work(folder: Path, config: BuildConfig, name: str, place: tuple[int, int], 
 def _without_torch() -> None:
     """For processes that are nothing but workers: `datasets` would load torch to read rows, for memory's worth only."""
     os.environ["USE_TORCH"] = "0"
-
-
-def _one_thread() -> None:
-    """Workers are processes, so libraries need no threads of their own; read before their first use."""
-    for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -19,6 +19,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import IO
 
@@ -259,20 +260,18 @@ def open_shards(folder: Path) -> ShardSet:
 
 
 def same_tokenizer(sets: Mapping[str, ShardSet]) -> None:
-    """Raises TokenizerError when shards to be read together, by source name, have different tokenizers."""
-    names = list(sets)
-    for name in names[1:]:
-        first, other = sets[names[0]], sets[name]
+    """Raises TokenizerError when shards to be read together, by source name, have different tokenizers or ends."""
+    for (one, first), (name, other) in combinations(sets.items(), 2):
         if other.manifest.tokenizer != first.manifest.tokenizer:
             raise TokenizerError(
-                f"sources {names[0]} ({first.folder}) and {name} ({other.folder}) have different tokenizers, "
+                f"sources {one} ({first.folder}) and {name} ({other.folder}) have different tokenizers, "
                 f"{first.manifest.tokenizer[:12]} and {other.manifest.tokenizer[:12]}; rebuild one with the "
                 f"tokenizer of the other"
             )
         ends = [some.manifest.eod_id for some in (first, other)]
         if None not in ends and ends[0] != ends[1]:
             raise TokenizerError(
-                f"sources {names[0]} ({first.folder}) and {name} ({other.folder}) end documents with different tokens, "
+                f"sources {one} ({first.folder}) and {name} ({other.folder}) end documents with different tokens, "
                 f"{ends[0]} and {ends[1]}; rebuild one with the eod_token of the other"
             )
 

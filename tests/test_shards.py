@@ -1,5 +1,6 @@
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,14 @@ def test_sources_of_different_tokenizers_are_not_read_together(folder, tmp_path)
     with pytest.raises(TokenizerError, match=r"sources web .* and code .* have different tokenizers"):
         same_tokenizer(sets)
     same_tokenizer({"web": sets["web"], "again": sets["web"]})
+
+
+def test_sources_whose_documents_end_differently_are_not_read_together(folder):
+    web = open_shards(folder)
+    none, other = (replace(web, manifest=replace(web.manifest, eod_id=end)) for end in (None, 7))
+    same_tokenizer({"web": web, "none": none})
+    with pytest.raises(TokenizerError, match=r"sources web .* and other .* end documents with different tokens, 0 and"):
+        same_tokenizer({"none": none, "web": web, "other": other})
 
 
 def test_a_model_with_too_small_a_vocabulary_is_refused(folder):

@@ -112,6 +112,17 @@ def test_headerless_dumps_are_adopted_held_out_files_included_and_train(
     assert verify(out)[0].startswith("train-00000.bin: block 0")
 
 
+def test_a_headerless_dump_has_any_name_and_no_header(tiny_tokenizer, tmp_path, documents, capsys):
+    """dolma's are headerless and end in .npy; what numpy.save wrote is no dump."""
+    path = tmp_path / "part-0-00000.npy"
+    np.array(flat(documents), "<u2").tofile(path)
+    assert adopt([path], "raw", tiny_tokenizer, tmp_path / "out") == 0
+    assert open_shards(tmp_path / "out").split("train")[0].tokens.tolist() == flat(documents)
+    np.save(path, np.array(flat(documents), "<u2"))
+    assert adopt([path], "raw", tiny_tokenizer, tmp_path / "other") == 2
+    assert "begins with the header of numpy.save" in capsys.readouterr().err
+
+
 def damaged(tmp_path, documents, what):
     path = write_megatron(tmp_path / "bad", documents)
     if what == "truncated":

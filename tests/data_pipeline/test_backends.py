@@ -133,6 +133,36 @@ def test_an_engine_that_fails_during_a_build_is_replaced_by_the_reference(
         checked("tiktoken", open_tokenizer(tiny_tokenizer))
 
 
+@pytest.mark.parametrize("failure", [ValueError("too long"), type("PanicException", (BaseException,), {})("too long")])
+def test_whatever_ends_an_engine_is_its_failure_but_an_interruption(tiny_tokenizer, monkeypatch, failure):
+    reference = open_tokenizer(tiny_tokenizer)
+
+    def fail(texts):
+        raise failure
+
+    with pytest.raises(Mismatch, match=r"failed \(.*: too long\)"):
+        Checked(fail, reference).encode_batch(["text"])
+    assert first_difference(fail, reference, ["text"]) == f"{type(failure).__name__}: too long"
+    monkeypatch.setattr(backends, "_gigatoken", fail)
+    warnings: list[str] = []
+    assert choose("gigatoken", reference, [], warnings.append) == "reference"
+    assert "cannot read" in warnings[0] and "(too long)" in warnings[0]
+    with pytest.raises(Mismatch, match=r"cannot be opened \(too long\)"):
+        checked("gigatoken", reference)
+    failure = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        Checked(fail, reference).encode_batch(["text"])
+
+
+def test_the_check_before_a_build_is_of_little_text_of_the_corpus(tiny_tokenizer, tmp_path, monkeypatch):
+    """The reference is slow: what it is asked for is most of the time a build takes to start."""
+    corpus = write_jsonl(tmp_path / "web.jsonl", ["word " * 8000] * 30 + ["short"])
+    asked = []
+    monkeypatch.setattr("data_pipeline.pipeline.choose", lambda *values: asked.extend(values[2]) or "reference")
+    assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out", "workers=1")) == 0
+    assert asked == ["word " * 8000, "short"]
+
+
 def test_the_sample_is_taken_whatever_the_batches(tiny_tokenizer):
     reference = open_tokenizer(tiny_tokenizer)
     asked = []

@@ -1,10 +1,16 @@
 """The benchmark runs every contender that is installed; its numbers are not judged here."""
 
+import contextlib
 import re
+import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tokenizers
 
 from data_pipeline.baselines import BASELINES
+from data_pipeline.bench import Runs, _table
 from data_pipeline.cli import main
 from ponder_scale.data import bench as loader_bench
 
@@ -31,6 +37,41 @@ def test_the_loader_is_measured_warm_and_cold(tiny_shards, monkeypatch):
     assert sum("Megatron's GPTDataset" in row["name"] for row in rows) == 2
     assert {row["unit"] for row in rows} == {"CPU-ms", "bytes", "sequences/CPU-s", "sequences/s", "x"}
     assert all(row["value"] > 0 for row in rows)
+
+
+def test_an_engine_that_fell_back_is_said_to_be_the_reference():
+    runs = {name: Runs([1.0], [9.0], [100.0]) for name in ("ponder-data, tiktoken", "ponder-data, reference", "it")}
+    runs["per_document"] = runs.pop("it")
+    for name in ("ponder-data, tiktoken", "ponder-data, reference"):
+        runs[name].engines.add("reference")
+    lines = list(_table(runs, 1.0, 8.0))
+    (said,) = [line for line in lines if "done by" in line]
+    assert said == "  done by reference, as the engine does not give this tokenizer's tokens"
+    assert lines[lines.index(said) - 1].startswith("ponder-data, tiktoken")
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(300, "uint16"), (100_000, "int32")])
+def test_the_baselines_hold_the_tokens_of_large_vocabularies(tmp_path, monkeypatch, vocab_size, dtype):
+    written = []
+
+    class Writer(contextlib.AbstractContextManager):
+        def __init__(self, out, columns):
+            written.append(columns["tokens"])
+
+        def write(self, sample):
+            written.append(sample["tokens"].tolist())
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setitem(sys.modules, "streaming", SimpleNamespace(MDSWriter=Writer))
+    vocabulary = {"a": 0, "b": vocab_size - 1} | {f"x{i}": i for i in range(1, vocab_size - 1)}
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [])).save(str(tmp_path / "tokenizer.json"))
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", ["ab"])
+    BASELINES["streaming"](corpus, tmp_path, tmp_path / "out")
+    assert written == [f"ndarray:{dtype}", [0, vocab_size - 1]]
+    BASELINES["per_document"](corpus, tmp_path, tmp_path / "out")
+    assert np.fromfile(tmp_path / "out" / "tokens.bin", dtype).tolist() == [0, vocab_size - 1, 0]
 
 
 def test_a_corpus_that_cannot_be_measured_is_refused(tiny_tokenizer, tmp_path, capsys):

@@ -1,6 +1,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -200,10 +201,18 @@ def test_sources_have_weights_all_or_none(corpus, tiny_tokenizer, tmp_path, caps
 
 
 def test_a_document_ends_as_asked_and_is_shown_so(corpus, tiny_tokenizer, tmp_path, capsys):
-    assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out", "eod_token=!")) == 0
-    (tmp_path / "out" / "tokenizer" / "tokenizer_config.json").unlink(missing_ok=True)
-    assert main(["inspect", str(tmp_path / "out")]) == 0
-    assert "|== document" in capsys.readouterr().out
+    (tokenizer := tmp_path / "tokenizer").mkdir()
+    content = (tiny_tokenizer / "tokenizer.json").read_text().replace("<|endoftext|>", "[END]")
+    (tokenizer / "tokenizer.json").write_text(content)
+    out = tmp_path / "out"
+    assert main(arguments(corpus, tokenizer, out, "eod_token='[END]'")) == 0
+    assert main(["inspect", str(out)]) == 0
+    assert re.search(r"\|== document .*\n'.*\[END\]'", capsys.readouterr().out)
+    adopt = ["adopt", str(out / "train-00000.bin"), "--kind", "megatron", "--tokenizer", str(tokenizer)]
+    assert main([*adopt, "--out", str(tmp_path / "adopted"), "--eod-token", "[END]"]) == 0
+    assert read_manifest(tmp_path / "adopted").eod_id == read_manifest(out).eod_id
+    assert main(["inspect", str(tmp_path / "adopted")]) == 0
+    assert re.search(r"\|== document .*\n'.*\[END\]'", capsys.readouterr().out)
 
 
 def test_a_damaged_result_is_not_taken_for_finished(corpus, tiny_tokenizer, tmp_path, capsys):

@@ -1,6 +1,9 @@
 import json
+import tracemalloc
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import dedup, shuffle
@@ -167,6 +170,50 @@ def test_exact_duplicates_go_and_the_first_stays_for_any_buckets_and_workers(
     assert verify(out) == []
 
 
+def test_keys_get_their_names_whole_and_durable(tmp_path, monkeypatch):
+    """A killed build leaves none that a restarted one could take for its own."""
+    (scratch := tmp_path / "scratch").mkdir()
+    (folder := tmp_path / "keys").mkdir()
+    monkeypatch.setattr(dedup, "RUN_KEYS", 20)
+    synced = []
+    monkeypatch.setattr(dedup, "sync", lambda stream: synced.append(stream.name))
+    writer = dedup.KeyWriter(scratch, folder, 3)
+    for number in range(50):
+        writer.add(number, dedup.exact_keys(f"text {number}"))
+    assert list(folder.iterdir()) == []
+    assert writer.close() == {"runs": 3, "keys": 50}
+    names = [f"000003-{run}.{column}.npy" for run in range(3) for column in ("keys", "numbers")]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert sorted(synced) == [str(scratch / name) for name in names]
+
+
+def test_a_document_takes_bytes_and_no_objects_of_memory_while_keys_are_collected(tmp_path):
+    keys = [dedup.exact_keys(f"text {number}") for number in range(20_000)]
+    writer = dedup.KeyWriter(tmp_path, tmp_path, 0)
+    tracemalloc.start()
+    try:
+        for number, key in enumerate(keys):
+            writer.add(number, key)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 20_000 * 2 * dedup.KEY_BYTES  # arrays grow by an eighth
+
+
+def test_a_duplicate_takes_few_bytes_of_memory_while_a_bucket_is_compared(tmp_path):
+    count = 100_000
+    np.save(tmp_path / "000000-0.keys.npy", np.full(count, 7, np.uint64))
+    np.save(tmp_path / "000000-0.numbers.npy", np.arange(count, dtype=np.uint32))
+    tracemalloc.start()
+    try:
+        units, numbers = dedup.find_duplicates(tmp_path, [1], 0, 1)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert not units.any() and numbers.tolist() == list(range(1, count))
+    assert peak < 45 * count  # and what the sort takes, which is not traced
+
+
 def test_what_a_filter_leaves_out_takes_no_equal_with_it(tiny_tokenizer, tmp_path):
     """One source is filtered, the other is not: the text of both stays, from the one that keeps it."""
     first = write_jsonl(tmp_path / "a.jsonl", ["short", "a text that is long enough for the filter"])
@@ -219,3 +266,34 @@ def test_a_shuffle_keeps_every_document_and_depends_on_the_seed_alone(tiny_token
     )
     if workers == 1:
         assert len(open_shards(tmp_path / "one").split("train")) > 3
+
+
+def test_a_stream_is_shuffled_in_as_many_parts_as_it_is_published_in(tiny_tokenizer, tmp_path):
+    """In one part of unknown size the memory would have no bound."""
+    (folder := tmp_path / "hub").mkdir()
+    texts = make_texts(300)
+    for number in range(3):
+        rows = pa.table({"text": texts[number * 100 : number * 100 + 100]})
+        pq.write_table(rows, folder / f"train-{number:05d}-of-00003.parquet")
+    out = tmp_path / "out"
+    source = ["sources.s.kind=dataset", f"sources.s.path={folder}", "sources.s.streaming=true"]
+    settings = [f"out={out}", f"tokenizer={tiny_tokenizer}", "workers=1", "heldout_fraction=0", "shuffle=true"]
+    assert main(["build", *settings, *source]) == 0
+    assert len(open_shards(out).split("train")) == 3
+    tokenizer = open_tokenizer(tiny_tokenizer)
+    found = [tokenizer.decode(one[:-1]) for one in documents(out, "train")]
+    assert sorted(found) == sorted(texts) and found != texts
+
+
+def test_documents_are_gathered_by_two_maps_of_a_unit_however_many_runs_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(shuffle, "RUN_TOKENS", 10)
+    scatter = shuffle.Scatter(tmp_path / "unit", 1, np.dtype(np.uint16), [0])
+    for number in range(100):
+        scatter.add(np.full(5, number), np.array([5]))
+    scatter.close()
+    mapped = []
+    right = np.memmap
+    monkeypatch.setattr(shuffle.np, "memmap", lambda *values, **named: mapped.append(values) or right(*values, **named))
+    (run,) = shuffle.gather([tmp_path / "unit"], 0, np.dtype(np.uint16), [0])
+    assert sorted(run.tokens[::5].tolist()) == list(range(100))
+    assert sorted(path.suffix for path, *_ in mapped) == [".lengths", ".npy", ".tokens"]

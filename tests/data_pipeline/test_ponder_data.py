@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import os
+import random
 import re
 import subprocess
 import sys
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from data_pipeline.cli import RECIPES, main
@@ -64,14 +67,17 @@ def test_pack_makes_bins_that_inspect_names_and_verify_reads(settings, capsys):
 def test_verify_names_each_finding_and_fails(settings, capsys):
     assert run("build", settings) == 0
     (settings["out"] / "train-00000.idx").unlink()
-    (settings["out"] / "notes").write_text("mine")
+    for name in ("notes", "packing-64", "packing-notes.txt"):
+        (settings["out"] / name).write_text("mine")
     assert main(["verify", str(settings["out"])]) == 2
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[-2:] == [
+    assert captured.out.splitlines()[-4:] == [
         "train-00000.idx: missing",
         "notes: not in the manifest, no part of these shards",
+        "packing-64: not in the manifest, no part of these shards",
+        "packing-notes.txt: not in the manifest, no part of these shards",
     ]
-    assert "error: " in captured.err and "2 findings" in captured.err
+    assert "error: " in captured.err and "4 findings" in captured.err
 
 
 def truncated_jsonl(settings):
@@ -188,6 +194,23 @@ def test_the_command_runs_as_a_program_and_never_imports_torch():
     assert failed.stderr == "error: nowhere: no such folder; expected a folder of token shards\n"
 
 
+def test_libraries_are_loaded_when_their_threads_are_limited(settings):
+    """Those of numpy alone cost a small build a fifth of its processor time."""
+    settings = [f"{key}={value}" for key, value in settings.items()]
+    program = (
+        "import os, sys\n"
+        "from data_pipeline import cli, parallel\n"
+        "assert not {'numpy', 'tokenizers', 'gigatoken'} & set(sys.modules)\n"
+        "assert cli.main(['build', *sys.argv[1:]]) == 0\n"
+        "assert 'numpy' in sys.modules and os.environ['OPENBLAS_NUM_THREADS'] == '1'\n"
+        "print(len(os.listdir('/proc/self/task')))\n"
+    )
+    command = [sys.executable, "-c", program, *settings, "workers=1"]
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "1"
+
+
 def test_plan_estimates_what_a_build_then_makes(settings, capsys):
     rows = [json.dumps({"text": f"document number {i} of a web, with some words more"}) for i in range(3000)]
     settings["sources.web.path"].write_text("\n".join([*rows, '{"text": 1}']))
@@ -201,6 +224,41 @@ def test_plan_estimates_what_a_build_then_makes(settings, capsys):
     assert told["tokens"].startswith(f"about {tokens / 1e6:,.1f} million")
     assert run("plan", {**settings, "sources.web.field": "body"}) == 0
     assert "100.00% field missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dataset"])
+def test_plan_reads_no_more_of_a_row_group_or_data_set_than_the_sample(settings, capsys, kind):
+    generator = random.Random(0)
+    rows = pyarrow.table({"text": [generator.randbytes(500).hex() for _ in range(20_000)]})
+    path = settings["sources.web.path"].with_name("rows.parquet")
+    pyarrow.parquet.write_table(rows, path, row_group_size=20_000)
+    if kind == "dataset":
+        path = path.with_name("stored")
+        pytest.importorskip("datasets").Dataset(rows).save_to_disk(str(path))
+    settings = {**settings, "sources.web.kind": kind, "sources.web.path": path}
+    assert main(["plan", *(f"{key}={value}" for key, value in settings.items()), "--sample-mb", "1"]) == 0
+    told = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert told["sampled"].startswith("1.0 MB at ")
+    assert told["documents"] in (f"about {n:,}; dropped: nothing" for n in range(19_900, 20_100))
+
+
+def test_plan_does_not_guess_how_large_a_stream_is(settings, capsys):
+    (folder := settings["out"].with_name("hub")).mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), folder / "train-00000-of-00001.parquet")
+    stream = {"sources.s.kind": "dataset", "sources.s.path": folder, "sources.s.streaming": "true"}
+    assert run("plan", {**settings, **stream}) == 0
+    assert "1 units of up to 0.0 MB; 1 streamed units, of unknown size, not counted" in capsys.readouterr().out
+    alone = {key: value for key, value in settings.items() if not key.startswith("sources")}
+    assert run("plan", {**alone, **stream}) == 2
+    assert "nobody knows how large a stream is" in capsys.readouterr().err
+
+
+def test_plan_goes_on_by_the_reference_where_the_engine_fails(settings, capsys):
+    rows = [*("some words" for _ in range(50)), " " * 1_000_000 + "x"]
+    settings["sources.web.path"].write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    assert run("plan", {**settings, "backend": "tiktoken", "max_document_bytes": 2_000_000}) == 0
+    captured = capsys.readouterr()
+    assert "tiktoken failed (ValueError" in captured.err and "by reference" in captured.out
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

@@ -8,7 +8,11 @@ import zstandard
 
 from data_pipeline import progress
 from data_pipeline.cli import main
+from data_pipeline.parallel import Team
 from data_pipeline.progress import Progress
+from ponder_scale.manifest import read_manifest
+
+from .test_build import arguments, make_texts, write_jsonl
 
 
 @pytest.fixture
@@ -53,6 +57,77 @@ def test_progress_within_a_file_that_cannot_be_cut_is_by_its_stored_bytes(
     assert main(["plan", *settings, "sources.web.kind=jsonl", f"sources.web.path={path}"]) == 0
     note = "; 1 compressed files cannot be cut: split them to use all cores"
     assert (note in capsys.readouterr().out) == bool(suffix)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_stage_reports_all_of_its_work(tiny_tokenizer, tmp_path, monkeypatch, workers):
+    corpus = write_jsonl(tmp_path / "web.jsonl", make_texts(3000))
+    stages = {}
+
+    class Counting(Progress):
+        def __init__(self, what, total_bytes, **more):
+            super().__init__(what, total_bytes, **more)
+            stages.setdefault(what, []).append([total_bytes, 0, 0, 0])
+
+        def add(self, size, documents=0, tokens=0):
+            counts = stages[self._what][-1]
+            counts[1:] = [counts[1] + size, counts[2] + documents, counts[3] + tokens]
+
+    monkeypatch.setattr("data_pipeline.workers.Progress", Counting)
+    same = arguments(corpus, tiny_tokenizer, tmp_path / "out", "shard_bytes=60000", f"workers={workers}")
+    assert main([*same, "deduplicate=exact", "shuffle=true"]) == 0
+    assert list(stages) == ["keys", "duplicates", "build", "gather"]
+    tokens = sum(info.tokens for infos in read_manifest(tmp_path / "out").splits.values() for info in infos)
+    size = corpus.stat().st_size
+    assert stages["keys"] == [[size, size, 3000, 0]]
+    assert stages["duplicates"] == [[12 * 3000, 12 * 3000, 0, 0]]
+    assert stages["build"] == [[size, size, 3000, tokens]]
+    assert stages["gather"] == [[size, size, 3000, tokens]]
+
+
+def test_a_restarted_build_begins_where_the_killed_one_ended(tiny_tokenizer, tmp_path, monkeypatch):
+    corpus = write_jsonl(tmp_path / "web.jsonl", make_texts(3000))
+    same = arguments(corpus, tiny_tokenizer, tmp_path / "out", "shard_bytes=60000", "workers=1")
+    told = []
+
+    def stop(self, size, documents=0, tokens=0):
+        told.append(size)
+        if sum(told) > corpus.stat().st_size / 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "add", stop)
+        assert main(same) == 130
+    begun = []
+
+    class Noted(Progress):
+        def __init__(self, what, total_bytes, **more):
+            super().__init__(what, total_bytes, **more)
+            begun.append((total_bytes, more["done"]))
+
+    monkeypatch.setattr("data_pipeline.workers.Progress", Noted)
+    assert main(same) == 0
+    ((total, done),) = begun
+    assert total == corpus.stat().st_size and 60_000 <= done <= sum(told)
+
+
+def test_what_an_engine_did_in_vain_is_taken_back(tiny_tokenizer, tmp_path, monkeypatch):
+    corpus = write_jsonl(tmp_path / "web.jsonl", [*make_texts(3000), " " * 1_000_000 + "x"])
+    done = []
+    monkeypatch.setattr(Progress, "add", lambda self, size, documents=0, tokens=0: done.append(size))
+    settings = ["workers=1", "max_document_bytes=2000000", "backend=tiktoken"]
+    assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out", *settings)) == 0
+    assert min(done) < 0 and sum(done) == corpus.stat().st_size
+
+
+def test_a_rank_of_several_workers_sees_what_all_ranks_have_done(tiny_tokenizer, tmp_path, monkeypatch):
+    reached = []
+    monkeypatch.setattr(Progress, "reach", lambda self, size: reached.append(size))
+    monkeypatch.setattr("data_pipeline.workers.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("data_pipeline.pipeline.assemble", lambda workers, prepare: (Team(0, 2, 2), prepare()))
+    corpus = write_jsonl(tmp_path / "web.jsonl", make_texts(3000))
+    assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out", "shard_bytes=60000")) == 0
+    assert reached == sorted(reached) and 0 < reached[-1] <= corpus.stat().st_size
 
 
 def test_what_is_not_counted_is_not_shown(clock, capsys):

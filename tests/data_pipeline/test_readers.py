@@ -1,5 +1,8 @@
 import gzip
 import json
+import random
+import subprocess
+import sys
 import tracemalloc
 import zlib
 from dataclasses import replace
@@ -229,6 +232,27 @@ def test_a_parquet_file_that_cannot_be_used_is_refused(tmp_path, name, content, 
         pieces(SourceConfig(kind="parquet", path=str(tmp_path / name)))
 
 
+def test_a_row_group_is_read_piece_by_piece(tmp_path):
+    """Whole, its column would be in memory: files of one row group of 1 GB are common."""
+    generator = random.Random(0)
+    for name, count in (("small", 1_000), ("large", 20_000)):
+        write_parquet(tmp_path / name, [generator.randbytes(2_500).hex() for _ in range(count)], groups=count)
+    program = (
+        "import sys, xxhash\n"
+        "from data_pipeline.config import SourceConfig\n"
+        "from data_pipeline.readers import read\n"
+        "from data_pipeline.sources import files, split\n"
+        "for path in sys.argv[1:]:\n"
+        "    config = SourceConfig(kind='parquet', path=path, field='body')\n"
+        "    (piece,) = split(files({'it': config})[0], config, 2**60)\n"
+        "    assert all(record.text for record in read(piece, config, 2**20, xxhash.xxh3_128()))\n"
+        "    print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "small"), str(tmp_path / "large")]
+    small, large = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert large - small < (tmp_path / "large").stat().st_size / 1024 / 2
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     datasets = pytest.importorskip("datasets")
@@ -264,6 +288,20 @@ def test_a_row_of_a_data_set_that_is_not_utf8_is_a_bad_record(tmp_path):
     for config in (saved, replace(saved, path=str(tmp_path / "hub"), streaming=True)):
         assert drops(config) == [(0, "not UTF-8")]
         assert texts(config) == ["good"]
+
+
+def test_the_hash_of_a_data_set_is_of_its_texts(dataset, tmp_path):
+    """Also of a stream, of which nothing else says what was read."""
+    (tmp_path / "hub").mkdir()
+    pq.write_table(pa.table({"text": ["one", None, "zwei"]}), tmp_path / "hub" / "train-00000-of-00001.parquet")
+    hub = SourceConfig(kind="dataset", path=str(tmp_path / "hub"))
+    saved = replace(hub, path=str(dataset / "saved"))
+    rest = "x" * (LIMIT + 1) + "".join(map(str, range(100)))
+    for config, read_texts in ((hub, "onezwei"), (replace(hub, streaming=True), "onezwei"), (saved, "onezwei" + rest)):
+        (piece,) = pieces(config)
+        hasher = xxhash.xxh3_128()
+        list(read(piece, config, LIMIT, hasher))
+        assert hasher.hexdigest() == xxhash.xxh3_128_hexdigest(read_texts.encode())
 
 
 def test_the_loader_of_the_hub_reads_and_streams_a_data_set(dataset, tmp_path):
