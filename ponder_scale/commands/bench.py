@@ -39,6 +39,7 @@ def add_commands(commands: Any) -> None:
     decode = bench.add_parser("decode", help="a token from the key-value caches, against running the prefix again")
     decode.add_argument("--context", type=int, nargs="+", default=[128, 512], help="tokens before it")
     decode.add_argument("--runs", type=int, default=5)
+    decode.add_argument("--compile", action="store_true", help="also a step that torch compiles, in half a minute")
     decode.set_defaults(run=_bench_decode)
     for kind in (op, step, memory, decode):
         kind.add_argument("--hidden", type=int, default=256, help="width D")
@@ -91,7 +92,7 @@ def _bench_decode(options: argparse.Namespace, _: list[str]) -> None:
     from ponder_scale.bench.decode import run
 
     work = _workload(options, 1, max(options.context))
-    run(work, contexts=options.context, runs=options.runs, threads=options.threads)
+    run(work, contexts=options.context, runs=options.runs, threads=options.threads, compiled=options.compile)
 
 
 def _workload(options: argparse.Namespace, batch: int, seq_len: int) -> Any:
