@@ -24,21 +24,6 @@ TEXTS = [
 
 TinyShards = Callable[..., ShardSet]
 
-# Files that take minutes, longest first, for the processes that share the suite: begun last, one would end alone. The
-# first waits most of its time, for a cluster.
-LONGEST = (
-    "tests/slurm/test_cluster.py",
-    "tests/test_documents.py",
-    "tests/train/test_engine.py",
-    "tests/train/test_gradients.py",
-    "tests/test_end_to_end.py",
-    "tests/train/test_memory.py",
-    "tests/train/test_gate.py",
-    "tests/test_plan.py",
-    "tests/train/test_recovery.py",
-    "tests/train/test_watchdog.py",
-)
-
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> TinyShards:
@@ -84,12 +69,6 @@ def make_shards(
             splits[split].append(writer.close())
     seal(folder, Manifest(dtype_for(vocab_size).name, vocab_size, 0, None, tokenizer, splits))
     return open_shards(folder)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; within them and among the others the order is as it was."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONGEST)))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
