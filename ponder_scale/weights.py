@@ -37,14 +37,22 @@ def read_weights(folder: Path, *, average: bool = False) -> Iterator[tuple[str, 
 def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a Hugging Face folder, (name, tensor) as they are there: safetensors, or PyTorch files.
 
+    Or those of a universal checkpoint of DeepSpeed: zero/NAME/fp32.pt holds {"param": tensor}, the master weight in
+    fp32, or, where it was made from ZeRO-3, that alone and flattened.
+
     Raises:
         CheckpointError: there are none, or one cannot be read.
     """
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    patterns = ("*.safetensors", "pytorch_model*.bin", "zero/*/fp32.pt")
+    files = next((found for pattern in patterns if (found := sorted(folder.glob(pattern)))), [])
     if not files:
-        raise CheckpointError(f"{folder}: neither *.safetensors nor pytorch_model*.bin in it")
+        raise CheckpointError(f"{folder}: none of {', '.join(patterns)} in it")
     _check_index(folder)
     for file in files:
+        if file.suffix == ".pt":
+            content = _load(file)
+            yield file.parent.name, content["param"] if isinstance(content, dict) else content
+            continue
         if file.suffix == ".bin":
             yield from _load(file).items()
             continue
@@ -70,7 +78,7 @@ _LEFT_OUT = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attent
 def model_weights(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
     """A Hugging Face folder's tensors under the names of the model's parameters, a tied one once.
 
-    Takes folders of ours, of transformers' stock classes and of the published code.
+    Takes folders of ours, of transformers' stock classes and of the published code, and universal checkpoints.
 
     Raises:
         CheckpointError: a tensor is missing, too many, or of another shape.
@@ -84,6 +92,8 @@ def model_weights(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
         if stored == "adapter.weight" or stored.endswith(_LEFT_OUT) or (name == "lm_head.weight" and tied):
             continue
         shape = expected.pop(name, None)
+        if shape is not None and tensor.shape == (shape.numel(),):
+            tensor = tensor.view(shape)  # a universal checkpoint of ZeRO-3 has lost the shapes
         if shape != tensor.shape:
             wanted = "no such parameter" if shape is None else f"shape {tuple(shape)}"
             raise CheckpointError(
@@ -95,7 +105,7 @@ def model_weights(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
         raise CheckpointError(f"{folder}: no weight for {', '.join(sorted(expected)[:5])}; it is of another model")
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> Any:
     try:
         # weights_only: a pickle may otherwise run whatever its author wished
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

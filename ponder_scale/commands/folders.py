@@ -12,10 +12,17 @@ from ponder_scale.errors import ConfigError
 def add_commands(commands: Any) -> None:
     """Add the commands to the parser."""
     export = commands.add_parser("export", help="a checkpoint as a Hugging Face folder")
-    export.add_argument("source", type=Path, help="a run folder (its newest whole checkpoint) or a checkpoint")
+    export.add_argument(
+        "source",
+        type=Path,
+        help="a run folder (its newest whole checkpoint), a checkpoint, or DeepSpeed's universal one",
+    )
     export.add_argument("out", type=Path, help="the folder to make")
     _add_format(export)
     export.add_argument("--ema", action="store_true", help="the running average of the weights instead of them")
+    export.add_argument(
+        "--like", type=Path, help="of a universal checkpoint, which has neither: folder with config.json and tokenizer"
+    )
     export.add_argument("--verify", action="store_true", help="load it in a fresh process and compare")
     export.set_defaults(run=_export)
 
@@ -55,11 +62,22 @@ def _add_format(command: argparse.ArgumentParser) -> None:
 
 def _export(options: argparse.Namespace, _: list[str]) -> None:
     from ponder_scale.export.huggingface import export
+    from ponder_scale.export.universal import export_universal, is_universal
     from ponder_scale.export.verify import verify_in_fresh_process
 
-    folder = export(options.source, options.out, dtype=options.dtype, licence=options.license, average=options.ema)
+    source, out, like = options.source, options.out, options.like
+    if is_universal(source) != (like is not None):
+        said = "expected a universal checkpoint with --like" if like else "a universal checkpoint, which needs --like"
+        raise ConfigError(f"{source}: {said}, a folder with the model's config.json and tokenizer")
+    kept: dict[str, Any] = {"dtype": options.dtype, "licence": options.license}
+    if like is None:
+        export(source, out, average=options.ema, **kept)
+    elif options.ema:
+        raise ConfigError("--ema: a universal checkpoint holds no average of the weights")
+    else:
+        export_universal(source, out, like=like, **kept)
     if options.verify:
-        verify_in_fresh_process(options.source, folder, dtype=options.dtype, average=options.ema)
+        verify_in_fresh_process(source, out, dtype=options.dtype, average=options.ema, like=like)
 
 
 def _import_reference(options: argparse.Namespace, _: list[str]) -> None:

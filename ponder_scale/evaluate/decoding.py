@@ -56,7 +56,7 @@ def measure(
     exit_kl: Sequence[float] = (0.001, 0.01, 0.1),
     json_file: Path | None = None,
 ) -> list[Way]:
-    """Print and return every way to decode with an exported folder on held-out sequences of the first source.
+    """Print and return every way to decode with an exported folder on held-out sequences.
 
     Raises:
         ConfigError: lengths that do not fit the model, or several folders of data.

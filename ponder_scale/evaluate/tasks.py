@@ -31,7 +31,8 @@ def evaluate_tasks(
     Args:
         tasks: names the harness knows; empty: the nine of the paper.
         steps: numbers of pondering steps at inference; None: what the model was trained with.
-        include: folder of task files, with their data, instead of the harness's own tasks, which need a network.
+        include: folder of further task files, which replace the harness's own of the same names. Those come with the
+            harness too, but their data come from the network unless they have been downloaded before.
         limit: documents of each task; None: all.
 
     Raises:

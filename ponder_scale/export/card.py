@@ -99,10 +99,13 @@ def trained_card(
             f"pass {index}: not finite" if loss is None else f"pass {index}: {loss:.4f} ({math.exp(loss):.2f})"
             for index, loss in pairs
         )
-        losses += f", at step {held_out['step']:,}" + (", of the weights that were averaged" if average else "")
-    decay = config["optim"]["ema"]
+        losses += f", at step {held_out['step']:,}" + (
+            ", of the weights of that step, not of their average" if average else ""
+        )
     facts = {
-        "weights": f"running average over training, decay {decay:g}" if average else "of the last step",
+        "weights": f"running average over training, decay {config['optim']['ema']:g}"
+        if average
+        else "of the last step",
         "trained on": f"{state['tokens']:,} tokens in {state['step']:,} steps, sequences of "
         f"{config['data']['seq_len']:,}",
         "data": ", ".join(shares),

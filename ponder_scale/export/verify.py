@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from ponder_scale import checkpoint
 from ponder_scale.build import configuration_from_dict, model_class
 from ponder_scale.errors import CheckpointError
+from ponder_scale.export.universal import read_universal
 from ponder_scale.weights import read_weights
 
 logger = logging.getLogger(__name__)
@@ -22,17 +23,25 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # of logits, between two processes in fp32; the weights are rounded to the export's dtype first
 
 
-def verify_in_fresh_process(source: Path, folder: Path, *, dtype: str, average: bool = False) -> None:
+def verify_in_fresh_process(
+    source: Path, folder: Path, *, dtype: str, average: bool = False, like: Path | None = None
+) -> None:
     """Load `folder` elsewhere and compare it with the checkpoint it came from.
 
+    Args:
+        like: the checkpoint is a universal one, of the model of this folder.
+
     Raises:
-        CheckpointError: logits, per-pass losses or the number of parameters differ, or decoding with the cache
-            gives other tokens than decoding without.
+        CheckpointError: logits are not finite; logits, per-pass losses or the number of parameters differ, or decoding
+            with the cache gives other tokens than decoding without.
     """
-    checkpoint_folder = checkpoint.find(source)
-    configuration = configuration_from_dict(checkpoint.read_state(checkpoint_folder)["model"])
+    if like is None:
+        source = checkpoint.find(source)
+        configuration = configuration_from_dict(checkpoint.read_state(source)["model"])
+        read = read_weights(source, average=average)
+    else:
+        configuration, read = read_universal(source, like)
     model = model_class(configuration)(configuration).eval()
-    read = read_weights(checkpoint_folder, average=average)
     weights = {name: weight.to(getattr(torch, dtype)).float() for name, weight in read}
     model.load_state_dict(weights, strict=not configuration.tie_word_embeddings)
     generator = torch.Generator().manual_seed(0)
@@ -41,6 +50,11 @@ def verify_in_fresh_process(source: Path, folder: Path, *, dtype: str, average: 
     with torch.no_grad():
         pass_losses = model(tokens, labels=tokens).pass_losses
         logits = torch.stack([model(tokens, pondering_steps=steps).logits for steps in range(len(pass_losses))])
+    if not logits.isfinite().all():
+        raise CheckpointError(
+            f"{folder}: not every logit is finite with the weights of {source} in {dtype}; if the run is well, they "
+            "overflow there: export as bfloat16 or float32"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         expected = Path(temporary, "expected.safetensors")
         tensors = {"input_ids": tokens, "labels": tokens.clone(), "logits": logits, "pass_losses": pass_losses}
@@ -50,12 +64,13 @@ def verify_in_fresh_process(source: Path, folder: Path, *, dtype: str, average: 
         command = [sys.executable, "-I", str(script), str(folder.resolve()), str(expected)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=temporary)
     if done.returncode:
-        raise CheckpointError(f"{folder}: cannot be loaded in a fresh process: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
+        raise CheckpointError(f"{folder}: cannot be loaded in a fresh process: {said[-1]}")
     report = json.loads(done.stdout.splitlines()[-1])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     close = report["logits"] <= TOLERANCE and report["pass_losses"] <= TOLERANCE  # nan is not
     if not close or report["parameters"] != parameters:
-        raise CheckpointError(f"{folder}: computes something else than checkpoint {checkpoint_folder}: {report}")
+        raise CheckpointError(f"{folder}: computes something else than checkpoint {source}: {report}")
     if not report["cached_equals_uncached"]:
         raise CheckpointError(f"{folder}: decoding with the cache gives other tokens than without")
     logger.info(

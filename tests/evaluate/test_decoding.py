@@ -63,6 +63,8 @@ def test_what_cannot_be_measured_is_answered(folder: Path, shards: tuple[Path, P
         measure(folder, {"x": shards[0]}, prompt_tokens=30, new_tokens=10)
     with pytest.raises(TokenizerError, match="evaluate on shards of its own tokenizer"):
         measure(folder, {"x": tiny_shards().folder}, prompt_tokens=4, new_tokens=4)
+    with pytest.raises(ConfigError, match="--data names 2 folders; decoding is measured on one"):
+        measure(folder, {"x": shards[0], "y": shards[1]}, prompt_tokens=4, new_tokens=4)
     with pytest.raises(ShardError, match="no held-out sequence of 32 tokens"):
         measure(folder, {"x": shards[0]}, sequences=0, prompt_tokens=16, new_tokens=16)
 

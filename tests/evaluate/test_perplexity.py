@@ -17,7 +17,9 @@ import torch
 from ponder_scale.config import DataConfig, SourceConfig
 from ponder_scale.data.loader import heldout_batches, open_sources
 from ponder_scale.errors import CheckpointError, ConfigError, ShardError, TokenizerError
-from ponder_scale.evaluate.perplexity import evaluate, parse_sources, trajectory
+from ponder_scale.evaluate import perplexity
+from ponder_scale.evaluate.perplexity import Sweep, evaluate, parse_sources, trajectory
+from ponder_scale.heldout import HeldOut
 from ponder_scale.packing import pack
 from tests.evaluate.conftest import POSITIONS
 
@@ -99,11 +101,12 @@ def test_sources_are_named_by_their_folder_or_as_asked() -> None:
         parse_sources(["data/pile", "other/pile"])
 
 
-def test_a_trajectory_has_the_losses_that_the_run_itself_found(
-    tiny_shards: Any, tiny_tokenizer: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def trained(tiny_shards: Any, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run that has evaluated itself and kept its checkpoints, and its shards."""
     from ponder_scale.manifest import tokenizer_sha256
 
+    tmp_path = tmp_path_factory.mktemp("trained")
     made = tiny_shards(vocab_size=300, tokenizer=tokenizer_sha256([tiny_tokenizer / "tokenizer.json"]))
     (made.folder / "tokenizer").mkdir(exist_ok=True)
     for file in tiny_tokenizer.iterdir():
@@ -121,11 +124,31 @@ def test_a_trajectory_has_the_losses_that_the_run_itself_found(
     command = [sys.executable, "-m", "ponder_scale.cli", "train", str(recipe), *settings]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    return tmp_path / "run", made.folder
+
+
+def test_a_trajectory_has_the_losses_that_the_run_itself_found(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run, shards = trained
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     expected = {line["step"]: line["losses"] for line in lines if line["event"] == "evaluation"}
     plot = tmp_path / "run.svg"
-    swept = trajectory(tmp_path / "run", {"a": made.folder}, sequences=8, plot_file=plot)
+    swept = trajectory(run, {"a": shards}, sequences=8, plot_file=plot)
     assert swept.keys() == expected.keys() == {2, 4}
     for step, losses in expected.items():
         assert swept[step].sources["a"].losses == pytest.approx(losses, rel=1e-5)
     assert "a, pass 1" in plot.read_text()
+
+
+def test_a_run_is_evaluated_on_the_device_of_the_other_commands(
+    trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = []
+
+    def swept(model: Any, *_: Any, **__: Any) -> Sweep:
+        devices.append(model.device.type)
+        return Sweep(1, {"a": HeldOut([1.0, 1.0], 1)})
+
+    monkeypatch.setattr(perplexity, "default_device", lambda: "meta")
+    monkeypatch.setattr(perplexity, "sweep", swept)
+    trajectory(trained[0], {"a": trained[1]}, sequences=8)
+    assert devices == ["meta", "meta"]

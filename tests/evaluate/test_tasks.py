@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
@@ -94,6 +95,23 @@ def test_the_harness_gives_what_plain_forwards_give_for_each_number_of_steps(
 def test_the_papers_nine_are_tasks_of_the_harness_also_beside_files_of_ones_own(task_files: Path) -> None:
     assert len(PAPER_TASKS) == 9
     assert set(PAPER_TASKS) <= set(TaskManager(include_path=str(task_files)).all_tasks)
+
+
+def test_included_files_replace_the_harness_s_own_of_their_name_and_leave_the_others(
+    folder: Path, task_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sciq.yaml").write_text((task_files / "choice.yaml").read_text().replace("local_choice", "sciq"))
+    asked: dict[str, Any] = {}
+
+    def evaluated(**options: Any) -> Any:
+        asked.update(options)
+        return {"results": {"any": {"acc,none": 1.0}}}
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluated)
+    evaluate_tasks(folder, PAPER_TASKS, include=tmp_path)
+    index = asked["task_manager"].task_index
+    assert tuple(asked["tasks"]) == PAPER_TASKS
+    assert [name for name in PAPER_TASKS if index[name].yaml_path.parent == tmp_path] == ["sciq"]
 
 
 def test_an_unknown_task_is_answered(folder: Path, task_files: Path) -> None:

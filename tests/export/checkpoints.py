@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ def save_checkpoint(case: dict[str, Any]) -> dict[str, Any]:
     """On a rank: train `case["steps"]` steps of a model, save a whole checkpoint to `case["run_dir"]`.
 
     Weights start from the folder `case["init"]` where it is given. Rank 0 also writes the engine's own fp32 weights
-    to run_dir/expected.pt.
+    to run_dir/expected.pt and, where `case["universal"]` is set, a universal checkpoint to run_dir/universal.
     """
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_fp32_param
@@ -37,11 +38,14 @@ def save_checkpoint(case: dict[str, Any]) -> dict[str, Any]:
     if "init" in case:
         warm_start(model, Path(case["init"]))
     engine = Engine(model, config)
+    engine.set_learning_rate(1e-2)
     generator = torch.Generator().manual_seed(engine.rank)
-    for _ in range(case["steps"] * engine.micro_steps):
+    for number in range(case["steps"] * engine.micro_steps):
         tokens = torch.randint(0, VOCABULARY, (1, SEQ_LEN + 1), generator=generator)
         engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]).loss)
         engine.step()
+        if (number + 1) % engine.micro_steps == 0:
+            engine.average_weights((number + 1) // engine.micro_steps)
     expected = {}
     for name, parameter in engine.module.named_parameters():
         full = safe_get_full_fp32_param(parameter)
@@ -50,6 +54,8 @@ def save_checkpoint(case: dict[str, Any]) -> dict[str, Any]:
         run_dir.mkdir(parents=True)
         torch.save(expected, run_dir / "expected.pt")
     dist.barrier()
+    if case.get("universal"):
+        _save_universal(engine, run_dir)
     state = {
         "step": case["steps"],
         "tokens": case["steps"] * 4 * SEQ_LEN,
@@ -72,3 +78,16 @@ def save_checkpoint(case: dict[str, Any]) -> dict[str, Any]:
     ranks = checkpoint.Ranks(engine.rank, engine.world_size, gather)
     checkpoint.save(run_dir, case["steps"], state, write, tokenizer=Path(case["tokenizer"]), ranks=ranks)
     return {}
+
+
+def _save_universal(engine: Any, run_dir: Path) -> None:
+    """What a training of ours never does: DeepSpeed's own checkpoint, made universal by its own script."""
+    import torch.distributed as dist
+    from deepspeed.checkpoint import ds_to_universal
+
+    engine.deepspeed.save_checkpoint(str(run_dir / "deepspeed"), tag="global_step2")
+    if engine.rank == 0:
+        options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+        folders = {"input_folder": str(run_dir / "deepspeed/global_step2"), "output_folder": str(run_dir / "universal")}
+        ds_to_universal.main(argparse.Namespace(**options, **folders, inject_missing_state=True))
+    dist.barrier()

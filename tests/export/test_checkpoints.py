@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import struct
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ponder_scale.build import ARCHITECTURES
 from ponder_scale.checkpoint import find
 from ponder_scale.errors import CheckpointError
 from ponder_scale.export.card import trained_card
 from ponder_scale.export.folder import write_folder
 from ponder_scale.export.huggingface import export
 from ponder_scale.export.tokenizer import bundle_tokenizer
+from ponder_scale.export.universal import export_universal
 from ponder_scale.export.verify import verify_in_fresh_process
+from ponder_scale.parts import Parts
+from ponder_scale.weights import read_weights
 from tests.export.checkpoints import save_checkpoint
 from tests.model.architectures import TINY, make
 from tests.ranks import run_ranks
@@ -35,8 +41,8 @@ MODELS = {  # one for each stage, so that every architecture and tying is met
 
 def case(folder: Path, stage: int, tokenizer: Path, **more: Any) -> dict[str, Any]:
     architecture, tied, precision = MODELS[stage]
-    overrides = [f"model.architecture={architecture}"]
-    if architecture in ("gpt2", "gpt_neox"):
+    overrides = [f"model.architecture={architecture}", f"optim.ema={'0.5' if stage == 3 else 'null'}"]
+    if "num_key_value_heads" in ARCHITECTURES[architecture].names:  # it has none
         overrides.append("model.num_key_value_heads=null")
     (folder / "settings").mkdir(exist_ok=True)
     values = {"policy": "none", "tied": tied, "precision": precision, "overrides": overrides, "steps": 2}
@@ -53,7 +59,7 @@ def case(folder: Path, stage: int, tokenizer: Path, **more: Any) -> dict[str, An
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    cases = [case(folder, stage, tiny_tokenizer) for stage in MODELS]
+    cases = [case(folder, stage, tiny_tokenizer, universal=stage >= 2) for stage in MODELS]
     for ranks in run_ranks(save_checkpoint, cases):
         assert all("error" not in rank for rank in ranks), ranks
     return {stage: folder / f"run{stage}" for stage in MODELS}
@@ -86,6 +92,67 @@ def test_a_folder_that_computes_something_else_is_not_verified(runs: dict[int, P
             verify_in_fresh_process(runs[2], folder, dtype="float32")
 
 
+def test_weights_that_overflow_are_not_verified(runs: dict[int, Path], tmp_path: Path) -> None:
+    source = shutil.copytree(find(runs[2]), tmp_path / "checkpoint")
+    stretch = Parts(source).table["weight/model.layers.0.mlp.up_proj.weight"][0]
+    with (source / stretch.file).open("rb+") as file:
+        file.seek(stretch.offset)
+        file.write(struct.pack("<f", 1e6))
+    folder = export(source, tmp_path / "out", dtype="float16")
+    with pytest.raises(CheckpointError, match=r"not every logit is finite .* in float16; .*: export as bfloat16 or"):
+        verify_in_fresh_process(source, folder, dtype="float16")
+
+
+def test_an_export_of_the_average_has_its_weights_and_says_so(runs: dict[int, Path], tmp_path: Path) -> None:
+    run = shutil.copytree(runs[3], tmp_path / "run")
+    (run / "metrics.jsonl").write_text('{"event": "evaluation", "step": 2, "losses": [3.25], "tokens": 7}\n')
+    folder = export(run, tmp_path / "out", average=True)
+    got, weights = load_file(folder / "model.safetensors"), torch.load(run / "expected.pt")
+    average = dict(read_weights(find(run), average=True))
+    assert all(torch.equal(got[name], average[name]) for name in weights)
+    assert not all(torch.equal(got[name], weights[name]) for name in weights)
+    card = (folder / "README.md").read_text()
+    assert "| weights | running average over training, decay 0.5 |" in card
+    assert "pass 0: 3.2500 (25.79), at step 2, of the weights of that step, not of their average |" in card
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_universal_checkpoint_exports_to_the_engine_s_weights(
+    stage: int, runs: dict[int, Path], tmp_path: Path
+) -> None:
+    like = export(runs[stage], tmp_path / "like")
+    folder = export_universal(runs[stage] / "universal", tmp_path / "out", like=like)
+    got, expected = load_file(folder / "model.safetensors"), torch.load(runs[stage] / "expected.pt")
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    ours, theirs = (json.loads((made / "config.json").read_text()) for made in (folder, like))
+    assert ours == theirs and (folder / "tokenizer.json").is_file()
+    assert "| converted from | universal, a universal checkpoint of DeepSpeed |" in (folder / "README.md").read_text()
+
+
+def test_the_command_verifies_a_universal_checkpoint_and_asks_for_its_model(
+    runs: dict[int, Path], tmp_path: Path
+) -> None:
+    def run(*words: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ponder_scale.cli", "export", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+
+    universal, like = runs[2] / "universal", export(runs[2], tmp_path / "like")
+    done = run(universal, tmp_path / "out", "--like", like, "--verify")
+    assert done.returncode == 0 and "cached decoding equals uncached" in done.stdout + done.stderr
+    for words, message in (
+        ((universal, tmp_path / "other"), "a universal checkpoint, which needs --like"),
+        ((runs[2], tmp_path / "other", "--like", like), "expected a universal checkpoint with --like"),
+        (
+            (universal, tmp_path / "other", "--like", export(runs[3], tmp_path / "wrong")),
+            "use weights of the same architecture and size",
+        ),
+    ):
+        refused = run(*words)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and message in refused.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_card_tells_the_losses_of_a_record_that_a_crash_has_torn(runs: dict[int, Path], tmp_path: Path) -> None:
     run = shutil.copytree(runs[3], tmp_path / "run")
     evaluation = {"event": "evaluation", "step": 2, "losses": [3.25, None], "tokens": 7}
@@ -94,10 +161,8 @@ def test_the_card_tells_the_losses_of_a_record_that_a_crash_has_torn(runs: dict[
     assert "pass 0: 3.2500 (25.79), pass 1: not finite, at step 2 |" in card
     assert "| weights | of the last step |" in card and "| commit | not recorded |" in card
     state = json.loads((find(run) / "state.json").read_text())
-    state["config"]["optim"]["ema"], state["commit"] = 0.999, "c" * 40
-    card = trained_card("mine", state, evaluation, 1, None, average=True)
-    assert "| weights | running average over training, decay 0.999 |" in card
-    assert "at step 2, of the weights that were averaged |" in card and f"| commit | {'c' * 40} |" in card
+    card = trained_card("mine", {**state, "commit": "c" * 40}, None, 1, None)
+    assert f"| commit | {'c' * 40} |" in card and "| held-out loss (perplexity) | not evaluated |" in card
 
 
 @pytest.mark.parametrize(("end", "token"), [(None, None), ([1, 0], "!"), (1, "!")])
@@ -108,6 +173,9 @@ def test_an_end_that_a_configuration_names_in_any_way_is_written_down(
     shutil.copy(tiny_tokenizer / "tokenizer.json", tmp_path / "from")
     bundle_tokenizer(tmp_path / "from", tmp_path, eod_id=end)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == token
+    (tmp_path / "from/tokenizer_config.json").write_text('{"eos_token": "#"}')
+    bundle_tokenizer(tmp_path / "from", tmp_path, eod_id=end)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "#"
 
 
 def test_hugging_face_to_training_and_back_is_bit_exact(tiny_tokenizer: Path, tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 import ponder_scale.model
 from ponder_scale.export.folder import write_folder
+from ponder_scale.export.tokenizer import SAMPLES
 from tests.model.architectures import TINY, VOCABULARY, make_confident
 
 # transformers and what it pins more tightly than the project; everything else is shared with this environment
@@ -28,13 +31,13 @@ VERSIONS = {
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ponder-scale-tests"
 
 # Loads each folder named, and checks logits, losses of every pass and greedy decoding against expected.safetensors.
-# Then saves it, loads that, and checks again.
+# Then saves it, loads that, and checks again. Its tokenizer is compared on the texts of texts.json.
 CHECK = """
 import json, sys
 from pathlib import Path
 import torch, transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 report = {"version": transformers.__version__}
@@ -57,14 +60,22 @@ for name in sys.argv[2:]:
     again = Path(sys.argv[1], name + "-saved-by-" + transformers.__version__.replace(".", "-"))
     model.save_pretrained(again)
     report[name + " saved"] = check(again, expected)[1]
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    texts = json.loads(Path(sys.argv[1], "texts.json").read_text())
+    assert {text: tokenizer(text)["input_ids"] for text in texts} == texts, tokenizer
+    assert all(tokenizer.decode(ids) == text for text, ids in texts.items()) and tokenizer.eos_token_id == 0
 print(json.dumps(report))
 """
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of each architecture, and beside it what its model computes."""
+def folders(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """A folder of each architecture, and beside it what its model computes and how texts are encoded."""
     place = tmp_path_factory.mktemp("folders")
+    # with the name of the class that this version of transformers writes, and older ones do not know
+    AutoTokenizer.from_pretrained(tiny_tokenizer).save_pretrained(place / "tokenizer")
+    encoder = Tokenizer.from_file(str(tiny_tokenizer / "tokenizer.json"))
+    (place / "texts.json").write_text(json.dumps({text: encoder.encode(text).ids for text in SAMPLES}))
     tokens = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(4))
     for name in TINY:
         rotary: dict[str, Any] = {}
@@ -73,7 +84,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name == "gpt_neox":
             rotary["rope_parameters"]["partial_rotary_factor"] = 0.5
         model = make_confident(name, pondering_steps=2, scale_embeds=True, initial_scale=2.0, **rotary)
-        write_folder(place / name, model.config, model.named_parameters(), dtype="float32", card=str, tokenizer=None)
+        weights, tokenizer = model.named_parameters(), place / "tokenizer"
+        write_folder(place / name, model.config, weights, dtype="float32", card=str, tokenizer=tokenizer)
         with torch.no_grad():
             output = model(tokens, labels=tokens)
             greedy = model.generate(

@@ -1,0 +1,58 @@
+"""A universal checkpoint of DeepSpeed as a Hugging Face folder: of a model of ours that another program has trained.
+
+Our own runs have checkpoints of one format for every stage and number of ranks, and no need of this one. It is made by
+`python -m deepspeed.checkpoint.ds_to_universal`, is read here without DeepSpeed, and holds weights alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ponder_scale.export.card import model_card
+from ponder_scale.export.folder import meta_model, write_folder
+from ponder_scale.foreign import folder_configuration
+from ponder_scale.manifest import tokenizer_identity
+from ponder_scale.weights import model_weights
+
+logger = logging.getLogger(__name__)
+
+
+def is_universal(source: Path) -> bool:
+    """Whether it has the layout of a universal checkpoint."""
+    return (source / "zero").is_dir()
+
+
+def read_universal(source: Path, like: Path) -> tuple[Any, Iterator[tuple[str, Tensor]]]:
+    """The configuration, which is that of the Hugging Face folder `like`, and the weights, as `model_weights`."""
+    configuration = folder_configuration(like)
+    return configuration, model_weights(meta_model(configuration), source)
+
+
+def export_universal(
+    source: Path, out: Path, *, like: Path, dtype: str = "float32", licence: str | None = None
+) -> Path:
+    """Make the folder `out` from a universal checkpoint; returns `out`.
+
+    Args:
+        like: Hugging Face folder with the model's config.json and tokenizer.
+
+    Raises:
+        CheckpointError: weights of another model than that of `like`, or `out` exists.
+    """
+    configuration, weights = read_universal(source, like)
+    facts = {"converted from": f"{source.name}, a universal checkpoint of DeepSpeed"}
+    parameters = write_folder(
+        out,
+        configuration,
+        weights,
+        dtype=dtype,
+        card=lambda count: model_card(out.name, configuration, count, facts, licence),
+        tokenizer=like if tokenizer_identity(like) else None,
+    )
+    logger.info("exported %s (%s parameters, %s) to %s", source, f"{parameters:,}", dtype, out)
+    return out
