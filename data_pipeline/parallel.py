@@ -8,6 +8,7 @@ work, correctness does not hang on them.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import socket
@@ -28,6 +29,7 @@ Report = Callable[[int, int, int], None]  # of bytes, documents and tokens that 
 _RANKS_OF = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # set by srun, MPICH and Open MPI
 _LEAST_WAIT, _MOST_WAIT = 0.05, 2.0  # seconds between looks for work
 _SEALING_SECONDS = 3600.0
+_ARRIVAL_SECONDS = 600.0  # thousands of ranks import from one file system
 _TRIES = 32  # tasks of others tried at each look: file servers are shared
 
 
@@ -65,7 +67,7 @@ def assemble(workers: int | None, prepare: Callable[[], bool]) -> tuple[Team, bo
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigError(f"{announced} ranks were started, but MPI cannot be loaded: {error}") from error
-    MPI.Init()
+    _wait_until_all_ranks_have_started(MPI)
     world = MPI.COMM_WORLD
     team = Team(world.rank, world.size, workers or 1, world)
     if team.ranks != announced:
@@ -84,6 +86,15 @@ def assemble(workers: int | None, prepare: Callable[[], bool]) -> tuple[Team, bo
     if found is None:
         raise ConfigError("rank 0 could not begin; its message says why")
     return team, found
+
+
+def _wait_until_all_ranks_have_started(mpi: Any) -> None:
+    """MPI.Init, which waits for ever for a rank whose node is lost, and holds the interpreter: only a thread outside
+    it can end this process, and what it writes is a stack with the name of this function.
+    """
+    faulthandler.dump_traceback_later(_ARRIVAL_SECONDS, exit=True)
+    mpi.Init()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def part(team: Team, work: Path, lease_seconds: float) -> None:

@@ -1,4 +1,7 @@
-"""Every shipped recipe loads, builds its model and names a sharding file that is accepted."""
+"""Every shipped recipe loads, builds its model and names a sharding file that is accepted.
+
+Answers: recipes that do not run as shipped (GPT-NeoX 610, 1306; OLMo 641, 726, 879; OLMo-core 617).
+"""
 
 from __future__ import annotations
 

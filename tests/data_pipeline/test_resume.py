@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -285,6 +286,15 @@ def test_a_rank_that_cannot_begin_ends_them_all_with_one_clear_line(tiny_tokeniz
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "sources.web.path is" in output and "no such file" in output and "Traceback" not in output
+
+
+def test_ranks_do_not_wait_for_ever_for_one_that_does_not_start(corpus, tiny_tokenizer, tmp_path):
+    code = "from data_pipeline import cli, parallel; parallel._ARRIVAL_SECONDS = 2; cli.main()"
+    words = shlex.join([sys.executable, "-c", code, *arguments(corpus, tiny_tokenizer, tmp_path / "out")])
+    late = f'[ "$PMI_RANK" = 0 ] || sleep 60; exec {words}'
+    done = subprocess.run([*mpi(2), "sh", "-c", late], capture_output=True, text=True, timeout=40)
+    assert done.returncode != 0 and not (tmp_path / "out").exists()
+    assert "Timeout (0:00:02)!" in done.stderr and "_wait_until_all_ranks_have_started" in done.stderr
 
 
 def test_a_launcher_that_does_not_fit_the_mpi_library_is_named(corpus, tiny_tokenizer, tmp_path):

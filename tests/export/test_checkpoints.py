@@ -1,4 +1,7 @@
-"""Exported weights are the engine's own, bit for bit, from every ZeRO stage."""
+"""Exported weights are the engine's own, bit for bit, from every ZeRO stage.
+
+Answers: exported weights that are not those of the checkpoint (GPT-NeoX 485).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Every backend that runs on a CPU against the formula in float64: values, gradients, statistics, memory."""
+"""Every backend that runs on a CPU against the formula in float64: values, gradients, statistics, memory.
+
+Answers: logits of the whole vocabulary that fill the memory (Automodel 3907, trl 5575).
+"""
 
 from __future__ import annotations
 

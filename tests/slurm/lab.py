@@ -91,7 +91,18 @@ class Lab:
 
     def wait(self, job: str, *states: str) -> str:
         """Wait until a job is in one of the states (default: ended) and return its state."""
-        return self.until(lambda: (state := self.state(job)) in (states or ENDED) and state, f"{job} in {states}")
+        wanted = states or ENDED
+        try:
+            return self.until(lambda: (state := self.state(job)) in wanted and state, f"job {job} in {wanted}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.seen(job)}") from None
+
+    def seen(self, job: str) -> str:
+        """What Slurm knows of a job, and of all that could keep it waiting."""
+        words = (("scontrol", "show", "job", job), ("squeue",), ("sinfo", "--list-reasons"))
+        said = "".join(self.run(*command, check=False).stdout for command in words)
+        log = (self.folder / "log" / "slurmctld.log").read_text().splitlines()
+        return said + "\n".join(line for line in log if f"JobId={job}" in line)
 
     @staticmethod
     def until(condition: Callable[[], Any], what: str = "", patience: float = PATIENCE) -> Any:

@@ -111,6 +111,8 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,bf_min_ag
 ReturnToService=1
 SlurmdTimeout=10
 SlurmctldTimeout=10
+# a busy machine may answer late, and a job whose launch was given up can stay COMPLETING for ever
+MessageTimeout=60
 KillWait=10
 MinJobAge=3600
 JobRequeue=1

@@ -138,6 +138,30 @@ def a_chain_that_breaks_leaves_no_job_waiting(place: Place) -> None:
     assert follow_chain(place, "no-such-tokenizer") == ["FAILED", "CANCELLED", "CANCELLED", "CANCELLED"]
 
 
+def a_build_outlives_the_loss_of_a_node(place: Place) -> None:
+    """The survivor waits for the lost unit's lease, longer than Slurm needs to see that the node is gone."""
+    texts, out = place.folder / "texts.jsonl", place.folder / "shards"
+    once = (place.corpus / "texts.jsonl").read_text()
+    texts.write_text(once * (12_000_000 // len(once)))
+    sources = {"texts": {"kind": "jsonl", "path": str(texts)}}
+    recipe = {"sources": sources, "backend": "reference", "shard_bytes": 3_000_000, "lease_seconds": 22}
+    (place.folder / "data.yaml").write_text(json.dumps(recipe))
+    log = place.folder / "log"
+    options = ["--nodes=2", "--ntasks-per-node=1", "--exclusive", *NO_GPUS, f"--output={log}"]
+    words = [place.folder / "data.yaml", f"tokenizer={place.tokenizer}", f"out={out}"]
+    job = place.lab.sbatch(*options, "slurm/data.sbatch", *words)
+    place.lab.wait(job, "RUNNING")
+    lost = place.lab.run("scontrol", "show", "hostnames", place.lab.show(job)["NodeList"]).stdout.split()[1]
+    claims = out.with_name("shards.partial") / "work" / "claims" / "shards"
+    place.lab.until(lambda: any(path.read_text().startswith(f"{lost}-") for path in claims.glob("*")), "a claim")
+    place.lab.run("labnode", "down", lost)
+    assert place.lab.wait(job) == "COMPLETED", log.read_text()
+    said = log.read_text()
+    assert f"Node failure on {lost}" in said and f"built {out}" in said, said
+    assert place.lab.show(job)["Restarts"] == "0"
+    assert place.lab.run("ponder-data", "verify", out).returncode == 0
+
+
 def follow_chain(place: Place, tokenizer: str) -> list[str]:
     """Run the README's commands with small jobs in place of its large ones; the states in which they end."""
     blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "slurm" / "README.md").read_text(), flags=re.DOTALL)
@@ -177,6 +201,7 @@ def the_check_sees_that_all_nodes_exchange_data(place: Place) -> None:
 
 
 SCENARIOS = [
+    a_build_outlives_the_loss_of_a_node,
     two_nodes_train_under_zero_3_and_the_result_is_exported,
     a_chain_leads_from_a_corpus_to_an_evaluated_model,
     a_run_is_submitted_saved_stopped_and_submitted_again,

@@ -1,6 +1,7 @@
 """Gradients and updates under ZeRO with two ranks equal plain single-process torch: every stage, policy and tying.
 
-Answers: losses and gradient norms that differ by stage or overlap (DeepSpeed 966, 1488, 4298, 5188, 7837).
+Answers: losses and gradient norms that differ by stage or overlap (DeepSpeed 966, 1488, 4298, 5188, 7837), ZeRO-3
+that breaks under recomputation (DeepSpeed 4332, 4505, 8130, 8148; transformers 47254).
 """
 
 from __future__ import annotations
