@@ -35,6 +35,7 @@ class Recorder:
 
     Attributes:
         reached: the last step that any attempt has recorded.
+        evaluated: the last step of which there is an evaluation, up to `start_step`; 0 for none.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Recorder:
     ) -> None:
         self._attempt, self._check_owned = attempt, check_owned
         path = run_dir / METRICS
-        self.reached = _keep_until(path, start_step)
+        self.reached, self.evaluated = _keep_until(path, start_step)
         # unbuffered and in append mode: a line is one write, which another writer's line cannot split
         self._file = path.open("ab", buffering=0)
         self._pending = bytearray()  # lines, or the rest of one, that a full disk has not taken yet
@@ -122,15 +123,18 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if whole and isinstance(record.get("event"), str) and isinstance(record.get("step"), int) else None
 
 
-def _keep_until(path: Path, step: int) -> int:
-    """Move what was computed after `step` out of the record, and return the last step ever recorded."""
+def _keep_until(path: Path, step: int) -> tuple[int, int]:
+    """Move what was computed after `step` out of the record.
+
+    Returns the last step ever recorded, and the last of which the record keeps an evaluation.
+    """
     superseded = path.with_name(SUPERSEDED)
     reached = max((record["step"] for record in read(superseded)), default=0) if superseded.is_file() else 0
     if not path.is_file():
-        return reached
+        return reached, 0
     kept: list[bytes] = []
     moved: list[bytes] = []
-    damaged = 0
+    damaged = evaluated = 0
     with path.open("rb") as lines:
         for line in lines:
             record = _parse(line)
@@ -138,7 +142,12 @@ def _keep_until(path: Path, step: int) -> int:
                 damaged += 1
                 continue
             reached = max(reached, record["step"])
-            (moved if record["event"] in COMPUTED and record["step"] > step else kept).append(line)
+            if record["event"] in COMPUTED and record["step"] > step:
+                moved.append(line)
+                continue
+            kept.append(line)
+            if record["event"] == "evaluation":
+                evaluated = record["step"]
     if damaged:
         logger.warning("%s: %d damaged lines, as a crash leaves them, are left out", path, damaged)
     if moved:
@@ -151,4 +160,4 @@ def _keep_until(path: Path, step: int) -> int:
             file.writelines(kept)
             os.fsync(file.fileno())
         temporary.replace(path)
-    return reached
+    return reached, evaluated

@@ -56,6 +56,9 @@ def _train(run: _Run) -> int:
     config = run.config
     _, orders = _agree(run)  # a signal may have come while the engine was built
     step = run.first_step - 1
+    due = step > 0 and _due(step, config.evaluate.every_steps) and not orders.stop
+    if due and not run.engine.agreed(run.metrics.has_evaluation(step)):
+        _evaluate(run, step)  # the attempt before had to end
     run.metrics.resume_clock(step, run.loader.wait_seconds)
     while step < config.train.steps and not orders.stop:
         step, began = step + 1, time.monotonic()

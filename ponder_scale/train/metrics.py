@@ -88,6 +88,10 @@ class Metrics:
         self._recorder = Recorder(run_dir, start_step=start_step, attempt=attempt, check_owned=check_owned)
         self._trackers = open_trackers(config, run_dir, start_step=start_step, reached=self._recorder.reached)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether earlier attempts have recorded the evaluation of a step; True on ranks that record nothing."""
+        return not self._active or self._recorder.evaluated == step
+
     def log_event(self, event: str, step: int, **values: Any) -> None:
         """Record that something happened: one of `records.HISTORY`, with plain values. On disk on return."""
         if self._active:

@@ -50,7 +50,9 @@ def main() -> None:
         if rank == 0 and (stop or asked == ["SAVE_AND_STOP"] or step % int(values.get("save_every", 1000)) == 0):
             write(latest, str(step))
         if stop or asked:
-            time.sleep(0.3)  # where the trainer has a barrier
+            time.sleep(0.3)  # where the trainer has a barrier, which breaks if another rank has crashed
+            if "crash_every" in values or ("crash" not in before and faults["crash"].exists()):
+                os._exit(1)
             for name in asked:
                 (run_dir / name).unlink(missing_ok=True)
             sys.exit(AGAIN if stop else 0)
