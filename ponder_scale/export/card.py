@@ -99,13 +99,12 @@ def trained_card(
             f"pass {index}: not finite" if loss is None else f"pass {index}: {loss:.4f} ({math.exp(loss):.2f})"
             for index, loss in pairs
         )
-        losses += f", at step {held_out['step']:,}" + (
-            ", of the weights of that step, not of their average" if average else ""
-        )
+        losses += f", at step {held_out['step']:,}"
+        if average:
+            losses += ", of the weights of that step, not of their average"
+    kind = f"running average over training, decay {config['optim']['ema']:g}" if average else "of the last step"
     facts = {
-        "weights": f"running average over training, decay {config['optim']['ema']:g}"
-        if average
-        else "of the last step",
+        "weights": kind,
         "trained on": f"{state['tokens']:,} tokens in {state['step']:,} steps, sequences of "
         f"{config['data']['seq_len']:,}",
         "data": ", ".join(shares),

@@ -102,7 +102,7 @@ class Lab:
         words = (("scontrol", "show", "job", job), ("squeue",), ("sinfo", "--list-reasons"))
         said = "".join(self.run(*command, check=False).stdout for command in words)
         log = (self.folder / "log" / "slurmctld.log").read_text().splitlines()
-        return said + "\n".join(line for line in log if f"JobId={job}" in line)
+        return said + "\n".join(line for line in log if re.search(rf"JobId={job}\b", line))
 
     @staticmethod
     def until(condition: Callable[[], Any], what: str = "", patience: float = PATIENCE) -> Any:
