@@ -51,10 +51,6 @@ class Progress:
             self._last_line = now
             self._print()
 
-    def reach(self, size: int) -> None:
-        """Count bytes so that `size` of them are done, whoever did them."""
-        self.add(size - self._bytes)
-
     def _rates(self, now: float) -> str:
         seconds = max(now - self._begin, 1e-9)
         rates = []

@@ -31,12 +31,13 @@ def run_stage(folder: Path, config: BuildConfig, name: str, team: Team, what: st
         _without_torch()
     tasks = Tasks(folder, config, lambda size, documents, tokens: None)
     stage = tasks.stage(name)
-    done = sum(stage.sizes) - sum(stage.sizes[task] for task in stage.unfinished())
+    known = set(range(len(stage.sizes))).difference(stage.unfinished())
+    done = sum(stage.sizes[task] for task in known)
     with Progress(what, sum(stage.sizes), quiet=team.rank > 0, done=done) as progress:
 
         def watch(left: list[int]) -> None:
-            if team.ranks > 1:
-                progress.reach(sum(stage.sizes) - sum(stage.sizes[task] for task in left))
+            if team.ranks > 1 and team.rank == 0:
+                progress.add(*_news(stage, known, left))
 
         if team.workers == 1 or len(stage.unfinished()) <= 1:
             alone = Tasks(folder, config, progress.add if team.ranks == 1 else lambda size, documents, tokens: None)
@@ -44,6 +45,19 @@ def run_stage(folder: Path, config: BuildConfig, name: str, team: Team, what: st
         else:
             with _started(folder, config, name, team) as children:
                 _listen(stage, children, progress, team, watch)
+        watch([])
+
+
+def _news(stage: Stage, known: set[int], left: list[int]) -> tuple[int, int, int]:
+    """Bytes, documents and tokens of the tasks that are done and not in `known`, which gets them, by their journals."""
+    new = set(range(len(stage.sizes))).difference(left, known)
+    known |= new
+    documents = tokens = 0
+    for result in map(stage.result, new):
+        shards = [info for infos in result.get("shards", {}).values() for info in infos]
+        documents += sum(info["documents"] for info in shards) if shards else result.get("documents", 0)
+        tokens += sum(info["tokens"] for info in shards)
+    return sum(stage.sizes[task] for task in new), documents, tokens
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -242,6 +243,8 @@ def test_mpi_ranks_make_the_bytes_of_one_process(corpus, tiny_tokenizer, tmp_pat
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert comparable(out) == expected
+    last = [line for line in output.splitlines() if "MB/s" in line][-1]  # of what all ranks have done
+    assert "(100%)" in last and re.search(r"[\d,]+ documents/s, [\d.]+ M tokens/s", last), output
 
 
 def ranks_of(launcher: subprocess.Popen) -> list[int]:
