@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -17,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["train"]:
         signals.install()
+        gc.disable()  # until the loop begins: a tenth of the time that loading libraries takes
     options = _parse(arguments)
     rank = os.environ.get("RANK", "0")
     _log_to_stdout(logging.INFO if rank == "0" else logging.WARNING)

@@ -59,7 +59,7 @@ def load(schema: type[T], recipe: Path | None, overrides: Sequence[str] = ()) ->
     for origin, content in layers:
         try:
             node = _from_override(*content) if isinstance(content, list) else OmegaConf.create(content)
-            base = OmegaConf.merge(base, node)
+            base = OmegaConf.unsafe_merge(base, node)  # in place: neither is used again
         except OmegaConfBaseException as error:
             raise ConfigError(f"{origin}: {_explain(error)}") from error
         except (yaml.YAMLError, ValueError, TypeError) as error:

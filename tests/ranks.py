@@ -25,6 +25,7 @@ from ponder_scale.train.launch import free_port
 
 REPOSITORY = Path(__file__).parents[1]
 DONE = "the job has ended\n"
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FIXED = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
 HEAVY = (  # what a rank that trains imports in any case, or an engine by itself
     "deepspeed.runtime.zero.muon.muon_optimizer",
@@ -61,7 +62,8 @@ def run_ranks(function: Callable[..., Any], cases: list[Any], world_size: int = 
             if line == DONE:
                 break
         said = printed.read_text() if printed.is_file() else "the process that forks has died"
-        print(said)  # pytest shows it where the test fails
+        if said:
+            print(said)  # pytest shows it where the test fails
         assert results.is_file(), said
         return json.loads(results.read_text())
 
@@ -87,9 +89,8 @@ def _fork(function: Callable[..., Any], case: Any, rank: int, world_size: int, p
         return pid
     code = 1
     try:
-        os.environ.update(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-        )
+        values = (str(rank), str(rank), str(world_size), "127.0.0.1", port)
+        os.environ.update(zip(RANK_VARIABLES, values, strict=True))
         out.write_text(json.dumps(function(case)))
         code = 0
     except BaseException as error:
@@ -138,6 +139,9 @@ def main() -> None:
     """Fork for each job, a line of standard input; say when it has ended."""
     for name in HEAVY:
         importlib.import_module(name)
+    import deepspeed
+
+    _ = deepspeed.ops.__compatible_ops__  # found by calling compilers, at the first look
     gc.freeze()  # what is imported is no garbage: collections in the forks pass over it
     for line in sys.stdin:
         pid = os.fork()

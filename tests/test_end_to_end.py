@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-BIN = Path(sys.executable).parent
+from tests.commands import run_command
+
 TRAIN = [
     "model.hidden_size=32",
     "model.intermediate_size=64",
@@ -32,10 +33,8 @@ TRAIN = [
 
 def run(*command: Any, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command of ours and check its exit code."""
-    words = [str(BIN / command[0]), *map(str, command[1:])]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    done = subprocess.run(words, capture_output=True, text=True, env=variables, timeout=300)
-    assert done.returncode == code, (words, done.returncode, done.stdout[-2000:], done.stderr[-2000:])
+    done = run_command(*command, **environment)
+    assert done.returncode == code, (done.args, done.returncode, done.stdout[-2000:], done.stderr[-2000:])
     return done
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -54,6 +55,8 @@ def train(config: RunConfig) -> int:
 def _train(run: _Run) -> int:
     """The loop: forward and backward, agreement, update, log, evaluate, save."""
     config = run.config
+    gc.freeze()  # no rank pauses, and lets the others wait, to look for garbage in what the run is made of
+    gc.enable()
     _, orders = _agree(run)  # a signal may have come while the engine was built
     step = run.first_step - 1
     due = step > 0 and _due(step, config.evaluate.every_steps) and not orders.stop

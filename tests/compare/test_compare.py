@@ -7,8 +7,6 @@ import logging
 import math
 import re
 import shutil
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from ponder_scale.compare.members import EXTRAS, Member, Run, plan_runs
 from ponder_scale.config import RunConfig, TrainConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings import load
+from tests.commands import run_command
 
 VOCABULARY = 300
 SHAPE = [
@@ -149,8 +148,7 @@ def test_a_comparison_trains_what_is_missing_and_reports(
     settings = [*SHAPE, f"run_dir={out}", f"data.sources.tiny.path={shards}", "train.steps=6"]
 
     def compare(*more: str) -> str:
-        command = [sys.executable, "-m", "ponder_scale.cli", "compare", str(recipe), *settings, *more]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        done = run_command("ponder-scale", "compare", recipe, *settings, *more)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 

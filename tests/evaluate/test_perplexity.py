@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +19,7 @@ from ponder_scale.evaluate import perplexity
 from ponder_scale.evaluate.perplexity import Sweep, evaluate, parse_sources, trajectory
 from ponder_scale.heldout import HeldOut
 from ponder_scale.packing import pack
+from tests.commands import run_command
 from tests.evaluate.conftest import POSITIONS
 
 
@@ -73,8 +72,8 @@ def test_under_a_document_mask_each_document_is_read_alone(
             total += torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:], reduction="sum").item()
             count += end - first
     masked = tmp_path / "masked.json"
-    command = ["evaluate", "ppl", str(folder), "--data", f"x={shards[0]}", "--json", str(masked), "--document-mask"]
-    done = subprocess.run([sys.executable, "-m", "ponder_scale.cli", *command], capture_output=True, text=True)
+    options = ["--data", f"x={shards[0]}", "--json", masked, "--document-mask"]
+    done = run_command("ponder-scale", "evaluate", "ppl", folder, *options)
     assert done.returncode == 0, done.stderr
     (losses,) = (source["losses"] for source in json.loads(masked.read_text())["sources"].values())
     assert losses[2] == pytest.approx(total / count, rel=1e-5)
@@ -121,8 +120,7 @@ def trained(tiny_shards: Any, tiny_tokenizer: Path, tmp_path_factory: pytest.Tem
     pack(made, 16)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 3\n")
-    command = [sys.executable, "-m", "ponder_scale.cli", "train", str(recipe), *settings]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = run_command("ponder-scale", "train", recipe, *settings)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     return tmp_path / "run", made.folder
 

@@ -10,7 +10,6 @@ import math
 import shutil
 import struct
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from ponder_scale.export.universal import export_universal
 from ponder_scale.export.verify import verify_in_fresh_process
 from ponder_scale.parts import Parts
 from ponder_scale.weights import read_weights
+from tests.commands import run_command
 from tests.export.checkpoints import save_checkpoint
 from tests.model.architectures import TINY, make
 from tests.ranks import run_ranks
@@ -137,8 +137,7 @@ def test_the_command_verifies_a_universal_checkpoint_and_asks_for_its_model(
     runs: dict[int, Path], tmp_path: Path
 ) -> None:
     def run(*words: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "ponder_scale.cli", "export", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        return run_command("ponder-scale", "export", *words)
 
     universal, like = runs[2] / "universal", export(runs[2], tmp_path / "like")
     done = run(universal, tmp_path / "out", "--like", like, "--verify")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from ponder_scale.errors import CheckpointError
 from ponder_scale.export.reference import export_reference, import_reference
 from ponder_scale.foreign import pondering_fields
+from tests.commands import run_command
 from tests.model.test_oracle import CASES, CONTENT, ORACLE
 
 NAMES = (
@@ -126,8 +126,7 @@ def test_the_commands_convert_and_answer_in_one_line(tmp_path: Path) -> None:
     source = published_folder(tmp_path / "theirs", NAMES[0])
 
     def run(*words: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "ponder_scale.cli", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        return run_command("ponder-scale", *words)
 
     assert "S = 3, 115,008 parameters" in run("import-reference", source, tmp_path / "ours").stdout
     assert run("export-reference", tmp_path / "ours", tmp_path / "back").returncode == 0

@@ -24,6 +24,7 @@ SHAPE = [
     "train.micro_batch=2",
     "train.precision=fp32",
     "train.time_limit=null",
+    "train.sanity_step=false",
     "optim.lr=3e-3",
     "checkpoint.every_steps=8",
     "evaluate.sequences=4",

@@ -66,7 +66,7 @@ def live_weights(case: dict[str, Any]) -> dict[str, float]:
 
     PartitionedParameterCoordinator.fetch_sub_module = watched
     tokens = torch.arange(2 * 25).view(2, 25) % 96
-    for _ in range(3):
+    for _ in range(2):  # the second by the trace of the first
         for _ in range(engine.micro_steps):
             engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]).loss)
             engine.step()
@@ -75,7 +75,7 @@ def live_weights(case: dict[str, Any]) -> dict[str, float]:
 
 def test_weights_are_released_during_backward_under_every_policy(tmp_path: Path) -> None:
     deepspeed = small_buckets(tmp_path, 3, **LEAST_MEMORY)
-    shape = ["model.num_hidden_layers=8", "train.micro_batch=2"]
+    shape = ["model.num_hidden_layers=6", "model.pondering_steps=1", "train.micro_batch=2"]
     cases = [
         {"deepspeed": deepspeed, "policy": policy, "tied": False, "overrides": shape, "cured": cured}
         for policy, cured in [*((policy, True) for policy in POLICIES), ("none", False)]
@@ -85,13 +85,6 @@ def test_weights_are_released_during_backward_under_every_policy(tmp_path: Path)
         assert "error" not in live, live
         assert live["backward"] < 0.5, (case["policy"], live)
     assert uncured["backward"] > 0.95, "DeepSpeed releases weights in backward by itself now: remove the cure"
-
-
-def test_the_module_stack_does_not_grow(tmp_path: Path) -> None:
-    deepspeed = small_buckets(tmp_path, 3)
-    cases = [{"deepspeed": deepspeed, "policy": policy, "tied": False} for policy in POLICIES]
-    for ranks in run_ranks(on_a_rank, cases):
-        assert [rank["stacks"] for rank in ranks] == [[1, 1, 1]] * 2
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -104,7 +104,7 @@ def on_a_rank(case: dict[str, Any]) -> dict[str, Any]:
         losses.append(engine.total(total).item() / engine.world_size)
         norms.append(norm)
         stacks.append(len(parameter_offload.FWD_MODULE_STACK))
-    return {"losses": losses, "norms": norms, "gradients": gradients, "stacks": stacks}
+    return {"losses": losses, "norms": norms, "gradients": gradients, "stage": engine.zero_stage, "stacks": stacks}
 
 
 def in_plain_torch(case: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +149,8 @@ def worst(got: dict[str, list[float]], expected: dict[str, list[float]]) -> floa
 
 
 def check(cases: list[dict[str, Any]], timeout: float = 120.0) -> None:
-    """Each case on two ranks gives the gradients, losses and norms of plain torch."""
+    """Each case on two ranks gives the gradients, losses and norms of plain torch, and DeepSpeed's stack of modules,
+    which only stage 3 has, does not grow."""
     for case, ranks in zip(cases, run_ranks(on_a_rank, cases, timeout=timeout), strict=True):
         assert all("error" not in rank for rank in ranks), (case, ranks)
         expected = in_plain_torch(case)
@@ -157,6 +158,7 @@ def check(cases: list[dict[str, Any]], timeout: float = 120.0) -> None:
         assert ranks[0]["losses"] == pytest.approx(expected["losses"], rel=1e-5), case
         assert ranks[0]["norms"] == pytest.approx(expected["norms"], rel=1e-4), case
         assert ranks[0]["losses"] == ranks[1]["losses"], case
+        assert [rank["stacks"] for rank in ranks] == [[int(ranks[0]["stage"] == 3)] * len(expected["losses"])] * 2, case
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -30,6 +30,7 @@ def make_config(case: dict[str, Any], hidden: int = 384) -> RunConfig:
         "model.hidden_size": hidden,
         "model.intermediate_size": 2 * hidden,
         "model.num_hidden_layers": 6,
+        "model.pondering_steps": 2,
         "train.steps": 10,
         "train.global_batch": 8,
         "train.micro_batch": 4,
@@ -59,8 +60,9 @@ def peak(case: dict[str, Any]) -> float:
     apply_recompute(model, config.train.recompute)
     engine = Engine(model, config)
     del model
-    for step in range(3):  # the first makes the optimizer's states, the second completes ZeRO-3's trace
-        if step == 2:
+    last = 2 if engine.zero_stage == 3 else 1  # the first makes the optimizer's states, the second ZeRO-3's trace
+    for step in range(last + 1):
+        if step == last:
             reset_peak()
         for _ in range(engine.micro_steps):
             engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]).loss)

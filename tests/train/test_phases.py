@@ -23,7 +23,7 @@ from tests.train.test_loop import assert_same_run, overrides
 pytestmark = pytest.mark.faults
 
 STEP = 3  # in whose phases it comes; the step before is saved
-SETTINGS = ["train.steps=5", f"evaluate.every_steps={STEP}"]
+SETTINGS = ["train.steps=5", f"evaluate.every_steps={STEP}", "train.deepspeed=zero1"]
 LATE = ("evaluate", "save")  # come when the ranks have already agreed on how the step ends
 PHASES = ("start", "load", "data", "forward", "backward", "step", *LATE)
 

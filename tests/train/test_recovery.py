@@ -30,8 +30,7 @@ DONE = ["done", "done"]
 MOMENTS = {  # every other one with asynchronous saving, whose second half is the same code on a thread
     "rank 1, before its part": {"rank": 1, "at": "write_part", "how": "kill"},
     "rank 1, its part written": {"rank": 1, "at": "write_part", "how": "kill after"},
-    # the first call is of the rehearsal's trial save
-    "rank 1, its part not yet on disk": {"rank": 1, "at": "sync", "call": 3, "how": "kill"},
+    "rank 1, its part not yet on disk": {"rank": 1, "at": "sync", "call": 2, "how": "kill"},
     "rank 0, before the index": {"rank": 0, "at": "_seal", "how": "kill"},
     "rank 0, between index and rename": {"rank": 0, "at": "_write_json", "call": 4, "how": "kill after"},
     "rank 0, after the rename": {"rank": 0, "at": "_seal", "how": "kill after"},

@@ -71,7 +71,7 @@ def test_what_cannot_work_fails_before_the_first_step_and_says_what(shards: Any,
         ({"nan": True}, "the initial weights give loss nan"),
     ]
     cases = [
-        {**trouble, "overrides": overrides(tmp_path / str(number), shards)}
+        {**trouble, "overrides": overrides(tmp_path / str(number), shards, "train.sanity_step=true")}
         for number, (trouble, _) in enumerate(troubles)
     ]
     for number, ranks in enumerate(run_ranks(train_in_trouble, cases)):
