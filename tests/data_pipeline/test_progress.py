@@ -121,13 +121,18 @@ def test_what_an_engine_did_in_vain_is_taken_back(tiny_tokenizer, tmp_path, monk
 
 
 def test_a_rank_of_several_workers_sees_what_all_ranks_have_done(tiny_tokenizer, tmp_path, monkeypatch):
-    reached = []
-    monkeypatch.setattr(Progress, "reach", lambda self, size: reached.append(size))
+    told = []
+    monkeypatch.setattr(Progress, "add", lambda self, *news: told.append(news))
     monkeypatch.setattr("data_pipeline.workers.SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr("data_pipeline.pipeline.assemble", lambda workers, prepare: (Team(0, 2, 2), prepare()))
     corpus = write_jsonl(tmp_path / "web.jsonl", make_texts(3000))
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out", "shard_bytes=60000")) == 0
-    assert reached == sorted(reached) and 0 < reached[-1] <= corpus.stat().st_size
+    size, documents, tokens = (sum(column) for column in zip(*told, strict=True))
+    manifest = read_manifest(tmp_path / "out")
+    infos = [info for infos in manifest.splits.values() for info in infos]
+    assert (size, documents) == (corpus.stat().st_size, 3000)
+    assert tokens == sum(info.tokens for info in infos)
+    assert sum(news[0] > 0 for news in told) > 1  # while it works, not in the end only
 
 
 def test_what_is_not_counted_is_not_shown(clock, capsys):

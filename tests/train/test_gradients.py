@@ -21,7 +21,7 @@ from ponder_scale.train.optim import parameter_groups
 from ponder_scale.train.schedules import learning_rate, pondering_steps
 from tests.ranks import run_ranks
 
-VOCABULARY, SEQ_LEN, SEQUENCES, STEPS = 96, 24, 4, 3
+VOCABULARY, SEQ_LEN, SEQUENCES, STEPS, PONDERING_STEPS = 96, 24, 4, 3, 2
 RANDOM = {"deepspeed": "zero3", "policy": "pass", "tied": False}
 POLICIES = ("none", "selective", "layer", "pass", "pass+layer")
 
@@ -37,6 +37,7 @@ def run_config(case: dict[str, Any], folder: str = "unused") -> RunConfig:
             "model.num_hidden_layers=2",
             "model.num_attention_heads=4",
             "model.num_key_value_heads=2",
+            f"model.pondering_steps={PONDERING_STEPS}",
             f"model.tie_word_embeddings={str(case['tied']).lower()}",
             f"data.seq_len={SEQ_LEN}",
             "data.sources.any.path=unused",
