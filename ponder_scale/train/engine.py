@@ -63,7 +63,7 @@ def init_distributed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:  # else ZeRO-3 starts `numactl` for each bucket that it reduces, to count the processors
+    else:  # where it is not set, ZeRO-3 starts `numactl` for each bucket that it reduces, to count processors
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)

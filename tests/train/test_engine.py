@@ -87,6 +87,29 @@ def test_weights_are_released_during_backward_under_every_policy(tmp_path: Path)
     assert uncured["backward"] > 0.95, "DeepSpeed releases weights in backward by itself now: remove the cure"
 
 
+def processes_started(case: dict[str, Any]) -> int:
+    """How many a rank starts while it trains."""
+    import subprocess
+
+    from ponder_scale.train import engine as module
+
+    module.init_distributed()
+    config = run_config(case)
+    engine, started = module.Engine(make_model(config), config), []
+    popen = subprocess.Popen.__init__
+    subprocess.Popen.__init__ = lambda *given, **more: (started.append(given), popen(*given, **more))[1]  # type: ignore[method-assign]
+    tokens = torch.arange(25).view(1, 25) % 96
+    for _ in range(engine.micro_steps):
+        engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]).loss)
+        engine.step()
+    return len(started)
+
+
+def test_a_step_starts_no_processes(tmp_path: Path) -> None:
+    case = {"deepspeed": small_buckets(tmp_path, 3), "policy": "none", "tied": False}
+    assert run_ranks(processes_started, [case]) == [[0, 0]]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_follows_fp32_from_the_first_update(stage: int, tmp_path: Path) -> None:
     """A first update of 0.75 of its size, as DeepSpeed's stage 0 wrapper makes it, would show in the second loss."""
