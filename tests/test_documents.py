@@ -17,6 +17,7 @@ from tests.commands import run_command
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 SMALL = ["model.hidden_size=32", "model.intermediate_size=64", "train.steps=4", "optim.warmup_steps=1"]
+SMALL += ["evaluate.sequences=8"]
 # what makes a command quick where the documents measure; the last value of a flag counts
 QUICK = {
     "ponder-scale train": "--nproc 1",  # the quick start and torchrun train on two

@@ -89,6 +89,8 @@ def test_a_step_that_is_not_accepted_leaves_no_trace(tmp_path: Path) -> None:
     cases += [{**cases[-1], "deepspeed": str(accumulated)}]
     muon = ["optim.optimizer=muon", "optim.muon_lr=0.02", "optim.grad_clip=null"]
     cases += [{**cases[-1], "deepspeed": sharding, "overrides": muon}]
+    for case in cases:
+        case["overrides"] = ["model.pondering_steps=1", *case.get("overrides", [])]
     for case, ranks in zip(cases, run_ranks(skip_on_a_rank, cases), strict=True):
         for rank in ranks:
             assert rank == {
