@@ -31,13 +31,13 @@ def run_stage(folder: Path, config: BuildConfig, name: str, team: Team, what: st
         _without_torch()
     tasks = Tasks(folder, config, lambda size, documents, tokens: None)
     stage = tasks.stage(name)
-    known = set(range(len(stage.sizes))).difference(stage.unfinished())
-    done = sum(stage.sizes[task] for task in known)
+    waiting = set(stage.unfinished())
+    done = sum(stage.sizes) - sum(stage.sizes[task] for task in waiting)
     with Progress(what, sum(stage.sizes), quiet=team.rank > 0, done=done) as progress:
 
         def watch(left: list[int]) -> None:
             if team.ranks > 1 and team.rank == 0:
-                progress.add(*_news(stage, known, left))
+                progress.add(*_news(stage, waiting, left))
 
         if team.workers == 1 or len(stage.unfinished()) <= 1:
             alone = Tasks(folder, config, progress.add if team.ranks == 1 else lambda size, documents, tokens: None)
@@ -48,10 +48,11 @@ def run_stage(folder: Path, config: BuildConfig, name: str, team: Team, what: st
         watch([])
 
 
-def _news(stage: Stage, known: set[int], left: list[int]) -> tuple[int, int, int]:
-    """Bytes, documents and tokens of the tasks that are done and not in `known`, which gets them, by their journals."""
-    new = set(range(len(stage.sizes))).difference(left, known)
-    known |= new
+def _news(stage: Stage, waiting: set[int], left: list[int]) -> tuple[int, int, int]:
+    """Bytes, documents and tokens of the tasks that `waiting` has and that are done now, by their journals; they
+    leave it."""
+    new = waiting.difference(left)
+    waiting -= new
     documents = tokens = 0
     for result in map(stage.result, new):
         shards = [info for infos in result.get("shards", {}).values() for info in infos]

@@ -12,9 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import RANK_VARIABLES, REPOSITORY, run_ranks
-
-HERE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+from ponder_scale.train.launch import RANK_VARIABLES
+from tests.ranks import PLAIN, REPOSITORY, run_ranks
 
 
 def run_command(
@@ -24,7 +23,7 @@ def run_command(
     command = [str(word) for word in words]
     if command[0] != "ponder-scale":
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        variables = {**os.environ, **HERE, "PATH": path, **environment}
+        variables = {**os.environ, **PLAIN, "PATH": path, **environment}
         return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout)
     with tempfile.TemporaryDirectory() as printed:
         case = {"command": command, "folder": str(folder), "environment": environment, "printed": printed}
@@ -39,11 +38,12 @@ def _ponder_scale(case: dict[str, Any]) -> int:
 
     for name in RANK_VARIABLES:
         del os.environ[name]
-    os.environ.update({**HERE, **case["environment"]})
+    os.environ.update(case["environment"])
     os.chdir(case["folder"])
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(case["printed"], name), os.O_WRONLY | os.O_CREAT), stream)
     sys.argv = case["command"]
+    # by which the command leaves where torch is loaded; the code is wanted here
     leave, os._exit = os._exit, sys.exit  # type: ignore[assignment]
     try:
         main()

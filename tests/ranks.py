@@ -21,12 +21,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.train.launch import free_port
+from ponder_scale.train.launch import RANK_VARIABLES, free_port
 
 REPOSITORY = Path(__file__).parents[1]
 DONE = "the job has ended\n"
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-FIXED = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+PLAIN = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+FIXED = {**PLAIN, "PYTHONPATH": str(REPOSITORY)}
 HEAVY = (  # what a rank that trains imports in any case, or an engine by itself
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "ponder_scale.train.loop",
@@ -89,7 +89,7 @@ def _fork(function: Callable[..., Any], case: Any, rank: int, world_size: int, p
         return pid
     code = 1
     try:
-        values = (str(rank), str(rank), str(world_size), "127.0.0.1", port)
+        values = (str(rank), str(world_size), str(rank), "127.0.0.1", port)
         os.environ.update(zip(RANK_VARIABLES, values, strict=True))
         out.write_text(json.dumps(function(case)))
         code = 0

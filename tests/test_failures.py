@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 import re
-import subprocess
-import sys
 
 import pytest
 
 from ponder_scale.failures import Failures
+from tests.commands import run_command
 
 DAY = 86400.0
 
@@ -47,15 +46,9 @@ def test_plan_prints_interval_and_goodput() -> None:
     sizes = ["model.vocab_size=100", "model.hidden_size=64", "model.num_attention_heads=4", "train.micro_batch=1"]
     sizes += ["model.num_hidden_layers=2", "train.global_batch=1024", "run_dir=x"]
     plan = ["plan", "llama-125m", "data.sources={x: {path: x}}", "--gpus", "1024", *sizes, "--save-seconds", "30"]
-    done = command_line(*plan, "--failures")
+    done = run_command("ponder-scale", *plan, "--failures")
     assert done.returncode == 0, done.stderr
     assert "one each 2.1 days with 1,024 devices; a save costs 30.0 s, a restart 15.0 min" in done.stdout
     assert re.search(r"checkpoint\.every_steps=\d+\ngoodput +\d+\.\d% \(", done.stdout)
-    refused = command_line(*plan, "--failures", "0")
+    refused = run_command("ponder-scale", *plan, "--failures", "0")
     assert refused.returncode == 2 and "--failures is 0.0; expected more than 0" in refused.stderr
-
-
-def command_line(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ponder_scale.cli", *words], capture_output=True, text=True, timeout=120
-    )

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
@@ -13,6 +10,7 @@ import yaml
 from ponder_scale.config import RunConfig
 from ponder_scale.settings import load
 from ponder_scale.submit import HOME, Resources, Submission, keep_code
+from tests.commands import run_command
 from tests.conftest import TinyShards
 
 ODD = "run 1; $(touch pwned) 'q' \"100%j\" &"
@@ -20,9 +18,7 @@ ODD = "run 1; $(touch pwned) 'q' \"100%j\" &"
 
 def answer(*arguments: object, code: int = 0) -> str:
     """What the command prints, on a machine without Slurm and git."""
-    words = [sys.executable, "-m", "ponder_scale.cli", *map(str, arguments)]
-    environment = {**os.environ, "PATH": "/nowhere", "PYTHONPATH": str(HOME)}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
+    done = run_command("ponder-scale", *arguments, PATH="/nowhere")
     assert done.returncode == code, done
     return done.stdout + done.stderr
 

@@ -31,14 +31,12 @@ from ponder_scale.recompute import refuse_foreign_checkpointing
 from ponder_scale.speed import document_arguments
 from ponder_scale.train.deepspeed_config import deepspeed_config, read_sharding
 from ponder_scale.train.gate import Accept, Gate
-from ponder_scale.train.launch import free_port
+from ponder_scale.train.launch import RANK_VARIABLES, free_port
 from ponder_scale.train.optim import parameter_groups
 from ponder_scale.train.partition import Partition
 from ponder_scale.train.traces import TraceBank
 
 logger = logging.getLogger(__name__)
-
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def init_distributed() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from ponder_scale.errors import AGAIN, INTERRUPTED
 from ponder_scale.train import signals
 
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # that every launcher sets
 GRACE_SECONDS = 30.0  # for the other ranks to end after one has failed
 ORDERLY = (0, AGAIN, INTERRUPTED)  # all ranks have agreed to end
 SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2)

@@ -18,6 +18,7 @@ from ponder_scale.config import OptimConfig, PonderingSchedule, TrainConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.recompute import apply_recompute
 from ponder_scale.train.deepspeed_config import SHIPPED, deepspeed_config, read_sharding
+from ponder_scale.train.launch import RANK_VARIABLES
 from ponder_scale.train.optim import parameter_groups
 from ponder_scale.train.schedules import learning_rate, pondering_steps
 from tests.ranks import run_ranks
@@ -222,8 +223,7 @@ def with_environment(case: dict[str, str | None]) -> str:
 
 
 def test_a_missing_rank_variable_is_refused_and_none_at_all_is_a_run_of_one() -> None:
-    every = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing, alone = run_ranks(with_environment, [{"LOCAL_RANK": None}, dict.fromkeys(every)], world_size=1)
+    missing, alone = run_ranks(with_environment, [{"LOCAL_RANK": None}, dict.fromkeys(RANK_VARIABLES)], world_size=1)
     assert "not LOCAL_RANK; set all five or none" in missing[0]["error"]
     assert alone == ["0 of 1"]
 

@@ -35,7 +35,7 @@ def train(case: dict[str, Any], steps: str) -> tuple[list[Any], Any, list[float]
     """Steps of an engine: g(ood), n (nan in the second micro-batch of rank 1), r(ejected by its norm)."""
     from ponder_scale.train import engine as module
 
-    config = run_config(case)
+    config = run_config({**case, "overrides": ["model.pondering_steps=1", *case.get("overrides", [])]})
     torch.manual_seed(0)
     engine = module.Engine(make_model(config), config)
     engine.set_learning_rate(1e-2)
@@ -89,8 +89,6 @@ def test_a_step_that_is_not_accepted_leaves_no_trace(tmp_path: Path) -> None:
     cases += [{**cases[-1], "deepspeed": str(accumulated)}]
     muon = ["optim.optimizer=muon", "optim.muon_lr=0.02", "optim.grad_clip=null"]
     cases += [{**cases[-1], "deepspeed": sharding, "overrides": muon}]
-    for case in cases:
-        case["overrides"] = ["model.pondering_steps=1", *case.get("overrides", [])]
     for case, ranks in zip(cases, run_ranks(skip_on_a_rank, cases), strict=True):
         for rank in ranks:
             assert rank == {

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from ponder_scale.errors import REWOUND, UNHEALTHY, UnhealthyError
 from ponder_scale.settings import load
 from ponder_scale.train.health import Health
 from ponder_scale.train.replicas import divergence
+from tests.commands import run_command
 from tests.faults import Fault
 from tests.ranks import run_ranks
 from tests.train.test_loop import assert_same_run, overrides, records, weights
@@ -233,9 +231,7 @@ def test_a_rewind_starts_over_by_itself_and_gives_up_in_the_end(tiny_shards: Tin
     ]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("{}")
-    command = [sys.executable, "-m", "ponder_scale.cli", "train", str(recipe), *settings, "--nproc", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_command("ponder-scale", "train", recipe, *settings, "--nproc", 2)
     assert done.returncode == UNHEALTHY, done.stdout + done.stderr
     assert "1 rewinds are over (health.max_rewinds)" in done.stderr.splitlines()[-1]
     told = [line for line in done.stdout.splitlines() if ": spike: " in line or line.startswith("going back to")]
