@@ -1,7 +1,8 @@
 """`ponder-data bench`: ours against what others do, in one run on one corpus, in processor seconds.
 
-Each contender is a process of its own, run on a small and on the whole corpus; the two give its speed without its
-start-up. Rounds are interleaved and medians taken, so a busy machine disturbs all alike.
+Each contender is a process of its own, run on one document, which is its start-up, and on a small part and the whole of
+the corpus, which give its speed without it. Rounds are interleaved and medians taken, so a busy machine disturbs all
+alike.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ ENGINES = ("gigatoken", "tiktoken", "reference")
 
 @dataclass
 class Runs:
-    """Processor seconds of one contender on the small and the whole corpus, and its peak memory, run by run."""
+    """Processor seconds of one contender on each corpus, and its peak memory on the whole, run by run."""
 
+    one: list[float] = field(default_factory=list)
     small: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)  # MB of its largest process
@@ -45,13 +47,13 @@ def bench(corpus: Path, tokenizer: Path, rounds: int) -> str:
     if corpus.suffix != ".jsonl" or not corpus.is_file() or not (tokenizer / "tokenizer.json").is_file():
         raise ConfigError(f"bench: {corpus} and {tokenizer}: expected a .jsonl file and a folder with tokenizer.json")
     with tempfile.TemporaryDirectory(prefix="ponder-bench-") as folder:
-        small, text = Path(folder, "small.jsonl"), {}
-        text["whole"], text["small"] = _shorten(corpus, small)
+        one, small, text = Path(folder, "one.jsonl"), Path(folder, "small.jsonl"), {}
+        text["whole"], text["small"] = _shorten(corpus, one, small)
         contenders = [*(f"ponder-data, {engine}" for engine in ENGINES), *BASELINES]
         runs = {name: Runs() for name in contenders if _installed(name)}
         for _ in range(rounds):
             for name, times in runs.items():
-                for path, into in ((small, times.small), (corpus, times.whole)):
+                for path, into in ((one, times.one), (small, times.small), (corpus, times.whole)):
                     out = Path(folder, "out")
                     seconds, memory = _run(_command(name, path, tokenizer, out), folder)
                     into.append(seconds)
@@ -74,8 +76,7 @@ def _table(runs: dict[str, Runs], small: float, whole: float) -> Iterator[str]:
         speeds[name] = (whole - small) / took
     yield f"{'tokenization':<24}{'MB/CPU-s':>10}{'ratio':>8}{'start-up CPU-s':>16}{'peak MB':>9}"
     for name, speed in sorted(speeds.items(), key=lambda item: -item[1]):
-        start = max(0.0, statistics.median(runs[name].small) - small / speed)
-        memory = statistics.median(runs[name].memory)
+        start, memory = statistics.median(runs[name].one), statistics.median(runs[name].memory)
         yield f"{name:<24}{speed:>10.2f}{speed / speeds[REFERENCE]:>8.1f}{start:>16.2f}{memory:>9,.0f}"
         if (engines := runs[name].engines) and engines != {name.partition(", ")[2]}:
             yield f"  done by {' and '.join(sorted(engines))}, as the engine does not give this tokenizer's tokens"
@@ -104,12 +105,14 @@ def _index(shards: Path) -> tuple[int, int]:
     return sum(info["documents"] for info in infos), sum((shards / f"{i['name']}.idx").stat().st_size for i in infos)
 
 
-def _shorten(corpus: Path, small: Path) -> tuple[int, int]:
-    """Write the beginning of a corpus; bytes of text in the whole and in the small one."""
+def _shorten(corpus: Path, one: Path, small: Path) -> tuple[int, int]:
+    """Write the first document of a corpus, and its beginning; bytes of text in the whole and in the small one."""
     size, whole, part = corpus.stat().st_size, 0, 0
     with corpus.open("rb") as lines, small.open("wb") as stream:
         read = 0
         for line in lines:
+            if not read:
+                one.write_bytes(line)
             text = len(json.loads(line)["text"].encode())
             whole, read = whole + text, read + len(line)
             if read <= size // SMALL:
@@ -139,9 +142,10 @@ def _engines(out: Path) -> set[str]:
 
 def _run(command: list[str], folder: str) -> tuple[float, float]:
     """(processor seconds, peak MB) of a command and the processes that it started."""
-    log = Path(folder, "log")
+    log, environment = Path(folder, "log"), {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # the libraries' byte code lies ready; so must ours
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
