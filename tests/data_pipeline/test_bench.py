@@ -40,9 +40,9 @@ def test_the_loader_is_measured_warm_and_cold(tiny_shards, monkeypatch):
 
 
 def test_an_engine_that_fell_back_is_said_to_be_the_reference():
-    runs = {name: Runs([0.5], [1.0], [9.0], [100.0]) for name in ("ponder-data, tiktoken", "ponder-data, reference", "it")}
-    runs["per_document"] = runs.pop("it")
-    for name in ("ponder-data, tiktoken", "ponder-data, reference"):
+    ours = ("ponder-data, tiktoken", "ponder-data, reference")
+    runs = {name: Runs([0.5], [1.0], [9.0], [100.0]) for name in (*ours, "per_document")}
+    for name in ours:
         runs[name].engines.add("reference")
     lines = list(_table(runs, 1.0, 8.0))
     (said,) = [line for line in lines if "done by" in line]
