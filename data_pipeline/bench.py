@@ -26,6 +26,7 @@ from ponder_scale.manifest import MANIFEST, read_manifest
 SMALL = 8  # the small corpus is this part of the whole one
 REFERENCE = "per_document"  # what ratios are taken to
 ENGINES = ("gigatoken", "tiktoken", "reference")
+LOADER = ("-m", "ponder_scale.data.bench")  # Python's arguments for the loader's part, which may import torch
 
 
 @dataclass
@@ -84,15 +85,13 @@ def _table(runs: dict[str, Runs], small: float, whole: float) -> Iterator[str]:
 
 
 def _loader(corpus: Path, tokenizer: Path, folder: Path) -> Iterator[str]:
-    """The loader's own measurements on shards of the corpus, in a process that may import torch."""
+    """The loader's own measurements on shards of the corpus."""
     shards = folder / "shards"
     _run(_command("ponder-data, reference", corpus, tokenizer, shards), str(folder))
     documents, index = _index(shards)
     yield ""
     yield f"index: {index / max(1, documents):.1f} bytes a document"
-    done = subprocess.run(
-        [sys.executable, "-m", "ponder_scale.data.bench", str(shards)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, *LOADER, str(shards)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"bench: the loader failed: {done.stderr.strip().splitlines()[-1]}")
     for row in json.loads(done.stdout):

@@ -1,19 +1,27 @@
 """`ponder-scale` as a user types it, in a process forked from one that has imported torch and transformers.
 
-That import is most of what a small command costs. A command that starts ranks starts them as anywhere else.
+That import is most of what a small command costs. The ranks that a command starts are forked too; those of a training
+that starts over, and of torchrun, import it all again.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from ponder_scale.train import launch
 from ponder_scale.train.launch import RANK_VARIABLES
 from tests.ranks import PLAIN, REPOSITORY, run_ranks
+
+LEAVE = os._exit
 
 
 def run_command(
@@ -43,12 +51,65 @@ def _ponder_scale(case: dict[str, Any]) -> int:
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(case["printed"], name), os.O_WRONLY | os.O_CREAT), stream)
     sys.argv = case["command"]
+    launch.subprocess = SimpleNamespace(Popen=ForkedRank)  # type: ignore[assignment]
     # by which the command leaves where torch is loaded; the code is wanted here
-    leave, os._exit = os._exit, sys.exit  # type: ignore[assignment]
+    os._exit = sys.exit  # type: ignore[assignment]
     try:
         main()
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     finally:
-        os._exit = leave
+        os._exit = LEAVE
     return 0
+
+
+class ForkedRank:
+    """What `launch` uses of `subprocess.Popen`, but for the new interpreter."""
+
+    def __init__(
+        self, command: list[str], env: dict[str, str], start_new_session: bool, preexec_fn: Callable[[], None]
+    ) -> None:
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._pid = os.fork()
+        if not self._pid:
+            assert start_new_session
+            os.setsid()
+            preexec_fn()
+            self._run(command, env)
+
+    def _run(self, command: list[str], env: dict[str, str]) -> None:
+        from ponder_scale.cli import main
+
+        os._exit = LEAVE
+        try:
+            logging.getLogger("ponder_scale").handlers.clear()  # of the command
+            os.environ.clear()
+            os.environ.update(env)
+            sys.orig_argv, sys.argv = command, command[2:]
+            main()
+        finally:
+            os._exit(1)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self._take(*os.waitpid(self._pid, os.WNOHANG))
+        return self.returncode
+
+    def wait(self) -> None:
+        if self.returncode is None:
+            self._take(*os.waitpid(self._pid, 0))
+
+    def _take(self, pid: int, status: int) -> None:
+        if pid:
+            self.returncode = os.waitstatus_to_exitcode(status)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)

@@ -25,6 +25,8 @@ from ponder_scale.train.launch import RANK_VARIABLES, free_port
 
 REPOSITORY = Path(__file__).parents[1]
 DONE = "the job has ended\n"
+KILLED = {"error": "exit code -9"}
+PEERS_SECONDS = 10.0  # for the other ranks to end after one has failed
 PLAIN = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 FIXED = {**PLAIN, "PYTHONPATH": str(REPOSITORY)}
 HEAVY = (  # what a rank that trains imports in any case, or an engine by itself
@@ -39,7 +41,8 @@ HEAVY = (  # what a rank that trains imports in any case, or an engine by itself
 def run_ranks(function: Callable[..., Any], cases: list[Any], world_size: int = 2, timeout: float = 120.0) -> list[Any]:
     """For each case what `function(case)` returned on every rank: a list of JSON values, one per rank.
 
-    An exception on a rank appears as {"error": text}; ranks that hang are killed after `timeout` seconds a case.
+    An exception on a rank appears as {"error": text}, another end as {"error": "exit code N"}, negative for a signal.
+    Ranks that hang are killed: {"error": "hung"}, after `timeout` seconds a case, or soon after another has failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         results, printed = Path(folder, "results.json"), Path(folder, "printed")
@@ -108,18 +111,21 @@ def _run_case(function: Callable[..., Any], case: Any, world_size: int, timeout:
         port = free_port()
         pids = [_fork(function, case, rank, world_size, port, outs[rank]) for rank in range(world_size)]
         deadline, waiting = time.monotonic() + timeout, set(pids)
+        ends = dict.fromkeys(pids, "hung")
         while waiting and time.monotonic() < deadline:
             for pid in list(waiting):
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if ended:
                     waiting.remove(pid)
+                    ends[pid] = f"exit code {os.waitstatus_to_exitcode(status)}"
                 if ended and status:
-                    deadline = min(deadline, time.monotonic() + 3)  # its peers may wait for it for ever
+                    deadline = min(deadline, time.monotonic() + PEERS_SECONDS)
             time.sleep(0.02)
         for pid in waiting:
             os.kill(pid, 9)
             os.waitpid(pid, 0)
-        return [json.loads(out.read_text()) if out.exists() else {"error": "died or hung"} for out in outs]
+        pairs = zip(outs, ends.values(), strict=True)
+        return [json.loads(out.read_text()) if out.exists() else {"error": end} for out, end in pairs]
 
 
 def _work(job: dict[str, Any]) -> None:

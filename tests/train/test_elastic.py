@@ -16,7 +16,7 @@ import torch
 from ponder_scale.checkpoint import find
 from ponder_scale.errors import CheckpointError
 from ponder_scale.parts import Parts, write_part
-from tests.ranks import run_ranks
+from tests.ranks import KILLED, run_ranks
 from tests.train.test_exact_resume import assert_same_state
 from tests.train.test_loop import overrides, records, train_on_a_rank, weights
 
@@ -31,7 +31,7 @@ def test_a_run_goes_from_1_to_2_to_4_to_1_ranks_across_stages(shards: Any, tmp_p
         fault = {"rank": 0, "at": "save", "call": 2, "how": "kill"}  # each leg takes one step, and the last the rest
         job = {"overrides": case} if leg == len(legs) - 1 else {"overrides": case, "fault": fault}
         (results,) = run_ranks(train_on_a_rank, [job], world_size=ranks)
-        assert results[0] == ("done" if leg == len(legs) - 1 else {"error": "died or hung"}), results
+        assert results[0] == ("done" if leg == len(legs) - 1 else KILLED), results
     attempts = [json.loads(line) for line in (tmp_path / "run/attempts.jsonl").read_text().splitlines()]
     assert [(line["world_size"], line["first_step"]) for line in attempts] == [(1, 1), (2, 2), (4, 3), (1, 4)]
     hearts = sorted(path.name for path in (tmp_path / "run" / "heartbeat").glob("rank-*.json"))

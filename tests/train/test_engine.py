@@ -124,7 +124,7 @@ def test_bf16_follows_fp32_from_the_first_update(stage: int, tmp_path: Path) -> 
 
 
 def test_offload_trains_as_without_it_also_while_the_batch_rises(tmp_path: Path) -> None:
-    batches = ["train.global_batch=6", "train.batch_ramp_from=2", "train.batch_ramp_steps=3"]
+    batches = ["train.global_batch=6", "train.batch_ramp_from=2", "train.batch_ramp_steps=3", "train.steps=3"]
     stage_2 = small_buckets(tmp_path, 2, offload_optimizer={"device": "cpu"})
     cases = [
         {"deepspeed": sharding, "policy": "pass", "tied": False, "overrides": batches}
@@ -334,7 +334,7 @@ def test_settings_that_do_not_fit_one_another_are_refused() -> None:
         (["optim.schedule=wsd"], "wsd_decay_steps is None with optim.schedule wsd"),
         (["health.on_spike=rewind", "checkpoint.every_steps=null"], "nothing is saved to go back to"),
         (["optim.wsd_decay_steps=2"], "wsd_decay_steps is 2 with optim.schedule cosine"),
-        (["optim.schedule=wsd", "optim.wsd_decay_steps=9"], "more than the 3 steps after warm-up; lower it"),
+        (["optim.schedule=wsd", "optim.wsd_decay_steps=9"], "more than the 2 steps after warm-up; lower it"),
     ]:
         with pytest.raises(ConfigError, match=message):
             run_config({**case, "overrides": overrides})

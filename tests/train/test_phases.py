@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from ponder_scale.config import RunConfig
-from ponder_scale.errors import AGAIN
+from ponder_scale.errors import AGAIN, HUNG
 from ponder_scale.settings import load
 from ponder_scale.train import signals
 from tests.faults import Fault
-from tests.ranks import run_ranks
+from tests.ranks import KILLED, run_ranks
 from tests.train.test_exact_resume import resumed_from
 from tests.train.test_loop import assert_same_run, overrides
 
@@ -101,7 +101,7 @@ def test_a_rank_killed_in_any_phase_costs_at_most_the_step_under_way(
     shards: Any, whole: Path, tmp_path: Path, fault: Fault
 ) -> None:
     for phase, ranks in injured("kill", PHASES, tmp_path, shards).items():
-        assert ranks[1] == {"error": "died or hung"} and ranks[0] != 0, (phase, ranks)
+        assert ranks[1] == KILLED and ranks[0] != 0, (phase, ranks)
         assert_same_run(tmp_path / phase, whole)
         last = last_start(tmp_path / phase)
         assert last == (None if phase == "start" else STEP - 1), (phase, last)
@@ -124,7 +124,7 @@ def test_a_rank_told_to_end_in_any_phase_ends_all_at_one_step(
 def test_a_rank_that_hangs_in_any_phase_ends_all(shards: Any, whole: Path, tmp_path: Path, fault: Fault, capfd) -> None:
     phases = tuple(phase for phase in PHASES if phase not in ("start", "load"))  # where the limit is that of a start
     for phase, ranks in injured("hang", phases, tmp_path, shards, "health.hang_seconds=4").items():
-        assert ranks == [{"error": "died or hung"}] * 2, (phase, ranks)
+        assert ranks == [{"error": f"exit code {HUNG}"}] * 2, (phase, ranks)
         assert_same_run(tmp_path / phase, whole)
         assert last_start(tmp_path / phase) == STEP - 1, phase
     said = capfd.readouterr().out
