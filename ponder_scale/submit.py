@@ -85,14 +85,17 @@ class Submission:
         words = [*options, "--test-only", str(HOME / TEMPLATE), configuration]
         return _slurm(words, self._environment()).stderr.strip()
 
-    def submit(self) -> str:
-        """Keep code and configuration, submit, and tell how to watch. Raises SubmitError."""
+    def check_free(self) -> None:
+        """Raise SubmitError while a job trains this run."""
         active = state_of(self._run_dir)
         if active is not None and active[1]:
             raise SubmitError(
                 f"{self._run_dir} is being trained by job {active[0]} ({active[1]}); "
                 f"end it first: ponder-scale stop {shlex.quote(str(self._run_dir))}"
             )
+
+    def submit(self) -> str:
+        """Keep code and configuration, submit, and tell how to watch. Raises SubmitError."""
         command = self._command()
         self._keep(command)
         job = _slurm(command, self._environment()).stdout.strip().split(";")[0]

@@ -6,12 +6,16 @@ that starts over, and of torchrun, import it all again.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +26,17 @@ from ponder_scale.train.launch import RANK_VARIABLES
 from tests.ranks import PLAIN, REPOSITORY, run_ranks
 
 LEAVE = os._exit
+CLIENT = """\
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    with server.makefile("rw") as stream:
+        print(json.dumps([sys.argv[1:], os.getcwd()]), file=stream, flush=True)
+        code, out, err = json.loads(stream.readline())
+sys.stdout.write(out)
+sys.stderr.write(err)
+sys.exit(code)
+"""
 
 
 def run_command(
@@ -39,6 +54,35 @@ def run_command(
         assert isinstance(code, int), (command, code)
         out, err = (Path(printed, name).read_text() for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess(command, code, out, err)
+
+
+def run_script(*words: Any, folder: Path, timeout: float) -> subprocess.CompletedProcess[str]:
+    """As `run_command`, of a script: each `ponder-scale` in it is a client, for which this process runs the command."""
+    command = [str(word) for word in words]
+    with tempfile.TemporaryDirectory() as place, socket.socket(socket.AF_UNIX) as server:
+        client, address = Path(place, "ponder-scale"), f"{place}/socket"
+        client.write_text(f"#!{sys.executable}\n{CLIENT.format(address=address)}")
+        client.chmod(0o755)
+        server.bind(address)
+        server.listen()
+        path = os.pathsep.join([place, str(Path(sys.executable).parent), os.environ["PATH"]])
+        files = [Path(place, name) for name in ("stdout", "stderr")]
+        with files[0].open("w") as out, files[1].open("w") as err:
+            script = subprocess.Popen(command, cwd=folder, env={**os.environ, "PATH": path}, stdout=out, stderr=err)
+        deadline = time.monotonic() + timeout
+        while script.poll() is None and time.monotonic() < deadline:
+            if select.select([server], [], [], 0.1)[0]:
+                _serve(server)
+        script.kill()
+        return subprocess.CompletedProcess(command, script.wait(), *(file.read_text() for file in files))
+
+
+def _serve(server: socket.socket) -> None:
+    connection, _ = server.accept()
+    with connection, connection.makefile("rw") as stream:
+        words, folder = json.loads(stream.readline())
+        done = run_command("ponder-scale", *words, folder=Path(folder))
+        print(json.dumps([done.returncode, done.stdout, done.stderr]), file=stream, flush=True)
 
 
 def _ponder_scale(case: dict[str, Any]) -> int:

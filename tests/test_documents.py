@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import run_command
+from tests.commands import run_command, run_script
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -50,7 +50,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     for name in ("asyncio", "email", "encodings", "idlelib", "json", "multiprocessing", "unittest"):
         shutil.copytree(Path(sysconfig.get_path("stdlib")) / name, corpus / name)
     script = REPOSITORY / "examples" / "quickstart.sh"
-    done = run_command("sh", script, "runs/quickstart", corpus, 2, *SMALL, folder=folder, timeout=400)
+    done = run_script("sh", script, "runs/quickstart", corpus, 2, *SMALL, folder=folder, timeout=400)
     assert done.returncode == 0, (done.stdout + done.stderr)[-1500:]
     return folder, done.stdout
 

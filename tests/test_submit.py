@@ -52,7 +52,7 @@ def test_the_kept_code_is_what_a_job_needs(tmp_path: Path) -> None:
     assert not list((tmp_path / "code").rglob("*.pyc"))
 
 
-def test_what_is_wrong_is_said_before_anything_is_written(
+def test_what_is_wrong_or_would_be_done_is_said_before_anything_is_written(
     tiny_shards: TinyShards,
     tmp_path: Path,
 ) -> None:
@@ -65,6 +65,8 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     assert "--nodes is 0; expected at least 1" in answer(*submit, "--nodes", 0, code=2)
     assert "/nowhere: no such folder" in answer(*submit, "data.sources.x.path=/nowhere", code=2)
     assert "sbatch is not here; submit from a login node" in answer(*submit, "--test-only", code=2)
+    shown = answer(*submit, "--dry-run")
+    assert "memory / rank" in shown and "sbatch --parsable" in shown
     assert not (tmp_path / "run").exists()
 
 

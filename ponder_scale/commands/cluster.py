@@ -72,9 +72,11 @@ def _submit(options: argparse.Namespace, _: list[str]) -> None:
 
     config = load(RunConfig, find_recipe(options.recipe, RECIPES), options.overrides)
     resources = Resources(options.nodes, options.gpus_per_node, options.spares, options.time, tuple(options.sbatch))
+    submission = Submission(config, find_sharding(config.train.deepspeed), resources)
+    if not (options.dry_run or options.test_only):
+        submission.check_free()  # before a plan, which takes seconds
     check_run(config, resources.ranks)
     print_plan(config, resources.ranks, per_node=resources.gpus_per_node, device=options.gpu, utilization=options.mfu)
-    submission = Submission(config, find_sharding(config.train.deepspeed), resources)
     if options.dry_run:
         print(submission.describe())
     elif options.test_only:

@@ -110,5 +110,5 @@ class Lab:
         deadline = time.monotonic() + patience
         while not (value := condition()):
             assert time.monotonic() < deadline, f"not in {patience:.0f} s: {what}"
-            time.sleep(0.2)
+            time.sleep(0.5)
         return value
