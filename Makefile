@@ -1,5 +1,6 @@
 # make quickstart   from a corpus to a generating pondering model, in minutes on two cores
-# make test         lint, types, layers and all tests
+# make test         lint, types, layers and all tests but those of a cluster
+# make test-slurm   the templates on a real Slurm of twenty nodes, on this machine; Slurm has to be installed
 # make faults       the tests that injure a run, and the table of what they did and what was left
 # All make .venv and install the locked versions first.
 
@@ -15,7 +16,7 @@ RANKS := $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 # processes that share the test files; each may start two ranks of its own
 WORKERS ?= 2
 
-.PHONY: quickstart test faults install lint clean
+.PHONY: quickstart test test-slurm faults install lint clean
 
 install: $(VENV)/installed
 
@@ -39,7 +40,10 @@ lint: install
 	$(BIN)/lint-imports
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/slurm
+
+test-slurm: install
+	OMP_NUM_THREADS=1 REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n $(WORKERS) --dist loadfile
