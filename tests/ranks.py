@@ -38,8 +38,12 @@ HEAVY = (  # what a rank that trains imports in any case, or an engine by itself
 )
 
 
-def run_ranks(function: Callable[..., Any], cases: list[Any], world_size: int = 2, timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], cases: list[Any], world_size: int = 2, timeout: float = 120.0, lanes: int = 1
+) -> list[Any]:
     """For each case what `function(case)` returned on every rank: a list of JSON values, one per rank.
+
+    Cases come one after the other, in as many equal parts at the same time as there are `lanes`.
 
     An exception on a rank appears as {"error": text}, another end as {"error": "exit code N"}, negative for a signal.
     Ranks that hang are killed: {"error": "hung"}, after `timeout` seconds a case, or soon after another has failed.
@@ -51,6 +55,7 @@ def run_ranks(function: Callable[..., Any], cases: list[Any], world_size: int = 
             "cases": cases,
             "world": world_size,
             "timeout": timeout,
+            "lanes": lanes,
             "environment": {**os.environ, **FIXED},
             "results": str(results),
             "printed": str(printed),
@@ -129,7 +134,7 @@ def _run_case(function: Callable[..., Any], case: Any, world_size: int, timeout:
 
 
 def _work(job: dict[str, Any]) -> None:
-    """The cases of a job, one after the other, in a process of their own that has its environment."""
+    """The cases of a job, each lane in a process of its own that has the job's environment."""
     os.environ.clear()
     os.environ.update(job["environment"])
     printed = os.open(job["printed"], os.O_WRONLY | os.O_CREAT)
@@ -137,8 +142,16 @@ def _work(job: dict[str, Any]) -> None:
     os.dup2(printed, 2)
     module, name = job["function"]
     function = getattr(importlib.import_module(module), name)
-    results = [_run_case(function, case, job["world"], job["timeout"]) for case in job["cases"]]
-    Path(job["results"]).write_text(json.dumps(results))
+    cases, outs = job["cases"], [Path(f"{job['results']}-{lane}") for lane in range(job["lanes"])]
+    for lane, out in enumerate(outs):
+        if os.fork():
+            continue
+        mine = cases[lane * len(cases) // len(outs) : (lane + 1) * len(cases) // len(outs)]
+        out.write_text(json.dumps([_run_case(function, case, job["world"], job["timeout"]) for case in mine]))
+        return
+    for _ in outs:
+        os.wait()
+    Path(job["results"]).write_text(json.dumps([result for out in outs for result in json.loads(out.read_text())]))
 
 
 def main() -> None:

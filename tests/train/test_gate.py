@@ -14,6 +14,8 @@ from ponder_scale.train.deepspeed_config import read_sharding
 from tests.ranks import run_ranks
 from tests.train.test_gradients import make_model, run_config, small_buckets
 
+SMALLEST = ["model.pondering_steps=1", "model.num_hidden_layers=1"]
+
 
 def state(engine: Any) -> list[torch.Tensor]:
     """Copies of all that an update changes on this rank: weights, master weights, moments, averages."""
@@ -35,7 +37,7 @@ def train(case: dict[str, Any], steps: str) -> tuple[list[Any], Any, list[float]
     """Steps of an engine: g(ood), n (nan in the second micro-batch of rank 1), r(ejected by its norm)."""
     from ponder_scale.train import engine as module
 
-    config = run_config({**case, "overrides": ["model.pondering_steps=1", *case.get("overrides", [])]})
+    config = run_config({**case, "overrides": [*SMALLEST, *case.get("overrides", [])]})
     torch.manual_seed(0)
     engine = module.Engine(make_model(config), config)
     engine.set_learning_rate(1e-2)
