@@ -100,7 +100,7 @@ def environment(version: str, requirements: tuple[str, ...]) -> dict[str, str]:
     """Variables under which Python finds this version of transformers; installed once, and kept."""
     target = CACHE / f"transformers-{version}"
     if requirements and not (target / "done").is_file():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps", "--target", str(target)]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps", f"--target={target}"]
         done = subprocess.run([*command, f"transformers=={version}", *requirements], capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"transformers {version} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
