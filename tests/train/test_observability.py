@@ -45,7 +45,7 @@ def test_a_run_is_measured_profiled_and_evaluated_by_source_as_its_checkpoints_a
     run_dir = tmp_path / "run"
     overrides = [
         *(f"run_dir={run_dir}", *(f"data.sources.{name}.path={folder}" for name, folder in sources.items())),
-        *(*SHAPE, "train.steps=4", "train.precision=fp32", "train.deepspeed=zero3"),
+        *(*SHAPE, "train.steps=4", "train.precision=fp32"),
         *("evaluate.every_steps=2", "evaluate.sequences=20", "checkpoint.every_steps=2", "optim.z_loss=1e-3"),
         *("log.communication=true", "log.profile_steps=[2,3]", "log.profile_ranks=[1]"),
     ]
