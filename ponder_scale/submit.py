@@ -96,6 +96,7 @@ class Submission:
 
     def submit(self) -> str:
         """Keep code and configuration, submit, and tell how to watch. Raises SubmitError."""
+        self.check_free()
         command = self._command()
         self._keep(command)
         job = _slurm(command, self._environment()).stdout.strip().split(";")[0]

@@ -45,8 +45,7 @@ def run_command(
     """What a command printed in a folder, and its exit code; one of another program runs in a new process."""
     command = [str(word) for word in words]
     if command[0] != "ponder-scale":
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        variables = {**os.environ, **PLAIN, "PATH": path, **environment}
+        variables = {**_variables(), **environment}
         return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout)
     with tempfile.TemporaryDirectory() as printed:
         case = {"command": command, "folder": str(folder), "environment": environment, "printed": printed}
@@ -65,16 +64,21 @@ def run_script(*words: Any, folder: Path, timeout: float) -> subprocess.Complete
         client.chmod(0o755)
         server.bind(address)
         server.listen()
-        path = os.pathsep.join([place, str(Path(sys.executable).parent), os.environ["PATH"]])
         files = [Path(place, name) for name in ("stdout", "stderr")]
         with files[0].open("w") as out, files[1].open("w") as err:
-            script = subprocess.Popen(command, cwd=folder, env={**os.environ, "PATH": path}, stdout=out, stderr=err)
+            script = subprocess.Popen(command, cwd=folder, env=_variables(place), stdout=out, stderr=err)
         deadline = time.monotonic() + timeout
         while script.poll() is None and time.monotonic() < deadline:
             if select.select([server], [], [], 0.1)[0]:
                 _serve(server)
         script.kill()
         return subprocess.CompletedProcess(command, script.wait(), *(file.read_text() for file in files))
+
+
+def _variables(*folders: str) -> dict[str, str]:
+    """Of a new process: commands are looked for in these folders, then beside this Python."""
+    path = os.pathsep.join([*folders, str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**os.environ, **PLAIN, "PATH": path}
 
 
 def _serve(server: socket.socket) -> None:

@@ -76,8 +76,6 @@ def test_a_command_of_the_documents_runs(command: str, workplace: tuple[Path, st
     command += "".join(f" {words}" for start, words in QUICK.items() if command.startswith(start))
     if " train " in command:
         command += " " + " ".join(AGAIN)
-    if " export " in command:  # the quick start verifies in a fresh process, which is most of the time
-        command = command.replace(" --verify", "")
     done = run_command(*shlex.split(command.replace('"$STDLIB"', "corpus")), folder=workplace[0])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 

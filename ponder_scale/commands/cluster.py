@@ -74,7 +74,7 @@ def _submit(options: argparse.Namespace, _: list[str]) -> None:
     resources = Resources(options.nodes, options.gpus_per_node, options.spares, options.time, tuple(options.sbatch))
     submission = Submission(config, find_sharding(config.train.deepspeed), resources)
     if not (options.dry_run or options.test_only):
-        submission.check_free()  # before a plan, which takes seconds
+        submission.check_free()  # said before a plan, which takes seconds
     check_run(config, resources.ranks)
     print_plan(config, resources.ranks, per_node=resources.gpus_per_node, device=options.gpu, utilization=options.mfu)
     if options.dry_run:

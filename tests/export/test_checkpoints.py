@@ -84,6 +84,7 @@ def test_an_export_holds_the_engine_s_weights(stage: int, runs: dict[int, Path],
 
 def test_a_folder_that_computes_something_else_is_not_verified(runs: dict[int, Path], tmp_path: Path) -> None:
     folder = export(runs[2], tmp_path / "out")
+    verify_in_fresh_process(runs[2], folder, dtype="float32")
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     for value in (0.5, math.nan):

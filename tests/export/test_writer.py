@@ -104,7 +104,7 @@ def test_an_export_holds_about_one_tensor(tiny_tokenizer: Path, tmp_path: Path) 
 
     (tmp_path / "settings").mkdir()
     run_dir = tmp_path / "run"
-    overrides = ["model.hidden_size=256", "model.intermediate_size=8192", "model.num_hidden_layers=5"]
+    overrides = ["model.hidden_size=256", "model.intermediate_size=8192", "model.num_hidden_layers=9"]
     case = {"policy": "none", "tied": False, "overrides": overrides, "steps": 0, "tokenizer": str(tiny_tokenizer)}
     sharding = small_buckets(tmp_path / "settings", 3)
     [ranks] = run_ranks(save_checkpoint, [{**case, "deepspeed": sharding, "run_dir": str(run_dir)}])
@@ -118,4 +118,4 @@ def test_an_export_holds_about_one_tensor(tiny_tokenizer: Path, tmp_path: Path) 
     growth, largest = int(done.stdout.splitlines()[-1]), 4 * 256 * 8192
     total = 2 * (tmp_path / "out/model.safetensors").stat().st_size  # in fp32
     print(f"grew by {growth:,} bytes; largest tensor {largest:,}, all {total:,}")
-    assert total > 14 * largest and growth < 5 * largest
+    assert total > 25 * largest and growth < 5 * largest

@@ -17,12 +17,17 @@ from tests.slurm.lab import Lab, missing
 HINT = "no Slurm here: install it to run these tests (Debian: apt-get install slurm-wlm munge iproute2)"
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """A cluster of 20 nodes. Without Slurm on this machine: skipped, or failed where REQUIRE_SLURM is set."""
+@pytest.fixture(scope="session")
+def slurm() -> None:
+    """Without Slurm on this machine: skipped, or failed where REQUIRE_SLURM is set."""
     if missing():
         outcome = pytest.fail if os.environ.get("REQUIRE_SLURM") else pytest.skip
         outcome(f"{HINT}; missing: {', '.join(missing())}")
+
+
+@pytest.fixture(scope="module")
+def lab(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A cluster of 20 nodes."""
     running = Lab(tmp_path_factory.mktemp("slurm") / "lab", nodes=20)
     yield running
     running.close()

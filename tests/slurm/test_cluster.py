@@ -23,10 +23,8 @@ import pytest
 
 from ponder_scale.train.launch import free_port
 from tests.slurm import ends, moves, work
-from tests.slurm.lab import REPOSITORY, SCRIPT, Lab, missing
+from tests.slurm.lab import REPOSITORY, SCRIPT, Lab
 from tests.slurm.runs import Place, Run, train
-
-pytestmark = pytest.mark.xdist_group("slurm")
 
 AT_ONCE = 6
 SCENARIOS = [*moves.SCENARIOS, *work.SCENARIOS, *ends.SCENARIOS]  # those that wait long come first
@@ -78,9 +76,8 @@ def test_on_the_cluster(scenario: Callable[[Place], None], stories: dict[str, Fu
     stories[scenario.__name__].result()
 
 
+@pytest.mark.usefixtures("slurm")
 def test_the_lab_needs_no_root() -> None:
-    if missing():
-        pytest.skip("no Slurm here")
     with tempfile.TemporaryDirectory() as folder:  # another user may not read the folder of the repository
         script = shutil.copy(SCRIPT, folder)
         Path(folder).chmod(0o755)

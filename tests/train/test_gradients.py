@@ -190,7 +190,7 @@ def test_offloading_random_pondering_steps_and_looping_are_right_too(tmp_path: P
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler: compiled layers are not tested under ZeRO")
 def test_compiled_layers_under_zero_give_the_gradients_of_plain_torch(tmp_path: Path) -> None:
-    compiled = ["train.compile=true", "model.num_hidden_layers=1"]
+    compiled = ["train.compile=true"]
     check(
         [
             {"deepspeed": small_buckets(tmp_path, stage), "policy": policy, "tied": False, "overrides": compiled}

@@ -30,7 +30,7 @@ def make_config(case: dict[str, Any], hidden: int = 384) -> RunConfig:
         "model.hidden_size": hidden,
         "model.intermediate_size": 2 * hidden,
         "model.num_hidden_layers": 6,
-        "model.pondering_steps": 1,  # more are planned in tests/test_plan.py
+        "model.pondering_steps": 2,
         "train.steps": 10,
         "train.global_batch": 8,
         "train.micro_batch": 4,

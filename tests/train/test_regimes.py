@@ -19,7 +19,7 @@ from ponder_scale.train.deepspeed_config import check_ranks, read_sharding
 from tests.ranks import run_ranks
 from tests.train.test_gradients import check, make_model, run_config, small_buckets
 
-SMALL = [*SHAPE, "model.pondering_steps=1"]
+SMALL = [*SHAPE, "model.pondering_steps=2"]
 
 
 def planned(regime: str, policy: str) -> Any:
