@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from ponder_scale.errors import INTERRUPTED, UserError
@@ -21,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gc.disable()  # until the loop begins: a tenth of the time that loading libraries takes
     options = _parse(arguments)
     rank = os.environ.get("RANK", "0")
-    _log_to_stdout(logging.INFO if rank == "0" else logging.WARNING)
+    level = logging.INFO if rank == "0" else logging.WARNING
+    _log_to_stdout(level, Timed() if arguments[:1] in (["train"], ["compare"]) else logging.Formatter())
     try:
         code = options.run(options, arguments) or 0
     except UserError as error:
@@ -50,10 +52,23 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _log_to_stdout(level: int) -> None:
+class Timed(logging.Formatter):
+    """The time of day before each line, and each day its date on a line before the first."""
+
+    _date = ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As logging asks for it."""
+        date, clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created)).split()
+        new = "" if date == self._date else f"== {date}\n"
+        self._date = date
+        return f"{new}{clock} {super().format(record)}"
+
+
+def _log_to_stdout(level: int, formatter: logging.Formatter) -> None:
     # our own loggers only: the root logger would also show the compiler calls that DeepSpeed probes the machine with
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(formatter)
     ours = logging.getLogger("ponder_scale")
     ours.setLevel(level)
     ours.addHandler(handler)

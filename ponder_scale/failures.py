@@ -14,6 +14,8 @@ import math
 import random
 from dataclasses import dataclass
 
+from ponder_scale.units import span
+
 # Llama 3 (arXiv 2407.21783, section 3.3.4): 419 unexpected interruptions in 54 days of 16,384 H100
 DEVICE_HOURS = 16_384 * 54 * 24 / 419
 SIMULATED_RUNS = 200
@@ -78,17 +80,10 @@ def report(failures: Failures, *, devices: int, work: float, steps: int) -> list
     seconds, counts = zip(*runs, strict=True)
     mean, (fast, slow) = sum(seconds) / len(seconds), (seconds[len(runs) // 20], seconds[-len(runs) // 20])
     return [
-        f"failures       one each {_span(failures.between)} with {devices:,} devices; a save costs "
-        f"{_span(failures.save)}, a restart {_span(failures.restart)}",
-        f"save           each {_span(every * step)} of training by Daly (by Young {_span(failures.young)}): "
+        f"failures       one each {span(failures.between)} with {devices:,} device{'s' * (devices != 1)}; a save costs "
+        f"{span(failures.save)}, a restart {span(failures.restart)}",
+        f"save           each {span(every * step)} of training by Daly (by Young {span(failures.young)}): "
         f"checkpoint.every_steps={every}",
         f"goodput        {work / mean:.1%} ({work / slow:.1%} to {work / fast:.1%} in nine of ten of {len(runs)} "
-        f"simulated runs): {_span(work)} become {_span(mean)}, with {sum(counts) / len(counts):,.1f} failures",
+        f"simulated runs): {span(work)} become {span(mean)}, with {sum(counts) / len(counts):,.1f} failures",
     ]
-
-
-def _span(seconds: float) -> str:
-    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"

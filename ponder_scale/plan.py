@@ -31,6 +31,7 @@ from ponder_scale.cost import (
     state_bytes,
     steps_to_tokens,
 )
+from ponder_scale.units import count, rate, size, span
 
 USABLE = 0.92  # of a device's memory; the rest is the driver's, NCCL's, and lost between blocks
 CLEARLY_SMALL = 0.05  # weights of so small a share of the memory may stay gathered without a closer look
@@ -170,29 +171,27 @@ def report(plan: Plan, config: RunConfig, *, device: str, utilization: float) ->
     """The plan as lines for a person; a line that begins with "warning:" says what will not work."""
     peak, capacity = DEVICES[device]
     seconds = training_seconds(plan, device, utilization)
-    hours = seconds / 3600
-    billions = 1e9
     lines = [
-        f"model          {plan.shape.parameters / 1e6:,.1f} M parameters, {plan.shape.table_parameters / 1e6:,.1f} M "
+        f"model          {count(plan.shape.parameters)} parameters, {count(plan.shape.table_parameters)} "
         f"of them in tables, S = {plan.shape.pondering_steps}, sequences of {plan.shape.sequence:,}",
-        f"FLOPs / token  {plan.flops.model / billions:,.2f} G model ({plan.flops.passes / billions:,.2f} passes, "
-        f"{plan.flops.pondering / billions:,.2f} pondering, {plan.flops.loss / billions:,.2f} loss), "
-        f"{plan.flops.hardware / billions:,.2f} G hardware with recompute {config.train.recompute}",
-        f"memory / rank  {plan.memory_bytes / GIB:,.2f} GiB: weights {_gib(plan.states.weights)}, masters "
-        f"{_gib(plan.states.masters)}, moments {_gib(plan.states.moments)}, gradients {_gib(plan.states.gradients)}, "
-        f"gathered {_gib(plan.gathered_bytes)}, buckets {_gib(plan.bucket_bytes)}, activations "
-        f"{_gib(plan.activation_bytes)}, kernels {_gib(plan.workspace_bytes)}",
+        f"FLOPs / token  {count(plan.flops.model)} model ({count(plan.flops.passes)} passes, "
+        f"{count(plan.flops.pondering)} pondering, {count(plan.flops.loss)} loss), "
+        f"{count(plan.flops.hardware)} hardware with recompute {config.train.recompute}",
+        f"memory / rank  {size(plan.memory_bytes)}: weights {size(plan.states.weights)}, masters "
+        f"{size(plan.states.masters)}, moments {size(plan.states.moments)}, gradients {size(plan.states.gradients)}, "
+        f"gathered {size(plan.gathered_bytes)}, buckets {size(plan.bucket_bytes)}, activations "
+        f"{size(plan.activation_bytes)}, kernels {size(plan.workspace_bytes)}",
     ]
     if plan.gathers is not None:
         lines.append(f"all-gathers    {plan.gathers.sentence}")
     lines.append(
-        f"time           {plan.tokens / billions:,.2f} B tokens at {plan.tokens / seconds:,.0f} tokens/s on "
-        f"{plan.ranks} x {device} at {utilization:.0%} of {peak / 1e12:,.0f} TFLOP/s: {hours / 24:,.1f} days, "
-        f"{hours * plan.ranks:,.0f} device hours"
+        f"time           {count(plan.tokens)} tokens at {rate(plan.tokens / seconds)} tokens/s on "
+        f"{plan.ranks} x {device} at {utilization:.0%} of {peak / 1e12:,.0f} TFLOP/s: {span(seconds)}, "
+        f"{_of_devices(seconds * plan.ranks)}"
     )
     if not plan.fits(round(capacity)):
         lines.append(
-            f"warning: {plan.memory_bytes / GIB:,.1f} GiB do not fit {device}'s {capacity / GIB:,.0f} GiB with "
+            f"warning: {size(plan.memory_bytes)} do not fit {device}'s {size(capacity)} with "
             f"{1 - USABLE:.0%} to spare; lower train.micro_batch, recompute more, or shard more"
         )
     return lines
@@ -203,5 +202,6 @@ def training_seconds(plan: Plan, device: str, utilization: float) -> float:
     return plan.tokens * plan.flops.model / (utilization * DEVICES[device][0] * plan.ranks)
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:,.2f}"
+def _of_devices(seconds: float) -> str:
+    """Device time, in the unit in which it is granted where there is much of it."""
+    return f"{seconds / 3600:,.0f} device hours" if seconds >= 36000 else f"{span(seconds)} of one device"

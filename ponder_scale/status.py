@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ponder_scale.errors import ConfigError
-from ponder_scale.records import HISTORY, METRICS, duration, read_end
+from ponder_scale.records import ENDED, FAILED, HISTORY, METRICS, REFUSED, duration, read_end
+from ponder_scale.units import count, rate, size, span
 
 END_BYTES = 4 * 2**20  # of metrics.jsonl that are read: thousands of lines
 EVENTS_SHOWN = 4
 STALE_SECONDS, STALE_STEPS = 60.0, 5.0  # a heartbeat older than both is a rank that stands still or is gone
 REQUESTS = ("STOP", "SAVE", "SAVE_AND_STOP")
+START_SECONDS = 3600.0  # after which a start that has come to no step is gone
+STARTING = "start"  # the phase of a rank until its first step
 OTHER_KEYS = ("event", "step", "attempt", "time")
 
 
@@ -43,16 +47,15 @@ def status(run_dir: Path, now: float | None = None) -> list[str]:
     path = run_dir / METRICS
     records = read_end(path, END_BYTES) if path.is_file() else []
     step = _last(records, "step")
-    hearts = _heartbeats(run_dir)
-    pace = (step or {}).get("seconds_per_step") or 0.0
-    stale = [heart for heart in hearts if now - heart["time"] > max(STALE_SECONDS, STALE_STEPS * pace)]
+    patience = max(STALE_SECONDS, STALE_STEPS * ((step or {}).get("seconds_per_step") or 0.0))
+    hearts = _hearts(run_dir, patience, now)
     rows = [
-        ("run", f"{run_dir}: {_state(records, hearts, stale, now)}"),
+        ("run", f"{run_dir}: {_state(records, hearts, patience, now)}"),
         *(_progress(step, config["train"]["steps"]) if step else [("step", "none recorded yet")]),
         ("held-out", _held_out(_last(records, "evaluation"))),
         ("saved", _checkpoint(run_dir, now)),
         ("attempt", _attempt(run_dir, now)),
-        ("ranks", _ranks(hearts, stale, now)),
+        ("ranks", _ranks(hearts, now)),
         ("events", _events(records, now)),
         ("requests", _requests(run_dir, now)),
     ]
@@ -63,16 +66,39 @@ def _last(records: list[dict[str, Any]], event: str) -> dict[str, Any] | None:
     return next((record for record in reversed(records) if record["event"] == event), None)
 
 
-def _state(records: list[dict[str, Any]], hearts: list[dict[str, Any]], stale: list[Any], now: float) -> str:
-    ended = records[-1] if records and records[-1]["event"] == "end" else None
-    if ended is not None and not any(heart["time"] > ended["time"] + STALE_SECONDS for heart in hearts):
-        return f"ended ({ended.get('reason', 'no reason given')}) {duration(now - ended['time'])} ago"
-    seen = [heart["time"] for heart in hearts] + [record["time"] for record in records[-1:]]
-    if not seen:
-        return "started, nothing recorded yet"
-    if hearts and len(stale) < len(hearts):
-        return "running" if not stale else "running, but not all ranks are"
-    return f"no sign of life for {duration(now - max(seen))}"
+def _state(records: list[dict[str, Any]], hearts: _Hearts, patience: float, now: float) -> str:
+    """What the run does, and what became of a start that is newer than that."""
+    known, state = _doing(records[-1] if records else None, hearts, patience, now)
+    start = hearts.start
+    if start is None or start["time"] <= known:
+        return state
+    if start["phase"] == STARTING and now - start["time"] < START_SECONDS:
+        return f"{state}; starting for {duration(now - start['time'])}"
+    why = start.get("why")
+    became = {STARTING: "came to nothing", REFUSED: f"was refused: {why}", FAILED: f"failed: {why}"}[start["phase"]]
+    return f"{state}; a start {duration(now - start['time'])} ago {became}"
+
+
+def _doing(last: dict[str, Any] | None, hearts: _Hearts, patience: float, now: float) -> tuple[float, str]:
+    """What the run does by its last record and its working ranks, and the time that this is known of."""
+    working = [heart["time"] for heart in hearts.working]
+    if last is not None and last["event"] == "end" and not any(at > last["time"] + STALE_SECONDS for at in working):
+        return last["time"], f"ended ({last.get('reason', 'no reason given')}) {duration(now - last['time'])} ago"
+    if len(hearts.stale) < len(working):
+        return max(working), "running" if not hearts.stale else "running, but not all ranks are"
+    if hearts.failed:
+        at, why = hearts.failed["time"], hearts.failed.get("why")
+        return at, f"ended by an error {duration(now - at)} ago: {why}"
+    if hearts.every and all(heart.get("phase") == ENDED for heart in hearts.every):
+        at = max(heart["time"] for heart in hearts.every)
+        return at, f"ended {duration(now - at)} ago"
+    if last is None and not working:
+        return 0.0, "started, nothing recorded yet"
+    known = max([*working, *([last["time"]] if last else [])])
+    if hearts.start is not None and now - known < patience:
+        return known, "running"  # the start has put its heartbeats in the place of those of ranks that train on
+    stopped = hearts.start is not None and hearts.start["time"] > known
+    return known, f"{'not running' if stopped else 'no sign of life'} for {duration(now - known)}"
 
 
 def _progress(step: dict[str, Any], steps: int) -> list[tuple[str, str]]:
@@ -81,20 +107,24 @@ def _progress(step: dict[str, Any], steps: int) -> list[tuple[str, str]]:
     utilization = [
         f", {name.upper()} {100 * step[name]:.1f}%" for name in ("mfu", "hfu") if isinstance(step.get(name), float)
     ]
-    memory = f", memory {step['memory_gib']:.1f} GiB" if isinstance(step.get("memory_gib"), float) else ""
+    memory = f", memory {size(step['memory_gib'] * 2**30)}" if isinstance(step.get("memory_gib"), float) else ""
     return [
-        ("step", f"{step['step']:,} of {steps:,} ({step['step'] / steps:.1%}), {step['tokens'] / 1e9:.3f}B tokens"),
+        ("step", f"{step['step']:,} of {steps:,} ({step['step'] / steps:.1%}), {count(step['tokens'])} tokens"),
         (
             "loss",
             f"{_number(step['loss'], '.4f')}, by pass {losses}; gradient norm {_number(step['grad_norm'], '.3f')}",
         ),
         (
             "speed",
-            f"{_number(step.get('tokens_per_second'), ',.0f')} tok/s, {_number(step.get('seconds_per_step'), '.2f')} s "
+            f"{rate(step.get('tokens_per_second') or 0.0)} tok/s, {_pace(step.get('seconds_per_step') or 0.0)} "
             f"a step{''.join(utilization)}{memory}",
         ),
         ("left", f"{duration(left)} of training" if left else "nothing"),
     ]
+
+
+def _pace(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.1 else span(seconds)
 
 
 def _held_out(evaluation: dict[str, Any] | None) -> str:
@@ -133,30 +163,60 @@ def _attempt(run_dir: Path, now: float) -> str:
     return f"{last.get('attempt', len(lines))}: {', '.join(where)}"
 
 
-def _heartbeats(run_dir: Path) -> list[dict[str, Any]]:
-    found = []
+@dataclass(frozen=True)
+class _Hearts:
+    """The heartbeats of a run by what they say.
+
+    Args:
+        working: those of ranks that are in a phase of training; `stale`: of these, what stands still or is gone.
+        start: the newest of ranks that have not come to training: they are starting, were refused, or failed.
+        failed: the newest of ranks that an error has ended in training.
+    """
+
+    every: list[dict[str, Any]]
+    working: list[dict[str, Any]]
+    stale: list[dict[str, Any]]
+    start: dict[str, Any] | None
+    failed: dict[str, Any] | None
+
+
+def _hearts(run_dir: Path, patience: float, now: float) -> _Hearts:
+    every = []
     for path in sorted((run_dir / "heartbeat").glob("rank-*.json")):
         try:
             heart = json.loads(path.read_text(encoding="utf-8"))
-            found.append({**heart, "rank": int(path.stem.removeprefix("rank-")), "time": float(heart["time"])})
+            every.append({**heart, "rank": int(path.stem.removeprefix("rank-")), "time": float(heart["time"])})
         except (OSError, ValueError, KeyError, TypeError):
             continue  # replaced or removed while it was looked at
-    return found
+    over = (STARTING, ENDED, REFUSED, FAILED)
+    working = [heart for heart in every if heart.get("phase") not in over]
+    stale = [heart for heart in working if now - heart["time"] > patience]
+    early = [
+        heart for heart in every if heart.get("step") is None and heart.get("phase") in (STARTING, FAILED, REFUSED)
+    ]
+    # a rank that was ended because another one was refused says nothing any more
+    told = [heart for heart in early if heart["phase"] != STARTING] or early
+    failed = [heart for heart in every if heart.get("phase") == FAILED and heart.get("step") is not None]
+    return _Hearts(every, working, stale, _newest(told), _newest(failed))
 
 
-def _ranks(hearts: list[dict[str, Any]], stale: list[dict[str, Any]], now: float) -> str:
-    if not hearts:
+def _newest(hearts: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return max(hearts, key=lambda heart: heart["time"], default=None)
+
+
+def _ranks(hearts: _Hearts, now: float) -> str:
+    if not hearts.every:
         return "no heartbeats"
-    ages = [now - heart["time"] for heart in hearts]
-    text = f"{len(hearts)}, heartbeats {duration(min(ages))} to {duration(max(ages))} ago"
-    if not stale:
+    ages = [now - heart["time"] for heart in hearts.every]
+    text = f"{len(ages)}, heartbeats {duration(min(ages))} to {duration(max(ages))} ago"
+    if not hearts.stale:
         return text
     named = ", ".join(
         f"rank {heart['rank']} on {heart.get('host')} at step {heart.get('step')} in {heart.get('phase')} "
         f"for {duration(now - heart['time'])}"
-        for heart in sorted(stale, key=lambda heart: heart["time"])[:8]
+        for heart in sorted(hearts.stale, key=lambda heart: heart["time"])[:8]
     )
-    return f"{text}; {len(stale)} stale: {named}"
+    return f"{text}; {len(hearts.stale)} stale: {named}"
 
 
 def _events(records: list[dict[str, Any]], now: float) -> str:

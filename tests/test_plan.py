@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -287,3 +288,12 @@ def test_what_does_not_fit_is_warned_of() -> None:
         config, configuration = small(*overrides)
         lines = report(plan_run(config, stage_0, configuration, ALONE), config, device=device, utilization=0.4)
         assert lines[-1].startswith("warning: ") == warns
+
+
+def test_the_plan_of_a_small_model_has_units_that_fit() -> None:
+    config, configuration = small("train.steps=3")
+    plan = plan_run(config, {"zero_optimization": {"stage": 0}}, configuration, ALONE)
+    text = "\n".join(report(plan, config, device="h100", utilization=0.4))
+    assert not re.search(r"(?<![\d.])0\.0+(?![\d])", text), text  # no 0.000B tokens, no 0.0 days
+    assert f"{plan.tokens:,} tokens at" in text and f"{plan.shape.parameters:,} parameters" in text
+    assert re.search(r"TFLOP/s: [\d.]+ ms, [\d.]+ ms of one device", text) and "MiB" in text

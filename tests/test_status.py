@@ -94,6 +94,57 @@ def test_an_ended_run_says_why(tmp_path: Path) -> None:
     assert line(run_dir, "run").endswith("ended (time limit) 1m30s ago")
 
 
+def test_a_refused_start_does_not_make_a_run_dead(tmp_path: Path) -> None:
+    """Its ranks have put their heartbeats in the place of those that ended in order, and stood still or said why."""
+    run_dir = tmp_path / "run"
+    recorder = make_run(run_dir)
+    recorder.write("end", 10, reason="done", time=NOW - 7200)
+    beat(run_dir, 0, 300.0, step=None, phase="refused", why="checkpoint X: its model has hidden_size 16, this run 32")
+    beat(run_dir, 1, 301.0, step=None, phase="start")  # ended by the launcher
+    why = "a start 5m00s ago was refused: checkpoint X: its model has hidden_size 16, this run 32"
+    assert line(run_dir, "run").endswith(f": ended (done) 2h00m ago; {why}")
+    assert line(run_dir, "ranks") == "2, heartbeats 5m00s to 5m01s ago"
+    recorder.write("step", 10, **{**STEP, "time": NOW - 5400})  # killed without an end
+    assert line(run_dir, "run").endswith(f": not running for 1h30m; {why}")
+    recorder.write("step", 10, **{**STEP, "time": NOW - 20})  # another process trains on
+    assert line(run_dir, "run").endswith(": running")
+    (run_dir / METRICS).unlink()
+    assert line(run_dir, "run").endswith(f": started, nothing recorded yet; {why}")
+
+
+def test_a_start_is_told_from_a_run_that_stands_still(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    make_run(run_dir).write("end", 10, reason="a signal", time=NOW - 7200)
+    beat(run_dir, 0, 300.0, step=None, phase="start")
+    assert line(run_dir, "run").endswith(": ended (a signal) 2h00m ago; starting for 5m00s")
+    beat(run_dir, 0, 3700.0, step=None, phase="start")
+    assert line(run_dir, "run").endswith("; a start 1h01m ago came to nothing")
+    beat(run_dir, 0, 300.0, step=None, phase="failed", why="RuntimeError: out of luck")
+    assert line(run_dir, "run").endswith("; a start 5m00s ago failed: RuntimeError: out of luck")
+    beat(run_dir, 0, 3.0)
+    assert line(run_dir, "run").endswith(": running")
+
+
+def test_ranks_that_have_ended_are_not_stale(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    make_run(run_dir)
+    beat(run_dir, 0, 3.0)
+    beat(run_dir, 1, 300.0, phase="ended")
+    assert line(run_dir, "run").endswith(": running") and "stale" not in line(run_dir, "ranks")
+    beat(run_dir, 0, 290.0, phase="ended")
+    assert line(run_dir, "run").endswith(": ended 4m50s ago") and "stale" not in line(run_dir, "ranks")
+    beat(run_dir, 0, 280.0, phase="failed", why="the disk is full")
+    assert line(run_dir, "run").endswith(": ended by an error 4m40s ago: the disk is full")
+
+
+def test_a_small_run_is_told_in_units_that_fit(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    small = {**STEP, "tokens": 3840, "seconds_per_step": 0.004, "tokens_per_second": 0.5, "memory_gib": 0.03}
+    make_run(run_dir, steps=0).write("step", 10, **small, time=NOW)
+    assert line(run_dir, "step") == "10 of 5,000 (0.2%), 3,840 tokens"
+    assert line(run_dir, "speed") == "0.5 tok/s, 4.00 ms a step, MFU 41.2%, memory 30.7 MiB"
+
+
 def test_a_run_that_has_only_begun_and_what_is_no_run(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     make_run(run_dir, steps=0)

@@ -55,7 +55,8 @@ class Verdict:
 
     def __str__(self) -> str:
         mean = statistics.fmean(self.differences)
-        found = f"{self.pondering} against {self.baseline}: loss lower by {mean:+.4f} nats"
+        way = "lower" if mean >= 0 else "higher"
+        found = f"{self.pondering} against {self.baseline}: loss {way} by {abs(mean):+.4f} nats"
         if self.half_width is None:
             return f"{found} in one seed: nothing is claimed, train at least 3 seeds"
         found += f" +- {self.half_width:.4f} (95% interval over {len(self.differences)} seeds)"

@@ -13,6 +13,7 @@ from typing import Any
 from ponder_scale.compare.findings import Result, half_width, members_of, verdicts
 from ponder_scale.evaluate.plot import line_chart
 from ponder_scale.settings import to_dict
+from ponder_scale.units import count, span
 
 COLUMNS = ("model", "what it is", "parameters", "tokens", "FLOPs", "time", "held-out loss", "perplexity", "seeds")
 AXES = {"step": "training step", "tokens": "training tokens", "flops": "training FLOPs"}
@@ -81,8 +82,8 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
             mean, spread = statistics.fmean(losses), half_width(losses)
             around = "" if spread is None else f" +- {spread:.4f}"
             seconds = statistics.fmean(result.seconds for result in done)
-            measured = (f"{seconds:,.0f} s", f"{mean:.4f}{around}", f"{math.exp(mean):.2f}")
-        size = (f"{member.parameters / 1e6:,.2f} M", f"{member.tokens / 1e6:,.2f} M", f"{member.flops:.3g}")
+            measured = (span(seconds), f"{mean:.4f}{around}", f"{math.exp(mean):.2f}")
+        size = (count(member.parameters), count(member.tokens), f"{member.flops:.3g}")
         rows.append((member.name, member.about, *size, *measured, str(len(done))))
     return rows
 

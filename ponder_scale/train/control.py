@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ponder_scale.errors import AGAIN, INTERRUPTED, ConfigError
+from ponder_scale.records import duration
 from ponder_scale.train import signals
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Control:
         self._step_seconds: list[float] = []
         self._save_seconds, self._save_known, self._evaluation_seconds = UNKNOWN_SAVE_SECONDS, False, 0.0
         if self._deadline is not None:
-            logger.info("time limit: saves and ends in time for %s from now", _duration(self.seconds_left()))
+            logger.info("time limit: saves and ends in time for %s from now", duration(self.seconds_left()))
 
     def seconds_left(self) -> float:
         """Seconds until this attempt is ended from outside."""
@@ -173,7 +174,3 @@ def _slurm_seconds_left() -> float | None:
     except (OSError, subprocess.SubprocessError, ConfigError) as error:
         logger.warning("the time limit of Slurm job %s is not known (%s); set train.time_limit", job, error)
         return None
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds:.0f} s"

@@ -29,6 +29,7 @@ from ponder_scale.errors import ConfigError
 from ponder_scale.plan import present_devices, settle_sharding
 from ponder_scale.recompute import refuse_foreign_checkpointing
 from ponder_scale.speed import document_arguments
+from ponder_scale.train.console import folded
 from ponder_scale.train.deepspeed_config import deepspeed_config, read_sharding
 from ponder_scale.train.gate import Accept, Gate
 from ponder_scale.train.launch import RANK_VARIABLES, free_port
@@ -126,7 +127,8 @@ class Engine:
         shape = model_shape(model.config, config.data.seq_len)
         gathers = gathering(shape, sharding["zero_optimization"], config.train.recompute)
         if gathers is not None:
-            logger.info("%s", gathers.sentence)
+            for line in folded(gathers.sentence):
+                logger.info("%s", line)
         settings = deepspeed_config(sharding, config.train, config.optim, self.world_size)
         self._z_loss, self._ema = config.optim.z_loss, config.optim.ema
         self.micro_steps: int = settings["gradient_accumulation_steps"]

@@ -21,6 +21,7 @@ from ponder_scale.config import HealthConfig
 from ponder_scale.data.loader import Loader
 from ponder_scale.errors import REWOUND, UNHEALTHY, UnhealthyError
 from ponder_scale.manifest import sync
+from ponder_scale.train.console import folded
 from ponder_scale.train.control import Orders
 from ponder_scale.train.engine import Engine
 from ponder_scale.train.health import Health
@@ -127,7 +128,8 @@ class Incidents:
     def _warn(self, message: str, *values: Any) -> None:
         # all ranks find the same, and the console shows the warnings of all
         if self._engine.rank == 0:
-            logger.warning(message, *values)
+            for line in folded(message % values if values else message):
+                logger.warning("%s", line)
 
     def _keep(self, step: int, values: dict[str, Any], tally: StepTally) -> None:
         sums = tally.sums()

@@ -168,11 +168,15 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
     state.record = metrics.log_event
     if done:
         metrics.log_event("resume", done, world_size=engine.world_size)
+    steps = config.train.steps
+    logger.info("run %s", run_dir)
     logger.info(
-        "%s: %s parameters, S = %d, ZeRO-%d on %d ranks (%s), recompute %s, steps %d to %d",
-        *(run_dir, f"{engine.parameters:,}", configuration.pondering_steps, engine.zero_stage, engine.world_size),
-        *(engine.device, config.train.recompute, done + 1, config.train.steps),
+        "%s parameters, S = %d, ZeRO-%d on %d ranks (%s), recompute %s, %s",
+        *(f"{engine.parameters:,}", configuration.pondering_steps, engine.zero_stage, engine.world_size),
+        *(engine.device, config.train.recompute, f"steps {done + 1} to {steps}" if done < steps else "no step left"),
     )
+    if done >= steps:
+        logger.info("the run is finished: %d steps are trained, train.steps is %d; raise it to go on", done, steps)
     control = Control(run_dir, config.train.time_limit, rank=engine.rank)
     if done:
         control.took(load=loading)

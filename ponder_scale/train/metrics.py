@@ -18,8 +18,9 @@ from torch import Tensor
 from ponder_scale.config import RunConfig
 from ponder_scale.cost import Shape
 from ponder_scale.heldout import HeldOut, mean_over
-from ponder_scale.records import Recorder, duration
+from ponder_scale.records import Recorder
 from ponder_scale.train.alarms import CollapseAlarms
+from ponder_scale.train.console import evaluation_lines, folded, step_line
 from ponder_scale.train.throughput import Throughput
 from ponder_scale.train.trackers import open_trackers
 
@@ -133,8 +134,9 @@ class Metrics:
         self._write("step", step, values)
         for alarm in self._alarms.of(step, means):
             self.log_event("alarm", step, **alarm)
-            logger.warning("step %d: %s", step, alarm["message"])
-        logger.info("%s", _line(step, self._config.train.steps, values))
+            for line in folded(f"step {step}: {alarm['message']}"):
+                logger.warning("%s", line)
+        logger.info("%s", step_line(step, self._config.train.steps, values))
 
     def log_evaluation(self, step: int, sources: Mapping[str, HeldOut]) -> None:
         """Record held-out losses by source."""
@@ -144,11 +146,8 @@ class Metrics:
         by_source = {name: {"losses": found.losses, "tokens": found.tokens} for name, found in sources.items()}
         self._write("evaluation", step, {"losses": mean.losses, "tokens": mean.tokens, "sources": by_source})
         for name, found in [*sources.items(), *([("all", mean)] if len(sources) > 1 else [])]:
-            passes = "  ".join(f"pass {index} {value:.2f}" for index, value in enumerate(found.perplexities))
-            logger.info(
-                "step %d/%d  held-out perplexity of %s over %d tokens: %s",
-                *(step, self._config.train.steps, name, found.tokens, passes),
-            )
+            for line in evaluation_lines(step, self._config.train.steps, name, found.tokens, found.perplexities):
+                logger.info("%s", line)
 
     def resume_clock(self, step: int, data_wait: float) -> None:
         """Leave out the time since the last record, after something else than training; `data_wait` as above."""
@@ -182,14 +181,3 @@ def memory() -> dict[str, float]:
         resident = Path("/proc/self/statm")  # in pages; Linux has it
         now = int(resident.read_text().split()[1]) * resource.getpagesize() if resident.is_file() else peak
     return {"memory_now_gib": now / 2**30, "memory_gib": peak / 2**30}
-
-
-def _line(step: int, steps: int, values: dict[str, Any]) -> str:
-    """A step for the console."""
-    passes = " ".join(f"{loss:.3f}" for loss in values["pass_losses"])
-    mfu = "" if values["mfu"] is None else f"  MFU {values['mfu']:.1%}"
-    return (
-        f"step {step}/{steps}  loss {values['loss']:.4f}  passes {passes}  entropy {values['pass_entropies'][-1]:.2f}"
-        f"  norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s{mfu}"
-        f"  {values['memory_gib']:.2f} GiB  left {duration(values['seconds_left'])}"
-    )

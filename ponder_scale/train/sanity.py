@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ponder_scale import units
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import CheckpointError, ConfigError, UnhealthyError
 from ponder_scale.parts import WEIGHT, write_part
@@ -96,8 +97,8 @@ def trial_save(run_dir: Path, config: RunConfig, engine: Engine) -> float:
     wanted = needed * ((config.checkpoint.keep or 1) + 1)
     if free < wanted and engine.rank == 0:
         logger.warning(
-            "a checkpoint takes %.1f GiB; checkpoint.keep needs %.1f GiB while saving, the disk of %s has %.1f GiB",
-            *(needed / 2**30, wanted / 2**30, run_dir, free / 2**30),
+            "a checkpoint takes %s; checkpoint.keep needs %s while saving, the disk of %s has %s",
+            *(units.size(needed), units.size(wanted), run_dir, units.size(free)),
         )
     return time.monotonic() - begin
 

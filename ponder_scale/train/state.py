@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ponder_scale import checkpoint
+from ponder_scale import checkpoint, units
 from ponder_scale.checkpoint import Index, Ranks, Retention
 from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import Loader
@@ -212,8 +212,8 @@ class RunState:
         stall = saving.copied - saving.began + saving.waited
         self.record("save", saving.step, reason=saving.reason, stall_seconds=stall, write_seconds=seconds, bytes=size)
         logger.info(
-            "saved %s (%s): %.2f GiB, training waited %.2f s, writing took %.2f s",
-            *(folder, saving.reason, size / 2**30, stall, seconds),
+            "saved %s (%s): %s, training waited %.2f s, writing took %.2f s",
+            *(folder.name, saving.reason, units.size(size), stall, seconds),
         )
 
     def _state(self, step: int) -> dict[str, Any]:
@@ -248,7 +248,8 @@ class RunState:
             generators.restore(read_metadata(newest / part_name(engine.rank))["generators"])
         else:  # those of ranks that are gone or new cannot be carried on
             generators.seed(self._config.seed, state["step"], engine.rank)
-        logger.info("going on from %s, which attempt %d saved", newest, state["attempt"])
+        logger.info("going on from %s", newest)
+        logger.info("attempt %d saved it", state["attempt"])
         if not same:
             logger.info(
                 "it was saved by %d ranks under ZeRO-%d; %d ranks under ZeRO-%d take what they need of it",

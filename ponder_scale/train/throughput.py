@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 from ponder_scale.config import RunConfig
 from ponder_scale.cost import Flops, Shape, step_flops
 from ponder_scale.train.schedules import pondering_steps
+
+WINDOW = 50  # logged lines by which the time left is told: a slow moment, or a step of few passes, is no trend
 
 
 class Throughput:
@@ -23,6 +25,8 @@ class Throughput:
         self._config, self._shape, self._peak = config, shape, peak
         self._step, self._at, self._data_wait = start_step, time.monotonic(), 0.0
         self._counted, self._flops = 0, 0.0
+        self._recent: deque[tuple[float, int]] = deque(maxlen=WINDOW)  # seconds and tokens
+        self._warm = False
         self._totals(start_step)
 
     def since_last(self, step: int, data_wait: float) -> dict[str, Any]:
@@ -36,12 +40,17 @@ class Throughput:
         steps, tokens = step - self._step, self._tokens(step) - self._tokens(self._step)
         waited, self._data_wait = data_wait - self._data_wait, data_wait
         self._step, self._at = step, now
+        if not self._warm and self._recent:
+            self._recent.clear()  # the first line of an attempt, which has compiled and connected
+            self._warm = True
+        self._recent.append((seconds, tokens))
+        pace = sum(spent for spent, _ in self._recent) / sum(trained for _, trained in self._recent)
         return {
             "tokens": self._tokens(step),
             "global_batch": self._config.train.batch_at(step),
             "flops": self._flops,
             "seconds_per_step": seconds / steps,
-            "seconds_left": seconds / tokens * (self._tokens(self._config.train.steps) - self._tokens(step)),
+            "seconds_left": pace * (self._tokens(self._config.train.steps) - self._tokens(step)),
             "tokens_per_second": tokens / seconds,
             "mfu": None if self._peak is None else model / seconds / self._peak,
             "hfu": None if self._peak is None else hardware / seconds / self._peak,

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ponder_scale.config import HealthConfig
-from ponder_scale.errors import HUNG, FencedError
+from ponder_scale.errors import HUNG, FencedError, UserError
+from ponder_scale.records import ENDED, FAILED, REFUSED
 
 HEARTBEATS = "heartbeat"
 HEARTBEAT_SECONDS = 5.0
@@ -31,6 +32,7 @@ SLOW = ("start", "save", "evaluate")  # may take `slow_seconds`, and so may all 
 # Seconds of the other phases hold the wait for the slowest rank, so they say nothing about this one; so do those of
 # forward under ZeRO-3, which gathers weights there.
 TIMED = ("data", "forward")
+WHY = 300  # letters of an error that a heartbeat keeps
 NEGLIGIBLE = 0.05  # of the time: a rank that loses less by it is not worth naming
 
 
@@ -47,6 +49,7 @@ class Watch:
         self._where: tuple[str, int | None] = ("start", None)
         self._since, self._since_date = time.monotonic(), time.time()
         self._first_step: int | None = None
+        self._why: str | None = None  # it left by an error
         self._seconds, self._compared = dict.fromkeys(TIMED, 0.0), self._since
         self._closed = threading.Event()
         self._leaving = False
@@ -77,11 +80,12 @@ class Watch:
     def __enter__(self) -> Watch:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         if kind is not None and self._leaving:
             time.sleep(2 * GRACE_SECONDS)  # a peer that left first broke a collective; the cause is still the hang
-        if kind is None:
-            self.enter("ended")
+        self._why = None if error is None else " ".join((str(error) or type(error).__name__).split())[:WHY]
+        refused = isinstance(error, UserError) and self._first_step is None
+        self.enter(ENDED if error is None else REFUSED if refused else FAILED)
         self._closed.set()
         for thread in self._threads:
             thread.join(HEARTBEAT_SECONDS)
@@ -132,6 +136,7 @@ class Watch:
 
     def _write(self, where: tuple[str, int | None], date: float) -> None:
         content = {"step": where[1], "phase": where[0], "time": date, "pid": os.getpid(), "host": socket.gethostname()}
+        content |= {"why": self._why} if self._why else {}
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         try:
             self.check_owned()

@@ -114,7 +114,9 @@ def test_a_difference_is_claimed_only_beyond_its_spread_over_seeds() -> None:
     assert "at every evaluation from 2,000 tokens on" in text
     assert str(found["looped"]).endswith("the interval holds 0, so no difference is claimed")
     assert str(found["hidden"]).endswith("in one seed: nothing is claimed, train at least 3 seeds")
-    assert str(Verdict("a", "b", [-0.2, -0.21], 0.1, None)).endswith("b is better")
+    worse = str(Verdict("a", "b", [-0.3, -0.32], 0.1, None))
+    assert worse.endswith("b is better") and "a against b: loss higher by +0.3100 nats +- 0.1000" in worse
+    assert "loss higher by +0.3100 nats in one seed" in str(Verdict("a", "b", [-0.31], None, None))
 
 
 def test_a_result_is_what_the_record_says(tmp_path: Path) -> None:
@@ -170,7 +172,11 @@ def test_a_comparison_trains_what_is_missing_and_reports(
     printed = compare()
     assert "vanilla/seed-1 is finished" not in printed
     assert printed.count("step 6/6  loss") == 3 and "Not finished: none" in printed
-    assert "pondering-2 against vanilla: loss lower by" in printed and "nothing is claimed" in printed
+    said = re.search(r"pondering-2 against vanilla: loss (lower|higher) by \+(\d\.\d{4}) nats in one seed", printed)
+    assert said is not None and "nothing is claimed" in printed
+    whole = r"[1-9][\d,]*"  # of a model so small, not 0.00 M
+    row = rf"\| vanilla \| [^|]+ \| {whole} \| {whole} \| \d\.\d+e\+\d\d \| [1-9][\d.]* (s|ms|min) \|"
+    assert re.search(row, printed), printed
     with caplog.at_level(logging.INFO, "ponder_scale"):
         assert compare_here() == compare_here("--report")
     assert caplog.text.count("is finished") == 4

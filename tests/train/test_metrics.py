@@ -51,6 +51,24 @@ def test_rates_leave_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch) -
     assert second["flops"] == pytest.approx(10 * 64 * each.model)
 
 
+def test_the_time_left_is_told_by_a_window_and_not_by_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(throughput_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    throughput = Throughput(config("train.steps=1000"), SHAPE, start_step=0, peak=None)
+
+    def left_after(step: int, seconds: float) -> float:
+        clock.now += seconds
+        found = throughput.since_last(step, 0.0)
+        return found["seconds_left"] / (1000 - step)  # of a step
+
+    assert left_after(1, 300.0) == 300.0  # it has compiled: nothing better is known
+    assert left_after(2, 1.0) == 1.0  # and counts no more
+    for step in range(3, 60):
+        assert left_after(step, 1.0) == pytest.approx(1.0)
+    assert 1.5 < left_after(60, 51.0) < 2.5  # a slow moment
+    assert [round(left_after(step, 3.0)) for step in range(61, 112)][-1] == 3  # which has left the window
+
+
 def test_flops_count_the_pondering_steps_that_were_drawn_also_after_a_resume() -> None:
     random = config("train.pondering.schedule=uniform", "train.pondering.low=0", "model.pondering_steps=3")
     drawn = [pondering_steps(step, 3, random.train.pondering, random.seed) for step in range(1, 41)]
