@@ -20,12 +20,13 @@ AXES = {"step": "training step", "tokens": "training tokens", "flops": "training
 LEFT_OUT = 0.1  # of each training, at the beginning of its curve: the first fall would flatten the rest
 
 _PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>
 body {{ font: 15px/1.5 sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em }}
 table {{ border-collapse: collapse }} td, th {{ padding: 3px 9px; border-bottom: 1px solid #ddd; text-align: right }}
 td:nth-child(-n+2), th:nth-child(-n+2) {{ text-align: left }}
 </style></head><body><h1>{title}</h1>
-<table>{table}</table>
+<div style="overflow-x: auto"><table>{table}</table></div>
 <p>{notes}</p><ul>{verdicts}</ul>
 {charts}
 </body></html>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -34,13 +35,12 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         'font-size="12"><rect width="100%" height="100%" fill="white"/>'
     ]
-    for tick in range(TICKS):
-        value = y_low + y_span * tick / (TICKS - 1)
+    values, digits = _round_values(y_low, y_low + y_span)
+    for value in values:
         _, down = place(x_low, value)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down:.1f}" y2="{down:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{value:.3f}</text>')
-    even = [x_low + x_span * tick / (TICKS - 1) for tick in range(TICKS)]
-    for x in sorted(set(xs)) if len(set(xs)) <= 12 else even:
+        parts.append(f'<text x="{LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{value:.{digits}f}</text>')
+    for x in sorted(set(xs)) if len(set(xs)) <= 12 else _round_values(x_low, x_low + x_span)[0]:
         across, _ = place(x, y_low)
         parts.append(f'<text x="{across:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:.4g}</text>')
     for number, (name, points) in enumerate(series.items()):
@@ -57,3 +57,11 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str
         f'<text transform="translate(16 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
     return "\n".join([*parts, "</svg>\n"])
+
+
+def _round_values(low: float, high: float) -> tuple[list[float], int]:
+    """At most `TICKS` + 1 multiples of 1, 2 or 5 times a power of ten, and the decimals that they have."""
+    power = math.floor(math.log10((high - low) / TICKS))
+    each = next(each for factor in (1, 2, 5, 10) if (high - low) / (each := factor * 10.0**power) <= TICKS)
+    numbers = range(math.ceil(low / each - 1e-9), math.floor(high / each + 1e-9) + 1)
+    return [number * each for number in numbers], max(0, -math.floor(math.log10(each) + 1e-9))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import shutil
 import subprocess
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -111,35 +113,124 @@ def test_what_cannot_be_reported_is_answered(tmp_path: Path) -> None:
         report([tmp_path], tmp_path / "out.html")
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+BROWSER = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+
+
+def browse(page: Path, *more: str, anchor: str = "") -> str:
+    """What chromium prints of a page."""
+    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    words += [f"--user-data-dir={page.parent / 'profile'}", *more, page.as_uri() + anchor]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-1000:]
+    return done.stdout
+
+
+def figures(dom: str) -> dict[str, str]:
+    """What is in each chart, by its title."""
+    return dict(re.findall(r'<figure data-chart="([^"]+)">(.*?)</figure>', dom, re.DOTALL))
+
+
+def make_random_run(run_dir: Path, drawn: list[int]) -> Path:
+    """A run whose steps took these numbers of pondering steps."""
+    run_dir.mkdir(parents=True)
+    record = Recorder(run_dir, start_step=0, attempt=1)
+    for step, pondering in enumerate(drawn, 1):
+        values = step_values(step, pondering + 1)
+        norms = {"embed_norms": values["pass_losses"], "embed_cosines": values["pass_kls"]}
+        loss = None if step == 5 else values["loss"]  # it was not finite
+        record.write("step", step, **{**values, **norms, "loss": loss, "memory_gib": 0.03, "seconds_per_step": 0.1})
+    return run_dir
+
+
+@BROWSER
+def test_curves_of_passes_that_are_not_always_run_are_whole_and_single_points_are_drawn(tmp_path: Path) -> None:
+    run_dir = make_random_run(tmp_path / "random", [2, 0, 3, 0, 2, 0, 1, 0, 3, 1, 2, 0])
+    drawn = figures(browse(report([run_dir], tmp_path / "report.html"), "--dump-dom"))
+    for title, count in (
+        ("Loss by pass", 4),
+        ("KL from each pass to the next", 3),
+        ("Norm of the inputs of the passes", 4),
+        ("Cosine of the inputs of successive passes", 3),
+    ):
+        paths = re.findall(r'<path d="([^"]*)"', drawn[title])
+        assert len(paths) == count and all(path.count("M") == 1 and "L" in path for path in paths), (title, paths)
+    (loss,) = re.findall(r'<path d="([^"]*)"', drawn["Loss"])
+    assert loss.count("M") == 2  # a loss that was not finite is a gap
+    once = make_random_run(tmp_path / "once", [2])
+    page = report([once], tmp_path / "once.html")
+    drawn = figures(browse(page, "--dump-dom"))
+    assert drawn["Loss"].count("<circle") == 1 and drawn["Loss by pass"].count("<circle") == 3
+    alone = make_random_run(tmp_path / "alone", [0, 0, 0, 0, 0, 1, 0, 0])  # one point in a curve of eight
+    drawn = figures(browse(report([alone], tmp_path / "alone.html"), "--dump-dom"))
+    assert drawn["KL from each pass to the next"].count("<circle") == 1
+
+
+@BROWSER
+def test_the_report_fits_a_narrow_screen_with_round_ticks_in_units_that_fit(pair: list[Path], tmp_path: Path) -> None:
+    long = make_run(tmp_path / ("a-run-with-a-name-that-is-wider-than-a-telephone" * 2), 4, 300)
+    small = make_random_run(tmp_path / "small", [3] * 7)
+    for runs, axis in (([*pair, long], "tokens"), ([small], "hours"), ([small], "step"), ([long], "flops")):
+        page = report(runs, tmp_path / "report.html")
+        dom = browse(in_a_frame(page, 400, f"$('axis').value = '{axis}'; draw();"), "--dump-dom")
+        found = re.search(r'data-wide="(\d+) (\d+)"', dom)
+        assert found is not None and int(found[1]) <= int(found[2]) == 400, found
+        names = re.findall(r'class="(?:across|down)">([^<]+)<', dom)
+        assert len(names) > 50
+        for name in names:
+            digits = re.sub(r"e-?\d+|[TBMk.-]", "", name).strip("0")
+            assert digits == "" or len(digits) <= 3, name
+        for title, inside in figures(dom).items():
+            for way in ("across", "down"):
+                values = [number(text) for text in re.findall(rf'class="{way}">([^<]+)<', inside)]
+                steps = {float(f"{after - before:.6g}") for before, after in itertools.pairwise(values)}
+                assert len(set(values)) == len(values) and len(steps) <= 1, (title, way, values)
+                assert all(re.match(r"[125]\.000000e", f"{step:e}") for step in steps), (title, way, values)
+        if runs == [small]:
+            assert "<span>MiB on rank 0: now, peak</span>" in dom and ">30.7 MiB<" in dom
+            assert axis != "hours" or ">seconds</text>" in dom
+            along = re.findall(r'class="across">([^<]+)<', figures(dom)["Loss"])
+            assert axis != "step" or along == ["0", "2", "4", "6"]
+
+
+def in_a_frame(page: Path, width: int, script: str) -> Path:
+    """A page that shows another so wide, narrower than a window can be, and takes over what a script makes of it."""
+    script += "document.body.dataset.wide = `${document.documentElement.scrollWidth} ${innerWidth}`;"
+    script += "parent.document.getElementById('taken').innerHTML = document.body.outerHTML.replace('<body', '<main')"
+    inner = escape(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
+    frame = page.with_name("frame.html")
+    style = f"border: 0; width: {width}px; height: 900px"
+    frame.write_text(f'<meta charset="utf-8"><iframe style="{style}" srcdoc="{inner}"></iframe><div id="taken"></div>')
+    return frame
+
+
+def number(name: str) -> float:
+    """What a tick stands for."""
+    letter = name[-1] if name[-1] in "TBMk" else ""
+    return float(name.removesuffix(letter)) * {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3, "": 1.0}[letter]
+
+
+@BROWSER
 def test_the_report_is_drawn_by_a_browser(pair: list[Path], tmp_path: Path) -> None:
     page, picture = report(pair, tmp_path / "report.html"), tmp_path / "report.png"
     text = page.read_text()
     assert not re.search(r"(src|href|url)\s*[=(]|@import|fetch\(|XMLHttp", text)  # nothing is fetched
     assert text.count("</script>") == 1  # though a setting holds one
     assert len(text) < 600_000
-    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-
-    def run(*more: str) -> str:
-        done = subprocess.run([*browser, *more], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-1000:]
-        return done.stdout
-
-    dom = run("--dump-dom", f"{page.as_uri()}#axis=flops&theme=dark")
+    dom = browse(page, "--dump-dom", anchor="#axis=flops&theme=dark")
     assert 'data-drawn="flops"' in dom and 'data-theme="dark"' in dom
-    figures = dict(re.findall(r'<figure data-chart="([^"]+)">(.*?)</figure>', dom, re.DOTALL))
-    curves = {title: len(re.findall('class="curve"', inside)) for title, inside in figures.items()}
+    drawn = figures(dom)
+    curves = {title: len(re.findall('class="curve"', inside)) for title, inside in drawn.items()}
     expected = {"Loss": 2, "Loss by pass": 5, "Held-out loss by pass": 5, "Held-out loss by source": 4}
     expected |= {"Entropy by pass": 5, "KL from each pass to the next": 3, "Gradient norm": 2, "Speed": 2}
     assert expected.items() <= curves.items()
     assert curves["Utilization"] == 1  # the other run has none
-    kinds = set(re.findall(r'data-event="(\w+)"', figures["Loss"]))
+    kinds = set(re.findall(r'data-event="(\w+)"', drawn["Loss"]))
     assert kinds == {"save", "resume", "skip", "alarm", "end"}
     differs = re.search(r'<table id="config">(.*?)</table>', dom, re.DOTALL)
     assert differs is not None and "pondering_steps" in differs[1] and "seed" not in differs[1]
     # the two runs take different FLOPs a step: equal on steps, apart on FLOPs
-    ends = [re.findall(r"[\d.]+", path)[-2] for path in re.findall(r'<path d="([^"]+)"', figures["Loss"])]
+    ends = [re.findall(r"[\d.]+", path)[-2] for path in re.findall(r'<path d="([^"]+)"', drawn["Loss"])]
     assert len(set(ends)) == 2
-    run("--window-size=1400,1600", f"--screenshot={picture}", page.as_uri())
+    browse(page, "--window-size=1400,1600", f"--screenshot={picture}")
     assert picture.stat().st_size > 50_000
     assert json.loads(re.search(r"const runs = (.*);\n", text)[1])[1]["name"] == "vanilla"  # type: ignore[index]
