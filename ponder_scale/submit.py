@@ -117,7 +117,16 @@ class Submission:
         command += [f"--ntasks-per-node={resources.gpus_per_node}", f"--gpus-per-node={resources.gpus_per_node}"]
         command += ["--no-kill"] if resources.spares else []
         command += [f"--time={resources.time}"] if resources.time else []
-        return [*command, *resources.options, str(self.folder / "code" / TEMPLATE), str(self.folder / "config.yaml")]
+        command += [*resources.options, *self._exported()]
+        return [*command, str(self.folder / "code" / TEMPLATE), str(self.folder / "config.yaml")]
+
+    def _exported(self) -> list[str]:
+        """An option that gives the job what is ours where the user, or the site, keeps the environment from it."""
+        given = [option.partition("=")[2] for option in self._resources.options if option.startswith("--export=")]
+        names = (given[-1] if given else os.environ.get("SBATCH_EXPORT", "ALL")).split(",")
+        if "ALL" in names:
+            return []
+        return ["--export=" + ",".join([*(name for name in names if name not in ("NONE", "NIL")), *self._ours()])]
 
     def _ours(self) -> dict[str, str]:
         return {"PONDER_HOME": str(self.folder / "code"), "SPARES": str(self._resources.spares)}

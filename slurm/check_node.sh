@@ -17,7 +17,9 @@ gpus() {
         wrong "Slurm gave $SLURM_GPUS_ON_NODE GPUs, but there is no nvidia-smi"
         return
     fi
-    found=$(timeout 60 nvidia-smi --list-gpus | grep -c '^GPU') || true
+    # a GPU that is split up counts as its MIG devices, which are listed below it
+    found=$(timeout 60 nvidia-smi --list-gpus |
+        awk '/^GPU/ { found++; whole = 1 } /^ +MIG/ { found += !whole; whole = 0 } END { print found + 0 }') || true
     [ "$found" -ge "$SLURM_GPUS_ON_NODE" ] || wrong "Slurm gave $SLURM_GPUS_ON_NODE GPUs, $found are visible"
     uncorrected=$(ask ecc.errors.uncorrected.volatile.total | awk -F', ' '$2 + 0 > 0')
     [ -z "$uncorrected" ] || wrong "uncorrected memory errors (GPU, count): $(echo "$uncorrected" | xargs)"

@@ -2,10 +2,29 @@
 # is for you. What sbatch itself must know (partition, account, nodes, time) stands in the head of each template.
 # A value in the form ${NAME:-default} can also be given for one job: NAME=value sbatch slurm/train.sbatch ...
 
+case ${BASH_VERSION:-} in
+    "" | [0-3].* | 4.[0-3].*)  # which call an empty array an unbound variable
+        echo "error: the shell is ${BASH_VERSION:+bash }${BASH_VERSION:-no bash}, expected bash 4.4 or newer;" \
+            "name one in the first line of the template: #!/path/to/bash" >&2
+        return 2 ;;
+esac
+export SLURM_EXPORT_ENV=ALL  # after `sbatch --export=NONE` too: else srun keeps from the tasks what is set here
+
 # --- how a task finds its programs
 # module load cuda/12.8                                             # EDIT, where there are modules
-VENV=${VENV:-$SLURM_SUBMIT_DIR/.venv}                               # EDIT, or leave: what `make install` makes
-if [ -f "$VENV/bin/activate" ]; then source "$VENV/bin/activate"; fi
+VENV=${VENV:-}  # EDIT: folder of a venv or a conda environment; empty: .venv of the folder of submission, if it is there
+environment=${VENV:-${SLURM_SUBMIT_DIR:-.}/.venv}
+if [ -n "$VENV" ] && [ ! -x "$VENV/bin/python" ]; then
+    echo "error: VENV is $VENV: no bin/python in it; expected a venv or conda environment that every node sees" >&2
+    return 2
+elif [ -d "$environment/conda-meta" ]; then  # its activate would take the arguments of the template for its own
+    export CONDA_PREFIX=$environment PATH=$environment/bin:$PATH
+    for hook in "$environment"/etc/conda/activate.d/*.sh; do if [ -f "$hook" ]; then source "$hook"; fi; done
+elif [ -f "$environment/bin/activate" ]; then
+    source "$environment/bin/activate"
+elif [ -n "$VENV" ]; then
+    export PATH=$VENV/bin:$PATH
+fi
 
 # Containers instead. pyxis takes options of srun, apptainer is a command before the command:
 srun_options=()   # EDIT: (--container-image=/images/train.sqsh --container-mounts=/data --container-workdir="$PWD")
@@ -45,6 +64,9 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}  # last collectives of each rank, dumped when one times out
+# Where the name of a node is that of a slow network: by what name its ranks are reached. MASTER_ADDR set here holds, too.
+# master_addr() { echo "$1-ib0"; }                                  # EDIT
+# MASTER_PORT=29500                                                 # EDIT, where only some ports are open
 # Ethernet or several networks: name the interface, or bootstrap may choose one that does not reach the other nodes.
 # export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0            # EDIT
 # InfiniBand: name the adapters that are for GPUs (`ibdev2netdev`), if some are for storage.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import pytest
 import yaml
 
 from ponder_scale.config import RunConfig
@@ -41,6 +42,30 @@ def test_the_command_is_safe_for_any_folder(tmp_path: Path) -> None:
     )
     assert words[-2:] == [str(home / "code" / "slurm" / "train.sbatch"), str(home / "config.yaml")]
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "site", "exported"),
+    [
+        ((), None, None),
+        (("--export=ALL,A=b",), None, None),
+        (("--export=NONE",), None, "--export=PONDER_HOME,SPARES"),
+        (("--export=ALL", "--export=A=b,C"), None, "--export=A=b,C,PONDER_HOME,SPARES"),
+        ((), "NONE", "--export=PONDER_HOME,SPARES"),
+        (("--export=ALL",), "NONE", None),
+    ],
+)
+def test_a_job_that_takes_no_environment_along_has_its_code_all_the_same(
+    options: tuple[str, ...], site: str | None, exported: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SBATCH_EXPORT", raising=False)
+    if site:
+        monkeypatch.setenv("SBATCH_EXPORT", site)
+    settings = [f"run_dir={tmp_path}/run", "data.sources.x.path=x", "train.steps=1", "train.global_batch=2"]
+    submission = Submission(load(RunConfig, None, settings), Path("zero3.json"), Resources(options=options))
+    words = shlex.split(submission.describe().split("call\n")[1])
+    given = [word for word in words if word.startswith("--export=")]  # sbatch takes the last
+    assert given == [*options, *([exported] if exported else [])]
 
 
 def test_the_kept_code_is_what_a_job_needs(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def main() -> None:
     before = {name for name, done in faults.items() if done.exists()}
     if latest.exists():
         begun = int(latest.read_text())
-    print(f"rank {rank} begins at {begun} on {os.uname().nodename}", flush=True)
+    print(f"rank {rank} begins at {begun} on {os.uname().nodename}, meets at {os.environ['MASTER_ADDR']}", flush=True)
     for step in range(begun + 1, int(values["to"]) + 1):
         time.sleep(0.1)
         if rank == 0:

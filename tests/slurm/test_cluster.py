@@ -22,12 +22,12 @@ from typing import Any
 import pytest
 
 from ponder_scale.train.launch import free_port
-from tests.slurm import ends, moves, work
+from tests.slurm import ends, habits, moves, work
 from tests.slurm.lab import REPOSITORY, SCRIPT, Lab
 from tests.slurm.runs import Place, Run, train
 
 AT_ONCE = 6
-SCENARIOS = [*moves.SCENARIOS, *work.SCENARIOS, *ends.SCENARIOS]  # those that wait long come first
+SCENARIOS = [*moves.SCENARIOS, *work.SCENARIOS, *habits.SCENARIOS, *ends.SCENARIOS]  # those that wait long come first
 
 
 @pytest.fixture(scope="module")
@@ -122,19 +122,31 @@ def test_a_node_that_cannot_exchange_within_itself_condemns_itself_alone(tmp_pat
     assert exchanged([ALL_REDUCE, broken, ALL_REDUCE], world_size=3) == ["n0\n", "", "n2\n"]
 
 
+GPU = "GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5d2e)\\n"
+MIG = "  MIG 1g.5gb      Device  0: (UUID: MIG-c6d4)\\n"
+
+
 @pytest.mark.parametrize(
     ("listed", "ecc", "slowdown", "said"),
     [
-        (2, "0, 0\n1, 0", "0, Not Active\n1, Not Active", ""),
-        (1, "0, 0", "0, Not Active", "Slurm gave 2 GPUs, 1 are visible"),
-        (2, "0, 0\n1, 3", "0, Not Active\n1, Not Active", "uncorrected memory errors (GPU, count): 1, 3"),
-        (2, "0, 0\n1, [N/A]", "0, Active\n1, Not Active", "clocks are held back by the hardware on GPU 0, Active"),
+        (2 * GPU, "0, 0\n1, 0", "0, Not Active\n1, Not Active", ""),
+        (GPU, "0, 0", "0, Not Active", "Slurm gave 2 GPUs, 1 are visible"),
+        (GPU + 2 * MIG, "0, 0", "0, Not Active", ""),  # Slurm counts what one GPU is split into
+        (GPU + MIG, "0, 0", "0, Not Active", "Slurm gave 2 GPUs, 1 are visible"),
+        (GPU + MIG + GPU, "0, 0\n1, 0", "0, Not Active\n1, Not Active", ""),
+        (2 * GPU, "0, 0\n1, 3", "0, Not Active\n1, Not Active", "uncorrected memory errors (GPU, count): 1, 3"),
+        (
+            2 * GPU,
+            "0, 0\n1, [N/A]",
+            "0, Active\n1, Not Active",
+            "clocks are held back by the hardware on GPU 0, Active",
+        ),
     ],
 )
-def test_a_nodes_gpus_are_looked_at(listed: int, ecc: str, slowdown: str, said: str, tmp_path: Path) -> None:
+def test_a_nodes_gpus_are_looked_at(listed: str, ecc: str, slowdown: str, said: str, tmp_path: Path) -> None:
     """By what nvidia-smi answers, played by a script here."""
     (tmp_path / "nvidia-smi").write_text(
-        f"#!/bin/sh\ncase \"$*\" in\n--list-gpus) seq {listed} | sed 's/^/GPU /' ;;\n"
+        f"#!/bin/sh\ncase \"$*\" in\n--list-gpus) printf '{listed}' ;;\n"
         f"*ecc*) printf '{ecc}\\n' ;;\n*slowdown*) printf '{slowdown}\\n' ;;\nesac\n"
     )
     (tmp_path / "nvidia-smi").chmod(0o755)
