@@ -91,6 +91,10 @@ def test_training_says_what_it_does(trained: tuple[Path, str]) -> None:
         r"held-out perplexity of \w+ over \d+ tokens: pass 0 [\d.]+  pass 1 [\d.]+  pass 2 [\d.]+", printed
     )
     assert "warning" not in printed.lower()
+    date, *lines = printed.splitlines()
+    assert re.fullmatch(r"== \d{4}-\d\d-\d\d", date)
+    for line in lines:
+        assert re.match(r"\d\d:\d\d:\d\d .*\S$", line) and (len(line) <= 120 or " /" in line), line
 
 
 def test_the_export_is_complete_and_verified(exported: tuple[Path, str]) -> None:

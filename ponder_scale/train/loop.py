@@ -126,6 +126,7 @@ class _Run:
 def _start(config: RunConfig, watch: Watch) -> _Run:
     """Everything the loop needs, at the step where the run goes on."""
     run_dir = Path(config.run_dir)
+    logger.info("run %s", run_dir)
     sources = open_sources(config.data)
     manifest = next(iter(sources.values())).manifest
     configuration = model_configuration(
@@ -169,7 +170,6 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
     if done:
         metrics.log_event("resume", done, world_size=engine.world_size)
     steps = config.train.steps
-    logger.info("run %s", run_dir)
     logger.info(
         "%s parameters, S = %d, ZeRO-%d on %d ranks (%s), recompute %s, %s",
         *(f"{engine.parameters:,}", configuration.pondering_steps, engine.zero_stage, engine.world_size),
