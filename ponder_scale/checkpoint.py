@@ -13,10 +13,11 @@ done, and only then its name; `latest` moves last. Nothing in it is pickled.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import re
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from typing import Any
 import xxhash
 
 from ponder_scale.errors import CheckpointError, FencedError, SaveError
-from ponder_scale.manifest import hash_file, sync, sync_folder
+from ponder_scale.files import copy_folder, delete_folder
+from ponder_scale.manifest import hash_file, sync, sync_file, sync_folder
 
 CHECKPOINTS, LATEST, INDEX, STATE = "checkpoints", "latest", "checkpoint.json", "state.json"
 SAVING, ASIDE = ".saving-", "aside-"
@@ -43,6 +45,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     gather: Callable[[Any], list[Any]] = lambda value: [value]  # each rank's value, on all ranks; collective
+    alive: Callable[[], None] = lambda: None  # called while much is read
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def save(
     ranks: Ranks,
     retention: Retention = Retention(),
     check_owned: Callable[[], None] = lambda: None,
+    trial: bool = False,
 ) -> Path:
     """Save a checkpoint and return its folder. Collective: every rank calls it, on whichever thread.
 
@@ -79,24 +83,28 @@ def save(
         write: writes and syncs this rank's files in the folder it is given, and returns their sizes and hashes.
         check_owned: raises FencedError when another process has taken the run over; asked before anything is
             written, named or deleted, and again when that fails, as it does in a folder the other has cleared.
+        trial: do all that a save does, but delete it instead of giving it its name.
 
     Raises:
         SaveError: on every rank, if any rank failed. What was there before is as it was; the remains are deleted.
         FencedError: on every rank.
     """
-    final = _folder(run_dir, step)
+    final = _folder(run_dir, step).with_name(SAVING + "trial") if trial else _folder(run_dir, step)
     saving = final.with_name(SAVING + final.name)
 
     def begin() -> Index:
         for remains in final.parent.glob(SAVING + "*"):
-            shutil.rmtree(remains, ignore_errors=True)
+            delete_folder(remains)
         saving.mkdir(parents=True)
-        shutil.copytree(tokenizer, saving / "tokenizer")
+        copy_folder(tokenizer, saving / "tokenizer")
         _write_json(saving / STATE, state)
         return _index_shared(saving)
 
     def end() -> Index:
         _seal(saving, final, index)
+        if trial:
+            delete_folder(final)
+            return {}
         for after in (lambda: _replace(run_dir / LATEST, final.name + "\n"), lambda: _delete_older(run_dir, retention)):
             check_owned()
             try:
@@ -156,7 +164,7 @@ def set_aside(run_dir: Path, step: int) -> list[Path]:
     for later, folder in sorted(saved_steps(run_dir).items()):
         if later > step:
             aside = folder.with_name(ASIDE + folder.name)
-            shutil.rmtree(aside, ignore_errors=True)
+            delete_folder(aside)
             moved.append(folder.rename(aside))
     if moved:
         _replace(run_dir / LATEST, _folder(run_dir, step).name + "\n")
@@ -175,7 +183,11 @@ def verify(folder: Path, ranks: Ranks = Ranks()) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{INDEX}: {error}"]
     shares = sorted(index.items())[ranks.rank :: ranks.world_size]
-    return [finding for name, (size, digest) in shares if (finding := _finding(folder / name, name, size, digest))]
+    findings = []
+    for name, (size, digest) in shares:
+        ranks.alive()
+        findings += [finding] if (finding := _finding(folder / name, name, size, digest)) else []
+    return findings
 
 
 def _finding(path: Path, name: str, size: int, digest: str) -> str | None:
@@ -226,14 +238,14 @@ def _together(action: Callable[[], Any], saving: Path, step: int, ranks: Ranks) 
     """What the action returned on each rank. If it failed on one, all raise, and the remains are deleted."""
     result: Any = None
     failure: str | None = None
-    fenced = False
+    remedy, fenced = "", False
     try:
         result = action()
     except FencedError as error:
         failure, fenced = str(error), True
     except Exception as error:  # whatever it is, the others must hear of it, or they would wait for ever
-        failure = f"{type(error).__name__}: {error}"
-    outcomes = ranks.gather((result, failure, fenced))
+        failure, remedy = f"{type(error).__name__}: {error}", _remedy(error, saving.parents[1])
+    outcomes = ranks.gather((result, failure, fenced, remedy))
     failures = {rank: outcome[1] for rank, outcome in enumerate(outcomes) if outcome[1] is not None}
     if not failures:
         return [outcome[0] for outcome in outcomes]
@@ -241,17 +253,28 @@ def _together(action: Callable[[], Any], saving: Path, step: int, ranks: Ranks) 
     if any(outcome[2] for outcome in outcomes):
         raise FencedError(reason)
     if ranks.rank == 0:
-        shutil.rmtree(saving, ignore_errors=True)  # on a full disk its room is needed
+        delete_folder(saving)  # on a full disk its room is needed
     more = f" and {len(failures) - 1} more ranks" if len(failures) > 1 else ""
-    raise SaveError(f"the checkpoint of step {step} could not be saved: rank {rank}{more}: {reason}")
+    raise SaveError(f"the checkpoint of step {step} could not be saved: rank {rank}{more}: {reason}", outcomes[rank][3])
+
+
+def _remedy(error: Exception, run_dir: Path) -> str:
+    """What a person can do about a save that failed by this error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"free space on the disk of {run_dir} or lower checkpoint.keep"
+    if number in (errno.EACCES, errno.EPERM):
+        return f"space is not the cause: give the user of the run, number {os.geteuid()}, permission for that"
+    if number == errno.EROFS:
+        return f"space is not the cause: {run_dir} is on a read-only file system; have it mounted for writing"
+    return f"see to that; look at the disk of {run_dir}"
 
 
 def _index_shared(saving: Path) -> Index:
     """Sync and hash the files that belong to no rank."""
     index = {}
     for path in sorted(path for path in saving.rglob("*") if path.is_file()):
-        with path.open("rb+") as stream:
-            sync(stream)
+        sync_file(path)
         index[path.relative_to(saving).as_posix()] = (path.stat().st_size, hash_file(path))
     return index
 
@@ -281,9 +304,9 @@ def _delete_older(run_dir: Path, retention: Retention) -> None:
 
 def _delete(folder: Path) -> None:
     doomed = folder.with_name(f"{SAVING}old-{folder.name}")  # so that it never looks whole while it goes
-    shutil.rmtree(doomed, ignore_errors=True)
+    delete_folder(doomed)
     folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    delete_folder(doomed)
 
 
 def _write_json(path: Path, content: Any) -> None:

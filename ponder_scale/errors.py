@@ -40,9 +40,17 @@ class UnhealthyError(UserError):
 
 
 class SaveError(UserError):
-    """A checkpoint could not be saved: the disk is full, read-only or gone. What was saved before is untouched."""
+    """A checkpoint could not be saved: the disk is full, read-only or gone. What was saved before is untouched.
+
+    Attributes:
+        remedy: what to do about it, by its cause.
+    """
 
     exit_code = UNHEALTHY
+
+    def __init__(self, message: str, remedy: str) -> None:
+        super().__init__(message)
+        self.remedy = remedy
 
 
 class FencedError(UserError):

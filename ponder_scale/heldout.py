@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ponder_scale.data.sequences import IGNORE_INDEX, MicroBatch
+from ponder_scale.figures import perplexity
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class HeldOut:
 
     @property
     def perplexities(self) -> list[float]:
-        """exp of the losses."""
-        return [math.exp(loss) for loss in self.losses]
+        """exp of the losses; inf where that is more than a float holds."""
+        return [perplexity(loss) for loss in self.losses]
 
 
 def heldout_losses(
@@ -38,15 +39,28 @@ def heldout_losses(
         batches: those of `heldout_batches`.
         total: adds a tensor up over the ranks.
     """
+    sums = loss_sums(predict, batches)
+    return None if sums is None else of_sums(total(sums))
+
+
+def loss_sums(
+    predict: Callable[[Tensor, Tensor, Tensor | None], Any],
+    batches: Iterable[MicroBatch],
+    alive: Callable[[], None] = lambda: None,
+) -> Tensor | None:
+    """The summed losses of each pass and, last, their count, (S + 2,), of this rank. `alive` is called for each."""
     sums = None
     for tokens, labels, position_ids in batches:
+        alive()
         count = (labels != IGNORE_INDEX).sum().double()
         losses = predict(tokens[:, :-1], labels, position_ids).pass_losses.double().cpu()
         part = torch.cat([losses * count, count.unsqueeze(0)])  # (S + 2,)
         sums = part if sums is None else sums + part
-    if sums is None:
-        return None
-    sums = total(sums)
+    return sums
+
+
+def of_sums(sums: Tensor) -> HeldOut:
+    """The means of `loss_sums`, those of all ranks added up."""
     return HeldOut((sums[:-1] / sums[-1]).tolist(), int(sums[-1]))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -43,11 +43,14 @@ def part_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_part(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> tuple[int, str]:
+def write_part(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], alive: Callable[[], None] = lambda: None
+) -> tuple[int, str]:
     """Write tensors (n,) to a file, sync it, and return its size and hash.
 
     Args:
         metadata: JSON values by name.
+        alive: called for each block that is written.
     """
     header = _header(tensors, metadata)
     digest, size = xxhash.xxh3_128(header), len(header)
@@ -59,6 +62,7 @@ def write_part(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
                 stream.write(content)
                 digest.update(content)
                 size += len(content)
+                alive()
         sync(stream)
     return size, digest.hexdigest()
 

@@ -6,7 +6,6 @@ What is read: the end of metrics.jsonl, config.yaml, attempts.jsonl, heartbeat/,
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from ponder_scale.errors import ConfigError
+from ponder_scale.figures import perplexity, shown
 from ponder_scale.records import ENDED, FAILED, HISTORY, METRICS, REFUSED, duration, read_end
 from ponder_scale.units import count, rate, size, span
 
@@ -130,7 +130,7 @@ def _pace(seconds: float) -> str:
 def _held_out(evaluation: dict[str, Any] | None) -> str:
     if evaluation is None:
         return "not evaluated yet"
-    perplexities = " ".join(_number(None if loss is None else math.exp(loss), ".2f") for loss in evaluation["losses"])
+    perplexities = " ".join(shown(perplexity(loss)) for loss in evaluation["losses"])
     return f"perplexity by pass {perplexities}, at step {evaluation['step']:,}"
 
 

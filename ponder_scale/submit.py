@@ -25,6 +25,7 @@ import yaml
 
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import UserError
+from ponder_scale.files import copy_file
 from ponder_scale.settings import to_dict
 
 HOME = Path(__file__).parents[1]
@@ -164,7 +165,7 @@ def keep_code(folder: Path) -> None:
     for name in names:
         if (HOME / name).is_file():
             (folder / "code" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(HOME / name, folder / "code" / name)
+            copy_file(HOME / name, folder / "code" / name)
     (folder / "commit.txt").write_text(commit, encoding="utf-8")
     (folder / "diff.patch").write_text(diff, encoding="utf-8")
 

@@ -12,10 +12,11 @@ for shards; do
     name=$(sha256sum <"$shards/manifest.json")
     copy=$to/${name:0:16}
     [ ! -e "$copy" ] || continue
+    [ ! -e "$copy.part" ] || chmod -R u+rwX "$copy.part"  # left by an earlier copy, of folders nobody may write
     rm -rf "$copy.part"
     need=$(du --summarize --dereference --block-size=1M "$shards" | cut -f1)
     free=$(df --output=avail --block-size=1M "$to" | tail -n 1)
     [ "$need" -lt "$free" ] || { echo "node $(hostname): $shards needs $need MiB, $to has $free" >&2; exit 1; }
-    cp -rL "$shards" "$copy.part"
+    cp -rL --no-preserve=mode "$shards" "$copy.part"
     mv "$copy.part" "$copy"
 done

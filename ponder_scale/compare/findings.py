@@ -32,7 +32,7 @@ class Result:
 
     @property
     def loss(self) -> float:
-        """The last held-out loss, in nats."""
+        """The last held-out loss, in nats; nan where it was not finite."""
         return self.curve[-1][1]
 
 
@@ -55,6 +55,8 @@ class Verdict:
 
     def __str__(self) -> str:
         mean = statistics.fmean(self.differences)
+        if not math.isfinite(mean):
+            return f"{self.pondering} against {self.baseline}: a held-out loss is not finite, so nothing is claimed"
         way = "lower" if mean >= 0 else "higher"
         found = f"{self.pondering} against {self.baseline}: loss {way} by {abs(mean):+.4f} nats"
         if self.half_width is None:
@@ -77,7 +79,8 @@ def read_result(run: Run) -> Result | None:
     seconds, before, tokens = 0.0, 0, 0
     for record in records.read(path):
         if record["event"] == "evaluation":
-            curve.append((record["step"], record["losses"][-1]))
+            loss = record["losses"][-1]  # null where it was not finite
+            curve.append((record["step"], math.nan if loss is None else loss))
             tokens = record["tokens"]
         elif record["event"] == "step":
             seconds += record["seconds_per_step"] * (record["step"] - before)
@@ -105,8 +108,8 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
 
 
 def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95% interval of a mean, by Student's t; None for one value."""
-    if len(values) < 2:
+    """Half of the 95% interval of a mean, by Student's t; None for one value, and where one is not finite."""
+    if len(values) < 2 or not all(math.isfinite(value) for value in values):
         return None
     t = T_95[min(len(values) - 1, len(T_95)) - 1]
     return t * statistics.stdev(values) / math.sqrt(len(values))

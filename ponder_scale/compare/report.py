@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import statistics
 from collections.abc import Sequence
 from html import escape
@@ -12,6 +10,7 @@ from typing import Any
 
 from ponder_scale.compare.findings import Result, half_width, members_of, verdicts
 from ponder_scale.evaluate.plot import line_chart
+from ponder_scale.figures import json_text, perplexity, shown
 from ponder_scale.settings import to_dict
 from ponder_scale.units import count, span
 
@@ -69,7 +68,7 @@ def write_report(out: Path, results: Sequence[Result], missing: Sequence[str]) -
         (out / f"compare-by-{axis}.svg").write_text(chart, encoding="utf-8")
     (out / "compare.md").write_text(text, encoding="utf-8")
     (out / "compare.html").write_text(page, encoding="utf-8")
-    (out / "compare.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (out / "compare.json").write_text(json_text(content, indent=1) + "\n", encoding="utf-8")
     return text
 
 
@@ -83,7 +82,7 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
             mean, spread = statistics.fmean(losses), half_width(losses)
             around = "" if spread is None else f" +- {spread:.4f}"
             seconds = statistics.fmean(result.seconds for result in done)
-            measured = (span(seconds), f"{mean:.4f}{around}", f"{math.exp(mean):.2f}")
+            measured = (span(seconds), f"{mean:.4f}{around}", shown(perplexity(mean)))
         size = (count(member.parameters), count(member.tokens), f"{member.flops:.3g}")
         rows.append((member.name, member.about, *size, *measured, str(len(done))))
     return rows
@@ -117,7 +116,7 @@ def _content(name: str, results: Sequence[Result]) -> dict[str, Any]:
             "run_dir": str(result.run.run_dir),
             "finished": result.finished,
             "loss": result.loss,
-            "perplexity": math.exp(result.loss),
+            "perplexity": perplexity(result.loss),
             "seconds": result.seconds,
             "held_out_tokens": result.held_out_tokens,
             "curve": result.curve,

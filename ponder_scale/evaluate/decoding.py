@@ -7,7 +7,6 @@ for the speed and, of drafts, the acceptance.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from ponder_scale.data.loader import heldout_batches, open_sources
 from ponder_scale.errors import ConfigError, ShardError
 from ponder_scale.evaluate.generate import counted, load_folder
 from ponder_scale.evaluate.perplexity import check_tokenizer
+from ponder_scale.figures import json_text
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def measure(
     print(f"{len(rows)} sequences, {new_tokens} tokens after {prompt_tokens} each, S = {bench.steps}, {model.device}")
     print(as_table(found))
     if json_file is not None:
-        json_file.write_text(json.dumps([asdict(way) for way in found], indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(json_text([asdict(way) for way in found], indent=1) + "\n", encoding="utf-8")
     return found
 
 

@@ -5,7 +5,6 @@ One forward of k steps holds all smaller numbers of steps: what pass s predicts 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.errors import CheckpointError, ConfigError, ShardError, TokenizerError
 from ponder_scale.evaluate.generate import default_device, load_folder
 from ponder_scale.evaluate.plot import line_chart
+from ponder_scale.figures import json_text, shown
 from ponder_scale.heldout import HeldOut, heldout_losses, mean_over
 from ponder_scale.manifest import tokenizer_identity
 from ponder_scale.shards import ShardSet
@@ -210,10 +210,10 @@ def _by_pass(swept: Mapping[int, Sweep]) -> dict[str, list[tuple[int, float]]]:
 
 def _print(name: str, held_out: HeldOut, trained: int) -> None:
     print(f"{name}: held-out, {held_out.tokens:,} tokens; pass s of one forward is the model with s pondering steps")
-    for index, (loss, perplexity) in enumerate(zip(held_out.losses, held_out.perplexities, strict=True)):
+    for index, (loss, value) in enumerate(zip(held_out.losses, held_out.perplexities, strict=True)):
         note = "" if index != trained else ", as trained"
-        print(f"  pass {index}: loss {loss:.4f}, perplexity {perplexity:.2f}{note}")
+        print(f"  pass {index}: loss {loss:.4f}, perplexity {shown(value)}{note}")
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json_text(content, indent=1) + "\n", encoding="utf-8")

@@ -21,9 +21,14 @@ TICKS = 5
 
 
 def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> str:
-    """One line and its points for each of `series`, (x, y) pairs in order of x, with a legend."""
+    """One line and its points for each of `series`, (x, y) pairs in order of x, with a legend.
+
+    Points that are not finite are left out.
+    """
+    series = {name: [point for point in points if math.isfinite(point[1])] for name, points in series.items()}
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
+    xs, ys = xs or [0.0], ys or [0.0]
     x_low, x_span = min(xs), (max(xs) - min(xs)) or 1.0
     y_low, y_span = min(ys), (max(ys) - min(ys)) or 1.0
 

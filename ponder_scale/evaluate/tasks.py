@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ponder_scale.errors import CheckpointError, ConfigError
 from ponder_scale.evaluate.generate import default_device
+from ponder_scale.figures import json_text
 
 PAPER_TASKS = (
     *("lambada_openai", "lambada_standard", "arc_easy", "arc_challenge", "winogrande"),
@@ -77,7 +77,7 @@ def evaluate_tasks(
         }
     print(as_table(found))
     if json_file is not None:
-        json_file.write_text(json.dumps({"folder": str(folder), "steps": found}, indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(json_text({"folder": str(folder), "steps": found}, indent=1) + "\n", encoding="utf-8")
     return found
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from ponder_scale.build import configuration_from_dict
+from ponder_scale.figures import perplexity, shown
 
 _CARD = """---
 library_name: transformers
@@ -96,7 +96,7 @@ def trained_card(
     if held_out is not None:
         pairs = enumerate(held_out["losses"])
         losses = ", ".join(
-            f"pass {index}: not finite" if loss is None else f"pass {index}: {loss:.4f} ({math.exp(loss):.2f})"
+            f"pass {index}: not finite" if loss is None else f"pass {index}: {loss:.4f} ({shown(perplexity(loss))})"
             for index, loss in pairs
         )
         losses += f", at step {held_out['step']:,}"

@@ -28,7 +28,7 @@ SUMS = "SHA256SUMS"
 
 @contextmanager
 def making(out: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `out`, readable by all, when the block ends well, and goes away when it does not.
+    """A hidden folder that becomes `out`, as readable as new files are, when the block ends well; else it goes away.
 
     Raises:
         CheckpointError: `out` exists.
@@ -42,8 +42,9 @@ def making(out: Path) -> Iterator[Path]:
         yield hidden
         sums = "".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(hidden.iterdir()))
         (hidden / SUMS).write_text(sums, encoding="utf-8")
+        mode = hidden.stat().st_mode & 0o666  # what new files get here; not all that write into it leave it at that
         for path in hidden.iterdir():
-            path.chmod(0o644)
+            path.chmod(mode)
         sync_folder(hidden)
         hidden.rename(out)
         sync_folder(out.parent)

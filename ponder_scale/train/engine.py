@@ -13,6 +13,7 @@ import os
 import subprocess
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,11 @@ from ponder_scale.train.traces import TraceBank
 logger = logging.getLogger(__name__)
 
 
-def init_distributed() -> None:
+def init_distributed(timeout: timedelta | None = None) -> None:
     """Join the process group that the environment describes, or become the only rank of a new one.
+
+    Args:
+        timeout: of a collective; default: that of torch, half an hour.
 
     Raises:
         ConfigError: some of the rank variables are set and others are not. DeepSpeed would then ask MPI, and train
@@ -65,7 +69,8 @@ def init_distributed() -> None:
     else:  # where it is not set, ZeRO-3 starts `numactl` for each bucket that it reduces, to count processors
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    patience = {} if timeout is None else {"timeout": timeout}
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, **patience)
 
 
 def _is_no_refusal(record: logging.LogRecord) -> bool:

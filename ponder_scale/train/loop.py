@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,9 @@ from ponder_scale.build import build_model, model_configuration, model_shape
 from ponder_scale.checkpoint import saved_steps
 from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import Loader, heldout_batches, open_sources
-from ponder_scale.data.sequences import IGNORE_INDEX
+from ponder_scale.data.sequences import IGNORE_INDEX, MicroBatch
 from ponder_scale.foreign import warm_start
-from ponder_scale.heldout import heldout_losses
+from ponder_scale.heldout import loss_sums, of_sums
 from ponder_scale.plan import present_devices
 from ponder_scale.recompute import apply_recompute
 from ponder_scale.settings import load, to_yaml
@@ -42,6 +44,8 @@ from ponder_scale.train.watchdog import Watch, forget_ranks
 
 logger = logging.getLogger(__name__)
 
+SUSPENSION = timedelta(days=7)  # that a run may be stopped for and go on
+
 
 def train(config: RunConfig) -> int:
     """Train the run to its last step, from its newest whole checkpoint if it has one. Every rank calls it.
@@ -49,22 +53,28 @@ def train(config: RunConfig) -> int:
     Returns the exit code: 0, or that of the orders (a signal, a request file, the time limit) that ended it before.
     """
     with Watch(Path(config.run_dir), config.health, rank=int(os.environ.get("RANK", "0"))) as watch:
-        return _train(_start(config, watch))
+        run = _start(config, watch)
+        try:
+            return _train(run)
+        except Exception:
+            run.watch.enter("save")
+            run.state.abandon()  # whatever ends the run, a save that is being written behind is not lost by it
+            raise
 
 
 def _train(run: _Run) -> int:
-    """The loop: forward and backward, agreement, update, log, evaluate, save."""
+    """The loop: forward and backward, agreement, update, log, save, evaluate."""
     config = run.config
     gc.freeze()  # no rank pauses, and lets the others wait, to look for garbage in what the run is made of
     gc.enable()
     _, orders = _agree(run)  # a signal may have come while the engine was built
     step = run.first_step - 1
-    due = step > 0 and _due(step, config.evaluate.every_steps) and not orders.stop
-    if due and not run.engine.agreed(run.metrics.has_evaluation(step)):
+    due = step > 0 and (step == config.train.steps or _due(step, config.evaluate.every_steps))
+    if due and not orders.stop and not run.engine.agreed(run.metrics.has_evaluation(step)):
         _evaluate(run, step)  # the attempt before had to end
     run.metrics.resume_clock(step, run.loader.wait_seconds)
     while step < config.train.steps and not orders.stop:
-        step, began = step + 1, time.monotonic()
+        step, began = step + 1, run.watch.clock()
         run.watch.enter("data", step)
         run.incidents.begin_step()
         lr = learning_rate(step, config.train.steps, config.optim)
@@ -83,7 +93,7 @@ def _train(run: _Run) -> int:
                 run.incidents.compare_replicas(step)
             grad_norm = run.engine.step(partial(run.health.accepts, means["pass_losses"][-1]))
             run.engine.average_weights(step)
-        run.control.took(step=time.monotonic() - began)
+        run.control.took(step=run.watch.clock() - began)
         if logged:
             run.metrics.log_step(
                 step,
@@ -98,10 +108,10 @@ def _train(run: _Run) -> int:
         if run.health.finding is not None and run.incidents.treat(step, tally) == REWIND:
             step, orders = step - 1, replace(orders, save=False) if orders.stop else REWIND
             break
-        if last or (_due(step, config.evaluate.every_steps) and not orders.stop):
-            _evaluate(run, step)
         if reason := run.state.due(step) or (orders.save and orders.reason):
             _save(run, step, reason)
+        if last or (_due(step, config.evaluate.every_steps) and not orders.stop):
+            _evaluate(run, step)
         run.state.poll()
         run.control.done(orders)
     return _end(run, step, orders)
@@ -132,7 +142,8 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
     configuration = model_configuration(
         config.model, vocab_size=manifest.vocab_size, seq_len=config.data.seq_len, eod_id=manifest.eod_id
     )
-    init_distributed()
+    # a hang is the watchdog's to end; a run that was stopped for hours must find its collectives as they were
+    init_distributed(None if config.health.hang_seconds is None else SUSPENSION)
     config = _settled(config, configuration)
     model = build_model(configuration, config.seed)
     # a run that has a checkpoint goes on from that, also where the folder that it began with is gone
@@ -145,7 +156,7 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
     model_values = json.loads(json.dumps(configuration.to_dict()))  # as a checkpoint gives it back
     tokenizer = next(iter(sources.values())).tokenizer_folder
     health = Health(config.health)
-    state = RunState(config, model_values, tokenizer, engine, loader, health)
+    state = RunState(config, model_values, tokenizer, engine, loader, health, watch.alive)
     for stretch in engine.agreed(left_out(run_dir)):
         loader.leave_out(*stretch)
     began = time.monotonic()
@@ -184,7 +195,7 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
     incidents = Incidents(run_dir, config.health, engine, loader, health, metrics)
     if config.train.sanity_step and not done:
         rehearse(engine, config, configuration.vocab_size)
-        control.took(save=trial_save(run_dir, config, engine))
+        control.took(save=trial_save(run_dir, config, state))
     watched = (control, metrics, profiler, watch, health, incidents)
     return _Run(config, sources, engine, loader, state, *watched, done + 1)
 
@@ -263,25 +274,40 @@ def _settled(config: RunConfig, configuration: Any) -> RunConfig:
 
 
 def _evaluate(run: _Run, step: int) -> None:
+    """The held-out losses after a step. Where that fails, the step is saved before the run ends. Collective."""
     run.watch.enter("evaluate")
-    began = time.monotonic()
-    losses = {}
-    for name, source in run.sources.items():
-        batches = heldout_batches(
-            run.config.data,
-            {name: source},
-            sequences=run.config.evaluate.sequences,
-            micro_batch=run.config.train.micro_batch_sequences,
-            rank=run.engine.rank,
-            world_size=run.engine.world_size,
-        )
-        found = heldout_losses(run.engine.predict, batches, run.engine.total)
-        if found is not None:
-            losses[name] = found
+    began = run.watch.clock()
+    sums: dict[str, torch.Tensor] = {}
+    failure: Exception | None = None
+    try:
+        for name in run.sources:
+            found = loss_sums(run.engine.predict, _heldout(run, name), run.watch.alive)
+            if found is not None:
+                sums[name] = found
+    except Exception as error:
+        logger.exception("step %d: the evaluation failed on rank %d; saving the step", step, run.engine.rank)
+        failure = error
+    if failure is not None and run.engine.zero_stage == 3:
+        run.watch.enter("step")  # if it failed here alone, the others wait in a gather: not for as long as they may
+    if run.engine.total(torch.tensor(float(failure is not None))):
+        _save(run, step, "a failed evaluation")
+        raise failure or RuntimeError(f"step {step}: the evaluation failed on another rank; see its log")
+    losses = {name: of_sums(run.engine.total(found)) for name, found in sums.items()}
     run.engine.end_evaluation()
     run.metrics.log_evaluation(step, losses)
-    run.control.took(evaluation=time.monotonic() - began)
+    run.control.took(evaluation=run.watch.clock() - began)
     run.metrics.resume_clock(step, run.loader.wait_seconds)
+
+
+def _heldout(run: _Run, name: str) -> Iterator[MicroBatch]:
+    return heldout_batches(
+        run.config.data,
+        {name: run.sources[name]},
+        sequences=run.config.evaluate.sequences,
+        micro_batch=run.config.train.micro_batch_sequences,
+        rank=run.engine.rank,
+        world_size=run.engine.world_size,
+    )
 
 
 def _save(run: _Run, step: int, reason: str) -> None:

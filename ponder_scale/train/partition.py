@@ -10,7 +10,7 @@ masters and the states behind them are named, so that they can be saved and foun
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -120,11 +120,12 @@ class Partition:
         )
 
     @torch.no_grad()
-    def restore(self, parts: Parts, scalars: Scalars) -> None:
-        """Take weights and states from a checkpoint of any ranks and stage. Collective."""
+    def restore(self, parts: Parts, scalars: Scalars, alive: Callable[[], None] = lambda: None) -> None:
+        """Take weights and states from a checkpoint of any ranks and stage; `alive` is called for each. Collective."""
         if self._stage == 3:
             self._engine.optimizer.checkpoint_event_prologue()  # gives up what is gathered
         for owned in self._owned:
+            alive()
             kinds = [kind for kind in parts.kinds(owned.name) if kind != WEIGHT]
             own = {
                 name: value[owned.name] if isinstance(value, Mapping) else value

@@ -11,18 +11,16 @@ import math
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ponder_scale import units
 from ponder_scale.config import RunConfig
-from ponder_scale.errors import CheckpointError, ConfigError, UnhealthyError
-from ponder_scale.parts import WEIGHT, write_part
+from ponder_scale.errors import CheckpointError, ConfigError, SaveError, UnhealthyError
 from ponder_scale.train import generators
 from ponder_scale.train.engine import Engine
+from ponder_scale.train.state import RunState
 
 logger = logging.getLogger(__name__)
 
@@ -72,43 +70,24 @@ def rehearse(engine: Engine, config: RunConfig, vocab_size: int) -> None:
         raise UnhealthyError(f"the initial weights give loss {output.loss.item()}, gradient norm {norms[0]}")
 
 
-def trial_save(run_dir: Path, config: RunConfig, engine: Engine) -> float:
-    """Save to a hidden folder and delete it again; the seconds it took. Collective.
+def trial_save(run_dir: Path, config: RunConfig, state: RunState) -> float:
+    """Save as the first save will, but under a hidden name, and delete it again; the seconds it took. Collective.
 
     Raises:
         CheckpointError: a rank could not.
     """
-    begin = time.monotonic()
-    folder = run_dir / "checkpoints" / f".saving-trial-{engine.rank:05d}"
-    size, error = 0, None
+    began = time.monotonic()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        size, _ = write_part(folder / "part", _at_full_size(engine.partition.tensors(copy=False)), {})
-    except OSError as problem:
-        error = f"rank {engine.rank}: {problem}"
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    answers: list[Any] = [None] * engine.world_size
-    dist.all_gather_object(answers, (size, error))
-    errors = [text for _, text in answers if text]
-    if errors:
-        raise CheckpointError(f"a checkpoint cannot be saved in {run_dir}: {errors[0]}; free space or change run_dir")
-    needed, free = sum(size for size, _ in answers), shutil.disk_usage(run_dir).free
-    wanted = needed * ((config.checkpoint.keep or 1) + 1)
-    if free < wanted and engine.rank == 0:
+        needed = state.trial()
+    except SaveError as error:
+        raise CheckpointError(f"a checkpoint cannot be saved in {run_dir}: {error}; {error.remedy}") from error
+    free, wanted = shutil.disk_usage(run_dir).free, needed * ((config.checkpoint.keep or 1) + 1)
+    if free < wanted and dist.get_rank() == 0:
         logger.warning(
             "a checkpoint takes %s; checkpoint.keep needs %s while saving, the disk of %s has %s",
             *(units.size(needed), units.size(wanted), run_dir, units.size(free)),
         )
-    return time.monotonic() - begin
-
-
-def _at_full_size(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With stand-ins for the two moments where the optimizer makes them at its first update."""
-    weights = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{WEIGHT}/")}
-    if len(weights) < len(tensors):
-        return tensors
-    return tensors | {f"moment {number}/{name}": tensor for number in (1, 2) for name, tensor in weights.items()}
+    return time.monotonic() - began
 
 
 def _out_of_memory(engine: Engine, config: RunConfig, error: BaseException) -> str:

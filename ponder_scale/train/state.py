@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from ponder_scale import checkpoint, units
 from ponder_scale.checkpoint import Index, Ranks, Retention
 from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import Loader
 from ponder_scale.errors import CheckpointError, FencedError, SaveError
-from ponder_scale.parts import Parts, part_name, read_metadata, write_part
+from ponder_scale.parts import WEIGHT, Parts, part_name, read_metadata, write_part
 from ponder_scale.settings import to_dict
 from ponder_scale.train import attempts, generators
 from ponder_scale.train.engine import Engine, code_commit, versions
@@ -42,6 +43,7 @@ class RunState:
     Args:
         model_values: of the transformers configuration, as JSON gives them back.
         tokenizer: folder with its files, copied into each checkpoint.
+        alive: called while a load, or a save that training waits for, makes progress.
     """
 
     def __init__(
@@ -52,18 +54,20 @@ class RunState:
         engine: Engine,
         loader: Loader,
         health: Health,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._config, self._run_dir = config, Path(config.run_dir)
         self._model_values, self._tokenizer = model_values, tokenizer
         self._engine, self._loader, self._health = engine, loader, health
+        self._alive = alive
         self._group = dist.new_group(backend="gloo", timeout=SLOWEST_SAVE)
-        self._ranks = Ranks(engine.rank, engine.world_size, self._gather)
+        self._ranks = Ranks(engine.rank, engine.world_size, self._gather, alive)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self._saving: _Saving | None = None
         self.attempt = 0
         self._saved_step = 0
         self._saved_at = time.monotonic()
-        self._failures: list[str] = []  # in a row
+        self._failures: list[SaveError] = []  # in a row
         self.save_seconds = 0.0  # what the slowest save has taken from beginning to end, for those who must end in time
         self.record: Callable[..., None] = lambda event, step, **values: None  # where an event goes, on rank 0
 
@@ -118,12 +122,10 @@ class RunState:
         began = time.monotonic()
         asynchronous = self._config.checkpoint.asynchronous
         tensors = self._engine.partition.tensors(copy=asynchronous)
-        metadata = {"begins": self._engine.partition.begins(), "generators": generators.states()}
-        state = self._state(step)
+        metadata, state = self._metadata(), self._state(step)
 
         def write(folder: Path) -> Index:
-            name = part_name(self._engine.rank)
-            return {name: write_part(folder / name, tensors, metadata)}
+            return self._write_part(folder, tensors, metadata, (lambda: None) if asynchronous else self._alive)
 
         copied = time.monotonic()
         job = self._thread.submit(self._write, step, state, write)
@@ -131,6 +133,31 @@ class RunState:
         self._saved_at = copied
         if not asynchronous:
             self.finish()
+
+    def trial(self) -> int:
+        """Save all that the first save will, at its full size, and delete it again; the bytes of the ranks' parts.
+
+        Raises:
+            SaveError: it failed.
+        """
+        tensors, sizes = _at_full_size(self._engine.partition.tensors(copy=False)), [0]
+
+        def write(folder: Path) -> Index:
+            index = self._write_part(folder, tensors, self._metadata(), self._alive)
+            sizes[:] = [size for size, _ in index.values()]
+            return index
+
+        checkpoint.save(
+            self._run_dir,
+            0,
+            self._state(0),
+            write,
+            tokenizer=self._tokenizer,
+            ranks=self._ranks,
+            check_owned=self.check_owned,
+            trial=True,
+        )
+        return sum(self._gather(sizes[0]))
 
     def poll(self) -> None:
         """Between steps: record a save that has ended since. It does not wait."""
@@ -154,7 +181,7 @@ class RunState:
         try:
             saving.job.result()
         except SaveError as error:
-            self._failures.append(str(error))
+            self._failures.append(error)
             self._tell(saving, error)
             if len(self._failures) >= FAILURES:
                 raise self._failed() from error
@@ -164,6 +191,13 @@ class RunState:
             self._record(saving)
         finally:
             self._saving = None
+
+    def abandon(self) -> None:
+        """Before an error ends the run: wait for the save under way, so that it is whole; what it raises is told."""
+        try:
+            self.finish()
+        except Exception as error:  # such as that of a group whose other ranks are gone
+            logger.error("%s", error)
 
     def close(self) -> None:
         """Finish and end the thread. Raises SaveError if the last save failed: nobody will try again."""
@@ -195,12 +229,21 @@ class RunState:
         )
         return folder, time.monotonic() - began
 
+    def _write_part(
+        self, folder: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], alive: Callable[[], None]
+    ) -> Index:
+        name = part_name(self._engine.rank)
+        return {name: write_part(folder / name, tensors, metadata, alive)}
+
+    def _metadata(self) -> dict[str, Any]:
+        return {"begins": self._engine.partition.begins(), "generators": generators.states()}
+
     def _tell(self, saving: _Saving, error: SaveError) -> None:
         if saving.recorded or self._engine.rank != 0:  # every rank has the same error
             return
         saving.recorded = True
         self.record("alarm", saving.step, kind="save failed", message=str(error))
-        logger.error("%s; the next save tries again", error)
+        logger.error("%s; %s; the next save tries again", error, error.remedy)
 
     def _record(self, saving: _Saving) -> None:
         if saving.recorded or self._engine.rank != 0:  # only rank 0 looks at the clock and keeps the record
@@ -241,7 +284,7 @@ class RunState:
         engine = self._engine
         layout = (state["world_size"], state["zero_stage"])
         same = layout == (engine.world_size, engine.zero_stage)
-        engine.partition.restore(self._parts(newest, same), state["optimizer"]["scalars"])
+        engine.partition.restore(self._parts(newest, same), state["optimizer"]["scalars"], self._alive)
         self._loader.restore(state["loader"])
         self._health.restore(state["health"])
         if layout[0] == engine.world_size:
@@ -285,11 +328,10 @@ class RunState:
                 )
 
     def _failed(self) -> SaveError:
-        before = f"step {self._saved_step} is saved" if self._saved_step else "nothing is saved yet"
-        disk = f"the disk of {self._run_dir}"
-        return SaveError(
-            f"{self._failures[-1]}; {before}; free space on {disk} or lower checkpoint.keep, and start again"
-        )
+        before, last = "nothing is saved yet", self._failures[-1]
+        if self._saved_step:
+            before = f"step {self._saved_step} is saved"
+        return SaveError(f"{last}; {before}; {last.remedy}, and start again", last.remedy)
 
     def _hosts(self) -> list[str]:
         return sorted(set(self._gather(socket.gethostname())))
@@ -298,6 +340,14 @@ class RunState:
         values: list[Any] = [None] * self._engine.world_size
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def _at_full_size(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With stand-ins for the two moments where the optimizer makes them at its first update."""
+    weights = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{WEIGHT}/")}
+    if len(weights) < len(tensors):
+        return tensors
+    return tensors | {f"moment {number}/{name}": tensor for number in (1, 2) for name, tensor in weights.items()}
 
 
 @dataclass

@@ -4,7 +4,10 @@ A rank that hangs usually waits in a collective for one that failed elsewhere, s
 out by itself, writes the stacks of its threads to its log, gives the others time for the same and leaves with exit
 code 86. Two threads: one looks at the clock, one writes RUN/heartbeat/rank-00000.json, which may block on a sick file
 system without harm to the first. Where the interpreter itself is blocked (native code that holds its lock) neither
-can run; faulthandler's timer, which needs no interpreter, then writes the stacks and leaves with exit code 1.
+can run; a small process beside the rank, `guard`, then sends it BLOCKED, by which faulthandler, which needs no
+interpreter, writes the stacks and ends it.
+
+Only seconds in which this process ran count as idle: a run that was stopped and continued is not hung.
 """
 
 from __future__ import annotations
@@ -12,22 +15,28 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import socket
 import statistics
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ponder_scale.config import HealthConfig
 from ponder_scale.errors import HUNG, FencedError, UserError
 from ponder_scale.records import ENDED, FAILED, REFUSED
+from ponder_scale.train import guard
 
 HEARTBEATS = "heartbeat"
 HEARTBEAT_SECONDS = 5.0
 GRACE_SECONDS = 10.0  # for the other ranks to write their stacks before the first one leaves
+BLOCKED = signal.SIGVTALRM  # nothing else uses it, and its own action ends the process
+SUSPENDED_SECONDS = 5.0  # a longer gap between two looks at the clock is a suspension, or a very busy machine
 SLOW = ("start", "save", "evaluate")  # may take `slow_seconds`, and so may all of the first step
 # Seconds of the other phases hold the wait for the slowest rank, so they say nothing about this one; so do those of
 # forward under ZeRO-3, which gathers weights there.
@@ -53,6 +62,7 @@ class Watch:
         self._seconds, self._compared = dict.fromkeys(TIMED, 0.0), self._since
         self._closed = threading.Event()
         self._leaving = False
+        self._looked, self._suspended = self._since, 0.0
         self.check_owned: Callable[[], None] = lambda: None  # raises FencedError once another attempt has the run
         self._threads = [threading.Thread(target=self._beat, name="heartbeat", daemon=True)]
         if health.hang_seconds is not None:
@@ -69,6 +79,17 @@ class Watch:
         if self._first_step is None:
             self._first_step = step
         self._where, self._since, self._since_date = (phase, step), now, time.time()
+
+    def alive(self) -> None:
+        """There is progress in the phase that was entered last."""
+        self.enter(self._where[0])
+
+    def clock(self) -> float:
+        """Monotonic seconds, without those in which this process was stopped, as far as that is watched."""
+        suspended, unseen = self._suspended, time.monotonic() - self._looked
+        if len(self._threads) > 1 and unseen > SUSPENDED_SECONDS:  # it has just been continued
+            suspended += unseen
+        return time.monotonic() - suspended
 
     def phase_seconds(self) -> list[float]:
         """Seconds since the last call: in each of `TIMED`, and in all."""
@@ -99,12 +120,23 @@ class Watch:
     def _guard(self) -> None:
         assert self._health.hang_seconds is not None
         pause = min(1.0, self._health.hang_seconds / 10)
+        idle, since = 0.0, self._since
+        beside = _Beside()
         while not self._closed.wait(pause):
-            idle, limit = time.monotonic() - self._since, self._limit()
-            faulthandler.dump_traceback_later(1.25 * limit + GRACE_SECONDS, exit=True)
-            if idle > limit:
+            awake = self._look(pause)
+            idle, since = (idle + awake if since == self._since else 0.0), self._since
+            beside.allow(1.25 * self._limit() + GRACE_SECONDS)
+            if idle > self._limit():
                 self._alarm(idle)
-        faulthandler.cancel_dump_traceback_later()
+        beside.close()
+
+    def _look(self, pause: float) -> float:
+        """Look at the clock: the seconds since the last look that count, of about `pause`."""
+        now = time.monotonic()
+        gap, self._looked = now - self._looked, now
+        if gap > SUSPENDED_SECONDS:
+            self._suspended += gap
+        return min(gap, 2 * pause)
 
     def _alarm(self, idle: float) -> None:
         """Write the stacks; leave unless there is progress after all."""
@@ -116,7 +148,10 @@ class Watch:
         faulthandler.dump_traceback(all_threads=True)
         self._leaving = True
         assert self._health.hang_seconds is not None
-        if not self._closed.wait(min(GRACE_SECONDS, self._health.hang_seconds)) and self._since == since:
+        waited, grace = 0.0, min(GRACE_SECONDS, self._health.hang_seconds)
+        while waited < grace and self._since == since and not self._closed.wait(pause := min(0.5, grace)):
+            waited += self._look(pause)
+        if waited >= grace and self._since == since:
             sys.stdout.flush()
             os._exit(HUNG)
         self._leaving = False
@@ -147,6 +182,33 @@ class Watch:
             return  # the file is the new attempt's now; the main thread finds out at its next record or save
         except OSError as error:  # a full disk must not end the run by way of its heartbeat
             print(f"rank {self._rank}: heartbeat {self._path}: {error}", file=sys.stderr, flush=True)
+
+
+class _Beside:
+    """The process that ends this one when no thread of it can run any more."""
+
+    def __init__(self) -> None:
+        faulthandler.register(BLOCKED, file=2, all_threads=True, chain=True)
+        command = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(int(BLOCKED))]
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0)
+        except OSError as error:  # no more processes are allowed: the other thread still watches
+            print(f"a blocked interpreter will not be noticed: {error}", file=sys.stderr, flush=True)
+            return
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
+
+    def allow(self, seconds: float) -> None:
+        """This process has run; it need not say so again for so many seconds."""
+        if self._process is not None and self._process.stdin is not None:
+            with suppress(BlockingIOError, BrokenPipeError):  # it is stopped; it was ended from outside
+                self._process.stdin.write(f"{seconds}\n".encode())
+
+    def close(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            self._process.wait()
 
 
 def forget_ranks(run_dir: Path, world_size: int) -> None:

@@ -15,7 +15,7 @@ import pytest
 from ponder_scale.config import HealthConfig, RunConfig
 from ponder_scale.errors import HUNG
 from ponder_scale.settings import load
-from ponder_scale.train.watchdog import Watch, straggler
+from ponder_scale.train.watchdog import BLOCKED, Watch, straggler
 from tests.faults import Fault
 from tests.ranks import run_ranks
 from tests.train.test_loop import overrides
@@ -56,7 +56,7 @@ def watch_blocked_code(case: dict[str, Any]) -> None:
     run_dir.mkdir()
     watch = Watch(run_dir, HealthConfig(hang_seconds=1.0, slow_seconds=1.0), rank=0)
     watch.enter("forward", 1)
-    time.sleep(0.5)  # for the watchdog to set its timer
+    time.sleep(0.5)  # for the watchdog to start the process beside
     ctypes.PyDLL(None).sleep(3600)
 
 
@@ -100,12 +100,12 @@ def test_a_hang_leaves_the_stacks_of_every_rank_and_ends_within_the_time_set(
 def test_a_blocked_interpreter_is_ended_too(tmp_path: Path, fault: Fault) -> None:
     ended = run_ranks(watch_blocked_code, [{"folder": str(tmp_path)}], world_size=1)
     said = printed(tmp_path, 0)
-    assert ended == [[{"error": "exit code 1"}]] and "Timeout (" in said and "in watch_blocked_code" in said, said
+    assert ended == [[{"error": f"exit code -{int(BLOCKED)}"}]] and "Timeout (" in said and "in watch_blocked_code" in said, said
     fault(
         "native code keeps the lock",
         "forward",
-        detected="by a timer",
-        after="stacks; exit code 1",
+        detected="by a process beside",
+        after="stacks; ended by a signal",
         lost="nothing saved",
     )
 
@@ -141,7 +141,6 @@ def test_progress_again_within_the_grace_goes_on(
     from ponder_scale.train import watchdog
 
     monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda **_: None)
-    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: None)
     tmp_path.joinpath("run").mkdir()
     watch = Watch(tmp_path / "run", HealthConfig(hang_seconds=2.0, slow_seconds=2.0), rank=0)
     watch.enter("forward", 1)
