@@ -53,5 +53,13 @@ class SaveError(UserError):
         self.remedy = remedy
 
 
+class SignalledError(UserError):
+    """A signal came while a run waited for something that is not its own; nothing was begun."""
+
+    def __init__(self, message: str, *, interrupted: bool) -> None:
+        super().__init__(message)
+        self.exit_code = INTERRUPTED if interrupted else AGAIN
+
+
 class FencedError(UserError):
     """Another process has taken the run over; this one must not write any more."""

@@ -1,9 +1,10 @@
-"""Numbers that may have left every bound: of a run that diverged, too, they are shown and kept, and end nothing."""
+"""Numbers as people and other programs write and read them, those that have left every bound among them."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 
@@ -27,6 +28,21 @@ def shown(value: float) -> str:
 def json_text(content: Any, indent: int | None = None) -> str:
     """Plain values as JSON that every parser reads: null for numbers that are not finite, which JSON does not have."""
     return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def seconds_of(text: str) -> float | None:
+    """Seconds of "90", "30:00" (minutes), "12:00:00" or Slurm's "1-12:00:00", "1-12:00" and "1-12" (hours).
+
+    None for anything else.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?)", text.strip())
+    if not found:
+        return None
+    days, hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    if found[1]:  # after days Slurm counts from the left
+        parts = [float(part) for part in text.strip().partition("-")[2].split(":")]
+        hours, minutes, seconds = [*parts, 0.0, 0.0][:3]
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _finite(content: Any) -> Any:

@@ -25,6 +25,7 @@ import yaml
 
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import UserError
+from ponder_scale.figures import seconds_of
 from ponder_scale.files import copy_file
 from ponder_scale.settings import to_dict
 
@@ -36,6 +37,8 @@ ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
     *("REVOKED", "SPECIAL_EXIT", "TIMEOUT"),
 )
+SIGNAL_SECONDS = 60  # before the end, where --signal names none
+START_SECONDS = 60  # until the first step, at least; and Slurm may signal up to a minute early
 COMPLETING_SECONDS = 30  # that a job may take to leave its nodes, before it waits again or has ended
 
 
@@ -94,6 +97,28 @@ class Submission:
                 f"{self._run_dir} is being trained by job {active[0]} ({active[1]}); "
                 f"end it first: ponder-scale stop {shlex.quote(str(self._run_dir))}"
             )
+
+    def check_time(self) -> None:
+        """Raise SubmitError where Slurm's signal before the time limit leaves no time for a step."""
+        template = (HOME / TEMPLATE).read_text(encoding="utf-8")
+        limit, lead = (self._option(name, template) for name in ("time", "signal"))
+        seconds, before = _slurm_seconds(limit), int(lead.partition("@")[2] or SIGNAL_SECONDS)
+        if seconds is not None and seconds < before + START_SECONDS:
+            raise SubmitError(
+                f"--time is {limit}: Slurm would signal its end {before} s before ({lead}), and no step be done; expected "
+                f"at least {before + START_SECONDS} s, or a shorter lead: --sbatch=--signal=B:USR2@SECONDS"
+            )
+
+    def _option(self, name: str, template: str) -> str:
+        """What sbatch goes by: the last on its command line, its environment, the head of the template."""
+        words = [f"--time={self._resources.time}"] if self._resources.time else []
+        words += self._resources.options
+        given = [word.partition("=")[2] for word in words if word.startswith(f"--{name}=")]
+        if name == "time":
+            given = given or [word[2:] for word in words if word.startswith("-t")]
+        inside = re.findall(rf"^#SBATCH --{name}=(\S+)", template, re.MULTILINE)
+        variable = {"time": "SBATCH_TIMELIMIT", "signal": "SBATCH_SIGNAL"}[name]
+        return given[-1] if given else os.environ.get(variable) or (inside[-1] if inside else "")
 
     def submit(self) -> str:
         """Keep code and configuration, submit, and tell how to watch. Raises SubmitError."""
@@ -230,6 +255,13 @@ def _active(run_dir: Path) -> tuple[str, str]:
 def _request(run_dir: Path, name: str, what: str) -> str:
     (run_dir / name).touch()
     return f"wrote {run_dir / name}: the run {what} at its next step"
+
+
+def _slurm_seconds(limit: str) -> float | None:
+    """Seconds of a time limit as sbatch takes it, a plain number being minutes; None for none, and what it refuses."""
+    minutes = limit.isdigit()
+    seconds = seconds_of(limit)
+    return seconds * 60 if seconds and minutes else seconds or None
 
 
 def _plain(name: str) -> str:

@@ -117,7 +117,7 @@ def test_a_save_that_fails_leaves_the_older_ones_and_no_remains(make: Callable[.
 FILES = {  # what is being written when the disk is full, by the function that writes it
     "the part of a rank": "write_part",
     "state.json": "_write_json",
-    "the tokenizer": "copytree",
+    "the tokenizer": "copy_folder",
     "checkpoint.json": "_seal",
 }
 
@@ -128,7 +128,7 @@ def test_a_disk_that_is_full_at_any_file_costs_that_save_only(
     what: str, make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     older, run, name = make(10), tmp_path / "run", FILES[what]
-    owner = {"copytree": checkpoint.shutil, "write_part": sys.modules[__name__]}.get(name, checkpoint)
+    owner = sys.modules[__name__] if name == "write_part" else checkpoint
     original = getattr(owner, name)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, lambda *arguments: with_full_disk(lambda: original(*arguments)))

@@ -73,6 +73,7 @@ def _submit(options: argparse.Namespace, _: list[str]) -> None:
     config = load(RunConfig, find_recipe(options.recipe, RECIPES), options.overrides)
     resources = Resources(options.nodes, options.gpus_per_node, options.spares, options.time, tuple(options.sbatch))
     submission = Submission(config, find_sharding(config.train.deepspeed), resources)
+    submission.check_time()
     if not (options.dry_run or options.test_only):
         submission.check_free()  # said before a plan, which takes seconds
     check_run(config, resources.ranks)

@@ -49,8 +49,11 @@ def add_commands(commands: Any) -> None:
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load(RunConfig, find_recipe(options.recipe, RECIPES), options.overrides)
+    from ponder_scale.train.control import check_time_limit
     from ponder_scale.train.deepspeed_config import check_ranks, read_sharding
     from ponder_scale.train.launch import default_processes, launch
+
+    check_time_limit(config.train.time_limit)
 
     launched = "RANK" in os.environ
     if not launched:
@@ -86,8 +89,10 @@ def _plan(options: argparse.Namespace, _: list[str]) -> None:
 
 def check_run(config: RunConfig, ranks: int) -> None:
     """Raise for what can be known to be wrong with a run before a device is touched: its data, its batch sizes."""
+    from ponder_scale.train.control import check_time_limit
     from ponder_scale.train.deepspeed_config import check_ranks, read_sharding
 
+    check_time_limit(config.train.time_limit)
     _check_data(config)
     check_ranks(read_sharding(config.train.deepspeed), config.train, ranks)
 

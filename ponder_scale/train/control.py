@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import subprocess
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ponder_scale.errors import AGAIN, INTERRUPTED, ConfigError
+from ponder_scale.figures import seconds_of
 from ponder_scale.records import duration
 from ponder_scale.train import signals
 
@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 REQUESTS = ("STOP", "SAVE_AND_STOP", "SAVE")
 LOOK_SECONDS = 1.0  # between two looks for request files
-UNKNOWN_SAVE_SECONDS = 60.0  # until a save or a load has been measured
+SHORTEST_SECONDS = 30.0  # of a time limit: torch alone takes a third of it to load
+UNKNOWN_SAVE_SECONDS = 60.0  # until a save or a load has been measured; a tenth of limits under ten minutes
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,12 @@ class Control:
 
     def __init__(self, run_dir: Path, time_limit: str | None, *, rank: int) -> None:
         self._run_dir, self._first = run_dir, rank == 0
-        self._deadline = _deadline(time_limit) if self._first else None
+        self._slurm = time_limit == "slurm"
+        self._limit, self._deadline = _limit(time_limit) if self._first else (float("inf"), None)
         self._looked, self._files = -LOOK_SECONDS, dict.fromkeys(REQUESTS, False)
         self._step_seconds: list[float] = []
-        self._save_seconds, self._save_known, self._evaluation_seconds = UNKNOWN_SAVE_SECONDS, False, 0.0
+        self._save_seconds, self._save_known = min(UNKNOWN_SAVE_SECONDS, 0.1 * self._limit), False
+        self._evaluation_seconds = 0.0
         if self._deadline is not None:
             logger.info("time limit: saves and ends in time for %s from now", duration(self.seconds_left()))
 
@@ -92,6 +95,22 @@ class Control:
             self._save_seconds = max(self._save_seconds, load)
         if evaluation is not None:
             self._evaluation_seconds = max(self._evaluation_seconds, evaluation)
+
+    def refusal(self) -> str | None:
+        """Why no attempt of this time limit can do a step, asked before the first one; None where one can."""
+        started = time.monotonic() - signals.imported
+        if not self._out_of_time():
+            return None
+        if self._limit - started >= self._reserve():
+            logger.warning("the time limit is in %s: too near for a step", duration(self.seconds_left()))
+            return None
+        what = f"train.time_limit is {self._limit:.0f} s"
+        if self._slurm:
+            what = f"the time limit of Slurm job {os.environ.get('SLURM_JOB_ID')} is {self._limit:.0f} s"
+        return (
+            f"{what}: this start took {started:.0f} s of it and saving in time needs {self._reserve():.0f} s, which "
+            f"leaves none for a step; give it at least {2 * (started + self._reserve()):.0f} s"
+        )
 
     def wishes(self, *, save: bool = False) -> list[float]:
         """1 for each of `ORDERS` that this rank wants, else 0; `save`: time for a save by the clock, of rank 0."""
@@ -125,12 +144,13 @@ class Control:
 
     def _out_of_time(self) -> bool:
         """Whether an evaluation, a scheduled save, a step and the save after it might not end in time."""
-        if self._deadline is None:
-            return False
-        left = self.seconds_left()
-        margin = min(60.0, 0.1 * (self._deadline - signals.started))
+        return self._deadline is not None and self.seconds_left() < self._reserve()
+
+    def _reserve(self) -> float:
+        """Seconds that are kept free to end in time."""
+        margin = min(60.0, 0.1 * self._limit)
         steps, saves = 2 * max(self._step_seconds, default=0.0), 2.5 * self._save_seconds
-        return left < margin + self._evaluation_seconds + steps + saves
+        return margin + self._evaluation_seconds + steps + saves
 
 
 def parse_time_limit(value: str) -> float:
@@ -138,24 +158,35 @@ def parse_time_limit(value: str) -> float:
 
     Raises ConfigError for anything else.
     """
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?)", value.strip())
-    if not found:
+    seconds = seconds_of(value)
+    if seconds is None:
         raise ConfigError(f"train.time_limit is {value}; expected seconds, HH:MM:SS, D-HH:MM:SS, slurm or null")
-    days, hours, minutes, seconds = (float(part or 0) for part in found.groups())
-    if found[1]:  # after days Slurm counts from the left
-        parts = [float(part) for part in value.strip().partition("-")[2].split(":")]
-        hours, minutes, seconds = [*parts, 0.0, 0.0][:3]
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    return seconds
 
 
-def _deadline(time_limit: str | None) -> float | None:
-    """When this attempt must have ended, on the monotonic clock."""
+def check_time_limit(value: str | None) -> None:
+    """Raise ConfigError where `train.time_limit` cannot be read, or nothing could be done in it."""
+    if value not in (None, "slurm") and parse_time_limit(value) < SHORTEST_SECONDS:
+        raise ConfigError(
+            f"train.time_limit is {value}; expected at least {SHORTEST_SECONDS:.0f} s, as a start takes that long; "
+            "null: no limit"
+        )
+
+
+def _limit(time_limit: str | None) -> tuple[float, float | None]:
+    """Seconds of an attempt in all, and when this one must have ended, on the monotonic clock."""
     if time_limit is None:
-        return None
+        return float("inf"), None
     if time_limit != "slurm":
-        return signals.started + parse_time_limit(time_limit)
+        limit = parse_time_limit(time_limit)
+        return limit, signals.started + limit
     left = _slurm_seconds_left()
-    return None if left is None else time.monotonic() + left
+    if left is None:
+        return float("inf"), None
+    deadline = time.monotonic() + left
+    begin, end = (os.environ.get(f"SLURM_JOB_{moment}_TIME") for moment in ("START", "END"))
+    # of the job, which may have trained before on these nodes; else as if this start were its first
+    return float(end) - float(begin) if begin and end else deadline - signals.started, deadline
 
 
 def _slurm_seconds_left() -> float | None:
@@ -170,7 +201,10 @@ def _slurm_seconds_left() -> float | None:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
         if answer == "UNLIMITED":
             return None
-        return parse_time_limit(answer)
+        left = seconds_of(answer)
+        if left is None:
+            raise ConfigError(f"it says {answer}")
+        return left
     except (OSError, subprocess.SubprocessError, ConfigError) as error:
         logger.warning("the time limit of Slurm job %s is not known (%s); set train.time_limit", job, error)
         return None

@@ -61,8 +61,7 @@ def init_distributed(timeout: timedelta | None = None) -> None:
     logging.getLogger("DeepSpeed").addFilter(_is_no_refusal)
     # DeepSpeed calls collectives by names that torch 2.13 renames; one warning for each call of each step
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    # Its shared-memory all-reduce is for CPU inference; compiling it costs 20 s and a killed compilation leaves a
-    # lock on which every later start waits for ever.
+    # Its shared-memory all-reduce is for CPU inference; compiling it costs 20 s.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -140,7 +139,12 @@ class Engine:
         if config.train.precision == "bf16":
             model = model.to(torch.bfloat16)
         self.parameters: int = sum(parameter.numel() for parameter in model.parameters())
-        optimizer = _optimizer(model, config, offload="offload_optimizer" in sharding["zero_optimization"])
+        offloads = {"offload_optimizer", "offload_param"} & sharding["zero_optimization"].keys()
+        if offloads or torch.cuda.is_available():  # operators are compiled, each under a lock
+            from ponder_scale.train import baton  # slow to import
+
+            baton.install()
+        optimizer = _optimizer(model, config, offload="offload_optimizer" in offloads)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )

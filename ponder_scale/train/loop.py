@@ -23,6 +23,7 @@ from ponder_scale.checkpoint import saved_steps
 from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import Loader, heldout_batches, open_sources
 from ponder_scale.data.sequences import IGNORE_INDEX, MicroBatch
+from ponder_scale.errors import ConfigError
 from ponder_scale.foreign import warm_start
 from ponder_scale.heldout import loss_sums, of_sums
 from ponder_scale.plan import present_devices
@@ -67,6 +68,8 @@ def _train(run: _Run) -> int:
     config = run.config
     gc.freeze()  # no rank pauses, and lets the others wait, to look for garbage in what the run is made of
     gc.enable()
+    if refusal := run.engine.agreed(run.control.refusal()):
+        raise ConfigError(refusal)
     _, orders = _agree(run)  # a signal may have come while the engine was built
     step = run.first_step - 1
     due = step > 0 and (step == config.train.steps or _due(step, config.evaluate.every_steps))

@@ -42,7 +42,7 @@ def process_start() -> float:
 
 
 received = Received()
-started = process_start()
+started, imported = process_start(), time.monotonic()  # they differ where `start_over` was called
 
 
 def install() -> None:

@@ -100,7 +100,9 @@ def test_a_hang_leaves_the_stacks_of_every_rank_and_ends_within_the_time_set(
 def test_a_blocked_interpreter_is_ended_too(tmp_path: Path, fault: Fault) -> None:
     ended = run_ranks(watch_blocked_code, [{"folder": str(tmp_path)}], world_size=1)
     said = printed(tmp_path, 0)
-    assert ended == [[{"error": f"exit code -{int(BLOCKED)}"}]] and "Timeout (" in said and "in watch_blocked_code" in said, said
+    assert (
+        ended == [[{"error": f"exit code -{int(BLOCKED)}"}]] and "Timeout (" in said and "in watch_blocked_code" in said
+    ), said
     fault(
         "native code keeps the lock",
         "forward",
