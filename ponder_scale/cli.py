@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from ponder_scale.errors import INTERRUPTED, UserError
+from ponder_scale.errors import INTERRUPTED, SignalledError, UserError
 from ponder_scale.train import signals
 
 
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _log_to_stdout(level, Timed() if arguments[:1] in (["train"], ["compare"]) else logging.Formatter())
     try:
         code = options.run(options, arguments) or 0
-    except UserError as error:
+    except (UserError, SignalledError) as error:
         if rank == "0":
             print(f"error: {error}", file=sys.stderr)
         code = error.exit_code

@@ -53,8 +53,11 @@ class SaveError(UserError):
         self.remedy = remedy
 
 
-class SignalledError(UserError):
-    """A signal came while a run waited for something that is not its own; nothing was begun."""
+class SignalledError(BaseException):
+    """A signal came while a run waited for something that is not its own; nothing was begun.
+
+    For the user as a `UserError`. No `Exception`, as libraries that call what waits wrap those in their own.
+    """
 
     def __init__(self, message: str, *, interrupted: bool) -> None:
         super().__init__(message)

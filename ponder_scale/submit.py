@@ -105,8 +105,8 @@ class Submission:
         seconds, before = _slurm_seconds(limit), int(lead.partition("@")[2] or SIGNAL_SECONDS)
         if seconds is not None and seconds < before + START_SECONDS:
             raise SubmitError(
-                f"--time is {limit}: Slurm would signal its end {before} s before ({lead}), and no step be done; expected "
-                f"at least {before + START_SECONDS} s, or a shorter lead: --sbatch=--signal=B:USR2@SECONDS"
+                f"--time is {limit}: Slurm signals its end {before} s before ({lead}), so that no step would be done; "
+                f"expected at least {before + START_SECONDS} s, or a shorter lead by --sbatch=--signal=B:USR2@SECONDS"
             )
 
     def _option(self, name: str, template: str) -> str:

@@ -49,6 +49,11 @@ def line(run_dir: Path, name: str) -> str:
     return found.removeprefix(name).strip()
 
 
+def test_a_run_whose_held_out_loss_left_every_bound_is_told_of_too(tmp_path: Path) -> None:
+    make_run(tmp_path / "run").write("evaluation", 10, losses=[800.0, float("nan"), 20.0])
+    assert line(tmp_path / "run", "held-out") == "perplexity by pass inf not finite 4.85e+08, at step 10"
+
+
 def test_a_running_run_says_where_it_is(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     recorder = make_run(run_dir)

@@ -10,7 +10,7 @@ import yaml
 
 from ponder_scale.config import RunConfig
 from ponder_scale.settings import load
-from ponder_scale.submit import HOME, Resources, Submission, keep_code
+from ponder_scale.submit import HOME, Resources, Submission, SubmitError, keep_code
 from tests.commands import run_command
 from tests.conftest import TinyShards
 
@@ -68,6 +68,32 @@ def test_a_job_that_takes_no_environment_along_has_its_code_all_the_same(
     assert given == [*options, *([exported] if exported else [])]
 
 
+def test_a_time_limit_below_the_lead_of_its_signal_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SBATCH_TIMELIMIT", "SBATCH_SIGNAL"):
+        monkeypatch.delenv(name, raising=False)
+    needed = [f"run_dir={tmp_path}", "data.sources.x.path=x", "train.steps=1", "train.global_batch=2"]
+    config = load(RunConfig, None, needed)
+
+    def check(time: str | None = None, *options: str) -> None:
+        Submission(config, HOME / "deepspeed_configs/zero3.json", Resources(1, 1, 0, time, options)).check_time()
+
+    for fine in (None, "6", "360", "6:00", "1-00", "UNLIMITED", "INFINITE", "nonsense"):  # sbatch judges the last
+        check(fine)
+    check("00:02:00", "--signal=B:USR2@50")
+    check("5", "--time=1:00:00")
+    for short in ("2", "00:05:00", "5:59"):
+        with pytest.raises(SubmitError, match=rf"--time is {short}: .*300 s before \(B:USR2@300\).* at least 360 s"):
+            check(short)
+    for options in (("--time=3",), ("-t3",), ("--signal=B:USR2@86400",)):
+        with pytest.raises(SubmitError):
+            check(None, *options)
+    monkeypatch.setenv("SBATCH_TIMELIMIT", "3")
+    with pytest.raises(SubmitError, match="--time is 3"):
+        check()
+    monkeypatch.setenv("SBATCH_SIGNAL", "USR2")  # a minute before
+    check()
+
+
 def test_the_kept_code_is_what_a_job_needs(tmp_path: Path) -> None:
     keep_code(tmp_path)
     for name in ("ponder_scale/cli.py", "data_pipeline/cli.py", "deepspeed_configs/zero3.json", "slurm/site.sh"):
@@ -89,6 +115,8 @@ def test_what_is_wrong_or_would_be_done_is_said_before_anything_is_written(
     assert "train.micro_batch x ranks (4 x 6 = 24)" in answer(*submit, "--nodes", 3, code=2)
     assert "--nodes is 0; expected at least 1" in answer(*submit, "--nodes", 0, code=2)
     assert "/nowhere: no such folder" in answer(*submit, "data.sources.x.path=/nowhere", code=2)
+    assert "--time is 00:02:00: Slurm signals its end 300 s before" in answer(*submit, "--time", "00:02:00", code=2)
+    assert "expected at least 30 s" in answer(*submit, "train.time_limit=20", code=2)
     assert "sbatch is not here; submit from a login node" in answer(*submit, "--test-only", code=2)
     shown = answer(*submit, "--dry-run")
     assert "memory / rank" in shown and "sbatch --parsable" in shown

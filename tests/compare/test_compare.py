@@ -17,6 +17,7 @@ from ponder_scale.build import model_configuration
 from ponder_scale.cli import _parse as parse
 from ponder_scale.compare.findings import Result, Verdict, half_width, read_result, verdicts
 from ponder_scale.compare.members import EXTRAS, Member, Run, plan_runs
+from ponder_scale.compare.report import write_report
 from ponder_scale.config import RunConfig, TrainConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings import load
@@ -117,6 +118,21 @@ def test_a_difference_is_claimed_only_beyond_its_spread_over_seeds() -> None:
     worse = str(Verdict("a", "b", [-0.3, -0.32], 0.1, None))
     assert worse.endswith("b is better") and "a against b: loss higher by +0.3100 nats +- 0.1000" in worse
     assert "loss higher by +0.3100 nats in one seed" in str(Verdict("a", "b", [-0.31], None, None))
+
+
+def test_a_run_that_diverged_is_reported_and_nothing_is_claimed_of_it(tmp_path: Path) -> None:
+    record = {"event": "evaluation", "step": 8, "losses": [5.0, None], "tokens": 64}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    run = Run(Member("vanilla", "", (), 1, TrainConfig(8, 1), 800, 1.0), 1, tmp_path)
+    found = read_result(run)
+    assert found is not None and math.isnan(found.loss)
+    results = [result("pondering-1", seed, [3.0, 2.0]) for seed in (1, 2)]
+    results += [result("vanilla", 1, [900.0, 800.0]), result("vanilla", 2, [3.0, math.nan])]
+    text = write_report(tmp_path, results, [])
+    assert "a held-out loss is not finite, so nothing is claimed" in text and "| not finite |" in text
+    members = json.loads((tmp_path / "compare.json").read_text(), parse_constant=pytest.fail)["members"]
+    assert [one["loss"] for one in members[1]["runs"]] == [800.0, None]
+    assert [one["perplexity"] for one in members[1]["runs"]] == [None, None]
 
 
 def test_a_result_is_what_the_record_says(tmp_path: Path) -> None:

@@ -123,6 +123,56 @@ def test_the_time_limit_leaves_time_for_a_step_and_a_save(tmp_path: Path, monkey
     assert control.Control(tmp_path, "1", rank=1).wishes() == [0.0] * len(control.ORDERS)  # rank 0 has the clock
 
 
+def train_within(case: dict[str, Any]) -> int:
+    """Train as a process that has just started, or so many seconds ago."""
+    from ponder_scale.train import loop
+
+    signals.started = signals.imported = time.monotonic() - case.get("ago", 0.0)
+    return loop.train(load(RunConfig, None, case["overrides"]))
+
+
+def test_a_short_time_limit_is_used_and_one_too_short_for_a_step_is_refused(
+    shards: Any, tmp_path: Path, fault: Fault
+) -> None:
+    base = overrides(tmp_path / "run", shards, "train.steps=6")
+    cases = [
+        {"overrides": [*base, "train.steps=2"]},
+        {"overrides": [*base, "train.steps=4", "train.time_limit=160"]},  # no save is known, one of 60 s was feared
+        {"overrides": [*base, "train.time_limit=100"], "ago": 90.0},
+    ]
+    first, short, refused = run_ranks(train_within, cases)
+    assert first == short == [0, 0]
+    for rank in refused:
+        assert rank["error"].startswith("ConfigError: train.time_limit is 100 s: this start took 9"), rank
+        assert "leaves none for a step; give it at least" in rank["error"]
+    assert read_state(find(tmp_path / "run"))["step"] == 4
+    fault(
+        "a time limit too short for a step", "start-up", detected="before step 1", after="exit code 2", lost="nothing"
+    )
+
+
+def test_the_rest_of_a_long_time_limit_is_no_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start late in a job's stay leaves to be started again: the next stay is a whole one."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for moment, seconds in (("START", -86000), ("END", 100)):
+        monkeypatch.setenv(f"SLURM_JOB_{moment}_TIME", str(time.time() + seconds))
+    late = control.Control(tmp_path, "slurm", rank=0)
+    assert late.refusal() is None and late.orders(late.wishes()).exit_code == AGAIN
+    for moment, seconds in (("START", -90), ("END", 30)):
+        monkeypatch.setenv(f"SLURM_JOB_{moment}_TIME", str(int(time.time()) + seconds))
+    monkeypatch.setattr(signals, "imported", time.monotonic() - 90)
+    refusal = control.Control(tmp_path, "slurm", rank=0).refusal()
+    assert refusal is not None and refusal.startswith("the time limit of Slurm job 7 is 120 s: this start took 90 s")
+
+
+@pytest.mark.parametrize("value", ["0", "29", "00:00:20"])
+def test_a_time_limit_shorter_than_a_start_is_refused_before_it(value: str) -> None:
+    with pytest.raises(ConfigError, match=f"train.time_limit is {value}; expected at least 30 s"):
+        control.check_time_limit(value)
+    for fine in ("30", "00:30", "slurm", None):
+        control.check_time_limit(fine)
+
+
 def test_a_process_that_starts_over_keeps_its_time_limit_and_its_interrupt() -> None:
     """A rewind runs the command again in the same process; the launcher's clock goes on."""
     script = """

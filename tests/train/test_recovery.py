@@ -19,6 +19,8 @@ import pytest
 
 from ponder_scale.checkpoint import ASIDE, find, saved_steps, verify
 from ponder_scale.errors import UNHEALTHY, SaveError
+from ponder_scale.report.page import report
+from ponder_scale.status import status
 from tests.faults import Fault
 from tests.ranks import KILLED, run_ranks
 from tests.train.test_exact_resume import assert_same_state, resumed_from
@@ -158,6 +160,66 @@ def test_an_old_writer_is_fenced_out_and_touches_nothing(
         after="old one ends, writes nothing",
         lost="nothing",
     )
+
+
+def train_with_a_bad_evaluation(case: dict[str, Any]) -> str:
+    """Train; at the evaluation of step `fails` the ranks named fail, or all losses are a thousand times larger."""
+    from ponder_scale.train import loop
+    from ponder_scale.train.engine import Engine
+
+    original, predict = loop.loss_sums, Engine.predict
+
+    def failing(*arguments: Any) -> Any:
+        if int(os.environ["RANK"]) in case["ranks"]:
+            raise ValueError("a held-out shard is sick")
+        return original(*arguments)
+
+    def large(self: Any, *arguments: Any) -> Any:
+        output = predict(self, *arguments)
+        output.pass_losses = 1000 * output.pass_losses
+        return output
+
+    if case.get("ranks"):
+        loop.loss_sums = failing
+    else:
+        Engine.predict = large  # type: ignore[method-assign]
+    return train_on_a_rank(case)
+
+
+def test_an_evaluation_that_fails_costs_no_step(shards: Any, whole: Path, tmp_path: Path, fault: Fault) -> None:
+    """At a step that the settings do not save, on one rank or on all; and after the last step."""
+    sparse = ["checkpoint.every_steps=null", "evaluate.every_steps=3"]
+    runs = {
+        "one": {"ranks": [1], "overrides": overrides(tmp_path / "one", shards, *sparse)},
+        "all": {"ranks": [0, 1], "overrides": overrides(tmp_path / "all", shards, *sparse, "train.deepspeed=zero3")},
+        "last": {"ranks": [0], "overrides": overrides(tmp_path / "last", shards, "checkpoint.asynchronous=true")},
+    }
+    results = dict(zip(runs, run_ranks(train_with_a_bad_evaluation, list(runs.values())), strict=True))
+    for name, case in runs.items():
+        for rank in range(2):
+            said = results[name][rank]["error"]
+            assert said.endswith("is sick" if rank in case["ranks"] else "failed on another rank; see its log"), said
+        assert int(find(tmp_path / name).name[-8:]) == (STEPS if name == "last" else 3)
+    goes_on = [{"overrides": runs[name]["overrides"]} for name in ("one", "last")]
+    assert run_ranks(train_on_a_rank, goes_on) == [DONE, DONE]
+    for name in ("one", "last"):
+        assert_same_state(find(tmp_path / name), find(whole))
+    assert_same_run(tmp_path / "last", whole)  # what it owed of the last step, too
+    assert [line["step"] for line in records(tmp_path / "one") if line["event"] == "evaluation"] == [3, STEPS]
+    for injected in ("on one rank", "on all ranks", "after the last step"):
+        fault(f"evaluation fails {injected}", "evaluate", detected="by all ranks", after="step saved", lost="nothing")
+
+
+def test_a_held_out_loss_beyond_every_bound_ends_no_run_and_no_report(
+    shards: Any, tmp_path: Path, fault: Fault
+) -> None:
+    case = {"overrides": overrides(tmp_path / "run", shards, "evaluate.every_steps=2")}
+    assert run_ranks(train_with_a_bad_evaluation, [case], world_size=1) == [["done"]]
+    evaluations = [line for line in records(tmp_path / "run") if line["event"] == "evaluation"]
+    assert [min(line["losses"]) > 710 for line in evaluations] == [True, True]
+    assert "perplexity by pass inf inf inf, at step 4" in "\n".join(status(tmp_path / "run"))
+    report([tmp_path / "run"], tmp_path / "page.html")
+    fault("held-out loss above 709 nats", "evaluate", detected="inf", after="trains on; shown as inf", lost="nothing")
 
 
 def train_with_a_slow_disk(case: dict[str, Any]) -> str:

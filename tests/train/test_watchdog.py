@@ -6,7 +6,9 @@ import ctypes
 import json
 import os
 import re
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,99 @@ def test_a_hang_leaves_the_stacks_of_every_rank_and_ends_within_the_time_set(
         after="stacks of all; exit code 86",
         lost="nothing saved",
     )
+
+
+def train_until_stopped(case: dict[str, Any]) -> float:
+    """Train; before the data of step 3 say so, and wait for the file `go`. The seconds of the longest step."""
+    import torch
+
+    from ponder_scale.data.loader import Loader
+    from ponder_scale.train import control, loop, watchdog
+
+    torch.set_num_threads(1)
+    print_into(case["folder"])
+    watchdog.GRACE_SECONDS = 2.0
+    original, took, calls, longest = Loader.next_batches, control.Control.took, [], [0.0]
+
+    def waiting(self: Any, *sequences: int) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            Path(case["folder"], f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+            while not Path(case["folder"], "go").exists():
+                time.sleep(0.05)
+        return original(self, *sequences)
+
+    def noting(self: Any, **seconds: Any) -> None:
+        longest[0] = max(longest[0], seconds.get("step", 0.0))
+        took(self, **seconds)
+
+    Loader.next_batches = waiting  # type: ignore[method-assign]
+    control.Control.took = noting  # type: ignore[method-assign]
+    loop.train(load(RunConfig, None, case["settings"]))
+    return longest[0]
+
+
+@pytest.mark.faults
+def test_a_run_that_was_stopped_for_longer_than_a_hang_may_last_goes_on(
+    shards: Any, tmp_path: Path, fault: Fault
+) -> None:
+    """As `scontrol suspend` does it, and a container that is paused. What ends blocked interpreters waits, too."""
+    settings = overrides(tmp_path / "run", shards, "health.hang_seconds=5", "checkpoint.every_steps=null")
+    pids = [tmp_path / f"pid-{rank}" for rank in range(2)]
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(run_ranks, train_until_stopped, [{"folder": str(tmp_path), "settings": settings}])
+        while not all(path.is_file() and path.read_text() for path in pids):
+            assert not ended.done(), ended.result()
+            time.sleep(0.05)
+        numbers = [int(path.read_text()) for path in pids]
+        for number in numbers:
+            os.kill(number, signal.SIGSTOP)
+        time.sleep(11.0)  # 1.25 x 5 + 2: until a blocked interpreter is ended
+        for number in numbers:
+            os.kill(number, signal.SIGCONT)
+        (tmp_path / "go").touch()
+        (longest,) = ended.result()
+    said = [printed(tmp_path, rank) for rank in range(2)]
+    assert all(isinstance(seconds, float) and seconds < 11.0 for seconds in longest), (longest, said)
+    assert not any("no progress" in text or "Timeout (" in text for text in said), said
+    fault("SIGSTOP, later SIGCONT, of all ranks", "data", detected="as no hang", after="trains on", lost="nothing")
+
+
+def train_and_count(case: dict[str, Any]) -> dict[str, int]:
+    """Train; how often there was a sign of life within each phase."""
+    from ponder_scale.train import loop, watchdog
+
+    alive, counts = watchdog.Watch.alive, dict.fromkeys(watchdog.SLOW, 0)
+
+    def counting(self: watchdog.Watch) -> None:
+        counts[self._where[0]] += 1
+        alive(self)
+
+    watchdog.Watch.alive = counting  # type: ignore[method-assign]
+    loop.train(load(RunConfig, None, case["settings"]))
+    return counts
+
+
+def test_long_evaluations_saves_and_loads_give_signs_of_life(shards: Any, tmp_path: Path) -> None:
+    settings = overrides(tmp_path / "run", shards, "checkpoint.every_steps=null", "train.sanity_step=true")
+    first, again = run_ranks(
+        train_and_count, [{"settings": settings}, {"settings": [*settings, "train.steps=5"]}], world_size=1
+    )
+    assert first[0]["evaluate"] == again[0]["evaluate"] == 3  # 6 sequences by 2
+    assert first[0]["save"] > 10 and first[0]["start"] > 10  # each stretch of a part, of the trial's part
+    assert again[0]["start"] > 10  # each file that is verified, each stretch that is loaded
+
+
+def test_a_sign_of_life_moves_the_heartbeat_and_time_stopped_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with Watch(tmp_path / "run", HealthConfig(), rank=0) as watch:
+        watch.enter("evaluate", 7)
+        before = watch._since
+        watch.alive()
+        assert watch._where == ("evaluate", 7) and watch._since > before
+        began = watch.clock()
+        watch._looked -= 1000.0  # as if the thread had not run for so long
+        assert watch.clock() - began == pytest.approx(-1000.0, abs=60.0)
 
 
 @pytest.mark.faults

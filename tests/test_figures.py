@@ -1,0 +1,63 @@
+"""Numbers beyond every bound: shown and kept, and never the end of what shows them."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from ponder_scale.evaluate.plot import line_chart
+from ponder_scale.export.card import trained_card
+from ponder_scale.figures import json_text, perplexity, shown
+from ponder_scale.heldout import HeldOut
+
+LARGEST = 709.78  # whose exp a float holds
+
+
+def strictly(text: str) -> Any:
+    """JSON as every parser reads it; Python's own also takes NaN and Infinity."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_perplexity_beyond_a_float_is_inf() -> None:
+    losses = [math.log(2), LARGEST, 710.0, 1e300, math.inf, math.nan]
+    values = HeldOut(losses, 1).perplexities
+    assert values[0] == pytest.approx(2) and 1e308 < values[1] < math.inf
+    assert values[2:5] == [math.inf] * 3 and math.isnan(values[5]) and math.isnan(perplexity(None))
+    assert [shown(value) for value in (12.345, 1.5e300, math.inf, math.nan)] == [
+        "12.35",
+        "1.50e+300",
+        "inf",
+        "not finite",
+    ]
+
+
+def test_json_has_null_for_what_it_has_no_number_for() -> None:
+    content = {"losses": [1.0, math.inf, (math.nan,)], 3: {"text": "NaN", "whole": 7, "none": None, "true": True}}
+    assert strictly(json_text(content)) == {
+        "losses": [1.0, None, [None]],
+        "3": {"text": "NaN", "whole": 7, "none": None, "true": True},
+    }
+
+
+def test_a_chart_leaves_out_what_it_cannot_place() -> None:
+    assert "nan" not in line_chart({"a": [(1, math.nan), (2, 3.0), (3, math.inf)], "b": []}, "x", "y")
+    assert "polyline" in line_chart({"a": [(1, math.nan)]}, "x", "y")
+
+
+def test_a_card_tells_a_loss_that_has_no_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ponder_scale.export import card
+
+    rows: dict[str, str] = {}
+    monkeypatch.setattr(card, "model_card", lambda *arguments: rows.update(arguments[3]) or "")
+    monkeypatch.setattr(card, "configuration_from_dict", lambda values: values)
+    config = {"data": {"sources": {"x": {"weight": 1.0}}, "seq_len": 8}, "optim": {"ema": None}}
+    state = {"config": config, "tokens": 8, "step": 1, "loader": {"shards": "a"}, "versions": {}, "model": {}}
+    trained_card("name", state, {"losses": [800.0, None], "step": 1}, 5, None)
+    assert rows["held-out loss (perplexity)"] == "pass 0: 800.0000 (inf), pass 1: not finite, at step 1"
