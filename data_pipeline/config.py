@@ -24,6 +24,7 @@ class SourceConfig:
         MISSING,
         "jsonl, parquet, text: a file or a glob such as data/*.jsonl.gz; folder: the folder; dataset: its name on the "
         "hub, or a folder written by save_to_disk",
+        path=True,
     )
     field: str = knob("text", "jsonl, parquet, dataset: the key or column of the text")
     document: Literal["file", "paragraph"] = knob("file", "text: what one document is; blank lines end paragraphs")
@@ -35,7 +36,7 @@ class SourceConfig:
     streaming: bool = knob(False, "dataset: read from the hub without storing it on disk")
     filters: dict[str, Any] = knob({}, "by name, with their thresholds: {gopher_quality: {min_words: 50}}")
     weight: float | None = knob(
-        None, "share in training relative to the other sources; null, for all sources: by size", above=0
+        None, "share in training relative to the other sources; null, for all sources: by size", above=0, max=1e15
     )
 
 
@@ -43,8 +44,8 @@ class SourceConfig:
 class BuildConfig:
     """A build of token shards."""
 
-    out: str = knob(MISSING, "the folder of shards to make")
-    tokenizer: str = knob(MISSING, "a folder with tokenizer.json, that file, or a SentencePiece .model file")
+    out: str = knob(MISSING, "the folder of shards to make", path=True)
+    tokenizer: str = knob(MISSING, "a folder with tokenizer.json, that file, or a SentencePiece .model file", path=True)
     sources: dict[str, SourceConfig] = knob({}, "the inputs, by name, read in this order")
     backend: Literal["auto", "reference", "tiktoken", "gigatoken"] = knob(
         "auto", "the engine; others than the tokenizer's own library must give its tokens; auto: the fastest installed"
@@ -66,16 +67,24 @@ class BuildConfig:
     )
     seed: int = knob(0, "of that choice and of the shuffle", min=0, max=2**31 - 1)
     shard_bytes: int | None = knob(
-        None, "input of one shard; null: 1/32 of all, between 16 MiB and 1 GiB", unit="bytes", min=1
+        None, "input of one shard; null: 1/32 of all, between 16 MiB and 1 GiB", unit="bytes", min=1, max=2**50
     )
-    shard_tokens: int = knob(2**30, "a shard that holds as many is closed, and another begun", unit="tokens", min=1)
+    shard_tokens: int = knob(
+        2**30, "a shard that holds as many is closed, and another begun", unit="tokens", min=1, max=2**40
+    )
     max_document_bytes: int = knob(
-        2**20, "longer ones are quarantined; tokenizers takes 110 to 260 bytes of memory for each", unit="bytes", min=1
+        2**20,
+        "longer ones are quarantined; tokenizers takes 110 to 260 bytes of memory for each",
+        unit="bytes",
+        min=1,
+        max=2**31 - 1,
     )
     max_bad_fraction: float = knob(0.001, "of the records; more bad ones fail the build", min=0, max=1)
-    max_damaged_files: int = knob(0, "compressed files that end in the middle; more fail the build", min=0)
-    workers: int | None = knob(None, "processes of each rank; null: one for each core, under MPI one", min=1)
-    lease_seconds: float = knob(60.0, "silence after which a worker's unit is given to another", min=1, unit="seconds")
+    max_damaged_files: int = knob(0, "compressed files that end in the middle; more fail the build", min=0, max=10**9)
+    workers: int | None = knob(None, "processes of each rank; null: one for each core, under MPI one", min=1, max=4096)
+    lease_seconds: float = knob(
+        60.0, "silence after which a worker's unit is given to another", unit="seconds", min=1, max=10**7
+    )
     overwrite: bool = knob(False, "build again: replace the finished folder at out, forget an unfinished other build")
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ section 2.2; its rules that only delete lines are left to the preparation of a c
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -126,9 +127,14 @@ def chosen(source: str, filters: Mapping[str, Any]) -> list[Filter]:
         if name not in FILTERS:
             raise ConfigError(f"{key}: no such filter; expected one of: {', '.join(FILTERS)}")
         known = list(inspect.signature(FILTERS[name]).parameters)[1:]
-        for threshold in thresholds or {}:
+        if not isinstance(thresholds or {}, Mapping):
+            raise ConfigError(f"{key} is {thresholds!r}; expected thresholds by name: {{{known[0]}: NUMBER}}")
+        for threshold, value in (thresholds or {}).items():
             if threshold not in known:
                 raise ConfigError(f"{key}.{threshold}: unknown threshold; expected one of: {', '.join(known)}")
+            off = value is None and threshold == "max_characters"
+            if not off and (type(value) not in (int, float) or not math.isfinite(value) or value < 0):
+                raise ConfigError(f"{key}.{threshold} is {value!r}; expected a number, at least 0")
         found.append(partial(FILTERS[name], **(thresholds or {})))
     return found
 

@@ -3,50 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from collections.abc import Iterator
 from typing import Any
 
 from data_pipeline.config import BuildConfig
 from ponder_scale.config import RunConfig
-from ponder_scale.settings import MISSING
+from ponder_scale.settings import MISSING, known_keys
 
 HEAD = """# Configuration
 
 Every key of a training run (`ponder-scale train RECIPE key=value ...`) and of a corpus (`ponder-data build`), as the
 code has them: this page is made by `python docs/make_configuration.py`, and a test keeps it current. A recipe is a YAML
-file with these keys, nested at the dots; `key=value` overrides win over the recipe. An unknown key is refused, and the
-nearest right one named. `null` means off, or what the description says.
+file with these keys, nested at the dots; `key=value` overrides win over the recipe, in their order. An unknown key is
+refused, and the nearest right one named. `null` means off, or what the description says.
+
+- **Text and choices are taken as typed**: `run_dir=0123`, `run_dir="exp #2"` and `log.wandb=off` are these very words, in
+  overrides and in recipes. Only a recipe's own syntax remains: ` #` begins a comment there, and quotes are not part of
+  the text.
+- **Paths**: `~` and `$NAME` or `${NAME}` are replaced by the home folder and the environment variable; one that is not set
+  is refused.
+- **An override sets what it names.** A list or a mapping is set as a whole: `data.sources={web: {path: DIR}}` replaces all
+  sources, `model.extra={}` empties. One entry is named with dots: `data.sources.web.weight=2`, `data.phases.0.tokens=1e9`.
+  Of a group of keys such as `train={steps: 9}` those that are named are set, and the others stay.
+- **Numbers** are finite and within the bounds of the table, those in lists and mappings, too.
 """
 
 
-def rows(schema: type, prefix: str = "") -> Iterator[str]:
+def rows(schema: type) -> Iterator[str]:
     """A line for each key of a dataclass, those of nested ones included."""
-    types = typing.get_type_hints(schema)
-    for item in dataclasses.fields(schema):
-        kind, key = types[item.name], prefix + item.name
-        if dataclasses.is_dataclass(kind):
-            assert isinstance(kind, type)
-            yield from rows(kind, key + ".")
-            continue
+    for key, kind, item in known_keys(schema):
         yield f"| `{key}` | {_type(kind)} | {_default(item)} | {_text(item.metadata)} |"
-        yield from _entries(kind, key)
-
-
-def _entries(kind: Any, key: str) -> Iterator[str]:
-    """The keys of the dataclasses in a list or by name in a dictionary."""
-    inner = typing.get_args(kind)[-1:]
-    if inner and dataclasses.is_dataclass(inner[0]) and isinstance(inner[0], type):
-        place = "NAME" if typing.get_origin(kind) is dict else "N"
-        yield from rows(inner[0], f"{key}.{place}.")
 
 
 def _type(kind: Any) -> str:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in inner)
-    if type(None) in inner:
-        return " or ".join(_type(part) for part in inner if part is not type(None)) + ", null"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type(part) for part in inner if part is not type(None)) + ", null" * (type(None) in inner)
     if origin is list:
         return f"list of {_type(inner[0])}"
     if origin is dict:
@@ -71,9 +67,15 @@ def _text(metadata: Any) -> str:
     parts = [metadata.get("help", "")]
     if metadata.get("unit"):
         parts.append(f"unit: {metadata['unit']}")
-    bounds = (("min", "at least {:g}"), ("max", "at most {:g}"), ("above", "above {:g}"))
-    parts += [form.format(metadata[name]) for name, form in bounds if metadata.get(name) is not None]
+    if metadata.get("path"):
+        parts.append("a path")
+    bounds = (("min", "at least {}"), ("above", "above {}"), ("max", "at most {}"), ("below", "below {}"))
+    parts += [form.format(_number(metadata[name])) for name, form in bounds if metadata.get(name) is not None]
     return "; ".join(part for part in parts if part).replace("|", "\\|")
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def page() -> str:

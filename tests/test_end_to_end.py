@@ -166,7 +166,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({str(exported[0])!r}, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained({str(exported[0])!r}, trust_remote_code=True)
 print(tokenizer.decode(model.generate(**tokenizer("def f", return_tensors="pt"), max_new_tokens=5)[0]))
-for name in ("ponder_scale", "deepspeed", "omegaconf", "data_pipeline"):
+for name in ("ponder_scale", "deepspeed", "data_pipeline"):
     try:
         __import__(name)
     except ImportError:
@@ -182,14 +182,11 @@ for name in ("ponder_scale", "deepspeed", "omegaconf", "data_pipeline"):
 
 def test_a_wrong_key_type_or_bound_is_answered_with_the_key(recipe: Path) -> None:
     train = ("ponder-scale", "train", recipe, *TRAIN)
-    assert "unknown key train.stepz; did you mean 'steps'?" in error_of(*train, "train.stepz=3")
-    assert "train.steps: Value '*.py' of type 'str' could not be converted" in error_of(*train, "train.steps=*.py")
-    assert "train.steps: Value 'many' of type 'str' could not be converted to Integer" in error_of(
-        *train, "train.steps=many"
-    )
+    assert "unknown key train.stepz; did you mean train.steps?" in error_of(*train, "train.stepz=3")
+    assert "train.steps is '*.py'; expected a whole number" in error_of(*train, "train.steps=*.py")
     assert "model.pondering_steps is -1; expected at least 0" in error_of(*train, "model.pondering_steps=-1")
     assert "optim.lr is 0.0; expected more than 0" in error_of(*train, "optim.lr=0", "optim.min_lr=0")
-    policies = "expected one of ['none', 'selective', 'layer', 'pass', 'pass+layer', 'auto']"
+    policies = "train.recompute is 'all'; expected one of none, selective, layer, pass, pass+layer, auto"
     assert policies in error_of(*train, "train.recompute=all")
     assert "expected key=value" in error_of(*train, "train.steps=1", "faster")
 

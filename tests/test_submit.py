@@ -27,7 +27,7 @@ def answer(*arguments: object, code: int = 0) -> str:
 def test_the_command_is_safe_for_any_folder(tmp_path: Path) -> None:
     overrides = ["data.sources.x.path=x", "train.steps=1", "train.global_batch=2"]
     folder = tmp_path / ODD
-    config = load(RunConfig, None, [f"run_dir={yaml.safe_dump(str(folder), width=999).strip()}", *overrides])
+    config = load(RunConfig, None, [f"run_dir={folder}", *overrides])
     assert config.run_dir == str(folder)
     submission = Submission(
         config, HOME / "deepspeed_configs/zero3.json", Resources(2, 4, 1, "1:00:00", ("--qos=a b",))

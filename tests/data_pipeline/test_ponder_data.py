@@ -92,8 +92,8 @@ def empty_jsonl(settings):
 @pytest.mark.parametrize(
     ("changes", "before", "message"),
     [
-        ({"heldout_fracton": 0.1}, None, "unknown key heldout_fracton; did you mean 'heldout_fraction'?"),
-        ({"sources.web.knd": "jsonl"}, None, "unknown key sources.web.knd; did you mean 'kind'?"),
+        ({"heldout_fracton": 0.1}, None, "unknown key heldout_fracton; did you mean heldout_fraction?"),
+        ({"sources.web.knd": "jsonl"}, None, "unknown key sources.web.knd; did you mean sources.web.kind?"),
         ({"heldout_fraction": 0.7}, None, "heldout_fraction is 0.7; expected at most 0.5"),
         ({"heldout_fraction": "much"}, None, "heldout_fraction: "),
         ({"sources.web.kind": "xml"}, None, "sources.web.kind: "),

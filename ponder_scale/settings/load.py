@@ -1,0 +1,136 @@
+"""Loading a configuration: a recipe, then the overrides in their order, then types and bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ponder_scale.errors import ConfigError
+from ponder_scale.settings.spelling import check_names, kind_at
+from ponder_scale.settings.tree import NULL, Listing, Mapping, Scalar, Tree, from_plain, parse, read_recipe
+from ponder_scale.settings.values import build, is_scalar, is_text, optional, parts
+
+T = TypeVar("T")
+
+
+def load(schema: type[T], recipe: Path | None, overrides: Sequence[str] = ()) -> T:
+    """The recipe with the overrides applied in their order, checked against `schema` and its bounds.
+
+    An override sets what it names: a list or a mapping of named entries as a whole, one entry or one key alone.
+
+    Raises ConfigError for an unreadable recipe and for a key that is unknown (the nearest right one is named),
+    missing, of the wrong type or out of bounds.
+    """
+    tree = Mapping() if recipe is None else read_recipe(recipe)
+    check_names(schema, tree)
+    for override in overrides:
+        _override(schema, tree, override)
+    return build(schema, tree)
+
+
+def from_dict(schema: type[T], values: dict[str, Any]) -> T:
+    """The configuration that `to_dict` turned into plain values (of a checkpoint, for example)."""
+    tree = from_plain(values, "saved configuration")
+    if not isinstance(tree, Mapping):
+        raise ConfigError("saved configuration: expected keys and values")
+    check_names(schema, tree)
+    return build(schema, tree)
+
+
+def find_recipe(name: str, shipped: Path) -> Path:
+    """The recipe file `name`: a path, or the name of one in the folder `shipped`."""
+    for candidate in (Path(name), shipped / name, shipped / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml"))) or "none"
+    raise ConfigError(f"recipe {name}: no such file; give a path to a YAML file or one of: {known}")
+
+
+def _override(schema: type, tree: Mapping, override: str) -> None:
+    """Apply `key=value` to a tree."""
+    origin = f"override {override!r}"
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError(f"{origin}: expected key=value, for example train.steps=100")
+    kind = kind_at(schema, key, origin)
+    value = _value(kind, text, origin)
+    check_names(schema, value, key)
+    *groups, last = key.split(".")
+    place: Tree = tree
+    for depth in range(len(groups)):
+        place = _enter(schema, place, ".".join(groups[: depth + 1]), origin)
+    if isinstance(place, Listing):
+        place.entries[_index(place, last, ".".join(groups), origin)] = value
+        return
+    assert isinstance(place, Mapping)
+    if _is_group(schema, key):
+        if not isinstance(value, Mapping) or not value.entries:
+            raise ConfigError(f"{origin}: {key} is a group of keys; name those to set, such as {key}={{KEY: VALUE}}")
+        _merge(place, last, value, key, schema)
+    else:
+        place.entries[last] = value
+
+
+def _merge(place: Mapping, name: str, value: Mapping, key: str, schema: type) -> None:
+    """Set the keys of a group, and leave those that are not named as they are."""
+    group = place.entries.setdefault(name, Mapping({}, value.origin))
+    if not isinstance(group, Mapping):
+        place.entries[name] = value
+        return
+    for inner, entry in value.entries.items():
+        if isinstance(entry, Mapping) and _is_group(schema, f"{key}.{inner}"):
+            _merge(group, inner, entry, f"{key}.{inner}", schema)
+        else:
+            group.entries[inner] = entry
+
+
+def _is_group(schema: type, key: str) -> bool:
+    """Whether a key is a fixed group of keys, such as train: neither a value nor a named entry of a mapping."""
+    kind: Any = schema
+    for name in key.split("."):
+        if not dataclasses.is_dataclass(kind):
+            return False
+        kind = kind_at(kind, name, "")  # type: ignore[arg-type]
+    return dataclasses.is_dataclass(kind)
+
+
+def _value(kind: Any, text: str, origin: str) -> Tree:
+    """What stands behind the =: as typed where the key takes a word or a number, else YAML."""
+    if is_scalar(kind):
+        empty = text.strip() in (*NULL, "~") and not is_text(kind)
+        return Scalar(text, origin, is_null=empty or (optional(kind) and text in NULL), quoted=True)
+    if kind is not Any:
+        return parse(text, origin)
+    try:
+        return parse(text, origin)
+    except ConfigError:  # *.py and {a are no YAML; they are what they look like
+        return Scalar(text, origin, quoted=True)
+
+
+def _enter(schema: type, place: Tree, key: str, origin: str) -> Tree:
+    """The mapping or list on the way to a key, made where there is none yet."""
+    group, _, name = key.rpartition(".")
+    if isinstance(place, Listing):
+        entries: Any = place.entries
+        at: Any = _index(place, name, group, origin)
+        found = entries[at]
+    else:
+        assert isinstance(place, Mapping)
+        entries, at = place.entries, name
+        found = place.entries.get(name)
+    if not isinstance(found, (Mapping, Listing)):
+        is_list = typing.get_origin(parts(kind_at(schema, key, origin))[0]) is list
+        found = entries[at] = Listing([], origin) if is_list else Mapping({}, origin)
+    return found
+
+
+def _index(place: Listing, name: str, key: str, origin: str) -> int:
+    if not name.isdecimal() or int(name) >= len(place.entries):
+        raise ConfigError(
+            f"{origin}: {key} has {len(place.entries)} entries, counted from 0; give the whole list to make it longer"
+        )
+    return int(name)
