@@ -13,7 +13,8 @@ import xxhash
 from data_pipeline.config import BuildConfig, SourceConfig, SourceKind
 from data_pipeline.parallel import one_thread
 from data_pipeline.progress import Progress
-from ponder_scale.errors import ConfigError, ShardError, UserError
+from ponder_scale.commandline import Parser, new_folder, number, outlive_readers, parse, path, whole
+from ponder_scale.errors import ShardError, UserError
 from ponder_scale.manifest import read_manifest, verify
 from ponder_scale.settings import find_recipe, load
 
@@ -25,8 +26,9 @@ MAX_TRAINING_BYTES = 2**26  # of one text that a tokenizer learns from
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0, 2 for what the user can mend, 130 for an interruption."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser().parse_args(arguments)
+    outlive_readers()
     try:
+        options = parse(_parser(), arguments, BuildConfig, "settings")
         options.run(options, shlex.join(["ponder-data", *arguments]))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -37,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ponder-data", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="ponder-data", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("build", help="make a folder of token shards")
@@ -46,45 +48,49 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_build)
 
     command = commands.add_parser("inspect", help="say what a folder of shards holds, with samples")
-    command.add_argument("folder", type=Path)
-    command.add_argument("--samples", type=int, default=2, help="documents shown, evenly spaced (default: 2)")
+    command.add_argument("folder", type=path)
+    command.add_argument("--samples", type=whole(0), default=2, help="documents shown, evenly spaced (default: 2)")
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser("verify", help="read every byte of a folder of shards and check its hash")
-    command.add_argument("folder", type=Path)
+    command.add_argument("folder", type=path)
     command.set_defaults(run=_verify)
 
     command = commands.add_parser("pack", help="find which documents share a sequence, for data.packing=best-fit")
-    command.add_argument("folder", type=Path)
-    command.add_argument("--seq-len", type=int, required=True, help="data.seq_len of the runs that will read it")
+    command.add_argument("folder", type=path)
+    command.add_argument("--seq-len", type=whole(2), required=True, help="data.seq_len of the runs that will read it")
     command.set_defaults(run=_pack)
 
     command = commands.add_parser("plan", help="estimate tokens, time and disk of a build from a sample")
     command.add_argument("settings", nargs="*", metavar="[RECIPE] key=value", help="those of the build")
-    command.add_argument("--sample-mb", type=float, default=8.0, help="input to read and tokenize (default: 8)")
+    command.add_argument(
+        "--sample-mb", type=number(above=0, most=1e9), default=8.0, help="input to read and tokenize (default: 8)"
+    )
     command.set_defaults(run=_plan)
 
     command = commands.add_parser("adopt", help="use token files of other programs where they lie")
-    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="in reading order")
+    command.add_argument("files", nargs="+", type=path, metavar="FILE", help="in reading order")
     command.add_argument("--kind", choices=KINDS, required=True)
-    command.add_argument("--tokenizer", type=Path, required=True, help="the one that made the tokens")
-    command.add_argument("--out", type=Path, required=True, help="the folder to make: links, an index, a manifest")
+    command.add_argument("--tokenizer", type=path, required=True, help="the one that made the tokens")
+    command.add_argument(
+        "--out", type=new_folder, required=True, help="the folder to make: links, an index, a manifest"
+    )
     command.add_argument("--dtype", choices=["uint16", "uint32"], default="uint16", help="of datatrove and raw tokens")
-    command.add_argument("--heldout-files", type=int, default=0, help="how many of the last files are held out")
+    command.add_argument("--heldout-files", type=whole(0), default=0, help="how many of the last files are held out")
     command.add_argument("--eod-token", help="ends each document (default: the tokenizer's own)")
     command.set_defaults(run=_adopt)
 
     command = commands.add_parser("bench", help="measure tokenization and loading against what others do")
-    command.add_argument("corpus", type=Path, help="a .jsonl file; some 50 MB or more give steady numbers")
-    command.add_argument("--tokenizer", type=Path, required=True, help="a folder with tokenizer.json")
-    command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("corpus", type=path, help="a .jsonl file; some 50 MB or more give steady numbers")
+    command.add_argument("--tokenizer", type=path, required=True, help="a folder with tokenizer.json")
+    command.add_argument("--rounds", type=whole(1), default=3)
     command.set_defaults(run=_bench)
 
     command = commands.add_parser("train-tokenizer", help="make a tokenizer from texts")
     command.add_argument("inputs", nargs="+", metavar="INPUT", help=".jsonl files, folders of text files, text files")
-    command.add_argument("--vocab-size", type=int, required=True)
+    command.add_argument("--vocab-size", type=whole(1), required=True)
     command.add_argument("--kind", choices=["bpe", "sentencepiece"], default="bpe")
-    command.add_argument("--out", type=Path, required=True, help="the folder to make")
+    command.add_argument("--out", type=new_folder, required=True, help="the folder to make")
     command.add_argument("--field", default="text", help="key of the text in .jsonl files (default: text)")
     command.add_argument("--pattern", default="**/*", help="files of a folder to read (default: **/*)")
     command.add_argument("--exclude", action="append", default=[], help="names to leave out of a folder; repeatable")
@@ -158,8 +164,6 @@ def _pack(options: argparse.Namespace, command: str) -> None:
     from ponder_scale.packing import pack
     from ponder_scale.shards import open_shards
 
-    if options.seq_len < 2:
-        raise ConfigError(f"--seq-len is {options.seq_len}; expected at least 2")
     shards = open_shards(options.folder)
     infos = [info for infos in shards.manifest.splits.values() for info in infos]
     with Progress("pack", sum(info.bytes for info in infos)) as progress:

@@ -19,14 +19,15 @@ code has them: this page is made by `python docs/make_configuration.py`, and a t
 file with these keys, nested at the dots; `key=value` overrides win over the recipe, in their order. An unknown key is
 refused, and the nearest right one named. `null` means off, or what the description says.
 
-- **Text and choices are taken as typed**: `run_dir=0123`, `run_dir="exp #2"` and `log.wandb=off` are these very words, in
-  overrides and in recipes. Only a recipe's own syntax remains: ` #` begins a comment there, and quotes are not part of
-  the text.
-- **Paths**: `~` and `$NAME` or `${NAME}` are replaced by the home folder and the environment variable; one that is not set
-  is refused.
-- **An override sets what it names.** A list or a mapping is set as a whole: `data.sources={web: {path: DIR}}` replaces all
-  sources, `model.extra={}` empties. One entry is named with dots: `data.sources.web.weight=2`, `data.phases.0.tokens=1e9`.
-  Of a group of keys such as `train={steps: 9}` those that are named are set, and the others stay.
+- **Text and choices are taken as typed**: `run_dir=0123`, `run_dir="exp #2"` and `log.wandb=off` are these very words,
+  in overrides and in recipes. Only a recipe's own syntax remains: ` #` begins a comment there, and quotes are not part
+  of the text.
+- **Paths**: `~` and `$NAME` or `${NAME}` are replaced by the home folder and the environment variable; one that is not
+  set is refused.
+- **An override sets what it names.** A list or a mapping is set as a whole: `data.sources={web: {path: DIR}}` replaces
+  all sources, `model.extra={}` empties. One entry is named with dots: `data.sources.web.weight=2`,
+  `data.phases.0.tokens=1e9`. Of a group of keys such as `train={steps: 9}` those that are named are set, and the others
+  stay.
 - **Numbers** are finite and within the bounds of the table, those in lists and mappings, too.
 """
 

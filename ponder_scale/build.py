@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,13 @@ from ponder_scale.errors import ConfigError
 from ponder_scale.model import configuration as configurations
 from ponder_scale.model import modeling
 
+try:
+    from huggingface_hub.errors import StrictDataclassError
+except ImportError:  # before its version 0.34, which transformers 5 needs
+    StrictDataclassError = ValueError  # type: ignore[misc, assignment]
+
+# By which transformers refuses a configuration, on its own or while the model is made of it.
+REFUSALS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, StrictDataclassError)
 RECIPE_ONLY = ("architecture", "init_from", "extra")
 UNSET_BY_DEFAULT = ("num_key_value_heads", "rope_theta", "tie_word_embeddings", "init_by_passes")
 
@@ -91,6 +99,7 @@ def model_configuration(model: ModelConfig, *, vocab_size: int, seq_len: int, eo
         "max_position_embeddings": model.max_position_embeddings or seq_len,
     }
     values = _named(given, model.architecture, architecture.names)
+    _check_extra(model.extra)
     known = architecture.configuration().to_dict()
     for key in model.extra:
         if key not in known:
@@ -98,11 +107,48 @@ def model_configuration(model: ModelConfig, *, vocab_size: int, seq_len: int, eo
             raise ConfigError(f"model.extra.{key}: unknown to {name}; see transformers' documentation")
         if key in values:
             raise ConfigError(f"model.extra.{key}: set it as model.{_recipe_key(key, architecture.names)}")
+    _check_heads(model, {**architecture.defaults, **model.extra})
     values |= {"bos_token_id": None, "eos_token_id": eod_id, "pad_token_id": None, "use_cache": True}
     try:
         return architecture.configuration(**{**architecture.defaults, **values, **model.extra})
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"model: {' '.join(str(error).split())}") from error
+    except REFUSALS as error:
+        raise ConfigError(f"model: {_in_one_line(error)}") from error
+
+
+def _check_heads(model: ModelConfig, extra: dict[str, Any]) -> None:
+    """Raise ConfigError for heads that no attention can be made of, before torch says so in the middle of a pass."""
+    heads, shared = model.num_attention_heads, model.num_key_value_heads
+    if shared is not None and heads % shared:
+        raise ConfigError(
+            f"model.num_key_value_heads is {shared}; expected a divisor of model.num_attention_heads ({heads})"
+        )
+    width = extra.get("head_dim") or model.hidden_size // heads
+    share = extra.get("partial_rotary_factor", extra.get("rotary_pct", 0.25)) if model.architecture == "gpt_neox" else 1
+    if model.architecture == "gpt2" or not all(isinstance(value, (int, float)) for value in (width, share)):
+        return
+    rotated = int(width * share)
+    if rotated < 2 or rotated % 2:
+        of = f" x the share that is rotated ({share})" if share != 1 else ""
+        raise ConfigError(
+            f"model.hidden_size is {model.hidden_size} with {heads} model.num_attention_heads: a head's width "
+            f"({width}){of} is {rotated}; the rotary embedding turns pairs, so it has to be even and at least 2"
+        )
+
+
+def _check_extra(extra: dict[str, Any]) -> None:
+    for key, value in extra.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"model.extra.{key} is {value}; expected a finite number")
+        is_share = key.endswith(("dropout", "_drop", "_pdrop"))
+        if is_share and not (isinstance(value, (int, float)) and 0 <= value < 1):
+            raise ConfigError(f"model.extra.{key} is {value}; expected a share, at least 0 and below 1")
+
+
+def _in_one_line(error: BaseException) -> str:
+    """What transformers says; its checks of a whole configuration wrap the sentence that matters."""
+    inner = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ is not None else error
+    text = " ".join(str(inner).split())
+    return f"transformers has no {text} for a key of model.extra" if isinstance(inner, KeyError) else text
 
 
 def _named(given: dict[str, Any], architecture: str, names: dict[str, str | None]) -> dict[str, Any]:
@@ -128,7 +174,15 @@ def build_model(configuration: Any, seed: int) -> Any:
     """A model in fp32 whose weights depend on the configuration and the seed alone, not on ranks or devices."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        return new_model(configuration)
+
+
+def new_model(configuration: Any) -> Any:
+    """A model with the weights that torch draws now. Raises ConfigError where transformers cannot make it."""
+    try:
         return model_class(configuration)(configuration)
+    except REFUSALS as error:
+        raise ConfigError(f"model: it cannot be made: {_in_one_line(error)}") from error
 
 
 def model_class(configuration: Any) -> Any:
@@ -145,7 +199,7 @@ def configuration_from_dict(values: dict[str, Any]) -> Any:
 def model_shape(configuration: Any, seq_len: int) -> Shape:
     """The costs' view of a transformers configuration."""
     with torch.device("meta"):
-        model = model_class(configuration)(configuration)
+        model = new_model(configuration)
     embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     tables = {id(weight): weight for weight in (*embeddings, model.get_output_embeddings().weight)}
     return Shape(

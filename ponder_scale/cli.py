@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import logging
 import os
@@ -10,6 +9,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from ponder_scale.commandline import Parser, outlive_readers, parse
+from ponder_scale.config import RunConfig
 from ponder_scale.errors import INTERRUPTED, SignalledError, UserError
 from ponder_scale.train import signals
 
@@ -20,11 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[:1] == ["train"]:
         signals.install()
         gc.disable()  # until the loop begins: a tenth of the time that loading libraries takes
-    options = _parse(arguments)
+    outlive_readers()
     rank = os.environ.get("RANK", "0")
     level = logging.INFO if rank == "0" else logging.WARNING
     _log_to_stdout(level, Timed() if arguments[:1] in (["train"], ["compare"]) else logging.Formatter())
     try:
+        options = parse(_parser(), arguments, RunConfig, "overrides")
         code = options.run(options, arguments) or 0
     except (UserError, SignalledError) as error:
         if rank == "0":
@@ -39,17 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # exception"); all files are closed and synced by now.
         os._exit(code)
     sys.exit(code)
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    """The options; overrides may stand before and after flags, which argparse alone does not allow."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        options.overrides += rest
-    return options
 
 
 class Timed(logging.Formatter):
@@ -75,11 +66,11 @@ def _log_to_stdout(level: int, formatter: logging.Formatter) -> None:
     ours.propagate = False
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     # slow, so after the signal handlers
     from ponder_scale.commands import bench, cluster, compare, evaluation, folders, runs, training
 
-    parser = argparse.ArgumentParser(prog="ponder-scale", description="Pretraining of pondering language models.")
+    parser = Parser(prog="ponder-scale", description="Pretraining of pondering language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for group in (training, cluster, compare, runs, bench, folders, evaluation):
         group.add_commands(commands)

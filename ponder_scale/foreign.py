@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ponder_scale.build import ARCHITECTURES
+from ponder_scale.build import ARCHITECTURES, REFUSALS
 from ponder_scale.errors import CheckpointError
 from ponder_scale.manifest import tokenizer_identity
 from ponder_scale.model.configuration import PONDERING_FIELDS
@@ -85,7 +85,7 @@ def folder_configuration(folder: Path) -> Any:
         dropped = {*PUBLISHED_KEYS, *NOT_THE_MODEL, *PONDERING_FIELDS}
         stock = {key: value for key, value in values.items() if key not in dropped}
         return ARCHITECTURES[architecture].configuration(**stock, **fields)
-    except (ValueError, TypeError, KeyError) as error:
+    except REFUSALS as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
 
 

@@ -259,6 +259,21 @@ def open_shards(folder: Path) -> ShardSet:
     return ShardSet(folder, manifest, splits)
 
 
+def open_all(paths: Mapping[str, str], key: str = "data.sources.{}.path") -> dict[str, ShardSet]:
+    """The shards of each source by name, in alphabetical order; `key` is what gave its path, for messages.
+
+    Raises ShardError for damaged or unfinished shards, TokenizerError for sources of different tokenizers.
+    """
+    sources = {}
+    for name in sorted(paths):
+        try:
+            sources[name] = open_shards(Path(paths[name]))
+        except ShardError as error:
+            raise ShardError(f"{key.format(name)}: {error}") from error
+    same_tokenizer(sources)
+    return sources
+
+
 def same_tokenizer(sets: Mapping[str, ShardSet]) -> None:
     """Raises TokenizerError when shards to be read together, by source name, have different tokenizers or ends."""
     for (one, first), (name, other) in combinations(sets.items(), 2):

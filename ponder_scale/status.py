@@ -43,7 +43,7 @@ def status(run_dir: Path, now: float | None = None) -> list[str]:
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: no config.yaml in it; expected the run_dir of a run that has begun")
     now = time.time() if now is None else now
-    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    steps = _planned_steps(run_dir / "config.yaml")
     path = run_dir / METRICS
     records = read_end(path, END_BYTES) if path.is_file() else []
     step = _last(records, "step")
@@ -51,7 +51,7 @@ def status(run_dir: Path, now: float | None = None) -> list[str]:
     hearts = _hearts(run_dir, patience, now)
     rows = [
         ("run", f"{run_dir}: {_state(records, hearts, patience, now)}"),
-        *(_progress(step, config["train"]["steps"]) if step else [("step", "none recorded yet")]),
+        *(_progress(step, steps) if step else [("step", "none recorded yet")]),
         ("held-out", _held_out(_last(records, "evaluation"))),
         ("saved", _checkpoint(run_dir, now)),
         ("attempt", _attempt(run_dir, now)),
@@ -60,6 +60,15 @@ def status(run_dir: Path, now: float | None = None) -> list[str]:
         ("requests", _requests(run_dir, now)),
     ]
     return [f"{name:<9} {text}" for name, text in rows]
+
+
+def _planned_steps(path: Path) -> int:
+    try:
+        return int(yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["steps"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path}: empty or damaged; expected the settings of the run, which its next start writes anew"
+        ) from error
 
 
 def _last(records: list[dict[str, Any]], event: str) -> dict[str, Any] | None:

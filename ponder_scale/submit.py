@@ -75,7 +75,9 @@ class Submission:
         """`sharding` is the file that `train.deepspeed` names."""
         self._config, self._sharding, self._resources = config, sharding, resources
         self._run_dir = Path(config.run_dir).absolute()
-        number = 1 + max((int(path.name) for path in self._run_dir.glob("submissions/[0-9]*")), default=0)
+        number = 1 + max(
+            (int(path.name) for path in self._run_dir.glob("submissions/*") if path.name.isdecimal()), default=0
+        )
         self.folder = self._run_dir / "submissions" / f"{number:04d}"
 
     def describe(self) -> str:
@@ -253,7 +255,10 @@ def _active(run_dir: Path) -> tuple[str, str]:
 
 
 def _request(run_dir: Path, name: str, what: str) -> str:
-    (run_dir / name).touch()
+    try:
+        (run_dir / name).touch()
+    except OSError as error:
+        raise SubmitError(f"{run_dir / name} cannot be written: {error.strerror}; ask the owner of the run") from error
     return f"wrote {run_dir / name}: the run {what} at its next step"
 
 

@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ponder_scale.commandline import number, path, whole
 from ponder_scale.commands.training import RECIPES
 from ponder_scale.config import RunConfig
 from ponder_scale.cost import DEVICES
 from ponder_scale.errors import ConfigError
-from ponder_scale.settings import find_recipe, flat, load, to_dict, to_yaml
+from ponder_scale.places import check_folder
+from ponder_scale.settings import find_recipe, flat, load, meant, to_dict, to_yaml
 
 
 def add_commands(commands: Any) -> None:
@@ -22,15 +24,19 @@ def add_commands(commands: Any) -> None:
 
     submit = commands.add_parser("submit", help="check a run, show its plan, keep its code and hand it to Slurm")
     _add_recipe(submit)
-    submit.add_argument("--nodes", type=int, default=1, help="nodes that train")
-    submit.add_argument("--gpus-per-node", type=int, default=8, help="one rank for each")
-    submit.add_argument("--spares", type=int, default=0, help="further nodes of the job, to take the place of others")
+    submit.add_argument("--nodes", type=whole(1), default=1, help="nodes that train")
+    submit.add_argument("--gpus-per-node", type=whole(1), default=8, help="one rank for each")
+    submit.add_argument(
+        "--spares", type=whole(0), default=0, help="further nodes of the job, to take the place of others"
+    )
     submit.add_argument("--time", metavar="LIMIT", help="of one stay in the queue, as sbatch takes it")
     submit.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="more for sbatch, such as --sbatch=--qos=high"
     )
     submit.add_argument("--gpu", choices=sorted(DEVICES), default="h100", help="for the plan")
-    submit.add_argument("--mfu", type=float, default=0.4, help="for the plan: share of the device's FLOP/s")
+    submit.add_argument(
+        "--mfu", type=number(above=0, most=1), default=0.4, help="for the plan: share of the device's FLOP/s"
+    )
     only = submit.add_mutually_exclusive_group()
     only.add_argument("--dry-run", action="store_true", help="show the plan and the command; nothing is written")
     only.add_argument("--test-only", action="store_true", help="ask Slurm whether and when it could run")
@@ -42,7 +48,7 @@ def add_commands(commands: Any) -> None:
         ("requeue", "save a run and put its job back in the queue", _requeue),
     ):
         command = commands.add_parser(name, help=help_text)
-        command.add_argument("run_dir", type=Path, metavar="RUN", help="its folder")
+        command.add_argument("run_dir", type=path, metavar="RUN", help="its folder")
         command.set_defaults(run=action)
         if name == "stop":
             command.add_argument("--now", action="store_true", help="without saving")
@@ -60,7 +66,8 @@ def _config(options: argparse.Namespace, _: list[str]) -> None:
         return
     lines = flat(to_dict(config), options.get)
     if not lines:
-        raise ConfigError(f"--get {options.get}: a run has no such key")
+        near = meant(RunConfig, options.get)
+        raise ConfigError(f"--get {options.get}: a run has no such key" + (f"; did you mean {near}?" if near else ""))
     for key, value in lines.items():
         print(value if key == options.get else f"{key}={value}")
 
@@ -75,6 +82,7 @@ def _submit(options: argparse.Namespace, _: list[str]) -> None:
     submission = Submission(config, find_sharding(config.train.deepspeed), resources)
     submission.check_time()
     if not (options.dry_run or options.test_only):
+        check_folder(Path(config.run_dir), "run_dir")
         submission.check_free()  # said before a plan, which takes seconds
     check_run(config, resources.ranks)
     print_plan(config, resources.ranks, per_node=resources.gpus_per_node, device=options.gpu, utilization=options.mfu)

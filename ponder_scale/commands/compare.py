@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.commands.training import RECIPES
+from ponder_scale.commandline import whole
+from ponder_scale.commands.training import RECIPES, open_data
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import ConfigError
+from ponder_scale.places import check_folder
 from ponder_scale.settings import find_recipe, load
-from ponder_scale.shards import open_shards
 
 
 def add_commands(commands: Any) -> None:
@@ -22,11 +23,11 @@ def add_commands(commands: Any) -> None:
     compare.add_argument("recipe", help="a YAML file, or the name of a shipped recipe; its run_dir takes all runs")
     compare.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs")
     compare.add_argument("--steps", type=int, nargs="+", default=[], help="pondering steps S; default: the recipe's")
-    compare.add_argument("--seeds", type=int, nargs="+", default=[], help="default: the recipe's; 3 bear a claim")
+    compare.add_argument("--seeds", type=whole(0), nargs="+", default=[], help="default: the recipe's; 3 bear a claim")
     compare.add_argument(
         "--with", dest="extras", nargs="+", default=[], help="further baselines: looped, hidden, vanilla-unscaled"
     )
-    compare.add_argument("--nproc", type=int, help="local ranks of each run; default: one a GPU, or one")
+    compare.add_argument("--nproc", type=whole(1), help="local ranks of each run; default: one a GPU, or one")
     what = compare.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="print the overrides of each run, for slurm/sweep.sbatch")
     what.add_argument("--only", metavar="MODEL[/seed-N]", help="train these, and report on what is there")
@@ -49,7 +50,9 @@ def _compare(options: argparse.Namespace, _: list[str]) -> int:
     from ponder_scale.compare.run import choose, train_runs
     from ponder_scale.train.launch import default_processes
 
-    vocab_size = max(open_shards(Path(source.path)).manifest.vocab_size for source in config.data.sources.values())
+    if not options.list:
+        check_folder(Path(config.run_dir), "run_dir")
+    vocab_size = max(shards.manifest.vocab_size for shards in open_data(config).values())
     runs = plan_runs(configure, vocab_size=vocab_size, steps=options.steps, seeds=options.seeds, extras=options.extras)
     if options.list:
         print("\n".join(shlex.join([*options.overrides, *run.overrides]) for run in runs))

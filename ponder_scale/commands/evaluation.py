@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from ponder_scale.commandline import new_file, number, path, whole
 
 
 def add_commands(commands: Any) -> None:
@@ -15,41 +16,41 @@ def add_commands(commands: Any) -> None:
 
 def _add_kinds(kinds: Any) -> None:
     ppl = kinds.add_parser("ppl", help="held-out loss of an exported folder for 0 to k pondering steps, by source")
-    ppl.add_argument("folder", type=Path, help="an exported folder")
-    ppl.add_argument("--steps", type=int, help="k; default: what it was trained with")
-    ppl.add_argument("--seq-len", type=int, help="tokens a sequence; default: the model's positions")
+    ppl.add_argument("folder", type=path, help="an exported folder")
+    ppl.add_argument("--steps", type=whole(0), help="k; default: what it was trained with")
+    ppl.add_argument("--seq-len", type=whole(1), help="tokens a sequence; default: the model's positions")
     ppl.add_argument(
         "--document-mask", action="store_true", help="attention within documents, as data.document_mask=true trains"
     )
     ppl.set_defaults(run=_evaluate_ppl)
     run = kinds.add_parser("run", help="the same for every checkpoint that a run has kept")
-    run.add_argument("run_dir", type=Path, help="a run folder")
+    run.add_argument("run_dir", type=path, help="a run folder")
     run.set_defaults(run=_evaluate_run)
     tasks = kinds.add_parser("tasks", help="tasks of lm-evaluation-harness, for several numbers of pondering steps")
-    tasks.add_argument("folder", type=Path, help="an exported folder")
+    tasks.add_argument("folder", type=path, help="an exported folder")
     tasks.add_argument("--tasks", nargs="+", default=[], help="default: the nine of the paper, or all of --include")
-    tasks.add_argument("--steps", type=int, nargs="+", help="default: what it was trained with")
-    tasks.add_argument("--include", type=Path, help="folder of task files with their data, for use without a network")
-    tasks.add_argument("--limit", type=int, help="documents of each task")
-    tasks.add_argument("--batch-size", type=int, default=8)
-    tasks.add_argument("--json", type=Path, help="also write the metrics there")
+    tasks.add_argument("--steps", type=whole(0), nargs="+", help="default: what it was trained with")
+    tasks.add_argument("--include", type=path, help="folder of task files with their data, for use without a network")
+    tasks.add_argument("--limit", type=whole(1), help="documents of each task")
+    tasks.add_argument("--batch-size", type=whole(1), default=8)
+    tasks.add_argument("--json", type=new_file, help="also write the metrics there")
     tasks.set_defaults(run=_evaluate_tasks)
     decoding = kinds.add_parser(
         "decoding", help="what early exit, fewer steps, a shared cache and drafts save and cost"
     )
-    decoding.add_argument("folder", type=Path, help="an exported folder")
+    decoding.add_argument("folder", type=path, help="an exported folder")
     decoding.add_argument("--data", action="append", required=True, metavar="SHARDS", help="prompts are held-out texts")
-    decoding.add_argument("--sequences", type=int, default=8)
-    decoding.add_argument("--prompt-tokens", type=int, default=64)
-    decoding.add_argument("--new-tokens", type=int, default=64)
-    decoding.add_argument("--exit-kl", type=float, nargs="+", default=[0.001, 0.01, 0.1], help="nats")
-    decoding.add_argument("--json", type=Path, help="also write the table there")
+    decoding.add_argument("--sequences", type=whole(1), default=8)
+    decoding.add_argument("--prompt-tokens", type=whole(1), default=64)
+    decoding.add_argument("--new-tokens", type=whole(1), default=64)
+    decoding.add_argument("--exit-kl", type=number(least=0), nargs="+", default=[0.001, 0.01, 0.1], help="nats")
+    decoding.add_argument("--json", type=new_file, help="also write the table there")
     decoding.set_defaults(run=_evaluate_decoding)
     for kind in (ppl, run):
         kind.add_argument("--data", action="append", required=True, metavar="[NAME=]SHARDS", help="may be repeated")
-        kind.add_argument("--sequences", type=int, default=256, help="held-out sequences of each source")
-        kind.add_argument("--json", type=Path, help="also write the losses there")
-        kind.add_argument("--plot", type=Path, help="also write an SVG there")
+        kind.add_argument("--sequences", type=whole(1), default=256, help="held-out sequences of each source")
+        kind.add_argument("--json", type=new_file, help="also write the losses there")
+        kind.add_argument("--plot", type=new_file, help="also write an SVG there")
 
 
 def _evaluate_ppl(options: argparse.Namespace, _: list[str]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from ponder_scale.commandline import new_file, new_folder, number, path, whole
 from ponder_scale.errors import ConfigError
 
 
@@ -14,44 +14,48 @@ def add_commands(commands: Any) -> None:
     export = commands.add_parser("export", help="a checkpoint as a Hugging Face folder")
     export.add_argument(
         "source",
-        type=Path,
+        type=path,
         help="a run folder (its newest whole checkpoint), a checkpoint, or DeepSpeed's universal one",
     )
-    export.add_argument("out", type=Path, help="the folder to make")
+    export.add_argument("out", type=new_folder, help="the folder to make")
     _add_format(export)
     export.add_argument("--ema", action="store_true", help="the running average of the weights instead of them")
     export.add_argument(
-        "--like", type=Path, help="of a universal checkpoint, which has neither: folder with config.json and tokenizer"
+        "--like", type=path, help="of a universal checkpoint, which has neither: folder with config.json and tokenizer"
     )
     export.add_argument("--verify", action="store_true", help="load it in a fresh process and compare")
     export.set_defaults(run=_export)
 
     imported = commands.add_parser("import-reference", help="a folder of the published code as a folder of ours")
-    imported.add_argument("source", type=Path, help="a folder of PonderingLM: config.json and weights")
-    imported.add_argument("out", type=Path, help="the folder to make")
+    imported.add_argument("source", type=path, help="a folder of PonderingLM: config.json and weights")
+    imported.add_argument("out", type=new_folder, help="the folder to make")
     _add_format(imported)
     imported.set_defaults(run=_import_reference)
 
     published = commands.add_parser("export-reference", help="a folder of ours as one that the published code reads")
-    published.add_argument("source", type=Path, help="an exported folder")
-    published.add_argument("out", type=Path, help="the folder to make")
+    published.add_argument("source", type=path, help="an exported folder")
+    published.add_argument("out", type=new_folder, help="the folder to make")
     published.set_defaults(run=_export_reference)
 
     generate = commands.add_parser("generate", help="continue a prompt")
-    generate.add_argument("folder", type=Path, help="an exported folder")
+    generate.add_argument("folder", type=path, help="an exported folder")
     generate.add_argument("--prompt", required=True)
-    generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--pondering-steps", type=int, help="default: what it was trained with")
-    generate.add_argument("--exit-kl", type=float, help="stop pondering when a pass moves the prediction by less, nats")
-    generate.add_argument("--draft-steps", type=int, help="let the same weights draft with so many pondering steps")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    generate.add_argument("--seed", type=int, default=1)
+    generate.add_argument("--max-new-tokens", type=whole(1), default=64)
+    generate.add_argument("--pondering-steps", type=whole(0), help="default: what it was trained with")
+    generate.add_argument(
+        "--exit-kl", type=number(least=0), help="stop pondering when a pass moves the prediction by less, nats"
+    )
+    generate.add_argument(
+        "--draft-steps", type=whole(0), help="let the same weights draft with so many pondering steps"
+    )
+    generate.add_argument("--temperature", type=number(least=0), default=0.0, help="0: greedy")
+    generate.add_argument("--seed", type=whole(0), default=1)
     generate.set_defaults(run=_generate)
     trace = commands.add_parser("trace", help="what each pass believes about each token of a text")
-    trace.add_argument("folder", type=Path, help="an exported folder")
+    trace.add_argument("folder", type=path, help="an exported folder")
     trace.add_argument("--text", required=True)
-    trace.add_argument("--pondering-steps", type=int, help="default: what it was trained with")
-    trace.add_argument("--html", type=Path, help="also write a page with a heat map")
+    trace.add_argument("--pondering-steps", type=whole(0), help="default: what it was trained with")
+    trace.add_argument("--html", type=new_file, help="also write a page with a heat map")
     trace.set_defaults(run=_trace)
 
 
@@ -93,8 +97,6 @@ def _export_reference(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> None:
-    if options.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens is {options.max_new_tokens}; expected at least 1")
     from ponder_scale.evaluate.generate import generate
 
     generate(

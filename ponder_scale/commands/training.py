@@ -7,13 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ponder_scale.commandline import number, whole
 from ponder_scale.config import RunConfig
 from ponder_scale.cost import DEVICES
 from ponder_scale.errors import REWOUND, ConfigError
 from ponder_scale.failures import DEVICE_HOURS, Failures
 from ponder_scale.failures import report as failures_report
+from ponder_scale.places import check_folder
 from ponder_scale.settings import find_recipe, load
-from ponder_scale.shards import check_vocabulary, open_shards, same_tokenizer
+from ponder_scale.shards import ShardSet, check_vocabulary, open_all
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -23,27 +25,36 @@ def add_commands(commands: Any) -> None:
     train = commands.add_parser("train", help="train a run, or go on with it from its newest whole checkpoint")
     train.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=1000")
-    train.add_argument("--nproc", type=int, help="local ranks; default: one a GPU, or one. Not used under a launcher")
+    train.add_argument(
+        "--nproc", type=whole(1), help="local ranks; default: one a GPU, or one. Not used under a launcher"
+    )
     train.set_defaults(run=_train)
 
     plan = commands.add_parser("plan", help="memory, FLOPs and time of a run, before any device is touched")
     plan.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.add_argument("--gpus", type=int, default=8, help="devices in all")
-    plan.add_argument("--gpus-per-node", type=int, default=8)
+    plan.add_argument("--gpus", type=whole(1), default=8, help="devices in all")
+    plan.add_argument("--gpus-per-node", type=whole(1), default=8)
     plan.add_argument("--gpu", choices=sorted(DEVICES), default="h100")
-    plan.add_argument("--mfu", type=float, default=0.4, help="share of the device's dense bf16 FLOP/s that is reached")
+    plan.add_argument(
+        "--mfu",
+        type=number(above=0, most=1),
+        default=0.4,
+        help="share of the device's dense bf16 FLOP/s that is reached",
+    )
     plan.add_argument(
         "--failures",
         nargs="?",
-        type=float,
+        type=number(above=0),
         const=DEVICE_HOURS,
         metavar="HOURS",
         help="also how often to save, and what failures cost, from the mean time between failures of one device "
         f"(default: {DEVICE_HOURS:,.0f} h, as published for Llama 3)",
     )
-    plan.add_argument("--save-seconds", type=float, default=60.0, help="that training stands still for a checkpoint")
-    plan.add_argument("--restart-seconds", type=float, default=900.0, help="from a failure to the next step")
+    plan.add_argument(
+        "--save-seconds", type=number(above=0), default=60.0, help="that training stands still for a checkpoint"
+    )
+    plan.add_argument("--restart-seconds", type=number(above=0), default=900.0, help="from a failure to the next step")
     plan.set_defaults(run=_plan)
 
 
@@ -56,6 +67,8 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     check_time_limit(config.train.time_limit)
 
     launched = "RANK" in os.environ
+    if os.environ.get("RANK", "0") == "0":
+        check_folder(Path(config.run_dir), "run_dir")
     if not launched:
         _check_data(config)
     processes = options.nproc or (1 if launched else default_processes())
@@ -77,10 +90,6 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _plan(options: argparse.Namespace, _: list[str]) -> None:
     config = load(RunConfig, find_recipe(options.recipe, RECIPES), options.overrides)
-    for name in ("failures", "save_seconds", "restart_seconds"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected more than 0")
     work = print_plan(config, options.gpus, per_node=options.gpus_per_node, device=options.gpu, utilization=options.mfu)
     if options.failures is not None:
         failures = Failures(options.failures * 3600 / options.gpus, options.save_seconds, options.restart_seconds)
@@ -115,7 +124,7 @@ def print_plan(config: RunConfig, ranks: int, *, device: str, utilization: float
     check_ranks(sharding, config.train, ranks)
     vocab_size = config.model.vocab_size
     if vocab_size is None:
-        vocab_size = max(open_shards(Path(source.path)).manifest.vocab_size for source in config.data.sources.values())
+        vocab_size = max(shards.manifest.vocab_size for shards in open_data(config).values())
     configuration = model_configuration(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len, eod_id=None)
     devices = Devices(ranks, round(DEVICES[device][1]), in_a_node)
     config = settle(config, sharding, configuration, devices)
@@ -125,9 +134,13 @@ def print_plan(config: RunConfig, ranks: int, *, device: str, utilization: float
     return training_seconds(plan, device, utilization)
 
 
+def open_data(config: RunConfig) -> dict[str, ShardSet]:
+    """The shards of each source of a run, by name. Raises ShardError and TokenizerError."""
+    return open_all({name: source.path for name, source in config.data.sources.items()})
+
+
 def _check_data(config: RunConfig) -> None:
     """What can be wrong with the shards, said before anything slow begins and once, not by every rank."""
-    sources = {name: open_shards(Path(source.path)) for name, source in sorted(config.data.sources.items())}
-    same_tokenizer(sources)
+    sources = open_data(config)
     if config.model.vocab_size is not None:
         check_vocabulary(sources, config.model.vocab_size)

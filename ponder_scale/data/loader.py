@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,19 +25,17 @@ from ponder_scale.data.order import Order, Places
 from ponder_scale.data.sequences import IGNORE_INDEX, MicroBatch, Reader, sequences_of
 from ponder_scale.errors import ConfigError
 from ponder_scale.packing import Packing, open_packing
-from ponder_scale.shards import ShardSet, open_shards, same_tokenizer
+from ponder_scale.shards import ShardSet, open_all
 
 _Ahead = tuple[int, Future[tuple[list[MicroBatch], int]]]  # the sequences of a step, and what will be read of it
 
 
-def open_sources(data: DataConfig) -> dict[str, ShardSet]:
-    """The shards of each source of the mixture, by name, in alphabetical order.
+def open_sources(data: DataConfig, key: str = "data.sources.{}.path") -> dict[str, ShardSet]:
+    """The shards of each source of the mixture, by name, in alphabetical order; `key` names what gave their paths.
 
     Raises ShardError for damaged or unfinished shards, TokenizerError for sources of different tokenizers.
     """
-    sources = {name: open_shards(Path(data.sources[name].path)) for name in sorted(data.sources)}
-    same_tokenizer(sources)
-    return sources
+    return open_all({name: source.path for name, source in data.sources.items()}, key)
 
 
 class Loader:
@@ -128,9 +125,10 @@ class Loader:
         keys["packing"] = "data.packing"
         for name, key in keys.items():
             saved = state.get(name, "concat")  # the only packing there was when states did not name it
-            if saved != self._identity[name]:
+            own = self._identity[name]
+            if saved != own:
                 raise ConfigError(
-                    f"{key}: {name} of the checkpoint: {saved}, of this run: {self._identity[name]}; "
+                    f"{key}: {name} of the checkpoint: {', of this run: '.join(_in_words(name, saved, own))}; "
                     f"the data would come in another order; use what the checkpoint used, or start a new run"
                 )
         self._consumed = state["consumed"]
@@ -199,6 +197,14 @@ def heldout_batches(
         batch = reader.read(order.locate(first, width), mine)
         real = torch.from_numpy(first + mine < total).unsqueeze(1)
         yield batch._replace(labels=torch.where(real, batch.labels, IGNORE_INDEX))
+
+
+def _in_words(name: str, saved: Any, own: Any) -> tuple[str, str]:
+    """Two different values of the loader's state, of the checkpoint and of this run; nobody can look at a hash."""
+    if name == "packing":
+        first, second = ("concat" if value == "concat" else "best-fit" for value in (saved, own))
+        return first, second if first != second else f"{second} by other bins, of another `ponder-data pack`"
+    return ("those it began with", "others") if name in ("shards", "weights") else (str(saved), str(own))
 
 
 def _packings(data: DataConfig, sources: Mapping[str, ShardSet]) -> dict[str, Packing]:

@@ -98,7 +98,7 @@ def _rows(folder: Path, data: Mapping[str, Path], sequences: int, length: int, d
     """Held-out sequences of `length` tokens, (1, length) each."""
     name, shards = next(iter(data.items()))
     config = DataConfig({name: SourceConfig(str(shards))}, length - 1)
-    sources = open_sources(config)
+    sources = open_sources(config, "--data {}")
     check_tokenizer(sources[name], shards, folder)
     found = False
     for batch in heldout_batches(config, sources, sequences=sequences, micro_batch=1):

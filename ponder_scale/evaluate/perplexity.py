@@ -24,6 +24,7 @@ from ponder_scale.evaluate.plot import line_chart
 from ponder_scale.figures import json_text, shown
 from ponder_scale.heldout import HeldOut, heldout_losses, mean_over
 from ponder_scale.manifest import tokenizer_identity
+from ponder_scale.settings import expand_path
 from ponder_scale.shards import ShardSet
 from ponder_scale.weights import read_weights
 
@@ -148,7 +149,7 @@ def sweep(
     found: dict[str, HeldOut] = {}
     for name, folder in data.items():
         config = DataConfig({name: SourceConfig(str(folder))}, **reading)
-        sources = open_sources(config)
+        sources = open_sources(config, "--data {}")
         check_tokenizer(sources[name], folder, tokenizer)
         batches = heldout_batches(config, sources, sequences=sequences, micro_batch=MICRO_BATCH)
         held_out = _losses(model, batches, trained if steps is None else steps)
@@ -177,7 +178,7 @@ def parse_sources(words: Iterable[str]) -> dict[str, Path]:
     sources: dict[str, Path] = {}
     for word in words:
         name, equals, folder = word.partition("=")
-        path = Path(folder if equals else word)
+        path = Path(expand_path(folder if equals else word, "--data"))
         name = name if equals else path.resolve().name
         if name in sources or name == ALL:
             raise ConfigError(f"--data {word}: {name!r} names another source already; give it as NAME={path}")

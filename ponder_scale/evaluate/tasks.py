@@ -57,6 +57,7 @@ def evaluate_tasks(
         raise ConfigError(
             f"--tasks: the harness does not know {', '.join(unknown)}; {known}its own are listed by `lm_eval ls tasks`"
         )
+    _check_data(names, manager)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for number in steps:
         arguments: dict[str, Any] = {"pretrained": str(folder), "trust_remote_code": True, "dtype": "auto"}
@@ -79,6 +80,21 @@ def evaluate_tasks(
     if json_file is not None:
         json_file.write_text(json_text({"folder": str(folder), "steps": found}, indent=1) + "\n", encoding="utf-8")
     return found
+
+
+def _check_data(names: Sequence[str], manager: Any) -> None:
+    """Read the data of each task, before a model is loaded. Raises ConfigError where they are not to be had."""
+    from lm_eval.tasks import get_task_dict
+
+    for name in names:
+        try:
+            get_task_dict([name], manager)
+        except Exception as error:  # of the harness, of datasets, of the hub, of their network libraries
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ConfigError(
+                f"--tasks: the data of {name} cannot be read ({reason[:200]}); without a network, name a folder of "
+                "task files with their data: --include FOLDER"
+            ) from error
 
 
 def as_table(found: dict[str, dict[str, dict[str, float]]]) -> str:

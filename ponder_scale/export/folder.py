@@ -22,6 +22,7 @@ from ponder_scale.errors import CheckpointError
 from ponder_scale.export.tokenizer import bundle_tokenizer
 from ponder_scale.export.writer import write_safetensors
 from ponder_scale.manifest import sync_folder
+from ponder_scale.places import check_folder
 
 SUMS = "SHA256SUMS"
 
@@ -35,6 +36,7 @@ def making(out: Path) -> Iterator[Path]:
     """
     if out.exists():
         raise CheckpointError(f"{out}: exists already; remove it or give another folder")
+    check_folder(out, "the folder to make")
     hidden = out.with_name(f".making-{out.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
@@ -48,6 +50,9 @@ def making(out: Path) -> Iterator[Path]:
         sync_folder(hidden)
         hidden.rename(out)
         sync_folder(out.parent)
+    except OSError as error:  # the disk is full, for example
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise CheckpointError(f"{out}: cannot be made: {error}; nothing of it is left") from error
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         raise

@@ -164,7 +164,11 @@ def _config(run_dir: Path) -> dict[str, str]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    return dict(_flat(values or {}, ""))
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path}: empty or damaged; expected the settings of the run, which its next start writes anew"
+        )
+    return dict(_flat(values, ""))
 
 
 def _flat(values: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:

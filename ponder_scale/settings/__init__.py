@@ -3,11 +3,10 @@
 from ponder_scale.settings.load import find_recipe, from_dict, load
 from ponder_scale.settings.plain import flat, knob, to_dict, to_yaml
 from ponder_scale.settings.spelling import known_keys, meant
-from ponder_scale.settings.values import MISSING, as_path, expand_path
+from ponder_scale.settings.values import MISSING, expand_path
 
 __all__ = [
     "MISSING",
-    "as_path",
     "expand_path",
     "find_recipe",
     "flat",

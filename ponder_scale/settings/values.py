@@ -9,7 +9,6 @@ import re
 import types
 import typing
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from ponder_scale.errors import ConfigError
@@ -92,7 +91,7 @@ def _finished(value: Any, origin: str) -> Any:
 
 
 def _convert(kind: Any, tree: Tree, key: str, metadata: typing.Mapping[str, Any]) -> Any:
-    """A tree as a value of the declared type, or the draft of one. Bounds in `metadata` hold for entries of lists, too."""
+    """A tree as a value of the declared type, or its draft; bounds in `metadata` hold for entries of lists, too."""
     if isinstance(tree, Scalar) and tree.is_null and optional(kind):
         return None
     choices = [part for part in parts(kind) if typing.get_origin(part) is typing.Literal]
@@ -169,11 +168,6 @@ def expand_path(text: str, key: str) -> str:
     if _CONTROL.search(path):
         raise ConfigError(f"{key} is {text!r}: a path may not hold line breaks and control characters")
     return path
-
-
-def as_path(text: str) -> Path:
-    """A path of the command line, as `expand_path` has it."""
-    return Path(expand_path(text, "path"))
 
 
 def _text(tree: Scalar, key: str, *, path: bool) -> str:

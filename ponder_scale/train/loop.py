@@ -26,6 +26,7 @@ from ponder_scale.data.sequences import IGNORE_INDEX, MicroBatch
 from ponder_scale.errors import ConfigError
 from ponder_scale.foreign import warm_start
 from ponder_scale.heldout import loss_sums, of_sums
+from ponder_scale.places import write_whole
 from ponder_scale.plan import present_devices
 from ponder_scale.recompute import apply_recompute
 from ponder_scale.settings import load, to_yaml
@@ -169,7 +170,7 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
     if engine.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         forget_ranks(run_dir, engine.world_size)
-        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        write_whole(run_dir / "config.yaml", to_yaml(config))
     metrics = Metrics(
         config,
         run_dir,
