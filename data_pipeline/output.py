@@ -13,7 +13,6 @@ import numpy as np
 
 from ponder_scale.errors import ConfigError
 from ponder_scale.manifest import MANIFEST, ShardInfo, sync_folder
-from ponder_scale.places import check_folder
 from ponder_scale.shards import ShardWriter
 
 WORK = "work"  # in the unfinished folder: the plan, claims, journals, and what is not whole yet
@@ -32,7 +31,6 @@ def workspace(out: Path) -> Iterator[Path]:
     It is left as it is at the end of the block, or removed if it holds nothing. Raises ConfigError while another
     build of this machine writes there.
     """
-    check_folder(out, "out")
     partial = unfinished(out)
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)

@@ -34,6 +34,7 @@ from data_pipeline.units import PLAN, Plan, units, write_plan
 from data_pipeline.workers import run_stage
 from ponder_scale.errors import ConfigError
 from ponder_scale.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, seal, sync, sync_folder
+from ponder_scale.places import check_folder
 from ponder_scale.shards import TOKENIZER, open_shards
 
 PARITY_DOCUMENTS, PARITY_CHARACTERS = 32, 2**16  # of the corpus at most, on which engines are compared at first
@@ -58,6 +59,7 @@ def build(config: BuildConfig, command: str) -> Built | None:
     with ExitStack() as held:
 
         def prepare() -> bool:
+            check_folder(Path(config.out), "out")
             check_replaceable(out)
             return _prepare(held.enter_context(workspace(out)), out, config, command)
 

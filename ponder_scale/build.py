@@ -20,7 +20,10 @@ except ImportError:  # before its version 0.34, which transformers 5 needs
     StrictDataclassError = ValueError  # type: ignore[misc, assignment]
 
 # By which transformers refuses a configuration, on its own or while the model is made of it.
-REFUSALS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, StrictDataclassError)
+REFUSALS = (
+    *(ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError, ZeroDivisionError),
+    StrictDataclassError,
+)
 RECIPE_ONLY = ("architecture", "init_from", "extra")
 UNSET_BY_DEFAULT = ("num_key_value_heads", "rope_theta", "tie_word_embeddings", "init_by_passes")
 
@@ -122,16 +125,17 @@ def _check_heads(model: ModelConfig, extra: dict[str, Any]) -> None:
         raise ConfigError(
             f"model.num_key_value_heads is {shared}; expected a divisor of model.num_attention_heads ({heads})"
         )
-    width = extra.get("head_dim") or model.hidden_size // heads
+    own = extra.get("head_dim")
+    width = model.hidden_size // heads if own is None else own
     share = extra.get("partial_rotary_factor", extra.get("rotary_pct", 0.25)) if model.architecture == "gpt_neox" else 1
     if model.architecture == "gpt2" or not all(isinstance(value, (int, float)) for value in (width, share)):
         return
     rotated = int(width * share)
-    if rotated < 2 or rotated % 2:
-        of = f" x the share that is rotated ({share})" if share != 1 else ""
+    if rotated < 2 or rotated % 2 or not 0 < share <= 1:
+        of = f", of which {share:g} is rotated" if share != 1 else ""
         raise ConfigError(
-            f"model.hidden_size is {model.hidden_size} with {heads} model.num_attention_heads: a head's width "
-            f"({width}){of} is {rotated}; the rotary embedding turns pairs, so it has to be even and at least 2"
+            f"model.hidden_size is {model.hidden_size} with model.num_attention_heads {heads}: a head is {width} wide"
+            f"{of}; the rotary embedding turns pairs: expected an even number, 2 to the whole width"
         )
 
 
@@ -148,7 +152,8 @@ def _in_one_line(error: BaseException) -> str:
     """What transformers says; its checks of a whole configuration wrap the sentence that matters."""
     inner = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ is not None else error
     text = " ".join(str(inner).split())
-    return f"transformers has no {text} for a key of model.extra" if isinstance(inner, KeyError) else text
+    is_name = isinstance(inner, KeyError) and " " not in text
+    return f"transformers has no {text} for a key of model.extra" if is_name else text
 
 
 def _named(given: dict[str, Any], architecture: str, names: dict[str, str | None]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def parse(parser: Parser, arguments: Sequence[str], schema: type, settings: str)
         ConfigError: a flag or a command that is not there; what was meant is named.
     """
     options, rest = parser.parse_known_args(arguments)
-    for number, word in enumerate(rest):
+    for word in rest:
         if not word.startswith("-"):
             continue
         name, equals, value = word.partition("=")
@@ -68,7 +68,8 @@ def parse(parser: Parser, arguments: Sequence[str], schema: type, settings: str)
         if near:
             raise ConfigError(f"no flag {name}; did you mean {near[0]}?")
         if key:
-            value = value if equals else next(iter(rest[number + 1 : number + 2]), "VALUE")
+            after = arguments[arguments.index(word) + 1 :]
+            value = value if equals else next(iter(after), "VALUE")
             raise ConfigError(f"no flag {name}: settings are given as key=value; did you mean {key}={value}?")
         options.parser.error(f"no flag {name}")
     if rest and not hasattr(options, settings):
@@ -101,7 +102,9 @@ def number(*, above: float | None = None, least: float | None = None, most: floa
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"is {text!r}; expected a number") from None
-        if not math.isfinite(value) or value > most:
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"is {value}; expected a finite number")
+        if value > most:
             raise argparse.ArgumentTypeError(f"is {value}; expected at most {most:g}")
         if above is not None and value <= above:
             raise argparse.ArgumentTypeError(f"is {value}; expected more than {above:g}")

@@ -18,7 +18,7 @@ def check_folder(folder: Path, key: str) -> None:
     said = f"{key} is {folder}"
     place = folder.absolute()
     try:
-        while not os.path.lexists(place):
+        while not _is_there(place):
             place = place.parent
         if place.is_symlink() and not place.exists():
             raise ConfigError(
@@ -30,6 +30,15 @@ def check_folder(folder: Path, key: str) -> None:
         os.rmdir(tempfile.mkdtemp(prefix=".tried-", dir=place))  # noqa: PTH106
     except OSError as error:
         raise ConfigError(f"{said}: nothing can be written in {place}: {error.strerror}; choose another") from error
+
+
+def _is_there(place: Path) -> bool:
+    """Whether something is there, a link without an end included; OSError where no such name can be."""
+    try:
+        place.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return False
+    return True
 
 
 def check_file(file: Path, key: str) -> None:

@@ -79,10 +79,11 @@ def _submit(options: argparse.Namespace, _: list[str]) -> None:
 
     config = load(RunConfig, find_recipe(options.recipe, RECIPES), options.overrides)
     resources = Resources(options.nodes, options.gpus_per_node, options.spares, options.time, tuple(options.sbatch))
+    if not (options.dry_run or options.test_only):
+        check_folder(Path(config.run_dir), "run_dir")
     submission = Submission(config, find_sharding(config.train.deepspeed), resources)
     submission.check_time()
     if not (options.dry_run or options.test_only):
-        check_folder(Path(config.run_dir), "run_dir")
         submission.check_free()  # said before a plan, which takes seconds
     check_run(config, resources.ranks)
     print_plan(config, resources.ranks, per_node=resources.gpus_per_node, device=options.gpu, utilization=options.mfu)

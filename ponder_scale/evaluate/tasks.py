@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +40,7 @@ def evaluate_tasks(
         limit: documents of each task; None: all.
 
     Raises:
-        ConfigError: the harness is not installed, or does not know a task.
+        ConfigError: the harness is not installed, does not know a task, or cannot get its data.
         CheckpointError: `folder` is not an exported folder.
     """
     try:
@@ -57,21 +61,21 @@ def evaluate_tasks(
         raise ConfigError(
             f"--tasks: the harness does not know {', '.join(unknown)}; {known}its own are listed by `lm_eval ls tasks`"
         )
-    _check_data(names, manager)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for number in steps:
         arguments: dict[str, Any] = {"pretrained": str(folder), "trust_remote_code": True, "dtype": "auto"}
         if number is not None:
             arguments["pondering_steps"] = number
-        result = lm_eval.simple_evaluate(
-            model="hf",
-            model_args=arguments,
-            tasks=names,
-            task_manager=manager,
-            limit=limit,
-            batch_size=batch_size,
-            device=default_device(),
-        )
+        with _explained():
+            result = lm_eval.simple_evaluate(
+                model="hf",
+                model_args=arguments,
+                tasks=names,
+                task_manager=manager,
+                limit=limit,
+                batch_size=batch_size,
+                device=default_device(),
+            )
         found["trained" if number is None else str(number)] = {
             task: {key: value for key, value in metrics.items() if isinstance(value, float)}
             for task, metrics in result["results"].items()
@@ -82,19 +86,23 @@ def evaluate_tasks(
     return found
 
 
-def _check_data(names: Sequence[str], manager: Any) -> None:
-    """Read the data of each task, before a model is loaded. Raises ConfigError where they are not to be had."""
-    from lm_eval.tasks import get_task_dict
-
-    for name in names:
-        try:
-            get_task_dict([name], manager)
-        except Exception as error:  # of the harness, of datasets, of the hub, of their network libraries
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ConfigError(
-                f"--tasks: the data of {name} cannot be read ({reason[:200]}); without a network, name a folder of "
-                "task files with their data: --include FOLDER"
-            ) from error
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raise ConfigError where the harness cannot get the data of a task, whatever its libraries raise then."""
+    # each retry of the hub is a line of its log, for half a minute
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        yield
+    except Exception as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_name == "download" and frame.f_globals["__name__"].startswith("lm_eval."):
+                task = frame.f_locals["self"].config.task
+                reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                raise ConfigError(
+                    f"--tasks: the data of {task} cannot be read ({reason[:200]}); without a network, name a folder of "
+                    "task files with their data: --include FOLDER"
+                ) from error
+        raise
 
 
 def as_table(found: dict[str, dict[str, dict[str, float]]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,8 +46,12 @@ def find_recipe(name: str, shipped: Path) -> Path:
     for candidate in (Path(name), shipped / name, shipped / f"{name}.yaml"):
         if candidate.is_file():
             return candidate
-    known = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml"))) or "none"
-    raise ConfigError(f"recipe {name}: no such file; give a path to a YAML file or one of: {known}")
+    if "=" in name:
+        raise ConfigError(f"expected a recipe before {name}: a path to a YAML file, or the name of one that is shipped")
+    known = sorted(path.stem for path in shipped.glob("*.yaml"))
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; give a path to a YAML file or one of: {', '.join(known)}"
+    raise ConfigError(f"recipe {name}: no such file{hint}")
 
 
 def _override(schema: type, tree: Mapping, override: str) -> None:

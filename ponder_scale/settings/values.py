@@ -16,7 +16,7 @@ from ponder_scale.settings.tree import Listing, Mapping, Scalar, Tree, describe,
 
 MISSING = "???"  # the default of a key that a recipe or an override has to give
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-_VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|(\w+))")
+_VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_]\w*))")
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*)?\.?\d*([eE][-+]?\d+)?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -163,8 +163,8 @@ def expand_path(text: str, key: str) -> str:
         if home.startswith("~"):
             raise ConfigError(f"{key} is {text!r}: there is no user {path.partition('/')[0]}; write the path out")
         path = home
-    if "$" in path or path.startswith("~"):
-        raise ConfigError(f"{key} is {text!r}: a path may not hold $; name the folder otherwise, or link to it")
+    if "${" in path or _VARIABLE.search(path) or path.startswith("~"):  # would be replaced when it is read again
+        raise ConfigError(f"{key} is {text!r}, which is {path!r}: there is a $NAME in it; name the folder otherwise")
     if _CONTROL.search(path):
         raise ConfigError(f"{key} is {text!r}: a path may not hold line breaks and control characters")
     return path

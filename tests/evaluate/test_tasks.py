@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
+import huggingface_hub
 import lm_eval
 import pytest
 import torch
@@ -117,3 +119,18 @@ def test_included_files_replace_the_harness_s_own_of_their_name_and_leave_the_ot
 def test_an_unknown_task_is_answered(folder: Path, task_files: Path) -> None:
     with pytest.raises(ConfigError, match=r"does not know nonsense; .* has local_choice"):
         evaluate_tasks(folder, ["nonsense"], include=task_files)
+
+
+@pytest.mark.parametrize(
+    "place", ["EleutherAI/lambada_openai", "json\ndataset_kwargs: {data_files: {test: nowhere.json}}"]
+)
+def test_data_that_cannot_be_had_are_answered_with_include(
+    place: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    content = 'output_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
+    (tmp_path / "far.yaml").write_text(f"task: far\ndataset_path: {place}\n{content}")
+    with pytest.raises(ConfigError, match=r"--tasks: the data of far cannot be read \(.*--include FOLDER") as refused:
+        evaluate_tasks(folder, ["far"], include=tmp_path)
+    assert "\n" not in str(refused.value)
