@@ -24,6 +24,7 @@ from ponder_scale.report.page import report
 from ponder_scale.settings import load
 from ponder_scale.status import status
 from ponder_scale.submit import Resources, Submission, SubmitError, stop
+from ponder_scale.train.attempts import owner
 from tests.commands import run_command
 from tests.conftest import TinyShards
 
@@ -393,3 +394,26 @@ def test_streams_that_are_not_the_program_s_own_are_left_alone(capsys: pytest.Ca
     before = sys.stdout
     outlive_readers()
     assert sys.stdout is before
+
+
+def test_what_stands_in_the_way_within_a_run_folder_is_named(here: Path, tiny_shards: TinyShards) -> None:
+    data = f"data.sources.stdlib.path={tiny_shards().folder}"
+    for name, said in (
+        ("checkpoints", "which is a file"),
+        ("heartbeat", "which is a file"),
+        ("metrics.jsonl", "which is a folder"),
+        ("config.yaml", "which is a folder"),
+        ("attempt", "which is a folder"),
+    ):
+        run_dir = here / f"run-{name}"
+        run_dir.mkdir()
+        if "file" in said:
+            (run_dir / name).write_text("mine")
+        else:
+            (run_dir / name).mkdir()
+        done = run_command("ponder-scale", "train", "quickstart", f"run_dir={run_dir}", data)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert f"{name} in it is {run_dir / name}, {said}" in done.stderr
+    (here / "attempt").write_text("")
+    with pytest.raises(CheckpointError, match="attempt: expected the number of an attempt"):
+        owner(here)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ponder_scale.commandline import whole
 from ponder_scale.commands.training import RECIPES
 from ponder_scale.config import RunConfig
 from ponder_scale.cost import RECOMPUTED_FORWARDS
@@ -19,42 +20,42 @@ def add_commands(commands: Any) -> None:
         required=True, metavar="WHAT"
     )
     op = bench.add_parser("op", help="the pondering embedding by backend, against the published way")
-    op.add_argument("--tokens", type=int, default=2048)
-    op.add_argument("--runs", type=int, default=5)
+    op.add_argument("--tokens", type=whole(1), default=2048)
+    op.add_argument("--runs", type=whole(1), default=5)
     op.set_defaults(run=_bench_op)
     step = bench.add_parser("step", help="time and memory of a training step by recomputation policy, against it")
-    step.add_argument("--runs", type=int, default=3)
+    step.add_argument("--runs", type=whole(1), default=3)
     step.add_argument("--largest", action="store_true", help="on a GPU: each way by the largest batch that it can hold")
     step.set_defaults(run=_bench_step)
     memory = bench.add_parser("memory", help="peak memory of a step as the pondering steps grow, by policy, against it")
-    memory.add_argument("--steps", type=int, nargs="+", default=[0, 1, 3, 7], help="numbers of pondering steps")
+    memory.add_argument("--steps", type=whole(0), nargs="+", default=[0, 1, 3, 7], help="numbers of pondering steps")
     memory.set_defaults(run=_bench_memory)
     comm = bench.add_parser("comm", help="all-gathers of a micro-step under ZeRO-3, by regime and recomputation policy")
     comm.add_argument(
         "--regimes", nargs="+", help="files of deepspeed_configs/; default: the two that are for any device"
     )
-    comm.add_argument("--pondering-steps", type=int, default=3)
+    comm.add_argument("--pondering-steps", type=whole(0), default=3)
     comm.add_argument("overrides", nargs="*", metavar="key=value", help="of the small model that runs")
     comm.set_defaults(run=_bench_comm)
     decode = bench.add_parser("decode", help="a token from the key-value caches, against running the prefix again")
-    decode.add_argument("--context", type=int, nargs="+", default=[128, 512], help="tokens before it")
-    decode.add_argument("--runs", type=int, default=5)
+    decode.add_argument("--context", type=whole(1), nargs="+", default=[128, 512], help="tokens before it")
+    decode.add_argument("--runs", type=whole(1), default=5)
     decode.add_argument("--compile", action="store_true", help="also a step that torch compiles, in half a minute")
     decode.set_defaults(run=_bench_decode)
     for kind in (op, step, memory, decode):
-        kind.add_argument("--hidden", type=int, default=256, help="width D")
-        kind.add_argument("--vocab", type=int, default=32000)
+        kind.add_argument("--hidden", type=whole(1), default=256, help="width D")
+        kind.add_argument("--vocab", type=whole(1), default=32000)
         kind.add_argument("--dtype", default="float32")
-        kind.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
+        kind.add_argument("--threads", type=whole(1), default=1, help="of torch, on a CPU")
     for kind in (step, memory, decode):
         kind.add_argument("--recipe", help="its model and sequence length, in place of the shape given here")
-        kind.add_argument("--layers", type=int, default=8)
-        kind.add_argument("--pondering-steps", type=int, default=3)
+        kind.add_argument("--layers", type=whole(1), default=8)
+        kind.add_argument("--pondering-steps", type=whole(0), default=3)
     for kind in (step, memory, comm):
         kind.add_argument("--policies", nargs="+", choices=POLICIES, help="of train.recompute; default: all")
     for kind in (step, memory):
-        kind.add_argument("--batch", type=int, default=4, help="sequences of a micro-batch")
-        kind.add_argument("--seq-len", type=int, default=512)
+        kind.add_argument("--batch", type=whole(1), default=4, help="sequences of a micro-batch")
+        kind.add_argument("--seq-len", type=whole(1), default=512)
 
 
 def _bench_op(options: argparse.Namespace, _: list[str]) -> None:

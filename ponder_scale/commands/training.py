@@ -13,7 +13,7 @@ from ponder_scale.cost import DEVICES
 from ponder_scale.errors import REWOUND, ConfigError
 from ponder_scale.failures import DEVICE_HOURS, Failures
 from ponder_scale.failures import report as failures_report
-from ponder_scale.places import check_folder
+from ponder_scale.places import check_file, check_folder
 from ponder_scale.settings import find_recipe, load
 from ponder_scale.shards import ShardSet, check_vocabulary, open_all
 
@@ -68,7 +68,7 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
 
     launched = "RANK" in os.environ
     if os.environ.get("RANK", "0") == "0":
-        check_folder(Path(config.run_dir), "run_dir")
+        _check_run_dir(Path(config.run_dir))
     if not launched:
         _check_data(config)
     processes = options.nproc or (1 if launched else default_processes())
@@ -137,6 +137,16 @@ def print_plan(config: RunConfig, ranks: int, *, device: str, utilization: float
 def open_data(config: RunConfig) -> dict[str, ShardSet]:
     """The shards of each source of a run, by name. Raises ShardError and TokenizerError."""
     return open_all({name: source.path for name, source in config.data.sources.items()})
+
+
+def _check_run_dir(run_dir: Path) -> None:
+    """What can be wrong with the folder of a run, and with what a run before has left in it."""
+    check_folder(run_dir, "run_dir")
+    for name in ("checkpoints", "heartbeat"):
+        check_folder(run_dir / name, f"run_dir is {run_dir}: {name} in it")
+    for name in ("attempt", "attempts.jsonl", "config.yaml", "latest", "metrics.jsonl"):
+        if os.path.lexists(run_dir / name):
+            check_file(run_dir / name, f"run_dir is {run_dir}: {name} in it")
 
 
 def _check_data(config: RunConfig) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.errors import FencedError
+from ponder_scale.errors import CheckpointError, FencedError
 from ponder_scale.manifest import sync
 
 OWNER, RECORD = "attempt", "attempts.jsonl"
@@ -28,6 +28,10 @@ def owner(run_dir: Path) -> int:
         return int((run_dir / OWNER).read_text())
     except FileNotFoundError:
         return 0
+    except ValueError as error:
+        raise CheckpointError(
+            f"{run_dir / OWNER}: expected the number of an attempt; write the last one of {RECORD} into it"
+        ) from error
 
 
 def claim(run_dir: Path, **facts: Any) -> int:
