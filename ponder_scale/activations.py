@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ponder_scale.build import configuration_from_dict, model_class
 from ponder_scale.config import RunConfig
-from ponder_scale.model import modeling
+from ponder_scale.model import readout
 from ponder_scale.model.backends import Statistics, width
 from ponder_scale.recompute import apply_recompute
 
@@ -75,7 +75,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def _stand_ins() -> Any:
-    return patch.multiple(modeling, pondering_embedding=_pondering_embedding, cross_entropy=_cross_entropy)
+    return patch.multiple(readout, pondering_embedding=_pondering_embedding, cross_entropy=_cross_entropy)
 
 
 def _pondering_embedding(hidden: Tensor, head: Tensor, table: Tensor, **_: Any) -> tuple[Tensor, Statistics]:

@@ -28,10 +28,10 @@ def last_hidden(model: Any, tokens: Tensor, pondering_steps: int) -> Tensor:
     first = F.embedding(tokens, table) * (scale * config.initial_scale)
     embeds = first
     for _ in range(pondering_steps):
-        hidden = model.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        hidden = model.base_model.one_pass(embeds).last_hidden_state
         mixed = pondering_embedding(hidden, model.get_output_embeddings().weight, table, config.pondering_temperature)
         embeds = (embeds if config.residual == "accumulate" else first) + mixed * scale
-    return model.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    return model.base_model.one_pass(embeds).last_hidden_state
 
 
 def loss(model: Any, tokens: Tensor, labels: Tensor, pondering_steps: int) -> Tensor:

@@ -45,6 +45,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(width(tensor))
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it is one of torch's stand-ins, which have shapes and no values."""
+    return type(tensor).__module__.startswith("torch._subclasses")
+
+
 def chunk(like: Tensor, extent: int, other: int) -> int:
     """How many of a matrix's `extent` rows (or columns), `other` long, are made at a time on the device of `like`."""
     elements = CPU_CHUNK_ELEMENTS if like.device.type == "cpu" else CUDA_CHUNK_ELEMENTS
@@ -183,7 +188,8 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden, head, table, mean, lse = ctx.saved_tensors
         attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        operands = [_one_head(tensor) for tensor in (grad * ctx.scale, hidden, head, table)]
+        # the kernel takes for granted that a row's elements lie side by side
+        operands = [_one_head(tensor) for tensor in ((grad * ctx.scale).contiguous(), hidden, head, table)]
         gradients = attend_backward(*operands, mean, lse, 0.0, False, scale=1.0 / ctx.temperature)
         return *(gradient[0, 0] for gradient in gradients), None, None, None
 

@@ -22,20 +22,23 @@ ROOM = 128  # tokens; all that is cached is copied once for so many
 class GrowingLayer(DynamicLayer):
     """As `DynamicLayer`, which copies all it has to append a token, but written into room behind the others.
 
-    `keys` and `values` are the filled part of longer buffers. What makes other tensors of them (beam search, a batch
-    that is selected from) goes on as before, and the next token gets new buffers.
+    `keys` and `values` are the filled part of longer buffers. Whatever else is done with them (beam search, a batch that
+    is selected from, a crop, a copy of the layer), the next token gets new buffers, so that nobody's tensors change.
     """
 
     _buffers: tuple[Tensor, Tensor] | None = None
+    _filled = 0  # tokens in the buffers
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All keys and values with the new ones appended, (B, heads, T, head width) each."""
         differentiated = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
         if self.get_seq_length() == 0 or differentiated or torch.compiler.is_compiling():
             return super().update(keys, values, *args, **kwargs)
-        of_keys, of_values = self._buffers or (None, None)
+        # what was cut off since may still be held by somebody as a view of the same buffers
+        whole = self.keys.shape[-2] == self.values.shape[-2] == self._filled
+        of_keys, of_values = (self._buffers if whole else None) or (None, None)
         self._buffers = _roomy(of_keys, self.keys, keys), _roomy(of_values, self.values, values)
-        end = self.keys.shape[-2] + keys.shape[-2]
+        end = self._filled = self.keys.shape[-2] + keys.shape[-2]
         self.keys: Tensor = self._buffers[0][..., :end, :]
         self.values: Tensor = self._buffers[1][..., :end, :]
         return self.keys, self.values
@@ -44,6 +47,10 @@ class GrowingLayer(DynamicLayer):
         """Empty it."""
         self._buffers = None
         super().reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies are made of: the buffers stay with this one, or both would write into the same room."""
+        return {**self.__dict__, "_buffers": None}
 
 
 def _roomy(buffer: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
@@ -143,7 +150,8 @@ def grow(cache: Cache, passes: int, layers: int) -> None:
                     f"the cache holds {len(cache.layers) // layers} passes, {passes} are needed; continue with the "
                     "pondering_steps it was filled with, or start an empty cache"
                 )
-            cache.layers.append(copy.deepcopy(cache.layers[len(cache.layers) % layers]))
+            # any of them, since they are empty and alike; there are fewer than L in a draft that exits early
+            cache.layers.append(copy.deepcopy(cache.layers[0]))
     if torch.compiler.is_compiling():
         return  # a static cache counts in tensors, on which compiled code cannot branch; the prompt was checked
     filled = [cache.get_seq_length(index * layers) for index in (0, passes - 1)]

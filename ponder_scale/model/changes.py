@@ -12,6 +12,7 @@ The KL divergences take one more product of the n tokens with the vocabulary a p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -49,21 +50,17 @@ class ChangeTracker:
         self._hidden.append(hidden.flatten(0, 1)[rows])
 
     @torch.no_grad()
-    def changes(self, head: Tensor) -> PassChanges:
-        """The means over what was kept, for head (V, D)."""
+    def changes(self, logits: Callable[[Tensor], Tensor]) -> PassChanges:
+        """The means over what was kept. `logits` is the head: it takes (n, D), returns (n, V)."""
         norms = torch.stack([e.norm(dim=-1).mean() for e in self._embeds])
         updates, cosines, kls = [], [], []
-        before = _log_prediction(self._hidden[0], head)  # (n, V)
+        before = logits(self._hidden[0]).float().log_softmax(-1)  # (n, V)
         for index in range(1, len(self._embeds)):
             last, e = self._embeds[index - 1], self._embeds[index]
             updates.append((e - last).norm(dim=-1).mean())
             cosines.append(torch.cosine_similarity(e, last, dim=-1).mean())
-            after = _log_prediction(self._hidden[index], head)
+            after = logits(self._hidden[index]).float().log_softmax(-1)
             kls.append((after.exp() * (after - before)).sum(-1).mean())
             before = after
         empty = norms.new_empty(0)
         return PassChanges(norms, *(torch.stack(some) if some else empty for some in (updates, cosines, kls)))
-
-
-def _log_prediction(hidden: Tensor, head: Tensor) -> Tensor:
-    return torch.nn.functional.linear(hidden, head.to(hidden.dtype)).float().log_softmax(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Olmo2Config
@@ -57,18 +58,22 @@ class PonderingFields:
         self.residual = residual
         self.pondering_top_k = pondering_top_k
         self.init_by_passes = self.published_init_by_passes if init_by_passes is None else init_by_passes
-        self._check_pondering()
+        self.check_pondering()
         if kwargs.get("dtype") is not None:
             kwargs.pop("torch_dtype", None)  # written beside "dtype", for older readers
         super().__init__(**kwargs)
 
-    def _check_pondering(self) -> None:
-        if not isinstance(self.pondering_steps, int) or self.pondering_steps < 0:
+    def check_pondering(self) -> None:
+        """Raise ValueError for a field that is out of its range; asked again by every forward."""
+        if not _is_integer(self.pondering_steps, 0):
             raise ValueError(f"pondering_steps is {self.pondering_steps!r}; expected an integer of at least 0")
-        if not self.pondering_temperature > 0:
-            raise ValueError(f"pondering_temperature is {self.pondering_temperature!r}; expected more than 0")
-        if not self.initial_scale > 0:
-            raise ValueError(f"initial_scale is {self.initial_scale!r}; expected more than 0")
+        for field in ("pondering_temperature", "initial_scale"):
+            value = getattr(self, field)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ValueError(f"{field} is {value!r}; expected a finite number of more than 0")
+        for field in ("scale_embeds", "init_by_passes"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} is {getattr(self, field)!r}; expected True or False")
         if self.residual not in RESIDUALS:
             raise ValueError(f"residual is {self.residual!r}; expected one of {', '.join(RESIDUALS)}")
         if self.feedback not in FEEDBACKS:
@@ -78,8 +83,8 @@ class PonderingFields:
                 "pondering_top_k and pondering_temperature are of the pondering softmax, which the feedback 'hidden' "
                 "does not have; leave them at their defaults"
             )
-        if self.pondering_top_k is not None and self.pondering_top_k < 1:
-            raise ValueError(f"pondering_top_k is {self.pondering_top_k!r}; expected at least 1, or None")
+        if self.pondering_top_k is not None and not _is_integer(self.pondering_top_k, 1):
+            raise ValueError(f"pondering_top_k is {self.pondering_top_k!r}; expected an integer of at least 1, or None")
 
     def to_dict(self) -> dict[str, Any]:
         """The stock dictionary, with the keys that transformers 4 reads under other names.
@@ -101,6 +106,10 @@ class PonderingFields:
         if values.get("dtype") is not None:
             values["torch_dtype"] = values["dtype"]
         return values
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 # Each has a `model_type` of its own: with the stock one, a loader that does not trust remote code would build a model

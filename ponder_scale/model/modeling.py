@@ -17,27 +17,41 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, GPTNeoXForCausalLM, LlamaForCausalLM, Olmo2ForCausalLM
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import (
+    GPT2LMHeadModel,
+    GPT2Model,
+    GPTNeoXForCausalLM,
+    GPTNeoXModel,
+    LlamaForCausalLM,
+    LlamaModel,
+    Olmo2ForCausalLM,
+    Olmo2Model,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
-from .backends import IGNORE_INDEX, Statistics
-from .cache import PassView, SharedView, check_growing, check_shared, copy_newest, grow
-from .changes import ChangeTracker, PassChanges
+from .backbone import Checkpointing, PonderBackbone, Watch, checked_steps
+from .backends import IGNORE_INDEX
+from .cache import PassView
+from .changes import PassChanges
+from .compat import by_position, cache_name, one_cache
 from .configuration import PonderGPT2Config, PonderGPTNeoXConfig, PonderLlamaConfig, PonderOlmo2Config
-from .ponder import ponder
-from .pondering_embedding import cross_entropy, pondering_embedding
 
 if TYPE_CHECKING:
     # not imported, only named: transformers up to 5.0 caches the modules that this file names, and no further ones
     from .kernels import LOG2_E  # noqa: F401
+    from .ponder import ponder  # noqa: F401
+    from .pondering_embedding import pondering_embedding  # noqa: F401
+    from .readout import Readout  # noqa: F401
+
+CACHE_NAME = cache_name([field.name for field in fields(CausalLMOutputWithPast)])  # in the outputs of this version
 
 
 @dataclass
@@ -58,16 +72,30 @@ class PonderOutput(CausalLMOutputWithPast):
     changes: PassChanges | None = None
 
 
-class Ponder:
-    """Mixin over a `...ForCausalLM` of transformers. Subclasses name their output projections and layers."""
+class Ponder(Checkpointing):
+    """Mixin over a `...ForCausalLM` of transformers. Subclasses name their backbone, output projections and layers."""
 
+    backbone_class: Any
     output_projections: tuple[str, ...] = ()  # ends of the module names that write into the residual stream
     layers_name = "layers"  # of the backbone's list of layers
+    _initialized = False
+
+    def __init__(self, config: Any) -> None:
+        # not the stock class's, which would build the stock backbone
+        PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
+        setattr(self, self.base_model_prefix, self.backbone_class(config, within=self))  # type: ignore[attr-defined]
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
     def run_pass(self, embeds: Tensor, index: int, view: PassView | None, **kwargs: Any) -> Any:
         """The backbone's output for pass `index` on embeddings (B, T, D). Recomputation wraps this method."""
-        # use_cache only makes the backbone create a cache where it got none; ours is always passed in
-        return self.base_model(inputs_embeds=embeds, past_key_values=view, use_cache=False, **kwargs)  # type: ignore[attr-defined]
+        return self.base_model.one_pass(embeds, view, **kwargs)  # type: ignore[attr-defined]
+
+    @property
+    def stock_forward(self) -> Any:
+        """The stock class's `forward`."""
+        return super().forward  # type: ignore[misc]
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -79,16 +107,20 @@ class Ponder:
         """L, counted in the backbone: generation with early exit edits the configuration."""
         return len(self.layers)
 
+    @by_position
     def forward(
         self,
         input_ids: Tensor | None = None,
+        *,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
         pondering_steps: int | None = None,
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -98,11 +130,13 @@ class Ponder:
         z_loss: float = 0.0,
         track: int | None = None,
         **kwargs: Any,
-    ) -> PonderOutput:
-        """The stock forward, pondering first. `generate` takes pondering_steps, exit_kl and share_cache too.
+    ) -> Any:
+        """The stock output, after pondering. `generate` takes pondering_steps, exit_kl and share_cache too.
 
         Args:
+            past_key_values: the cache, which transformers from 5.24 on calls `cache`.
             labels: (B, T), shifted here as in the stock class, -100 is ignored; or `shift_labels`, shifted already.
+            return_dict: False gives the stock class's tuple.
             pondering_steps: overrides the configuration's S.
             num_items_in_batch: divides the summed loss; default the number of labels that count.
             skip_logits: leave `logits` None and never build them, (B, T, V). Default: in training with labels.
@@ -111,40 +145,54 @@ class Ponder:
             z_loss: adds so much of the mean squared log-sum-exp of the last pass's logits to the loss.
             track: look at so many of the tokens for what each pass changes, see `changes`.
 
-        Raises ValueError for arguments that exclude each other and for a cache that another setting filled.
+        Raises:
+            TypeError: an argument that neither this model nor its stock backbone knows.
+            ValueError: arguments that exclude each other, a value out of its range, a cache that another setting
+                filled.
         """
-        steps = _checked_steps(self.config.pondering_steps if pondering_steps is None else pondering_steps)  # type: ignore[attr-defined]
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        targets = _targets(labels, shift_labels)
-        first = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[attr-defined]
-        passes = _Passes(self, steps, past_key_values, share_cache, exit_kl, targets)
-        passes.tracker = None if track is None else ChangeTracker(track)
-        hidden = passes.run(first, attention_mask=attention_mask, position_ids=position_ids, **kwargs)  # (B, T, D)
-        head = self.get_output_embeddings()  # type: ignore[attr-defined]
-        loss, pass_losses, pass_entropies, z_term, logits = None, None, None, None, None
-        if targets is not None:
-            total, last = cross_entropy(hidden, head.weight, targets, z_loss=z_loss)
-            every = [*passes.statistics, last]
-            loss, pass_losses, pass_entropies, z_term = _reduce(total, every, targets, num_items_in_batch)
+        watch = Watch(self, _targets(labels, shift_labels), track)
+        inner = self.base_model(  # type: ignore[attr-defined]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=one_cache(past_key_values, cache),
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            pondering_steps=pondering_steps,
+            exit_kl=exit_kl,
+            share_cache=share_cache,
+            return_dict=True,
+            watch=watch,
+            **kwargs,
+        )
+        hidden = inner.last_hidden_state  # (B, T, D)
+        seen = {} if watch.targets is None else _loss(watch, hidden, z_loss, num_items_in_batch)
         if skip_logits is None:
-            skip_logits = self.training and targets is not None  # type: ignore[attr-defined]
+            skip_logits = self.training and watch.targets is not None  # type: ignore[attr-defined]
+        logits = None
         if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = head(hidden[:, kept])
-        return PonderOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=past_key_values,
-            hidden_states=passes.output.get("hidden_states"),
-            attentions=passes.output.get("attentions"),
-            pass_losses=pass_losses,
-            pass_entropies=pass_entropies,
-            z_loss=z_term if z_loss else None,
-            changes=None if passes.tracker is None else passes.tracker.changes(head.weight),
-        )
+            logits = self.get_output_embeddings()(hidden[:, kept])  # type: ignore[attr-defined]
+        stock = {
+            "loss": seen.pop("loss", None),
+            "logits": logits,
+            CACHE_NAME: getattr(inner, CACHE_NAME),
+            "hidden_states": inner.get("hidden_states"),
+            "attentions": inner.get("attentions"),
+        }
+        if not (self.config.return_dict if return_dict is None else return_dict):  # type: ignore[attr-defined]
+            return CausalLMOutputWithPast(**stock).to_tuple()
+        changes = None if watch.tracker is None else watch.tracker.changes(watch.readout.logits)
+        return PonderOutput(**stock, **seen, changes=changes)
+
+    def _prepare_generation_config(self, *arguments: Any, **options: Any) -> Any:
+        """Let a `GenerationConfig` say what `generate` takes by name; transformers hands on its own fields only."""
+        config, model_arguments = super()._prepare_generation_config(*arguments, **options)  # type: ignore[misc]
+        for name in ("pondering_steps", "exit_kl", "share_cache"):
+            said = getattr(config, name, getattr(self.generation_config, name, None))  # type: ignore[attr-defined]
+            if said is not None:
+                model_arguments.setdefault(name, said)
+        return config, model_arguments
 
     def draft(self, pondering_steps: int) -> Any:
         """This model pondering fewer steps, on the same weights: `generate(..., assistant_model=model.draft(0))`.
@@ -154,7 +202,8 @@ class Ponder:
         other = copy.copy(self)
         for name in ("config", "generation_config"):
             setattr(other, name, copy.deepcopy(getattr(self, name)))
-        other.config.pondering_steps = _checked_steps(pondering_steps)  # type: ignore[attr-defined]
+        other.config.pondering_steps = checked_steps(pondering_steps)  # type: ignore[attr-defined]
+        other.generation_config.pondering_steps = None  # which would count for more  # type: ignore[attr-defined]
         return other
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +219,9 @@ class Ponder:
     def post_init(self) -> None:
         """Initialize as the published code does, over transformers' own initialization."""
         super().post_init()  # type: ignore[misc]
-        self._init_as_published()
+        if not self._initialized:  # a class derived from this one calls it again, and weights may be loaded by then
+            self._init_as_published()
+            self._initialized = True
 
     @torch.no_grad()
     def _init_as_published(self) -> None:
@@ -195,158 +246,74 @@ class Ponder:
                 module.weight[module.padding_idx].zero_()
 
 
-class _Passes:
-    """One forward's passes over a model: the recurrence, with the caches and statistics it leaves behind.
-
-    Args:
-        targets: next tokens (B, T), -100 where there is none; asks for the statistics of each pass.
-
-    Attributes:
-        output: the backbone's output of the last pass.
-        tracker: shown each pass, where one is set.
-        statistics: of the pondering softmax of each pass but the last.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        steps: int,
-        cache: Cache | None,
-        share_cache: bool,
-        exit_kl: float | None,
-        targets: Tensor | None,
-    ) -> None:
-        self.model, self.steps, self.cache, self.shared = model, steps, cache, share_cache
-        self.exit_kl, self.targets = exit_kl, targets
-        self.output: Any = None
-        self.tracker: ChangeTracker | None = None
-        self.statistics: list[Statistics | None] = []
-        self.layers = model.num_layers
-        config, table = model.config, model.get_input_embeddings().weight
-        self.scale = math.sqrt(table.shape[1]) if config.scale_embeds else 1.0
-        if exit_kl is not None:
-            check_growing(cache, "exit_kl")
-            if share_cache:
-                raise ValueError("exit_kl leaves out the last pass, which alone fills the cache under share_cache")
-        if cache is not None and share_cache:
-            check_shared(cache, self.layers)
-        elif cache is not None:
-            grow(cache, steps + 1, self.layers)
-
-    def run(self, embeds: Tensor, **kwargs: Any) -> Tensor:
-        """The hidden states of the last pass on token embeddings (B, T, D); `kwargs` go to every pass."""
-        config = self.model.config
-        if self.scale * config.initial_scale != 1.0:
-            embeds = embeds * (self.scale * config.initial_scale)
-
-        def run_pass(e: Tensor, index: int) -> Tensor:
-            self.output = self.model.run_pass(e, index, self._view(index), **kwargs)
-            if self.tracker is not None:
-                self.tracker.saw(e, self.output.last_hidden_state)
-            return self.output.last_hidden_state
-
-        settled = None
-        if self.exit_kl is not None and self.cache is not None:
-            # a prompt is pondered to the end: what it leaves in the caches is read by every later token
-            decoding = embeds.shape[1] == 1 and self.cache.get_seq_length() > 0
-            settled = self._settled(self.cache, self.exit_kl) if decoding else None
-        return ponder(run_pass, self._feedback, embeds, self.steps, config.residual, settled)
-
-    def _view(self, index: int) -> PassView | None:
-        if self.cache is None:
-            return None
-        if self.shared:
-            return SharedView(self.cache, index == self.steps, self.layers)
-        return PassView(self.cache, index, self.layers)
-
-    def _feedback(self, hidden: Tensor, index: int) -> Tensor:
-        config, head = self.model.config, self.model.get_output_embeddings().weight
-        if config.feedback == "hidden":
-            seen = None
-            if self.targets is not None:
-                with torch.no_grad():  # no product with the vocabulary belongs to this feedback, so these cost one
-                    _, seen = cross_entropy(hidden, head, self.targets)
-            self.statistics.append(seen)
-            return hidden
-        mixed, seen = pondering_embedding(
-            hidden,
-            head,
-            self.model.get_input_embeddings().weight,
-            temperature=config.pondering_temperature,
-            scale=self.scale,
-            top_k=config.pondering_top_k,
-            labels=self.targets,
-        )
-        self.statistics.append(seen)
-        return mixed
-
-    def _settled(self, cache: Cache, exit_kl: float) -> Callable[[Tensor, int], bool]:
-        """Whether a pass changed no row's prediction by `exit_kl` or more. Fills the caches of the passes left out."""
-        before: list[Tensor] = []
-
-        def settled(hidden: Tensor, index: int) -> bool:
-            after = self.model.get_output_embeddings()(hidden[:, -1]).float().log_softmax(-1)  # (B, V)
-            moved = (after.exp() * (after - before[0])).sum(-1).max().item() if before else math.inf
-            before[:] = [after]
-            if moved >= exit_kl:
-                return False
-            copy_newest(cache, hidden.shape[1], index, self.steps + 1, self.layers)
-            return True
-
-        return settled
-
-
-def _checked_steps(steps: int) -> int:
-    if not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"pondering_steps is {steps!r}; expected an integer of at least 0")
-    return steps
-
-
 def _targets(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
     if shift_labels is not None or labels is None:
         return shift_labels
     return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]  # (B, T)
 
 
-def _reduce(
-    total: Tensor, passes: list[Any], targets: Tensor, num_items: Tensor | int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The summed loss by `num_items`; means over the labels that count: each pass's loss and entropy, the z-loss."""
+def _loss(watch: Watch, hidden: Tensor, z_loss: float, num_items: Tensor | int | None) -> dict[str, Any]:
+    """The loss of hidden states (B, T, D), summed and divided by `num_items`, and the further fields of the output."""
+    targets = watch.targets
+    assert targets is not None
+    total, last = watch.readout.cross_entropy(hidden, targets, z_loss)
+    passes: list[Any] = [*watch.statistics, last]
     counted = (targets != IGNORE_INDEX).reshape(-1)
     count = counted.sum().clamp(min=1)
     with torch.no_grad():
         losses = torch.stack([seen.loss.sum() for seen in passes]) / count
         entropies = torch.stack([(seen.entropy * counted).sum() for seen in passes]) / count
-        z_loss = (total - passes[-1].loss.sum()) / count
-    return total / (count if num_items is None else num_items), losses, entropies, z_loss
+        z_term = (total - last.loss.sum()) / count if z_loss else None
+    loss = total / (count if num_items is None else num_items)
+    return {"loss": loss, "pass_losses": losses, "pass_entropies": entropies, "z_loss": z_term}
+
+
+class PonderLlamaModel(PonderBackbone, LlamaModel):
+    """The backbone of `PonderLlamaForCausalLM`."""
 
 
 class PonderLlamaForCausalLM(Ponder, LlamaForCausalLM):
     """LLaMA that ponders."""
 
     config_class = PonderLlamaConfig
+    backbone_class = PonderLlamaModel
     output_projections = ("self_attn.o_proj", "mlp.down_proj")
+
+
+class PonderOlmo2Model(PonderBackbone, Olmo2Model):
+    """The backbone of `PonderOlmo2ForCausalLM`."""
 
 
 class PonderOlmo2ForCausalLM(Ponder, Olmo2ForCausalLM):
     """OLMo 2 that ponders."""
 
     config_class = PonderOlmo2Config
+    backbone_class = PonderOlmo2Model
     output_projections = ("self_attn.o_proj", "mlp.down_proj")
+
+
+class PonderGPT2Model(PonderBackbone, GPT2Model):
+    """The backbone of `PonderGPT2LMHeadModel`."""
 
 
 class PonderGPT2LMHeadModel(Ponder, GPT2LMHeadModel):
     """GPT-2 that ponders. The position embedding is not pondered on: the backbone adds it anew in every pass."""
 
     config_class = PonderGPT2Config
+    backbone_class = PonderGPT2Model
     output_projections = ("attn.c_proj", "mlp.c_proj")
     layers_name = "h"
+
+
+class PonderGPTNeoXModel(PonderBackbone, GPTNeoXModel):
+    """The backbone of `PonderGPTNeoXForCausalLM`."""
 
 
 class PonderGPTNeoXForCausalLM(Ponder, GPTNeoXForCausalLM):
     """GPT-NeoX (Pythia) that ponders. The head is `lm_head`, which transformers called `embed_out` before 5.1."""
 
     config_class = PonderGPTNeoXConfig
+    backbone_class = PonderGPTNeoXModel
     output_projections = ("attention.dense", "mlp.dense_4h_to_h")
     _tied_weights_keys = (
         {"lm_head.weight": "gpt_neox.embed_in.weight"}

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import IGNORE_INDEX, Attention, Chunked, CrossEntropy, Statistics, TopK, label_loss, wide
+from .backends import IGNORE_INDEX, Attention, Chunked, CrossEntropy, Statistics, TopK, is_fake, label_loss, wide
 
 __all__ = ["BACKENDS", "IGNORE_INDEX", "Statistics", "choose_backend", "cross_entropy", "pondering_embedding"]
 
@@ -54,24 +54,37 @@ def pondering_embedding(
         The pondering embedding, (..., D), and the statistics of its N tokens, or None without labels.
 
     Raises:
-        ValueError: an unknown backend, or one that cannot do what is asked.
+        ValueError: an unknown backend, or one that cannot do what is asked; operands that do not fit together, are on
+            different devices or have no data; a label that is neither -100 nor a token.
         ImportError: the triton backend where triton is not installed.
     """
+    _check_operands(hidden=hidden, head=head, table=table)
+    if labels is not None:
+        check_labels(labels, head.shape[0])
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature!r}; expected more than 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k!r}; expected at least 1, or None")
     if top_k is not None and top_k >= head.shape[0]:
         top_k, backend = None, "auto" if backend == "top_k" else backend
     tied = head is table
     hidden, head, *untied = _autocast(hidden, head) if tied else _autocast(hidden, head, table)
-    table = head if tied else untied[0]
+    # the kernels of torch and our own read rows that lie one behind the other
+    hidden, head = hidden.contiguous(), head.contiguous()
+    table = head if tied else untied[0].contiguous()
     if backend == "auto":
         backend = choose_backend(
             hidden, head, table, temperature=temperature, top_k=top_k, statistics=labels is not None
         )
-    _check_backend(backend, top_k, hidden)
+    _check_backend(backend, top_k, hidden, statistics=labels is not None)
     flat = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
     flat_labels = None if labels is None else labels.reshape(-1)
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         if backend == "eager":
-            mixed, loss, entropy = _eager(flat, head, table, flat_labels, temperature, scale, top_k)
+            logits = F.linear(flat, head)
+            mixed, loss, entropy = mixture(
+                logits, table, flat_labels, temperature=temperature, scale=scale, top_k=top_k
+            )
         elif top_k is not None:
             mixed, loss, entropy = TopK.apply(flat, head, table, flat_labels, temperature, scale, top_k)
         else:
@@ -96,8 +109,13 @@ def cross_entropy(
 
     Returns:
         The sum over labelled tokens, scalar of at least fp32, differentiable in `hidden` and `head`; the statistics.
+
+    Raises:
+        ValueError: as `pondering_embedding` does.
     """
-    hidden, head = _autocast(hidden, head)
+    _check_operands(hidden=hidden, head=head)
+    check_labels(labels, head.shape[0])
+    hidden, head = (tensor.contiguous() for tensor in _autocast(hidden, head))
     if backend == "auto":
         backend = "triton" if _triton_is_fastest(hidden) else "chunked"
     if backend not in ("chunked", "triton"):
@@ -153,7 +171,39 @@ def _attention_refusal(hidden: Tensor) -> str | None:
     return None
 
 
-def _check_backend(backend: str, top_k: int | None, hidden: Tensor) -> None:
+def check_labels(labels: Tensor | None, vocabulary: int) -> None:
+    """Raise ValueError for a label that is neither -100 nor a token; on a GPU torch's own assertion, without waiting."""
+    if labels is None or is_fake(labels):
+        return
+    outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocabulary))
+    if labels.device.type != "cpu":
+        torch._assert_async(~outside.any())
+    elif outside.any():
+        raise ValueError(
+            f"label {labels[outside].flatten()[0].item()} is not a token of the vocabulary (0 to {vocabulary - 1}); "
+            f"where nothing is to be predicted the label is {IGNORE_INDEX}"
+        )
+
+
+def _check_operands(**operands: Tensor) -> None:
+    """Raise ValueError unless all have data, lie on one device and fit together: (..., D), and (V, D) for the rest."""
+    hidden, *matrices = operands.values()
+    for name, tensor in operands.items():
+        if tensor.device.type == "meta":
+            raise ValueError(
+                f"{name} is on the meta device, so it has no data; load the weights, or call the module that holds "
+                "them instead of reading its weight"
+            )
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}; move them to one device")
+        if tensor is not hidden and tensor.shape != (*matrices[0].shape[:1], hidden.shape[-1]):
+            raise ValueError(
+                f"{name} has the shape {tuple(tensor.shape)}, expected one row of width {hidden.shape[-1]} for each "
+                "token of the vocabulary; a weight that ZeRO-3 keeps partitioned has to be gathered first"
+            )
+
+
+def _check_backend(backend: str, top_k: int | None, hidden: Tensor, *, statistics: bool) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
     if backend == "top_k" and top_k is None:
@@ -161,6 +211,9 @@ def _check_backend(backend: str, top_k: int | None, hidden: Tensor) -> None:
     if backend in ("sdpa", "triton") and top_k is not None:
         raise ValueError(f"backend {backend!r} mixes the whole vocabulary; with top_k={top_k} use 'auto' or 'top_k'")
     refusal = _attention_refusal(hidden) if backend == "sdpa" else None
+    if backend == "sdpa" and statistics and hidden.dtype not in (torch.float32, torch.float64):
+        # torch's kernel gives the mean and the log-sum-exp in the inputs' dtype
+        refusal = f"labels with {hidden.dtype}, in which the entropies would be wrong by up to a hundred nats"
     if refusal is not None:
         raise ValueError(f"backend 'sdpa' cannot take {refusal}; use 'auto'")
 
@@ -173,18 +226,19 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
-def _eager(
-    hidden: Tensor,
-    head: Tensor,
+def mixture(
+    logits: Tensor,
     table: Tensor,
     labels: Tensor | None,
+    *,
     temperature: float,
     scale: float,
     top_k: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logits = wide(F.linear(hidden, head))
+    """The equation itself, for logits (N, V): the pondering embedding (N, D), and loss and entropy of each token."""
+    logits = wide(logits)
     scaled = logits / temperature
-    if top_k is not None:
+    if top_k is not None and top_k < logits.shape[-1]:
         values, index = scaled.topk(top_k, dim=-1)
         scaled = torch.full_like(scaled, float("-inf")).scatter(1, index, values)
     probabilities = torch.softmax(scaled, dim=-1)

@@ -29,14 +29,14 @@ def by_the_equations(model: Any, tokens: torch.Tensor, **inputs: Any) -> torch.T
     first = config.initial_scale * scale * model.get_input_embeddings()(tokens)
     e = first
     for _ in range(config.pondering_steps):
-        hidden = model.base_model(inputs_embeds=e, **inputs).last_hidden_state
+        hidden = model.base_model.one_pass(e, **inputs).last_hidden_state
         logits = hidden @ head.t() / config.pondering_temperature
         if config.pondering_top_k is not None:
             smallest = logits.topk(config.pondering_top_k).values[..., -1:]
             logits = logits.masked_fill(logits < smallest, -math.inf)
         fed_back = hidden if config.feedback == "hidden" else scale * torch.softmax(logits, -1) @ table
         e = {"accumulate": e, "restart": first, "replace": 0.0 * first}[config.residual] + fed_back
-    return model.base_model(inputs_embeds=e, **inputs).last_hidden_state @ head.t()
+    return model.base_model.one_pass(e, **inputs).last_hidden_state @ head.t()
 
 
 @ARCHITECTURES

@@ -1,0 +1,247 @@
+"""A backbone of transformers that ponders when it is called.
+
+Other people's code calls the backbone and then the head: fused losses, value heads, embedders. So the recurrence runs
+here, and `modeling.py` adds head and loss. One plain pass of the stock backbone is `one_pass`.
+
+B batch, T tokens, D hidden size, L layers, S pondering steps.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from .backends import Statistics
+from .cache import PassView, SharedView, check_growing, check_shared, copy_newest, grow
+from .changes import ChangeTracker
+from .compat import (
+    by_position,
+    cache_name,
+    known_arguments,
+    one_cache,
+    parameters,
+    refuse_unknown,
+    warn_of_untested_version,
+)
+from .ponder import ponder
+from .readout import Readout
+
+
+class Checkpointing:
+    """Mixin over a model of transformers: gradient checkpointing of the kind that shared passes survive."""
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Recompute each layer of each pass in backward, by the non-reentrant form.
+
+        Raises:
+            ValueError: `use_reentrant=True` was asked for.
+        """
+        chosen = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        with warnings.catch_warnings():  # transformers 5 has a new name for this, and the old one is what is overridden
+            warnings.simplefilter("ignore", FutureWarning)
+            super().gradient_checkpointing_enable(chosen, **options)  # type: ignore[misc]
+
+    def _set_gradient_checkpointing(self, *arguments: Any, **options: Any) -> None:
+        # every way of transformers to switch it on ends here
+        function = options.get("gradient_checkpointing_func", arguments[1] if len(arguments) > 1 else None)
+        enabled = options.get("enable", arguments[0] if arguments else True)
+        if enabled and getattr(function, "keywords", {}).get("use_reentrant", True):
+            raise ValueError(
+                "use_reentrant=True loses the gradients of all but one pass under ZeRO-3, without a word, because the "
+                "passes share their weights; leave it out, or give gradient_checkpointing_kwargs={'use_reentrant': "
+                "False}"
+            )
+        super()._set_gradient_checkpointing(*arguments, **options)  # type: ignore[misc]
+
+
+class PonderBackbone(Checkpointing):
+    """Mixin over a backbone, `LlamaModel` and others. Its head and its configuration are those of its causal model."""
+
+    def __init__(self, config: Any, *, within: Any = None) -> None:
+        """A backbone of the causal model `within`.
+
+        Raises:
+            ValueError: there is none. The head is needed in every pass, and a server that builds the bare backbone
+                would give each layer one key-value slot, where S + 1 passes need their own.
+        """
+        if within is None:
+            raise ValueError(
+                f"{type(self).__name__} ponders with the head of its causal model, so it is not built alone (AutoModel "
+                "would do that); load the folder by AutoModelForCausalLM and take its base_model"
+            )
+        super().__init__(config)  # type: ignore[call-arg]
+        self._within = (within,)  # in a tuple: as a module of its own it would be saved and moved twice
+        self._cache_name = cache_name(parameters(self.stock_forward))
+        self._known = known_arguments(self.stock_forward)
+        warn_of_untested_version()
+
+    @property
+    def causal(self) -> Any:
+        """The causal model that this backbone is a part of."""
+        return self._within[0]
+
+    @property
+    def stock_forward(self) -> Any:
+        """One plain pass, as transformers has it."""
+        return super().forward  # type: ignore[misc]
+
+    def one_pass(self, embeds: Tensor, view: PassView | None = None, **options: Any) -> Any:
+        """The output of the stock backbone, once, on embeddings (B, T, D); nothing is scaled or fed back."""
+        # use_cache only makes the backbone create a cache where it got none; ours is always passed in
+        options |= {"use_cache": False, "return_dict": True, self._cache_name: view}
+        return super().forward(inputs_embeds=embeds, **options)  # type: ignore[misc]
+
+    @by_position
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = None,
+        pondering_steps: int | None = None,
+        exit_kl: float | None = None,
+        share_cache: bool = False,
+        return_dict: bool | None = None,
+        watch: Watch | None = None,
+        **options: Any,
+    ) -> Any:
+        """The stock output, of the last of the S + 1 passes: the hidden states (B, T, D) that the head reads.
+
+        Args:
+            pondering_steps, exit_kl, share_cache: see `Ponder.forward`.
+            watch: shown what each pass leaves.
+            options: of the stock backbone, for each pass.
+
+        Raises:
+            TypeError: an argument that the stock backbone does not know.
+            ValueError: arguments that exclude each other, a field of the configuration that is out of its range, a
+                cache that another setting filled.
+        """
+        refuse_unknown(options, self._known)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        watch = Watch(self.causal) if watch is None else watch
+        found = one_cache(past_key_values, cache)
+        if use_cache and found is None:
+            found = DynamicCache()
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
+        output = _Passes(watch, pondering_steps, found, share_cache, exit_kl).run(inputs_embeds, **options)
+        if found is not None:  # the whole one, where the pass has put its view of it
+            setattr(output, "cache" if hasattr(output, "cache") else "past_key_values", found)
+        plain = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
+        return output if plain else output.to_tuple()
+
+
+class Watch:
+    """What one forward leaves besides its output. A plain class: what moves tensors to devices leaves it alone.
+
+    Args:
+        causal: the model whose head and configuration count.
+        targets: next tokens (B, T), -100 where there is none; asks for the statistics of each pass.
+        track: look at so many of the tokens for what each pass changes.
+
+    Attributes:
+        statistics: of the pondering softmax of each pass but the last.
+    """
+
+    def __init__(self, causal: Any, targets: Tensor | None = None, track: int | None = None) -> None:
+        self.causal, self.targets = causal, targets
+        self.readout = Readout(causal)
+        self.tracker = None if track is None else ChangeTracker(track)
+        self.statistics: list[Statistics | None] = []
+
+
+class _Passes:
+    """The passes of one forward: the recurrence, with the caches that it reads and fills."""
+
+    def __init__(
+        self, watch: Watch, steps: int | None, cache: Cache | None, share_cache: bool, exit_kl: float | None
+    ) -> None:
+        self.watch, self.model, self.config = watch, watch.causal, watch.causal.config
+        self.config.check_pondering()  # a loader sets what its caller overrides after the configuration was made
+        self.steps = self.config.pondering_steps if steps is None else checked_steps(steps)
+        self.cache, self.shared, self.exit_kl = cache, share_cache, exit_kl
+        self.layers = self.model.num_layers
+        self.output: Any = None
+        if exit_kl is not None:
+            check_growing(cache, "exit_kl")
+            if share_cache:
+                raise ValueError("exit_kl leaves out the last pass, which alone fills the cache under share_cache")
+        if cache is not None and share_cache:
+            check_shared(cache, self.layers)
+        elif cache is not None:
+            grow(cache, self.steps + 1, self.layers)
+
+    def run(self, embeds: Tensor, **options: Any) -> Any:
+        """The backbone's output of the last pass on token embeddings (B, T, D); `options` go to every pass."""
+        scale = self.watch.readout.scale * self.config.initial_scale
+        if scale != 1.0:
+            embeds = embeds * scale
+
+        def run_pass(e: Tensor, index: int) -> Tensor:
+            self.output = self.model.run_pass(e, index, self._view(index), **options)
+            if self.watch.tracker is not None:
+                self.watch.tracker.saw(e, self.output.last_hidden_state)
+            return self.output.last_hidden_state
+
+        settled = None
+        if self.exit_kl is not None and self.cache is not None:
+            # a prompt is pondered to the end: what it leaves in the caches is read by every later token
+            decoding = embeds.shape[1] == 1 and self.cache.get_seq_length() > 0
+            settled = self._settled(self.cache, self.exit_kl) if decoding else None
+        ponder(run_pass, self._feedback, embeds, self.steps, self.config.residual, settled)
+        return self.output
+
+    def _view(self, index: int) -> PassView | None:
+        if self.cache is None:
+            return None
+        if self.shared:
+            return SharedView(self.cache, index == self.steps, self.layers)
+        return PassView(self.cache, index, self.layers)
+
+    def _feedback(self, hidden: Tensor, index: int) -> Tensor:
+        readout, targets = self.watch.readout, self.watch.targets
+        if self.config.feedback == "hidden":
+            seen = None
+            if targets is not None:
+                with torch.no_grad():  # no product with the vocabulary belongs to this feedback, so these cost one
+                    _, seen = readout.cross_entropy(hidden, targets)
+            fed_back = hidden
+        else:
+            fed_back, seen = readout.pondering_embedding(hidden, targets)
+        self.watch.statistics.append(seen)
+        return fed_back
+
+    def _settled(self, cache: Cache, exit_kl: float) -> Callable[[Tensor, int], bool]:
+        """Whether a pass changed no row's prediction by `exit_kl` or more. Fills the caches of the passes left out."""
+        before: list[Tensor] = []
+
+        def settled(hidden: Tensor, index: int) -> bool:
+            after = self.watch.readout.logits(hidden[:, -1]).float().log_softmax(-1)  # (B, V)
+            moved = (after.exp() * (after - before[0])).sum(-1).max().item() if before else math.inf
+            before[:] = [after]
+            if moved >= exit_kl:
+                return False
+            copy_newest(cache, hidden.shape[1], index, self.steps + 1, self.layers)
+            return True
+
+        return settled
+
+
+def checked_steps(steps: Any) -> int:
+    """The number of pondering steps, or a ValueError."""
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise ValueError(f"pondering_steps is {steps!r}; expected an integer of at least 0")
+    return steps
+

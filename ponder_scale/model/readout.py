@@ -1,0 +1,165 @@
+"""Head and embedding table of a model, as its passes use them.
+
+The pondering embedding and the loss need the weights of both, (V, D) each. A plain `nn.Linear` and `nn.Embedding` give
+theirs to the ops of `pondering_embedding.py`. Anything else computes something that its `weight` does not show: an
+adapter, a quantized layer, a hook, weights that wait on a disk. Then the module itself is called, for a block of tokens
+at a time, and backward calls it again.
+
+N tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .backends import Statistics, chunk, is_fake, label_loss, total_loss, wide
+from .pondering_embedding import check_labels, cross_entropy, mixture, pondering_embedding
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# Hooks that change nothing of what a module computes: ZeRO's, which bring its weights, and those by which transformers
+# and PEFT let gradients reach the inputs of a frozen model.
+HARMLESS_MODULES = ("deepspeed.",)
+HARMLESS_NAMES = ("make_inputs_require_grad",)
+
+
+def is_plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what its weight says: of exactly this kind, with nothing on it."""
+    if type(module) is not kind or "forward" in module.__dict__:
+        return False
+    if any(not _is_harmless(hook) for name in HOOKS for hook in getattr(module, name).values()):
+        return False
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        return False
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
+        return False
+    return _is_plain_tensor(module.weight)
+
+
+def _is_harmless(hook: Any) -> bool:
+    function = getattr(hook, "func", hook)
+    name = getattr(function, "__qualname__", "").rpartition(".")[2]
+    return getattr(function, "__module__", "").startswith(HARMLESS_MODULES) or name.startswith(HARMLESS_NAMES)
+
+
+def _is_plain_tensor(weight: Tensor) -> bool:
+    # quantized, distributed and other tensors have classes of their own
+    usual = type(weight) in (nn.Parameter, Tensor) or is_fake(weight)
+    return usual and weight.is_floating_point() and weight.device.type != "meta"
+
+
+class Readout:
+    """The head and the table of one forward.
+
+    Args:
+        model: a `...ForCausalLM` of transformers with the pondering fields in its configuration.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._config = model.config
+        self._head, self._table = model.get_output_embeddings(), model.get_input_embeddings()
+        self._plain_head, self._plain_table = is_plain(self._head, nn.Linear), is_plain(self._table, nn.Embedding)
+        self._rows: Tensor | None = None
+        self.scale = math.sqrt(self._config.hidden_size) if self._config.scale_embeds else 1.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the head says of hidden states (..., D): (..., V)."""
+        if self._plain_head:
+            return nn.functional.linear(hidden, self._head.weight.to(hidden.dtype))
+        return _present(self._head(hidden), "head", self._head)
+
+    def pondering_embedding(self, hidden: Tensor, labels: Tensor | None) -> tuple[Tensor, Statistics | None]:
+        """As `pondering_embedding.pondering_embedding`, with the model's own settings."""
+        options: dict[str, Any] = {
+            "temperature": self._config.pondering_temperature,
+            "scale": self.scale,
+            "top_k": self._config.pondering_top_k,
+        }
+        if self._plain_head:
+            return pondering_embedding(hidden, self._head.weight, self._table_rows(hidden), labels=labels, **options)
+        rows = self._table_rows(hidden)
+        check_labels(labels, rows.shape[0])
+
+        def block(part: Tensor, targets: Tensor | None) -> tuple[Tensor, ...]:
+            logits = self._logits_over(part, rows.shape[0]).to(rows.device)
+            return mixture(logits, rows, targets, **options)
+
+        mixed, loss, entropy = _in_blocks(block, hidden, labels, rows.shape[0])
+        mixed = mixed.view(hidden.shape).to(hidden)
+        return mixed, None if labels is None else Statistics(loss, entropy)
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Statistics]:
+        """As `pondering_embedding.cross_entropy`."""
+        if self._plain_head:
+            return cross_entropy(hidden, self._head.weight, labels, z_loss=z_loss)
+
+        def block(part: Tensor, targets: Tensor | None) -> tuple[Tensor, ...]:
+            assert targets is not None
+            logits = wide(self._logits_over(part, self._config.vocab_size)).to(targets.device)
+            lse = logits.logsumexp(-1)
+            loss = label_loss(logits, targets, lse)
+            total = total_loss(loss, lse.square(), targets, z_loss)
+            with torch.no_grad():
+                entropy = lse - (logits.softmax(-1) * logits).sum(-1)
+            return total.view(1), loss.detach(), entropy
+
+        check_labels(labels, self._config.vocab_size)
+        totals, loss, entropy = _in_blocks(block, hidden, labels, self._config.vocab_size)
+        return totals.sum(), Statistics(loss, entropy)
+
+    def _table_rows(self, hidden: Tensor) -> Tensor:
+        """What the table says of each token of the vocabulary, (V, D)."""
+        if self._plain_table:
+            return self._table.weight
+        if self._rows is None:  # once for all passes
+            tokens = torch.arange(self._config.vocab_size, device=hidden.device)
+            self._rows = _present(self._table(tokens), "embedding table", self._table).to(hidden)
+        return self._rows
+
+    def _logits_over(self, hidden: Tensor, vocabulary: int) -> Tensor:
+        logits = self.logits(hidden)
+        if logits.shape[-1] != vocabulary:
+            raise ValueError(
+                f"the head ({type(self._head).__name__}) gives {logits.shape[-1]} logits for a vocabulary of "
+                f"{vocabulary} tokens; pondering needs one for each row of the embedding table"
+            )
+        return logits
+
+
+def _present(result: Tensor, name: str, module: Any) -> Tensor:
+    if not isinstance(result, Tensor) or result.device.type == "meta":
+        found = "a tensor without data (meta)" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        raise ValueError(
+            f"the {name} ({type(module).__name__}) gives {found}; load its weights, or let the tool that took them "
+            "away bring them back when the module is called"
+        )
+    return result
+
+
+def _in_blocks(
+    function: Callable[[Tensor, Tensor | None], tuple[Tensor, ...]],
+    hidden: Tensor,
+    labels: Tensor | None,
+    vocabulary: int,
+) -> tuple[Tensor, ...]:
+    """The results of a function of hidden states (n, D) and labels (n,), for all N tokens, concatenated.
+
+    Nothing of size (N, V) is kept for backward: each block is computed again there.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    targets = None if labels is None else labels.reshape(-1)
+    rows = chunk(flat, flat.shape[0], vocabulary)
+    found: list[tuple[Tensor, ...]] = []
+    for start in range(0, max(1, flat.shape[0]), rows):
+        part = flat[start : start + rows], None if targets is None else targets[start : start + rows]
+        if torch.is_grad_enabled():
+            found.append(checkpoint(function, *part, use_reentrant=False))
+        else:
+            found.append(function(*part))
+    return tuple(torch.cat(some) for some in zip(*found, strict=True))
+
