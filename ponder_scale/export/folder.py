@@ -100,9 +100,10 @@ def _write_configuration(folder: Path, configuration: Any, dtype: str) -> None:
     model = model_class(configuration)
     configuration.architectures = [model.__name__]
     configuration.dtype = dtype
-    # no AutoModel: a loader that builds the bare backbone would leave the pondering out without a word
     configuration.auto_map = {
         "AutoConfig": f"configuration.{type(configuration).__name__}",
+        # it refuses to be built alone, and says why: a loader that got a bare backbone would leave the pondering out
+        "AutoModel": f"modeling.{model.backbone_class.__name__}",
         "AutoModelForCausalLM": f"modeling.{model.__name__}",
     }
     configuration.save_pretrained(folder)

@@ -83,6 +83,11 @@ class PonderBackbone(Checkpointing):
         self._known = known_arguments(self.stock_forward)
         warn_of_untested_version()
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: its initialization is the stock class's, which transformers 5 would cut short in other people's code."""
+        return False
+
     @property
     def causal(self) -> Any:
         """The causal model that this backbone is a part of."""
@@ -169,7 +174,7 @@ class _Passes:
         self, watch: Watch, steps: int | None, cache: Cache | None, share_cache: bool, exit_kl: float | None
     ) -> None:
         self.watch, self.model, self.config = watch, watch.causal, watch.causal.config
-        self.config.check_pondering()  # a loader sets what its caller overrides after the configuration was made
+        self.config.check_pondering()
         self.steps = self.config.pondering_steps if steps is None else checked_steps(steps)
         self.cache, self.shared, self.exit_kl = cache, share_cache, exit_kl
         self.layers = self.model.num_layers

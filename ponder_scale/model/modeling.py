@@ -81,6 +81,7 @@ class Ponder(Checkpointing):
     _initialized = False
 
     def __init__(self, config: Any) -> None:
+        config.check_pondering()  # a loader sets what its caller overrides after the configuration was made
         # not the stock class's, which would build the stock backbone
         PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
         setattr(self, self.base_model_prefix, self.backbone_class(config, within=self))  # type: ignore[attr-defined]
@@ -271,6 +272,8 @@ def _loss(watch: Watch, hidden: Tensor, z_loss: float, num_items: Tensor | int |
 class PonderLlamaModel(PonderBackbone, LlamaModel):
     """The backbone of `PonderLlamaForCausalLM`."""
 
+    config_class = PonderLlamaConfig
+
 
 class PonderLlamaForCausalLM(Ponder, LlamaForCausalLM):
     """LLaMA that ponders."""
@@ -282,6 +285,8 @@ class PonderLlamaForCausalLM(Ponder, LlamaForCausalLM):
 
 class PonderOlmo2Model(PonderBackbone, Olmo2Model):
     """The backbone of `PonderOlmo2ForCausalLM`."""
+
+    config_class = PonderOlmo2Config
 
 
 class PonderOlmo2ForCausalLM(Ponder, Olmo2ForCausalLM):
@@ -295,6 +300,8 @@ class PonderOlmo2ForCausalLM(Ponder, Olmo2ForCausalLM):
 class PonderGPT2Model(PonderBackbone, GPT2Model):
     """The backbone of `PonderGPT2LMHeadModel`."""
 
+    config_class = PonderGPT2Config
+
 
 class PonderGPT2LMHeadModel(Ponder, GPT2LMHeadModel):
     """GPT-2 that ponders. The position embedding is not pondered on: the backbone adds it anew in every pass."""
@@ -307,6 +314,8 @@ class PonderGPT2LMHeadModel(Ponder, GPT2LMHeadModel):
 
 class PonderGPTNeoXModel(PonderBackbone, GPTNeoXModel):
     """The backbone of `PonderGPTNeoXForCausalLM`."""
+
+    config_class = PonderGPTNeoXConfig
 
 
 class PonderGPTNeoXForCausalLM(Ponder, GPTNeoXForCausalLM):
