@@ -26,7 +26,7 @@ from .compat import (
     known_arguments,
     one_cache,
     parameters,
-    refuse_unknown,
+    only_known,
     warn_of_untested_version,
 )
 from .ponder import ponder
@@ -132,7 +132,7 @@ class PonderBackbone(Checkpointing):
             ValueError: arguments that exclude each other, a field of the configuration that is out of its range, a
                 cache that another setting filled.
         """
-        refuse_unknown(options, self._known)
+        options = only_known(options, self._known)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         watch = Watch(self.causal) if watch is None else watch

@@ -45,10 +45,11 @@ def known_arguments(forward: Any) -> frozenset[str]:
     return frozenset(parameters(forward)) | names | TAKEN_OFF
 
 
-def refuse_unknown(arguments: dict[str, Any], known: frozenset[str]) -> None:
-    """Raise TypeError for an argument with a name that is not known: it would be passed over.
+def only_known(arguments: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
+    """The arguments, without those of unknown names that say nothing, since they are None.
 
-    None says nothing, so it may have any name.
+    Raises:
+        TypeError: an argument has a name that is not known, and would be passed over.
     """
     for name, value in arguments.items():
         if name in known or value is None:
@@ -59,6 +60,7 @@ def refuse_unknown(arguments: dict[str, Any], known: frozenset[str]) -> None:
             f"{name} is an argument that neither the pondering model nor its backbone in transformers "
             f"{transformers.__version__} knows; it would have no effect, so leave it out"
         )
+    return {name: value for name, value in arguments.items() if name in known}
 
 
 def by_position(forward: Callable[..., Any]) -> Callable[..., Any]:
