@@ -25,8 +25,8 @@ from .compat import (
     cache_name,
     known_arguments,
     one_cache,
-    parameters,
     only_known,
+    parameters,
     warn_of_untested_version,
 )
 from .ponder import ponder
@@ -85,7 +85,7 @@ class PonderBackbone(Checkpointing):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: its initialization is the stock class's, which transformers 5 would cut short in other people's code."""
+        """False: it is initialized by the stock class, which transformers 5 would cut short in other people's code."""
         return False
 
     @property
@@ -249,4 +249,3 @@ def checked_steps(steps: Any) -> int:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"pondering_steps is {steps!r}; expected an integer of at least 0")
     return steps
-

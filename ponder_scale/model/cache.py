@@ -22,8 +22,8 @@ ROOM = 128  # tokens; all that is cached is copied once for so many
 class GrowingLayer(DynamicLayer):
     """As `DynamicLayer`, which copies all it has to append a token, but written into room behind the others.
 
-    `keys` and `values` are the filled part of longer buffers. Whatever else is done with them (beam search, a batch that
-    is selected from, a crop, a copy of the layer), the next token gets new buffers, so that nobody's tensors change.
+    `keys` and `values` are the filled part of longer buffers. After anything else that is done with them (beam search,
+    a batch that is selected from, a crop, a copy), the next token gets new buffers, so that nobody's tensors change.
     """
 
     _buffers: tuple[Tensor, Tensor] | None = None

@@ -83,7 +83,7 @@ class Ponder(Checkpointing):
     def __init__(self, config: Any) -> None:
         config.check_pondering()  # a loader sets what its caller overrides after the configuration was made
         # not the stock class's, which would build the stock backbone
-        PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
+        PreTrainedModel.__init__(self, config)
         setattr(self, self.base_model_prefix, self.backbone_class(config, within=self))  # type: ignore[attr-defined]
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -204,7 +204,7 @@ class Ponder(Checkpointing):
         for name in ("config", "generation_config"):
             setattr(other, name, copy.deepcopy(getattr(self, name)))
         other.config.pondering_steps = checked_steps(pondering_steps)  # type: ignore[attr-defined]
-        other.generation_config.pondering_steps = None  # which would count for more  # type: ignore[attr-defined]
+        other.generation_config.pondering_steps = None  # type: ignore[attr-defined]  # it would count for more
         return other
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:

@@ -172,7 +172,7 @@ def _attention_refusal(hidden: Tensor) -> str | None:
 
 
 def check_labels(labels: Tensor | None, vocabulary: int) -> None:
-    """Raise ValueError for a label that is neither -100 nor a token; on a GPU torch's own assertion, without waiting."""
+    """Raise ValueError for a label that is neither -100 nor a token; a GPU asserts it later."""
     if labels is None or is_fake(labels):
         return
     outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocabulary))

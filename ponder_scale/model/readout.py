@@ -38,7 +38,8 @@ def is_plain(module: Any, kind: type[nn.Module]) -> bool:
         return False
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
         return False
-    return _is_plain_tensor(module.weight)
+    weight: Any = module.weight
+    return _is_plain_tensor(weight)
 
 
 def _is_harmless(hook: Any) -> bool:
@@ -162,4 +163,3 @@ def _in_blocks(
         else:
             found.append(function(*part))
     return tuple(torch.cat(some) for some in zip(*found, strict=True))
-

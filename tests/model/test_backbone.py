@@ -214,7 +214,9 @@ def test_a_field_is_checked_at_load_and_at_call(field: str, value: Any, tmp_path
 def test_a_generation_config_can_say_the_pondering_steps(model: Any) -> None:
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(TOKENS)
-    zero, one, two = (model.generate(TOKENS, attention_mask=mask, pondering_steps=steps, **options) for steps in range(3))
+    zero, one, two = (
+        model.generate(TOKENS, attention_mask=mask, pondering_steps=steps, **options) for steps in range(3)
+    )
     if model.config.model_type == "ponder_llama":  # others say the same at this size
         assert not torch.equal(one, two) and not torch.equal(zero, one)
     said = GenerationConfig(pondering_steps=1, **options)
@@ -237,6 +239,10 @@ def test_a_draft_of_fewer_layers_changes_no_token(model: Any) -> None:
     assert torch.equal(model.generate(TOKENS[:1], **options), plain)  # the draft's setting is gone again
 
 
+def _note(calls: list[Any], module: Any, _given: Any) -> None:
+    calls.append(module)
+
+
 def test_checkpointing_of_transformers_is_never_reentrant(model: Any) -> None:
     for callee in (model, model.base_model):
         for switch in (
@@ -253,8 +259,8 @@ def test_checkpointing_of_transformers_is_never_reentrant(model: Any) -> None:
         model.zero_grad()
         if enabled:
             model.gradient_checkpointing_enable()
-        calls = []
-        handle = next(model.layers[0].children()).register_forward_pre_hook(lambda *_: calls.append(1))
+        calls: list[Any] = []
+        handle = next(model.layers[0].children()).register_forward_pre_hook(partial(_note, calls))
         model(TOKENS, labels=TOKENS).loss.backward()
         handle.remove()
         assert len(calls) == (6 if enabled else 3)  # again in backward, in each of three passes

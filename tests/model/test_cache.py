@@ -75,3 +75,36 @@ def test_an_offloaded_cache_keeps_the_stock_layers() -> None:
     for cache in (stock, plain):
         grow(cache, passes=2, layers=2)
     assert (stock.layer_class_to_replicate, plain.layer_class_to_replicate) == (DynamicLayer, GrowingLayer)
+
+
+def test_what_somebody_holds_is_not_written_over() -> None:
+    """As with the stock layer: tensors taken before a crop stay as they are, and so do shallow copies of a layer."""
+    for kind in (DynamicLayer, GrowingLayer):
+        layer = kind()
+        for seed, tokens in enumerate((5, 1, 4)):
+            fill(layer, tokens, seed)
+        held, before = layer.keys, layer.keys.clone()
+        layer.crop(-6)
+        for seed in range(5, 12):
+            fill(layer, 1, seed)
+        assert torch.equal(held, before), kind
+
+        other = copy.copy(layer)
+        kept = (layer.keys.clone(), other.keys.clone())
+        mine, theirs = fill(layer, 1, 20)[0].clone(), fill(other, 1, 21)[0].clone()
+        fill(layer, 1, 22)
+        assert torch.equal(layer.keys[..., :-1, :], mine) and torch.equal(other.keys, theirs), kind
+        assert torch.equal(mine[..., :-1, :], kept[0]) and torch.equal(theirs[..., :-1, :], kept[1]), kind
+
+
+def test_a_shallow_copy_of_a_cache_goes_on_by_itself() -> None:
+    cache = DynamicCache()
+    grow(cache, passes=1, layers=1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        cache.update(*torch.randn(2, 2, 3, 1, 4, generator=generator), 0)
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    ours = cache.update(*torch.randn(2, 2, 3, 1, 4, generator=generator), 0)[0].clone()
+    other.update(*torch.randn(2, 2, 3, 1, 4, generator=generator), 0)
+    assert torch.equal(cache.layers[0].keys, ours) and not torch.equal(other.layers[0].keys, ours)
