@@ -7,11 +7,15 @@ import os
 import re
 import subprocess
 import sys
+import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
@@ -19,19 +23,25 @@ from transformers import AutoTokenizer
 import ponder_scale.model
 from ponder_scale.export.folder import write_folder
 from ponder_scale.export.tokenizer import SAMPLES
-from tests.model.architectures import TINY, VOCABULARY, make_confident
+from ponder_scale.model import compat
+from tests.model.architectures import TINY, VOCABULARY, make, make_confident
+from tests.ranks import REPOSITORY
 
-# transformers and what it pins more tightly than the project; everything else is shared with this environment
+# transformers and what it pins more tightly than the project; everything else is shared with this environment. The
+# oldest is the oldest that model/compat.py names, 5.17.0 the oldest of pyproject.toml
 VERSIONS = {
     "4.56.2": ("tokenizers==0.22.1", "huggingface_hub==0.35.3"),
     "4.57.6": ("tokenizers==0.22.1", "huggingface_hub==0.36.0"),
     "5.0.0": ("tokenizers==0.22.1", "huggingface_hub==1.3.4"),
+    "5.17.0": ("huggingface_hub==1.33.0",),
     "installed": (),
+    "newest": (),
 }
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ponder-scale-tests"
 
 # Loads each folder named, and checks logits, losses of every pass and greedy decoding against expected.safetensors.
-# Then saves it, loads that, and checks again. Its tokenizer is compared on the texts of texts.json.
+# Then saves it, loads that, and checks again. Its tokenizer is compared on the texts of texts.json. Decoding is with
+# the usual cache, with a static one and without; a cache has each of its names; the backbone is called alone.
 CHECK = """
 import json, sys
 from pathlib import Path
@@ -49,9 +59,28 @@ def check(folder, expected):
     with torch.no_grad():
         output = model(tokens, labels=tokens)
         cached = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
-        plain = model.generate(tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **options)
-    difference = max((output[key] - expected[key]).abs().max().item() for key in ("logits", "pass_losses"))
-    return model, [difference, torch.equal(cached, expected["greedy"]) and torch.equal(plain, expected["greedy"])]
+        mask = torch.ones_like(tokens)
+        decoded = [cached, model.generate(tokens, attention_mask=mask, use_cache=False, **options)]
+        decoded.append(model.generate(tokens, attention_mask=mask, cache_implementation="static", **options))
+        hidden = model.base_model(input_ids=tokens).last_hidden_state
+        found = [(output[key] - expected[key]).abs().max() for key in ("logits", "pass_losses")]
+        found.append((model.get_output_embeddings()(hidden) - expected["logits"]).abs().max())
+        for name in ("past_key_values", "cache"):
+            cache = transformers.DynamicCache()
+            model(tokens[:, :5], **{name: cache})
+            rest = model(tokens[:, 5:], **{name: cache}).logits
+            found.append((rest - expected["logits"][:, 5:]).abs().max())
+        said = transformers.GenerationConfig(pondering_steps=1, **options)
+        by_config = model.generate(tokens, attention_mask=mask, generation_config=said)
+        by_name = model.generate(tokens, attention_mask=mask, pondering_steps=1, **options)
+    for unknown in ("caches", "layer_past_", "pondering_step"):
+        try:
+            model(tokens, **{unknown: cache})
+        except TypeError:
+            continue
+        raise AssertionError(unknown + " vanished")
+    same = all(torch.equal(some, expected["greedy"]) for some in decoded) and torch.equal(by_config, by_name)
+    return model, [max(found).item(), same]
 
 for name in sys.argv[2:]:
     folder = Path(sys.argv[1], name)
@@ -96,19 +125,33 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> P
     return place
 
 
+def pip(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, f"pip {' '.join(arguments)}: {(done.stderr.strip().splitlines() or [''])[-1]}"
+    return done.stdout
+
+
+@cache
+def newest() -> str:
+    """The newest release of transformers that the package index has today."""
+    found = re.search(r"transformers \((\S+)\)", pip("index", "versions", "transformers"))
+    assert found is not None
+    return found[1]
+
+
 def environment(version: str, requirements: tuple[str, ...]) -> dict[str, str]:
     """Variables under which Python finds this version of transformers; installed once, and kept."""
-    target = CACHE / f"transformers-{version}"
-    if requirements and not (target / "done").is_file():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps", f"--target={target}"]
-        done = subprocess.run([*command, f"transformers=={version}", *requirements], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"transformers {version} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+    number = newest() if version == "newest" else version
+    target = CACHE / f"transformers-{number}"
+    if version != "installed" and not (target / "done").is_file():
+        # a release that is new to us brings what it needs, the others are known to do with what is here
+        options = ["--quiet", "--no-compile", f"--target={target}", *(["--no-deps"] if version != "newest" else [])]
+        pip("install", *options, f"transformers=={number}", *requirements)
         (target / "done").touch()
     # reading datasets without torch switches it off for this process; older transformers would obey that
     dropped = ("PYTHONPATH", "USE_TORCH", "USE_TF", "USE_JAX")
     variables = {key: value for key, value in os.environ.items() if key not in dropped}
-    return {**variables, "PYTHONPATH": str(target)} if requirements else variables
+    return variables if version == "installed" else {**variables, "PYTHONPATH": str(target)}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -119,11 +162,47 @@ def test_a_folder_computes_the_same_in_this_version_of_transformers(
     # not in the repository, so that only the folder's own code can be found
     command = [sys.executable, "-P", "-c", CHECK, str(folders), *TINY]
     done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    number = newest() if version == "newest" else version
+    print(f"transformers {number}")
+    remedy = f"with transformers {number}:"
+    if version == "newest" and not is_tested(number):
+        remedy += f" set transformers<{number} in pyproject.toml until this passes; "
+    assert done.returncode == 0, remedy + done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert version in (report.pop("version"), "installed")
+    assert number in (report.pop("version"), "installed")
     for name, (difference, same_tokens) in report.items():
-        assert difference < 1e-5 and same_tokens, (name, report)
+        assert difference < 1e-5 and same_tokens, (remedy, name, report)
+    warned = "this pondering model was tested with transformers" in done.stderr
+    assert warned == (version == "newest" and not is_tested(number)), remedy + done.stderr[-1000:]
+
+
+def is_tested(version: str) -> bool:
+    oldest, latest = (tuple(map(int, bound.split("."))) for bound in (compat.OLDEST, compat.NEWEST))
+    return oldest <= tuple(map(int, version.split(".")[:2])) <= latest
+
+
+def test_the_bounds_are_those_that_are_tested() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    (bounds,) = (entry for entry in project if entry.startswith("transformers"))
+    major, minor = compat.NEWEST.split(".")
+    tested = [version for version in VERSIONS if version[0].isdigit()]
+    assert bounds == f"transformers>={tested[-1].removesuffix('.0')},<{major}.{int(minor) + 1}"
+    assert tested[0].startswith(compat.OLDEST + ".")
+
+
+def test_a_version_that_came_later_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("5.99.1", "6.0.0.dev0", "4.40.0"):
+        compat.warn_of_untested_version.cache_clear()
+        monkeypatch.setattr(transformers, "__version__", version)
+        with pytest.warns(UserWarning, match=f"tested with transformers .* and runs on {version}") as said:
+            make(pondering_steps=1)
+            make(pondering_steps=1)
+        assert len([one for one in said if "was tested with" in str(one.message)]) == 1
+    monkeypatch.undo()
+    compat.warn_of_untested_version.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make(pondering_steps=1)
 
 
 def test_a_saved_folder_has_the_same_weights_and_code(folders: Path, tmp_path: Path) -> None:
