@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import tomllib
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
@@ -193,7 +192,7 @@ def test_the_bounds_are_those_that_are_tested() -> None:
 def test_a_version_that_came_later_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ("5.99.1", "6.0.0.dev0", "4.40.0"):
         compat.warn_of_untested_version.cache_clear()
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(compat.transformers, "__version__", version)
         with pytest.warns(UserWarning, match=f"tested with transformers .* and runs on {version}") as said:
             make(pondering_steps=1)
             make(pondering_steps=1)
