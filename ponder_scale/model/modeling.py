@@ -1,16 +1,16 @@
 """Pondering versions of transformers' causal language models.
 
-`Ponder` is mixed in before a stock class and replaces its `forward` by the recurrence of `ponder.py`. Modules and
-state-dict keys stay those of the stock class. B batch, T tokens, D hidden size, V vocabulary, L layers.
+`PonderBackbone` is mixed in before a stock backbone, which then ponders when it is called; `Ponder` before its causal
+class, to which it adds head and loss. Modules and state-dict keys stay those of the stock class. B batch, T tokens, D hidden size, V vocabulary, L layers.
 
 Another decoder of transformers is added in four places, as OLMo 2 was:
     1. configuration.py: a class over PonderingFields and its configuration, with a `model_type` of its own;
-    2. here: a class over Ponder and its `...ForCausalLM`, with the ends of the names of its two output projections and,
-       where its backbone does not call them `layers`, the name of its layers;
+    2. here: a class over PonderBackbone and its backbone, and one over Ponder and its `...ForCausalLM`, with the ends of
+       the names of its two output projections and, where its backbone does not call them `layers`, the name of its layers;
     3. build.py: its row in ARCHITECTURES, and the name in `ModelConfig.architecture`;
     4. tests/model/architectures.py: its row, with which every test of the model and of generation runs on it.
-The backbone has to take `inputs_embeds`, `attention_mask`, `position_ids` and `past_key_values`, and its head has to be
-a linear layer without bias. Attention over a window is not supported: the passes of a cache would need a window each.
+The backbone has to take `inputs_embeds`, `attention_mask`, `position_ids` and a cache. Attention over a window is not
+supported: the passes of a cache would need a window each.
 """
 
 from __future__ import annotations
