@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .backends import Statistics
 from .cache import PassView, SharedView, check_growing, check_shared, copy_newest, grow
-from .changes import ChangeTracker
+from .changes import ChangeTracker, PassChanges
 from .compat import (
     by_position,
     cache_name,
@@ -165,6 +165,10 @@ class Watch:
         self.readout = Readout(causal)
         self.tracker = None if track is None else ChangeTracker(track)
         self.statistics: list[Statistics | None] = []
+
+    def changes(self) -> PassChanges | None:
+        """What each pass changed, where that was asked for."""
+        return None if self.tracker is None else self.tracker.changes(self.readout.logits)
 
 
 class _Passes:

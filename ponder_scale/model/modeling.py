@@ -1,12 +1,14 @@
 """Pondering versions of transformers' causal language models.
 
 `PonderBackbone` is mixed in before a stock backbone, which then ponders when it is called; `Ponder` before its causal
-class, to which it adds head and loss. Modules and state-dict keys stay those of the stock class. B batch, T tokens, D hidden size, V vocabulary, L layers.
+class, to which it adds head and loss. Modules and state-dict keys stay those of the stock class.
+
+B batch, T tokens, D hidden size, V vocabulary, L layers.
 
 Another decoder of transformers is added in four places, as OLMo 2 was:
     1. configuration.py: a class over PonderingFields and its configuration, with a `model_type` of its own;
-    2. here: a class over PonderBackbone and its backbone, and one over Ponder and its `...ForCausalLM`, with the ends of
-       the names of its two output projections and, where its backbone does not call them `layers`, the name of its layers;
+    2. here: a class over PonderBackbone and its backbone, and one over Ponder and its `...ForCausalLM`, with the ends
+       of the names of its two output projections and, where it does not call them `layers`, the name of its layers;
     3. build.py: its row in ARCHITECTURES, and the name in `ModelConfig.architecture`;
     4. tests/model/architectures.py: its row, with which every test of the model and of generation runs on it.
 The backbone has to take `inputs_embeds`, `attention_mask`, `position_ids` and a cache. Attention over a window is not
@@ -170,21 +172,14 @@ class Ponder(Checkpointing):
         seen = {} if watch.targets is None else _loss(watch, hidden, z_loss, num_items_in_batch)
         if skip_logits is None:
             skip_logits = self.training and watch.targets is not None  # type: ignore[attr-defined]
-        logits = None
+        stock = {"loss": seen.pop("loss", None)}
         if not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.get_output_embeddings()(hidden[:, kept])  # type: ignore[attr-defined]
-        stock = {
-            "loss": seen.pop("loss", None),
-            "logits": logits,
-            CACHE_NAME: getattr(inner, CACHE_NAME),
-            "hidden_states": inner.get("hidden_states"),
-            "attentions": inner.get("attentions"),
-        }
+            stock["logits"] = self.get_output_embeddings()(hidden[:, kept])  # type: ignore[attr-defined]
+        stock |= {name: inner.get(name) for name in (CACHE_NAME, "hidden_states", "attentions")}
         if not (self.config.return_dict if return_dict is None else return_dict):  # type: ignore[attr-defined]
             return CausalLMOutputWithPast(**stock).to_tuple()
-        changes = None if watch.tracker is None else watch.tracker.changes(watch.readout.logits)
-        return PonderOutput(**stock, **seen, changes=changes)
+        return PonderOutput(**stock, **seen, changes=watch.changes())
 
     def _prepare_generation_config(self, *arguments: Any, **options: Any) -> Any:
         """Let a `GenerationConfig` say what `generate` takes by name; transformers hands on its own fields only."""

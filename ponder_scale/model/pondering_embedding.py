@@ -59,12 +59,8 @@ def pondering_embedding(
         ImportError: the triton backend where triton is not installed.
     """
     _check_operands(hidden=hidden, head=head, table=table)
-    if labels is not None:
-        check_labels(labels, head.shape[0])
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature!r}; expected more than 0")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k!r}; expected at least 1, or None")
+    check_labels(labels, head.shape[0])
+    _check_softmax(temperature, top_k)
     if top_k is not None and top_k >= head.shape[0]:
         top_k, backend = None, "auto" if backend == "top_k" else backend
     tied = head is table
@@ -201,6 +197,13 @@ def _check_operands(**operands: Tensor) -> None:
                 f"{name} has the shape {tuple(tensor.shape)}, expected one row of width {hidden.shape[-1]} for each "
                 "token of the vocabulary; a weight that ZeRO-3 keeps partitioned has to be gathered first"
             )
+
+
+def _check_softmax(temperature: float, top_k: int | None) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature!r}; expected more than 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k!r}; expected at least 1, or None")
 
 
 def _check_backend(backend: str, top_k: int | None, hidden: Tensor, *, statistics: bool) -> None:
