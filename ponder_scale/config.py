@@ -95,6 +95,12 @@ class DataConfig:
     document_mask: bool = knob(False, "attention stays within documents, and positions begin at 0 in each")
 
     def __post_init__(self) -> None:
+        for name in self.sources:
+            if not name or "/" in name or not name.isprintable():
+                raise ConfigError(
+                    f"data.sources has {name!r}; a / stands between the name of a folder and that of a source in it, "
+                    f"and a name is one line: use letters, digits, - and _"
+                )
         for number, phase in enumerate(self.phases[:-1]):
             if phase.tokens is None:
                 raise ConfigError(f"data.phases.{number}.tokens is null; only the last phase may last until the end")

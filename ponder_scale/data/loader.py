@@ -63,7 +63,8 @@ class Loader:
         streams = mixture(data, sources)
         packings = _packings(data, sources)
         sequences = [
-            sequences_of(stream.shards, data.seq_len, packings.get(stream.name.partition("/")[0])) for stream in streams
+            sequences_of(stream.shards, data.seq_len, packings[stream.source] if packings else None)
+            for stream in streams
         ]
         self._order = run_order(data, streams, [len(some) for some in sequences], seed)
         self._reader = Reader(sequences, data, _filler(sources), pinned=torch.cuda.is_available())
@@ -182,7 +183,8 @@ def heldout_batches(
     """
     packings = _packings(data, sources)
     held_out = {
-        name: sequences_of(sources[name].split("heldout"), data.seq_len, packings.get(name)) for name in sorted(sources)
+        name: sequences_of(sources[name].split("heldout"), data.seq_len, packings[name] if packings else None)
+        for name in sorted(sources)
     }
     held_out = {name: some for name, some in held_out.items() if len(some)}
     if not held_out:

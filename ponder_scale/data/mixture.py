@@ -17,6 +17,7 @@ class Stream(NamedTuple):
     """What is shuffled on its own: a folder of shards, or one source of a build that gave its sources weights."""
 
     name: str  # of the source, or source/part
+    source: str  # its name in the run's recipe
     shards: list[Shard]
     weight: float
     max_epochs: float | None
@@ -28,11 +29,11 @@ def mixture(data: DataConfig, sources: Mapping[str, ShardSet]) -> list[Stream]:
     for name in sorted(sources):
         config, manifest, shards = data.sources[name], sources[name].manifest, sources[name].split("train")
         if not manifest.weights:
-            streams.append(Stream(name, shards, config.weight, config.max_epochs))
+            streams.append(Stream(name, name, shards, config.weight, config.max_epochs))
         total = math.fsum(manifest.weights.values())
         for part, weight in sorted(manifest.weights.items()):
             of_part = [shard for shard in shards if shard.info.source == part]
-            streams.append(Stream(f"{name}/{part}", of_part, config.weight * weight / total, config.max_epochs))
+            streams.append(Stream(f"{name}/{part}", name, of_part, config.weight * weight / total, config.max_epochs))
     return streams
 
 
@@ -43,9 +44,8 @@ def run_order(data: DataConfig, streams: Sequence[Stream], counts: Sequence[int]
     """
     for stream, count in zip(streams, counts, strict=True):
         if not count:
-            source = stream.name.partition("/")[0]
             raise ConfigError(
-                f"data.sources.{source}.path ({data.sources[source].path}): no train shard of {stream.name} has the "
+                f"data.sources.{stream.source}.path ({data.sources[stream.source].path}): no train shard of {stream.name} has the "
                 f"{data.seq_len + 1:,} tokens of one sequence; lower data.seq_len or remove the source"
             )
     limits = [

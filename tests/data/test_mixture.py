@@ -1,16 +1,19 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from ponder_scale.config import DataConfig, PhaseConfig, SourceConfig
+from ponder_scale.config import DataConfig, PhaseConfig, RunConfig, SourceConfig
 from ponder_scale.data.loader import Loader, open_sources
 from ponder_scale.data.mixture import not_skipped
 from ponder_scale.data.order import Mixture, Order, Phase
+from ponder_scale.data.sequences import IGNORE_INDEX
 from ponder_scale.errors import ConfigError
 from ponder_scale.manifest import Manifest, seal
 from ponder_scale.packing import pack
+from ponder_scale.settings import load
 from ponder_scale.shards import ShardWriter, open_shards
 
 SEQ_LEN = 16
@@ -254,3 +257,26 @@ def test_another_schedule_is_another_order(make):
     for settings in ({"phases": PHASES}, {"limits": {"web": 0.5}}):
         with pytest.raises(ConfigError, match="weights of the checkpoint"):
             make(**settings).restore(state)
+
+
+@pytest.mark.parametrize("name", ["web/en", "/", "a/", "", "a\nb", "a\0"])
+def test_a_name_that_would_be_taken_for_another_ones_is_refused(tmp_path, name):
+    """What is packed was looked up by the name before a slash: training read concat while evaluation read packed."""
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(f"data: {{sources: {{{json.dumps(name)}: {{path: x}}, other: {{path: y}}}}}}\n")
+    with pytest.raises(ConfigError, match="data.sources has .*; a / stands between the name of a folder") as error:
+        load(RunConfig, recipe, ["run_dir=r"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_source_of_a_build_may_have_any_name_and_is_packed_with_its_folder(tmp_path, tiny_shards):
+    shards = tiny_shards(train=(900, 700))
+    first, second = shards.manifest.splits["train"]
+    splits = {"train": [replace(first, source="a/b"), replace(second, source="web.en")], "heldout": []}
+    seal(shards.folder, replace(shards.manifest, splits=splits, weights={"a/b": 1, "web.en": 3}))
+    pack(open_shards(shards.folder), SEQ_LEN)
+    data = DataConfig({"x": SourceConfig(str(shards.folder))}, SEQ_LEN, packing="best-fit")
+    loader = Loader(data, open_sources(data), seed=0, global_batch=64, micro_batch=64)
+    batch = loader.next_batches()[0]
+    loader.close()
+    assert (batch.labels == IGNORE_INDEX).any()  # bins are filled up; concat is not
