@@ -6,15 +6,18 @@ equal documents the first stays, for any number of workers. Two of N different t
 N^2 / 2^65.
 
 The signature is that of FineWeb (Penedo et al. 2024): 5-grams of words, 14 bands of 8 hashes, which finds pairs of
-Jaccard similarity 0.75 with a chance of 0.77, 0.85 with 0.99, and 0.5 with 0.05.
+Jaccard similarity 0.75 with a chance of 0.77, 0.85 with 0.99, and 0.5 with 0.05. A text of fewer words has no 5-gram
+to be alike in: it is a duplicate of equal texts only.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from array import array
 from collections.abc import Iterable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,8 @@ BUCKET_KEYS = 2**21  # compared in memory at once: up to 80 bytes for each that 
 RUN_KEYS = 2**22  # of one unit, sorted in memory at once
 KEY_BYTES = 12  # on disk: the key, and the number of its document in the unit
 
-_WORD = re.compile(r"\w+")
+_JOINERS = "\u200c\u200d"  # within words of Persian and Indic scripts, and within emoji
+_ASCII_WORD = re.compile(r"\w+")
 _NGRAMS_AT_ONCE = 4096
 
 
@@ -37,10 +41,11 @@ def exact_keys(text: str) -> np.ndarray:
 
 
 def minhash_keys(text: str) -> np.ndarray:
-    """A key for each band of the signature, (BANDS,) uint64; of a text shorter than an n-gram its exact key."""
-    words = [xxhash.xxh3_64_intdigest(word.encode()) for word in _WORD.findall(text.lower())]
+    """A key for each band of the signature, (BANDS,) uint64; of a text shorter than an n-gram the one of all of it but
+    the white space around it."""
+    words = [xxhash.xxh3_64_intdigest(word.encode()) for word in words_of(text)]
     if len(words) < NGRAM_WORDS:
-        return exact_keys(" ".join(_WORD.findall(text.lower())))
+        return exact_keys(text.strip())
     hashes = np.array(words, dtype=np.uint64)
     count = len(hashes) - NGRAM_WORDS + 1
     grams = np.zeros(count, dtype=np.uint64)
@@ -51,6 +56,30 @@ def minhash_keys(text: str) -> np.ndarray:
     for i in range(HASHES_OF_BAND):
         keys = _mix64(keys * np.uint64(31) + bands[:, i])
     return keys
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, as Unicode has them: with their combining marks, which Python's \\w leaves out.
+    What is neither a word nor punctuation, such as an emoji or a sign of mathematics, is a word of its own."""
+    return (_ASCII_WORD if text.isascii() else _words()).findall(text.lower())
+
+
+@cache
+def _words() -> re.Pattern[str]:
+    marks, symbols = list(map(ord, _JOINERS)), []
+    for number in (*range(0x80, 0x20000), *range(0xE0000, 0xE1000)):  # no other plane has any
+        category = unicodedata.category(chr(number))
+        if category[0] in "MS":
+            (marks if category[0] == "M" else symbols).append(number)
+    mark = f"[{_ranges(sorted(marks))}]"
+    return re.compile(rf"(?:\w+|{mark}+)+|[{_ranges(symbols)}]{mark}*")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Ascending code points as the inside of a character class."""
+    ends = [i for i, (one, other) in enumerate(pairwise(numbers), start=1) if other != one + 1]
+    stretches = [(numbers[begin], numbers[end - 1]) for begin, end in pairwise([0, *ends, len(numbers)])]
+    return "".join(f"{chr(first)}-{chr(last)}" for first, last in stretches)
 
 
 def _signature(grams: np.ndarray) -> np.ndarray:

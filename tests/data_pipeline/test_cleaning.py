@@ -227,6 +227,51 @@ def test_what_a_filter_leaves_out_takes_no_equal_with_it(tiny_tokenizer, tmp_pat
     assert found == ["a text that is long enough for the filter", "short", "other"]
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["\U0001f389\U0001f389\U0001f389", "∀∃∈⊂ → ⇔", "x = 1", "x != 1"],
+        ["C", "C++", "C#", "c?"],
+        ["कि", "की", "कु", "को"],
+        ["!", "?", "...", "-", "\u200d", "\U0001f469\u200d\U0001f4bb"],
+        ["a b c d", "a, b, c, d", "A b c d", "a b c  d"],
+        ["I like this town so much \U0001f389", "I like this town so much \U0001f494"],
+        [f"for all x and y of A: {sign}" for sign in ("x ∈ y", "x ∉ y", "x ⊂ y")],
+        [" ".join(f"क{sign}" for sign in signs) for signs in ("िीुूे", "ुूेिी", "ेेेेे")],
+        ["e\u0301 a b c d e", "e\u0300 a b c d e"],
+    ],
+)
+def test_texts_that_differ_in_what_they_say_are_no_near_duplicates(tiny_tokenizer, tmp_path, texts):
+    out = tmp_path / "out"
+    corpus = write_jsonl(tmp_path / "web.jsonl", [*texts, *(f"\n{text} " for text in texts)])
+    assert main(arguments(corpus, tiny_tokenizer, out, "deduplicate=minhash", "heldout_fraction=0", "workers=1")) == 0
+    tokenizer = open_tokenizer(tiny_tokenizer)
+    assert [tokenizer.decode(one[:-1]) for one in documents(out, "train")] == texts
+
+
+def test_words_are_those_of_unicode_in_lower_case():
+    assert dedup.words_of("It's foo_bar, 3.14!") == ["it", "s", "foo_bar", "3", "14"]
+    assert dedup.words_of("कि की e\u0301A नहीं می\u200cخواهم") == ["कि", "की", "e\u0301a", "नहीं", "می\u200cخواهم"]
+    assert dedup.words_of("\U0001f389\u2764\ufe0f (5€)") == ["\U0001f389", "\u2764\ufe0f", "5", "€"]
+
+
+def test_the_signature_is_that_of_fineweb_and_finds_pairs_as_often_as_it_says():
+    """Penedo et al. 2024, appendix E.1: 5-grams, 112 hashes in 14 bands of 8. 1 - (1 - 0.75^8)^14 = 0.77."""
+    assert (dedup.NGRAM_WORDS, dedup.BANDS, dedup.HASHES_OF_BAND) == (5, 14, 8)
+    assert dedup.minhash_keys(" ".join(WORDS)).shape == (14,)
+    found = {0.5: 0, 0.75: 0, 0.85: 0}
+    for similarity in found:
+        grams = round(200 * 2 * similarity / (1 + similarity))  # of 200, that both have: grams / (400 - grams)
+        for pair in range(150):
+            words = [f"a{pair}x{i}" for i in range(204)]
+            other = words[: grams + 4] + [f"b{pair}x{i}" for i in range(200 - grams)]
+            one, two = (dedup.minhash_keys(" ".join(some)) for some in (words, other))
+            found[similarity] += (one == two).any()
+    assert found[0.5] <= 0.15 * 150  # expected 0.05
+    assert 0.65 * 150 <= found[0.75] <= 0.88 * 150  # expected 0.77; 7 bands of 16 find 0.07, 28 of 4 find all
+    assert found[0.85] >= 0.95 * 150  # expected 0.99
+
+
 def test_near_duplicates_go_and_unlike_texts_stay(tiny_tokenizer, tmp_path):
     texts = [" ".join(np.random.default_rng(i).permutation(WORDS)[:200]) for i in range(50)]
     near = [text.replace(text.split()[100], "changed") for text in texts[:20]]
