@@ -117,6 +117,8 @@ def _build(options: argparse.Namespace, command: str) -> None:
     for source, counts in built.manifest.provenance["sources"].items():
         for reason, count in counts["drops"].items():
             print(f"dropped from {source}: {count:,} {reason}")
+        if "lines_left_out" in counts:
+            print(f"left out of documents of {source}: {counts['lines_left_out']:,} lines with an endless word (c4)")
     print(f"built {config.out}" if built.new else f"{config.out} was built from these inputs and settings already")
 
 

@@ -65,6 +65,11 @@ class BuildConfig:
     heldout_fraction: float = knob(
         0.005, "of the documents, chosen by the hash of their text: stable as data grows", min=0, max=0.5
     )
+    heldout_by: Literal["stripped", "text"] = knob(
+        "stripped",
+        "that text, without the white space around it, so that copies that differ in it are on one side; text: with "
+        "it, as all builds did before there was this key",
+    )
     seed: int = knob(0, "of that choice and of the shuffle", min=0, max=2**31 - 1)
     shard_bytes: int | None = knob(
         None, "input of one shard; null: 1/32 of all, between 16 MiB and 1 GiB", unit="bytes", min=1, max=2**50

@@ -59,14 +59,15 @@ def minhash_keys(text: str) -> np.ndarray:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, as Unicode has them: with their combining marks, which Python's \\w leaves out.
-    What is neither a word nor punctuation, such as an emoji or a sign of mathematics, is a word of its own."""
+    """The words of a text in lower case, as Unicode has them: with combining marks, which Python's are without. A sign
+    that is neither of a word nor punctuation, such as an emoji or one of mathematics, is a word of its own."""
     return (_ASCII_WORD if text.isascii() else _words()).findall(text.lower())
 
 
 @cache
 def _words() -> re.Pattern[str]:
-    marks, symbols = list(map(ord, _JOINERS)), []
+    marks = [ord(joiner) for joiner in _JOINERS]
+    symbols: list[int] = []
     for number in (*range(0x80, 0x20000), *range(0xE0000, 0xE1000)):  # no other plane has any
         category = unicodedata.category(chr(number))
         if category[0] in "MS":

@@ -12,7 +12,7 @@ from pathlib import Path
 from data_pipeline.backends import REFERENCE, Mismatch, checked, choose
 from data_pipeline.config import BuildConfig, SourceConfig
 from data_pipeline.document import Piece, Unit
-from data_pipeline.filters import chosen
+from data_pipeline.filters import chosen, edits
 from data_pipeline.readers import read
 from data_pipeline.sources import COMPRESSED
 from data_pipeline.tokenizer import Tokenizer, open_tokenizer
@@ -92,14 +92,17 @@ def estimate(config: BuildConfig, sample_bytes: int) -> str:
 
 def _read(unit: Unit, config: BuildConfig, size: int, sample: _Sample) -> None:
     source = config.sources[unit.source]
-    filters = chosen(unit.source, source.filters)
+    filters, shorten = chosen(unit.source, source.filters), edits(source.filters)
     begin, stored = time.process_time(), 0
     for piece in unit.pieces:
         meter, rows, taken = _Meter(), _rows(piece, source), 0
         for count, record in enumerate(read(piece, source, config.max_document_bytes, meter), start=1):
-            reason = record.reason or next(filter(None, (screen(record.text or "") for screen in filters)), None)
+            text = record.text or ""
+            for edit in shorten:
+                text, _ = edit(text)
+            reason = record.reason or next(filter(None, (screen(text) for screen in filters)), None)
             if record.text is not None and reason is None:
-                sample.texts.append(record.text)
+                sample.texts.append(text)
             else:
                 sample.drops[reason or ""] += 1
             taken = meter.stored if rows is None else piece.size * count // rows

@@ -1,8 +1,9 @@
 """Filters: a function of a text that returns the reason to drop it, or None. Thresholds are arguments.
 
 Gopher is Rae et al. 2021, "Scaling Language Models: Methods, Analysis & Insights from Training Gopher", appendix
-A.1.1 (quality) and table A1 (repetition). C4 is Raffel et al. 2020, "Exploring the Limits of Transfer Learning",
-section 2.2; its rules that only delete lines are left to the preparation of a corpus: a filter keeps a text as it is.
+A.1.1 (quality) and table A1 (repetition), its shares counted as datatrove counts them, with words split at white
+space. C4 is Raffel et al. 2020, "Exploring the Limits of Transfer Learning", section 2.2; of its rules that delete
+lines only that of endless words is here, the others are left to the preparation of a corpus.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import Any
 from ponder_scale.errors import ConfigError
 
 Filter = Callable[[str], str | None]
+Edit = Callable[[str], tuple[str, int]]  # (what is left of a text, the lines left out of it)
 
 _GOPHER_STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
 _SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019)]*(?:\s|$)")
+_BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 def length(text: str, *, min_characters: int = 1, max_characters: int | None = None) -> str | None:
@@ -75,21 +78,21 @@ def gopher_repetition(
     max_duplicate_n_grams: Sequence[float] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10),
 ) -> str | None:
     """Gopher's repetition rules: repeated lines and paragraphs, the most frequent 2- to 4-gram, and repeated 5- to
-    10-grams, as shares of the lines, the paragraphs and the characters."""
+    10-grams, as shares of the lines, the paragraphs and all characters. Line ends of any kind are alike."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     for name, pieces, count_bound, character_bound in (
         ("lines", [line.strip() for line in text.split("\n")], max_duplicate_lines, max_duplicate_line_characters),
-        ("paragraphs", text.split("\n\n"), max_duplicate_paragraphs, max_duplicate_paragraph_characters),
+        ("paragraphs", _BLANK_LINES.split(text.strip()), max_duplicate_paragraphs, max_duplicate_paragraph_characters),
     ):
         repeated, characters = _repeated([piece for piece in pieces if piece.strip()])
         if repeated > count_bound or characters > character_bound * len(text):
             return f"gopher_repetition: {name}"
     words = text.split()
-    total = max(1, sum(map(len, words)))
     for n, bound in enumerate(max_top_n_grams, start=2):
-        if _top_n_gram(words, n) > bound * total:
+        if _top_n_gram(words, n) > bound * len(text):
             return f"gopher_repetition: most frequent {n}-gram"
     for n, bound in enumerate(max_duplicate_n_grams, start=5):
-        if _in_repeated_n_grams(words, n) > bound * total:
+        if _in_repeated_n_grams(words, n) > bound * len(text):
             return f"gopher_repetition: {n}-grams"
     return None
 
@@ -97,15 +100,25 @@ def gopher_repetition(
 def c4(
     text: str, *, min_sentences: int = 5, max_lorem_ipsum: int = 0, max_braces: int = 0, max_word: int = 1000
 ) -> str | None:
-    """C4's rules for whole pages: sentences, placeholder text, braces as a sign of code, and endless words."""
+    """C4's rules for whole pages: sentences, placeholder text, braces as a sign of code; of what `c4_lines` leaves."""
+    text, _ = c4_lines(text, max_word=max_word)
     lowered = text.lower()
     if lowered.count("lorem ipsum") > max_lorem_ipsum:
         return "c4: lorem ipsum"
     if text.count("{") > max_braces:
         return "c4: braces"
-    if sum(1 for _ in _SENTENCE_END.finditer(text)) < min_sentences:
+    if not text.strip() or sum(1 for _ in _SENTENCE_END.finditer(text)) < min_sentences:
         return "c4: number of sentences"
-    return "c4: endless word" if max(map(len, text.split()), default=0) > max_word else None
+    return None
+
+
+def c4_lines(text: str, *, max_word: int = 1000, **of_pages: int) -> tuple[str, int]:
+    """C4's rule for lines that is used here: one with an endless word goes, the page stays."""
+    if max(map(len, text.split()), default=0) <= max_word:
+        return text, 0
+    lines = text.splitlines(keepends=True)
+    kept = [line for line in lines if max(map(len, line.split()), default=0) <= max_word]
+    return "".join(kept), len(lines) - len(kept)
 
 
 FILTERS: dict[str, Callable[..., str | None]] = {
@@ -114,6 +127,7 @@ FILTERS: dict[str, Callable[..., str | None]] = {
     "gopher_repetition": gopher_repetition,
     "c4": c4,
 }
+EDITS: dict[str, Callable[..., tuple[str, int]]] = {"c4": c4_lines}  # before any filter looks at a text
 
 
 def chosen(source: str, filters: Mapping[str, Any]) -> list[Filter]:
@@ -139,6 +153,11 @@ def chosen(source: str, filters: Mapping[str, Any]) -> list[Filter]:
     return found
 
 
+def edits(filters: Mapping[str, Any]) -> list[Edit]:
+    """What the filters of a source leave out of texts that they keep; `chosen` has checked their thresholds."""
+    return [partial(EDITS[name], **(thresholds or {})) for name, thresholds in filters.items() if name in EDITS]
+
+
 def _repeated(pieces: list[str]) -> tuple[float, int]:
     """(share of the pieces that stood there before, characters of those)."""
     seen: set[str] = set()
@@ -151,21 +170,25 @@ def _repeated(pieces: list[str]) -> tuple[float, int]:
 
 
 def _top_n_gram(words: list[str], n: int) -> int:
-    """Characters in all occurrences of the most frequent n-gram; 0 when none occurs twice."""
+    """Characters, with the spaces between its words, in all occurrences of the most frequent n-gram; 0 when none occurs
+    twice."""
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
     if not counts:
         return 0
     gram, count = counts.most_common(1)[0]
-    return count * sum(map(len, gram)) if count > 1 else 0
+    return count * len(" ".join(gram)) if count > 1 else 0
 
 
 def _in_repeated_n_grams(words: list[str], n: int) -> int:
-    """Characters of the words covered by an n-gram that occurred before; each word counts once."""
+    """Characters of the words in n-grams that occurred before; the next one is looked for behind the one that did."""
     seen: set[tuple[str, ...]] = set()
-    covered = characters = 0
-    for begin, gram in enumerate(zip(*(words[i:] for i in range(n)), strict=False)):
+    begin = characters = 0
+    while begin <= len(words) - n:
+        gram = tuple(words[begin : begin + n])
         if gram in seen:
-            characters += sum(len(word) for word in words[max(begin, covered) : begin + n])
-            covered = begin + n
-        seen.add(gram)
+            characters += sum(map(len, gram))
+            begin += n
+        else:
+            seen.add(gram)
+            begin += 1
     return characters

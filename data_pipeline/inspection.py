@@ -32,6 +32,8 @@ def _counts(shards: ShardSet) -> Iterator[str]:
     yield f"packed for  sequences of {', '.join(packings)} tokens" if packings else "packed for  no sequences"
     for source, counts in manifest.provenance.get("sources", {}).items():
         drops = ", ".join(f"{count:,} {reason}" for reason, count in counts["drops"].items()) or "nothing"
+        if "lines_left_out" in counts:
+            drops += f"; {counts['lines_left_out']:,} lines of documents (c4: endless word)"
         yield f"source      {source}: {counts['files']:,} files, {counts['bytes']:,} bytes; dropped: {drops}"
     if "command" in manifest.provenance:
         yield f"made by     {manifest.provenance['command']}"

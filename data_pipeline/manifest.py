@@ -21,6 +21,7 @@ from ponder_scale.shards import dtype_for
 
 QUARANTINE = "quarantine.jsonl"  # a line for each bad record
 INPUTS = "inputs.jsonl"  # a line for each piece of input read
+CLEANING = 2  # raised when near duplicates or filters leave out others than before: no build mixes both
 PACKAGES = ("ponder-scale", "datasets", "isal", "numpy", "orjson", "pyarrow", "sentencepiece", "tokenizers", "xxhash")
 
 
@@ -31,6 +32,7 @@ class Ledger:
         self.documents = 0
         self._source = source
         self._drops: Counter[str] = Counter()
+        self._lines = 0
         self._inputs: list[dict[str, Any]] = []
         self._first_bad: list[Any] | None = None
         self._path = quarantine
@@ -48,6 +50,10 @@ class Ledger:
         """Count a document that a filter or deduplication leaves out."""
         self._drops[reason] += 1
 
+    def shorten(self, lines: int) -> None:
+        """Count lines that a filter leaves out of a document."""
+        self._lines += lines
+
     def was_read(self, piece: Piece, digest: str) -> None:
         """Note a piece that was read to its end, with the xxh3-128 of its bytes."""
         line = {"source": self._source, "file": piece.name, "begin": piece.begin, "end": piece.end}
@@ -61,6 +67,7 @@ class Ledger:
             "source": self._source,
             "documents": self.documents,
             "drops": dict(sorted(self._drops.items())),
+            "lines": self._lines,
             "inputs": self._inputs,
             "first_bad": self._first_bad,
         }
@@ -88,6 +95,8 @@ def totals(results: Iterable[dict[str, Any]], config: BuildConfig) -> dict[str, 
         counts[source].update(documents=result["documents"], bytes=sum(line["bytes"] for line in result["inputs"]))
         files[source].update(line["file"] for line in result["inputs"])
         drops[source].update(result["drops"])
+        if result.get("lines"):
+            counts[source].update(lines_left_out=result["lines"])
         first_bad = first_bad or result["first_bad"]
     documents = sum(count["documents"] for count in counts.values())
     _check(documents, sum(drops.values(), Counter[str]()), first_bad, config)
@@ -124,9 +133,15 @@ def origin(config: BuildConfig, tokenizer: Tokenizer, plan: str) -> dict[str, An
     plan: the hash of the units, with names, sizes and times of all files.
     """
     settings = {key: value for key, value in to_dict(config).items() if key not in RUNNING}
+    if settings["heldout_by"] == "text":
+        del settings["heldout_by"]  # as in folders that were made before there was this key
     # files beside the tokenizer's may change these
     ends = [tokenizer.bos_id, tokenizer.eod_id]
-    return {"config": settings, "tokenizer": tokenizer.sha256, "ends": ends, "plan": plan}
+    made: dict[str, Any] = {"config": settings, "tokenizer": tokenizer.sha256, "ends": ends, "plan": plan}
+    used = {name for source in config.sources.values() for name in source.filters}
+    if config.deduplicate == "minhash" or used & {"gopher_repetition", "c4"}:
+        made["cleaning"] = CLEANING
+    return made
 
 
 def compose(

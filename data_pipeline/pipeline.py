@@ -163,7 +163,10 @@ def _goes_on(folder: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
-    keys = [key for key in one["config"] if one["config"][key] != other["config"].get(key)]
+    known = {**one["config"], **other["config"]}
+    keys = [key for key in known if one["config"].get(key) != other["config"].get(key)]
+    if one.get("cleaning") != other.get("cleaning"):
+        keys.append("the rules of filters and near duplicates of another version of this program")
     if one["tokenizer"] != other["tokenizer"]:
         keys.append("tokenizer files")
     if one["ends"] != other["ends"]:
@@ -175,10 +178,12 @@ def _is_built(out: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
     """Whether `out` is the result already. Raises ConfigError when it is something else that must not go."""
     if overwrite or not (out / MANIFEST).is_file():
         return False
-    if open_shards(out).manifest.provenance.get("origin") != made_from:
+    made = open_shards(out).manifest.provenance.get("origin")
+    if made != made_from:
+        differs = f": {_difference(made, made_from)} differ" if made else ""
         raise ConfigError(
-            f"out is {out}, which was made from other inputs, settings or another tokenizer; give overwrite=true "
-            f"to replace it, or choose another out"
+            f"out is {out}, which was made from other inputs, settings or another tokenizer{differs}; give "
+            f"overwrite=true to replace it, or choose another out"
         )
     return True
 

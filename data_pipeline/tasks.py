@@ -16,7 +16,7 @@ from data_pipeline import dedup, shuffle
 from data_pipeline.backends import REFERENCE, Encode, Mismatch, checked
 from data_pipeline.config import BuildConfig
 from data_pipeline.document import Unit
-from data_pipeline.filters import chosen
+from data_pipeline.filters import chosen, edits
 from data_pipeline.manifest import Ledger
 from data_pipeline.output import WORK, PartWriter
 from data_pipeline.parallel import Report, Stage
@@ -177,8 +177,7 @@ class Tasks:
         batch: dict[str, list[str]] = {split: [] for split in SPLITS}
         bound = int(self.config.heldout_fraction * 2**64)
         for text in wanted:
-            held_out = bound and xxhash.xxh3_64_intdigest(text.encode(), seed=self.config.seed) < bound
-            batch["heldout" if held_out else "train"].append(text)
+            batch["heldout" if bound and self._side(text) < bound else "train"].append(text)
             documents += 1
             size += len(text)
             if documents % BATCH_DOCUMENTS == 0 or size >= BATCH_BYTES:
@@ -192,6 +191,11 @@ class Tasks:
         result = ledger.close()
         (scratch / "quarantine").rename(self.work / "quarantine" / f"{number:06d}.jsonl")
         return result
+
+    def _side(self, text: str) -> int:
+        """The hash that decides a document's split."""
+        decides = text.strip() if self.config.heldout_by == "stripped" else text
+        return xxhash.xxh3_64_intdigest(decides.encode(), seed=self.config.seed)
 
     def _write(self, batch: dict[str, list[str]], encode: Encode, writers: dict[str, Any]) -> int:
         count = 0
@@ -234,13 +238,19 @@ class Tasks:
     def _texts(self, unit: Unit, ledger: Ledger | None) -> Iterator[str]:
         """The texts of all documents of a unit; `_consumed` counts the bytes of input read for them."""
         config = self.config.sources[unit.source]
+        shorten = edits(config.filters)
         self._consumed = self._told = done = 0
         for piece in unit.pieces:
             hasher, compressed = _Stored(), piece.path.endswith(COMPRESSED)
             for record in read(piece, config, self.config.max_document_bytes, hasher):
                 self._consumed = done + hasher.bytes if compressed else self._consumed + record.size
                 if record.text is not None:
-                    yield record.text
+                    text = record.text
+                    for edit in shorten:
+                        text, lines = edit(text)
+                        if lines and ledger is not None:
+                            ledger.shorten(lines)
+                    yield text
                 elif ledger is not None:
                     ledger.drop(piece, record)
             check_unchanged(piece)

@@ -45,8 +45,9 @@ def run_order(data: DataConfig, streams: Sequence[Stream], counts: Sequence[int]
     for stream, count in zip(streams, counts, strict=True):
         if not count:
             raise ConfigError(
-                f"data.sources.{stream.source}.path ({data.sources[stream.source].path}): no train shard of {stream.name} has the "
-                f"{data.seq_len + 1:,} tokens of one sequence; lower data.seq_len or remove the source"
+                f"data.sources.{stream.source}.path ({data.sources[stream.source].path}): no train shard of "
+                f"{stream.name} has the {data.seq_len + 1:,} tokens of one sequence; lower data.seq_len or remove the "
+                f"source"
             )
     limits = [
         None if stream.max_epochs is None else max(1, math.floor(stream.max_epochs * count))

@@ -1,3 +1,4 @@
+import inspect
 import json
 import tracemalloc
 
@@ -5,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 from data_pipeline import dedup, shuffle
 from data_pipeline.cli import main
@@ -54,7 +56,8 @@ def test_gopher_quality_drops_by_the_published_thresholds(text, reason):
         ("\n".join(["the same line"] * 4 + [" ".join(WORDS)]), "lines"),
         ("\n\n".join(["same paragraph here"] * 3 + [" ".join(WORDS[:50])]), "lines"),
         (" ".join(f"{word} again and" for word in WORDS[:30]), "most frequent 2-gram"),
-        (" ".join([*WORDS[:40], *WORDS[:12], *WORDS[40:60]]), "5-grams"),
+        (" ".join([*WORDS[:40], *WORDS[:15], *WORDS[40:60]]), "5-grams"),
+        (" ".join([*WORDS[:40], *WORDS[:12], *WORDS[40:60]]), "6-grams"),
     ],
 )
 def test_gopher_repetition_drops_by_the_published_thresholds(text, reason):
@@ -69,11 +72,174 @@ def test_gopher_repetition_drops_by_the_published_thresholds(text, reason):
         ("One. Two. Three.", "number of sentences"),
         ("One. Two. Three. Four. Five. {", "braces"),
         ("Lorem ipsum one. Two. Three. Four. Five.", "lorem ipsum"),
-        ("One. Two. Three. Four. Five. " + "x" * 1001, "endless word"),
+        ("One. Two. Three. Four. Five. " + "x" * 1001, "number of sentences"),
+        ("One. Two. Three. Four. Five.\n" + "x" * 1001, None),
+        ("One. Two. Three. Four. Five.\n{ lorem ipsum " + "x" * 1001, None),
+        ("One. Two. Three. Four. Five. " + "x" * 1000, None),
     ],
 )
 def test_c4_drops_whole_pages_by_its_rules(text, reason):
     assert c4(text) == (None if reason is None else f"c4: {reason}")
+
+
+LINES = [f"the {word} of this line is like that of no other" for word in WORDS]
+
+
+@pytest.mark.parametrize(
+    ("kept", "dropped", "reason"),
+    [
+        # Gopher, A.1.1: "between 50 and 100,000 words"
+        (" ".join(["the", "with", *WORDS[:48]]), " ".join(["the", "with", *WORDS[:47]]), "number of words"),
+        ("the with " + "word " * 99_998, "the with " + "word " * 99_999, "number of words"),
+        # "mean word length outside the range of 3 to 10 characters"
+        ("the of " + "abc " * 97 + "abcd", "the of " + "abc " * 98, "mean length of words"),
+        (
+            "the with " + "abcdefghij " * 97 + "x" * 23,
+            "the with " + "abcdefghij " * 97 + "x" * 24,
+            "mean length of words",
+        ),
+        # "a symbol-to-word ratio greater than 0.1 for either the hash symbol or the ellipsis"
+        ("the with " + "words " * 88 + "#word " * 10, "the with " + "words " * 87 + "#word " * 11, "symbols"),
+        (
+            "the with " + "words " * 87 + "word... " * 10 + "words",
+            "the with " + "words " * 86 + "word... " * 11 + "words",
+            "symbols",
+        ),
+        # "more than 90% of lines starting with a bullet point, or more than 30% ending with an ellipsis"
+        (
+            "\n".join(["- " + line for line in LINES[:9]] + LINES[9:10]),
+            "\n".join(["- " + line for line in LINES[:10]] + LINES[10:11]),
+            "bullets",
+        ),
+        (
+            "\n".join([line + "..." for line in LINES[:3]] + LINES[3:10]),
+            "\n".join([line + "..." for line in LINES[:4]] + LINES[4:13]),
+            "ellipses",
+        ),
+        # "80% of words in a document contain at least one alphabetic character"
+        ("the with " + "word " * 78 + "1234 " * 20, "the with " + "word " * 77 + "1234 " * 21, "words without letters"),
+        # "at least two of the following English words: the, be, to, of, and, that, have, with"
+        ("the with " + "word " * 60, "the the " + "word " * 60, "stop words"),
+    ],
+)
+def test_gopher_quality_has_the_published_thresholds_on_both_sides(kept, dropped, reason):
+    assert gopher_quality(kept) is None
+    assert gopher_quality(dropped) == f"gopher_quality: {reason}"
+
+
+def test_all_thresholds_are_the_published_ones():
+    """Gopher, Rae et al. 2021, A.1.1 and table A1; C4, Raffel et al. 2020, 2.2."""
+    defaults = {
+        name: {key: one.default for key, one in list(inspect.signature(some).parameters.items())[1:]}
+        for name, some in FILTERS.items()
+    }
+    assert defaults == {
+        "length": {"min_characters": 1, "max_characters": None},
+        "gopher_quality": {
+            "min_words": 50,
+            "max_words": 100_000,
+            "min_mean_word": 3.0,
+            "max_mean_word": 10.0,
+            "max_symbols_per_word": 0.1,
+            "max_bullet_lines": 0.9,
+            "max_ellipsis_lines": 0.3,
+            "min_alphabetic_words": 0.8,
+            "min_stop_words": 2,
+        },
+        "gopher_repetition": {
+            "max_duplicate_lines": 0.3,
+            "max_duplicate_paragraphs": 0.3,
+            "max_duplicate_line_characters": 0.2,
+            "max_duplicate_paragraph_characters": 0.2,
+            "max_top_n_grams": (0.2, 0.18, 0.16),
+            "max_duplicate_n_grams": (0.15, 0.14, 0.13, 0.12, 0.11, 0.10),
+        },
+        "c4": {"min_sentences": 5, "max_lorem_ipsum": 0, "max_braces": 0, "max_word": 1000},
+    }
+
+
+# A text, and what its shares are by datatrove 0.10.1 (gopher_repetition_filter.py, get_n_grams, find_top_duplicate and
+# find_all_duplicate, over the length of the text), given the words between white space: most frequent 2- to 4-gram,
+# repeated 5- to 10-grams. An n-gram that stands there once is not frequent here; datatrove counts it.
+INDENTED = "".join(
+    f"        if value{i} is None:\n            value{i} = default\n            continue\n" for i in range(12)
+)
+SHARES = {
+    INDENTED: (96 / 928, 216 / 928, 231 / 928, 0, 0, 0, 0, 0, 0),
+    " ".join([*WORDS[:40], *WORDS[:12], *WORDS[40:60]]): (
+        *(26 / 503, 40 / 503, 54 / 503),
+        *(60 / 503, 72 / 503, 42 / 503, 48 / 503, 54 / 503, 60 / 503),
+    ),
+    " ".join(f"{word} again and" for word in WORDS[:30]): (270 / 509, 0, 0, 0, 0, 0, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("text", SHARES, ids=["indented code", "words again", "a phrase"])
+def test_the_shares_of_n_grams_are_of_all_characters_as_in_datatrove(text, line_end):
+    size, off = len(text), dict.fromkeys(("max_duplicate_lines", "max_duplicate_paragraphs"), 1)
+    off |= dict.fromkeys(("max_duplicate_line_characters", "max_duplicate_paragraph_characters"), 1)
+    text = text.replace("\n", line_end)
+    shares = SHARES[text.replace(line_end, "\n")]
+    top, duplicate = shares[:3], shares[3:]
+    assert gopher_repetition(text, max_top_n_grams=top, max_duplicate_n_grams=duplicate, **off) is None
+    for place, share in enumerate(shares):
+        if share:
+            lower = [*shares[:place], share - 0.5 / size, *shares[place + 1 :]]
+            found = gopher_repetition(text, max_top_n_grams=lower[:3], max_duplicate_n_grams=lower[3:], **off)
+            name = f"most frequent {place + 2}-gram" if place < 3 else f"{place + 2}-grams"
+            assert found == f"gopher_repetition: {name}"
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("kept", "dropped", "reason"),
+    [
+        # Gopher, table A1: duplicate lines 0.30, their characters 0.20; the same of paragraphs
+        (["x"] * 4 + WORDS[:6], ["x"] * 5 + WORDS[:6], "lines"),  # 3 of 10, 4 of 11
+        # one of 10 lines, 20 of 100 and of 99 characters
+        (["y" * 20] * 2 + WORDS[:7] + ["x" * 9], ["y" * 20] * 2 + WORDS[:7] + ["x" * 8], "lines"),
+    ],
+)
+def test_gopher_repetition_has_the_published_thresholds_on_both_sides_whatever_ends_a_line(
+    kept, dropped, reason, line_end
+):
+    n_grams = {"max_top_n_grams": (1, 1, 1), "max_duplicate_n_grams": (1,) * 6}
+    assert gopher_repetition(line_end.join(kept), **n_grams) is None
+    if dropped:
+        assert gopher_repetition(line_end.join(dropped), **n_grams) == f"gopher_repetition: {reason}"
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_paragraphs_end_at_blank_lines_whatever_ends_a_line(line_end):
+    """A paragraph of two lines that stands there three times; its lines are repeated as well, and are not asked."""
+    paragraphs = [f"{WORDS[i]}\n  {WORDS[i + 1]}" for i in (0, 0, 0, 2, 4)]
+    text = "\n\n".join(paragraphs[:2]) + "\n \n\n" + "\n\n".join(paragraphs[2:]) + "\n"
+    off = {"max_duplicate_lines": 1, "max_duplicate_line_characters": 1}
+    off |= {"max_top_n_grams": (1, 1, 1), "max_duplicate_n_grams": (1,) * 6}
+    size = len(text)  # with \n
+    text = text.replace("\n", line_end)
+    few, all_of = {"max_duplicate_paragraph_characters": 1}, {"max_duplicate_paragraphs": 1}
+    assert gopher_repetition(text, **few, **off) == "gopher_repetition: paragraphs"  # 2 of 5
+    assert gopher_repetition(text, max_duplicate_paragraphs=0.4, **few, **off) is None
+    assert gopher_repetition(text, **all_of, **off) == "gopher_repetition: paragraphs"  # 30 of 85 characters
+    assert gopher_repetition(text, max_duplicate_paragraph_characters=30 / size, **all_of, **off) is None
+
+
+def test_a_line_with_an_endless_word_is_left_out_and_counted_and_its_page_stays(tiny_tokenizer, tmp_path, capsys):
+    page = "One. Two.\r\nThree. Four. Five.\n"
+    blob = "data " + "A" * 1001 + "\n"
+    corpus = write_jsonl(tmp_path / "web.jsonl", [blob + page + blob, page + "One.", blob])
+    out = tmp_path / "out"
+    settings = ["sources.web.filters={length: {max_characters: 100}, c4: {}}", "heldout_fraction=0"]
+    assert main(arguments(corpus, tiny_tokenizer, out, *settings)) == 0
+    assert "left out of documents of web: 3 lines with an endless word (c4)" in capsys.readouterr().out
+    tokenizer = open_tokenizer(tiny_tokenizer)
+    assert [tokenizer.decode(one[:-1]) for one in documents(out, "train")] == [page, page + "One."]
+    counts = read_manifest(out).provenance["sources"]["web"]
+    assert (counts["drops"], counts["lines_left_out"]) == ({"length: too short": 1}, 3)
+    assert main(["inspect", str(out)]) == 0
+    assert "dropped: 1 length: too short; 3 lines of documents (c4: endless word)" in capsys.readouterr().out
 
 
 def test_lengths_and_thresholds_can_be_set():
@@ -204,6 +370,7 @@ def test_a_duplicate_takes_few_bytes_of_memory_while_a_bucket_is_compared(tmp_pa
     count = 100_000
     np.save(tmp_path / "000000-0.keys.npy", np.full(count, 7, np.uint64))
     np.save(tmp_path / "000000-0.numbers.npy", np.arange(count, dtype=np.uint32))
+    dedup.find_duplicates(tmp_path, [1], 0, 1)  # loads what numpy loads on first use
     tracemalloc.start()
     try:
         units, numbers = dedup.find_duplicates(tmp_path, [1], 0, 1)
@@ -251,7 +418,7 @@ def test_texts_that_differ_in_what_they_say_are_no_near_duplicates(tiny_tokenize
 
 def test_words_are_those_of_unicode_in_lower_case():
     assert dedup.words_of("It's foo_bar, 3.14!") == ["it", "s", "foo_bar", "3", "14"]
-    assert dedup.words_of("कि की e\u0301A नहीं می\u200cخواهم") == ["कि", "की", "e\u0301a", "नहीं", "می\u200cخواهم"]
+    assert dedup.words_of("कि की e\u0301A नहीं मि\u200cमि") == ["कि", "की", "e\u0301a", "नहीं", "मि\u200cमि"]
     assert dedup.words_of("\U0001f389\u2764\ufe0f (5€)") == ["\U0001f389", "\u2764\ufe0f", "5", "€"]
 
 
@@ -342,3 +509,60 @@ def test_documents_are_gathered_by_two_maps_of_a_unit_however_many_runs_it_has(t
     (run,) = shuffle.gather([tmp_path / "unit"], 0, np.dtype(np.uint16), [0])
     assert sorted(run.tokens[::5].tolist()) == list(range(100))
     assert sorted(path.suffix for path, *_ in mapped) == [".lengths", ".npy", ".tokens"]
+
+
+def sides(folder) -> tuple[set[str], set[str]]:
+    tokenizer = open_tokenizer(folder / "tokenizer")
+    train, heldout = (
+        {tokenizer.decode(one[:-1]) for one in documents(folder, split)} for split in ("train", "heldout")
+    )
+    return train, heldout
+
+
+def test_copies_that_differ_in_the_white_space_around_them_are_on_one_side(tiny_tokenizer, tmp_path):
+    """83 of 86 held-out documents once stood in train with a newline behind them."""
+    texts = make_texts(300)
+    around = ["{}", "{}\n", "{}\r\n", " {}", "\n\n{}\t", "{}\u00a0"]
+    corpus = write_jsonl(tmp_path / "web.jsonl", [form.format(text) for form in around for text in texts])
+    assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out")) == 0
+    train, heldout = ({text.strip() for text in side} for side in sides(tmp_path / "out"))
+    assert not train & heldout and len(heldout) > 10
+    assert train | heldout == {text.strip() for text in texts}
+
+
+def test_the_split_of_an_older_folder_is_made_again_by_its_rule(tiny_tokenizer, tmp_path, capsys):
+    """Folders made before there was heldout_by have no such key; which side a text is on may not change as it grows."""
+    texts = [f"{text}\n" for text in make_texts(300)]
+    corpus = write_jsonl(tmp_path / "web.jsonl", texts)
+    out = tmp_path / "out"
+    assert main(arguments(corpus, tiny_tokenizer, out, "heldout_by=text")) == 0
+    bound = int(0.1 * 2**64)
+    expected = {text for text in texts if xxhash.xxh3_64_intdigest(text.encode(), seed=0) < bound}
+    assert sides(out)[1] == expected and expected
+    origin = read_manifest(out).provenance["origin"]
+    assert "heldout_by" not in origin["config"] and "cleaning" not in origin
+    capsys.readouterr()
+    assert main(arguments(corpus, tiny_tokenizer, out, "heldout_by=text")) == 0
+    assert "was built from these inputs and settings already" in capsys.readouterr().out
+    assert main(arguments(corpus, tiny_tokenizer, out)) == 2
+    error = capsys.readouterr().err
+    assert "was made from other inputs, settings or another tokenizer: settings (heldout_by) differ; " in error
+    assert main(arguments(corpus, tiny_tokenizer, tmp_path / "new")) == 0
+    expected = {text for text in texts if xxhash.xxh3_64_intdigest(text.strip().encode(), seed=0) < bound}
+    assert sides(tmp_path / "new")[1] == expected
+    assert read_manifest(tmp_path / "new").provenance["origin"]["config"]["heldout_by"] == "stripped"
+
+
+@pytest.mark.parametrize("setting", ["deduplicate=minhash", "sources.web.filters={c4: {}}"])
+def test_a_build_never_mixes_two_versions_of_the_rules(tiny_tokenizer, tmp_path, capsys, monkeypatch, setting):
+    corpus = write_jsonl(tmp_path / "web.jsonl", ["One. Two. Three. Four. Five."] * 3 + [""] * 3)
+    settings = arguments(corpus, tiny_tokenizer, tmp_path / "out", setting, "workers=1", "max_bad_fraction=0")
+    with monkeypatch.context() as older:
+        older.setattr("data_pipeline.manifest.CLEANING", 1)
+        older.setattr("data_pipeline.pipeline._finish", lambda *_: exit(9))
+        with pytest.raises(SystemExit):
+            main(settings)
+    capsys.readouterr()
+    assert main(settings) == 2
+    error = capsys.readouterr().err
+    assert "holds an unfinished build from other settings (the rules of filters and near duplicates of another" in error
