@@ -75,7 +75,7 @@ def _parser() -> Parser:
     command.add_argument(
         "--out", type=new_folder, required=True, help="the folder to make: links, an index, a manifest"
     )
-    command.add_argument("--dtype", choices=["uint16", "uint32"], default="uint16", help="of datatrove and raw tokens")
+    command.add_argument("--dtype", choices=["uint16", "uint32"], help="of raw tokens, of which nothing else says it")
     command.add_argument("--heldout-files", type=whole(0), default=0, help="how many of the last files are held out")
     command.add_argument("--eod-token", help="ends each document (default: the tokenizer's own)")
     command.set_defaults(run=_adopt)
@@ -143,8 +143,10 @@ def _adopt(options: argparse.Namespace, command: str) -> None:
         command,
     )
     tokens = sum(info.tokens for infos in manifest.splits.values() for info in infos)
+    documents = sum(info.documents for infos in manifest.splits.values() for info in infos)
     print(
-        f"adopted {len(options.files)} files, {tokens:,} tokens, as {options.out}; the files must stay where they are"
+        f"adopted {len(options.files)} files, {documents:,} documents, {tokens:,} tokens, as {options.out}; the files "
+        f"must stay where they are"
     )
 
 

@@ -317,8 +317,9 @@ def index_pieces(lengths: np.ndarray, dtype: np.dtype) -> Iterator[bytes]:
         yield np.arange(begin, min(begin + _INDEX_BLOCK, count + 1), dtype="<i8").tobytes()
 
 
-def check_index(index: Path, data: Path) -> tuple[np.dtype, np.ndarray]:
-    """(dtype, lengths (n,)) of an index that any program wrote, after comparing all of it with its `.bin`.
+def check_index(index: Path, data: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    """(dtype, lengths of sequences (n,), documents (d + 1,) as the numbers of the sequences at which they begin, and n)
+    of an index that any program wrote, after comparing all of it with its `.bin`.
 
     Raises ShardError when they do not fit, and for types that shards do not have.
     """
@@ -340,7 +341,12 @@ def check_index(index: Path, data: Path) -> tuple[np.dtype, np.ndarray]:
         raise _damaged(index, "its sequences do not follow one another")
     if (int(ends[-1]) if sequences else 0) != data.stat().st_size:
         raise _damaged(data, f"{data.stat().st_size:,} bytes; its index says {int(ends[-1]) if sequences else 0:,}")
-    return dtype, lengths
+    documents = content[_HEADER.size + 12 * sequences :].view("<i8")
+    if len(documents) < 2:  # of a builder that was never told where a document ends
+        documents = np.arange(sequences + 1, dtype="<i8")
+    if documents[0] or documents[-1] != sequences or (np.diff(documents) < 0).any():
+        raise _damaged(index, f"its documents do not cover its {sequences:,} sequences")
+    return dtype, lengths, documents
 
 
 def _indexed_tokens(stream: IO[bytes], sequences: int, itemsize: int) -> int:

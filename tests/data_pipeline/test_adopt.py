@@ -1,5 +1,7 @@
 """Token files of other programs, written here by their formats, used where they lie; ours in Megatron's reader."""
 
+import gzip
+import re
 import struct
 
 import numpy as np
@@ -116,11 +118,198 @@ def test_a_headerless_dump_has_any_name_and_no_header(tiny_tokenizer, tmp_path, 
     """dolma's are headerless and end in .npy; what numpy.save wrote is no dump."""
     path = tmp_path / "part-0-00000.npy"
     np.array(flat(documents), "<u2").tofile(path)
-    assert adopt([path], "raw", tiny_tokenizer, tmp_path / "out") == 0
+    assert adopt([path], "raw", tiny_tokenizer, tmp_path / "out", "--dtype", "uint16") == 0
     assert open_shards(tmp_path / "out").split("train")[0].tokens.tolist() == flat(documents)
     np.save(path, np.array(flat(documents), "<u2"))
-    assert adopt([path], "raw", tiny_tokenizer, tmp_path / "other") == 2
+    assert adopt([path], "raw", tiny_tokenizer, tmp_path / "other", "--dtype", "uint16") == 2
     assert "begins with the header of numpy.save" in capsys.readouterr().err
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(flat(documents))
+    path.write_bytes(header.tobytes() + np.array(flat(documents), "<u2").tobytes())
+    assert adopt([path], "raw", tiny_tokenizer, tmp_path / "other", "--dtype", "uint16") == 2
+    assert "begins with the header of llm.c, of 1,024 bytes" in capsys.readouterr().err
+    path.rename(path.with_suffix(".gz"))
+    assert adopt([path.with_suffix(".gz")], "raw", tiny_tokenizer, tmp_path / "other", "--dtype", "uint16") == 2
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.fixture(scope="module")
+def large_tokenizer(tmp_path_factory):
+    """Of 70,001 tokens."""
+    from tokenizers import Tokenizer, models
+
+    folder = tmp_path_factory.mktemp("large")
+    words = ["</s>", *(f"w{i}" for i in range(1, 70_001))]
+    Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)})).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write(path, tokens, dtype):
+    path.write_bytes(np.array(tokens, dtype).tobytes())
+    return path
+
+
+def test_the_width_of_headerless_tokens_has_to_be_given(tiny_tokenizer, tmp_path, documents, capsys):
+    path = write(tmp_path / "x.bin", flat(documents), "<u2")
+    assert adopt([path], "raw", tiny_tokenizer, tmp_path / "out") == 2
+    assert "give --dtype uint16 or --dtype uint32" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_uint16_is_refused_for_more_tokens_than_it_holds(large_tokenizer, tmp_path, capsys):
+    """As uint16, the dump of five would be ten tokens, all of them in the vocabulary."""
+    path = write(tmp_path / "x.bin", [69999, 5, 70000, 66000, 70000], "<u4")
+    assert adopt([path], "raw", large_tokenizer, tmp_path / "out", "--dtype", "uint16") == 2
+    error = capsys.readouterr().err
+    assert "has 70,001 tokens, and uint16 holds ids below 65,536; give --dtype uint32" in error
+    assert adopt([path], "raw", large_tokenizer, tmp_path / "out", "--dtype", "uint32") == 0
+    assert open_shards(tmp_path / "out").split("train")[0].tokens.tolist() == [69999, 5, 70000, 66000, 70000]
+    assert "no end token (0) in it, so it is one document" in capsys.readouterr().err
+    narrow = write_megatron(tmp_path / "narrow", [[1, 2], [3]])
+    assert adopt([narrow], "megatron", large_tokenizer, tmp_path / "other") == 2
+    assert "uint16 holds ids below 65,536" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("made", "read", "message"),
+    [
+        ("<u4", "uint16", "halves of tokens of uint32; give the tokenizer and the dtype .* fit --dtype uint32"),
+        ("<i4", "uint16", "halves of tokens of uint32; give the tokenizer and the dtype .* fit --dtype uint32"),
+        ("<u2", "uint32", "expected|give the tokenizer and the dtype .* its first tokens fit --dtype uint16"),
+        ("<i8", "uint16", "halves of tokens of uint32"),
+        ("<i8", "uint32", "halves of tokens of 64 bits"),
+        (">u2", "uint16", "its bytes seem to be the other way round"),
+        (">u4", "uint32", "its bytes seem to be the other way round"),
+        (">u4", "uint16", "give the tokenizer and the dtype"),
+        ("<f4", "uint32", "give the tokenizer and the dtype"),
+        ("u1", "uint16", "give the tokenizer and the dtype"),
+    ],
+)
+@pytest.mark.parametrize("count", [4, 4000])
+def test_a_dump_of_another_width_or_byte_order_is_refused(tiny_tokenizer, tmp_path, capsys, made, read, message, count):
+    tokens = np.random.default_rng(0).integers(1, 250 if made == "u1" else 300, count)
+    tokens[-1] = 0
+    path = write(tmp_path / "x.bin", tokens, made)
+    assert adopt([path], "raw", tiny_tokenizer, tmp_path / "out", "--dtype", read) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_big_endian_tokens_that_are_all_in_the_vocabulary_are_refused(tmp_path, capsys):
+    """With 65,536 tokens, every two bytes are a token in both orders."""
+    from tokenizers import Tokenizer, models
+
+    words = {("</s>" if i == 0 else f"w{i}"): i for i in range(2**16)}
+    Tokenizer(models.WordLevel(words)).save(str(tmp_path / "tokenizer.json"))
+    generator = np.random.default_rng(0)
+    frequencies = 1 / (np.arange(2**16) + 2.7)  # Zipf's and Mandelbrot's law; trainers give frequent tokens low ids
+    tokens = generator.choice(2**16, 20_000, p=frequencies / frequencies.sum())
+    path = write(tmp_path / "x.bin", tokens, ">u2")
+    assert adopt([path], "raw", tmp_path / "tokenizer.json", tmp_path / "out", "--dtype", "uint16") == 2
+    assert "look like big-endian ones" in capsys.readouterr().err
+    for name, right in (("natural", tokens), ("uniform", generator.integers(0, 65_536, 20_000))):
+        path = write(tmp_path / f"{name}.bin", right, "<u2")
+        assert adopt([path], "raw", tmp_path / "tokenizer.json", tmp_path / name, "--dtype", "uint16") == 0
+
+
+def lengths_of(folder) -> list[int]:
+    return [length for shard in open_shards(folder).split("train") for length in shard.lengths.tolist()]
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("<u2", "uint16"), ("<u4", "uint32")])
+def test_the_documents_of_a_headerless_dump_end_at_the_end_token(
+    tiny_tokenizer, tmp_path, documents, dtype, name, monkeypatch
+):
+    monkeypatch.setattr("data_pipeline.dumps._BLOCK", 64)
+    five, eod = documents[:5], open_tokenizer(tiny_tokenizer).eod_id
+    out = tmp_path / "ended"
+    path = write(tmp_path / "ended.bin", flat(five), dtype)
+    assert adopt([path], "raw", tiny_tokenizer, out, "--dtype", name) == 0
+    assert lengths_of(out) == [len(one) for one in five]
+    assert (read_manifest(out).eod_id, read_manifest(out).bos_id) == (eod, None)
+    out = tmp_path / "cut"  # as where a corpus goes on in the next file
+    path = write(tmp_path / "cut.bin", flat(five)[:-2], dtype)
+    assert adopt([path], "raw", tiny_tokenizer, out, "--dtype", name) == 0
+    assert lengths_of(out) == [len(one) for one in five[:4]] + [len(five[4]) - 2]
+    assert read_manifest(out).eod_id == eod
+    out = tmp_path / "begun"  # as llm.c writes them
+    path = write(tmp_path / "begun.bin", flat([[eod, *one[:-1]] for one in five]), dtype)
+    assert adopt([path], "raw", tiny_tokenizer, out, "--dtype", name) == 0
+    assert lengths_of(out) == [len(one) for one in five]
+    assert (read_manifest(out).eod_id, read_manifest(out).bos_id) == (None, eod)
+
+
+def test_the_end_token_of_a_headerless_dump_can_be_named(tiny_tokenizer, tmp_path, documents, capsys):
+    path = write(tmp_path / "x.bin", [5, 6, 7, 5, 7], "<u2")
+    name = open_tokenizer(tiny_tokenizer).decode([7])
+    assert adopt([path], "raw", tiny_tokenizer, tmp_path / "out", "--dtype", "uint16", "--eod-token", name) == 0
+    assert lengths_of(tmp_path / "out") == [3, 2]
+    assert "2 documents, 5 tokens" in capsys.readouterr().out
+
+
+def test_dolmas_own_boundaries_are_the_documents(tiny_tokenizer, tmp_path, documents, capsys):
+    """dolma 1.2.1, tokenizer/data_types.py, MemmapMetadata: start, end, id, src, loc; an end token is no boundary."""
+    some = [[5, 6, 0], [7, 0, 8], [9], [4, 4]]
+    path = write(tmp_path / "part-0-00000.npy", flat(some), "<u2")
+    ends = np.cumsum([len(one) for one in some])
+    rows = [
+        f"{end - len(one)},{end},id {i},/data/a.json.gz,{i}\r\n"
+        for i, (one, end) in enumerate(zip(some, ends, strict=True))
+    ]
+    boundaries = tmp_path / "part-0-00000.csv.gz"
+    boundaries.write_bytes(gzip.compress("".join(rows).encode()))
+    assert adopt([path], "raw", tiny_tokenizer, tmp_path / "out", "--dtype", "uint16") == 0
+    assert lengths_of(tmp_path / "out") == [3, 3, 1, 2]
+    for number, content in enumerate(
+        [
+            gzip.compress("".join(rows[:-1]).encode()),
+            gzip.compress("".join([rows[0], *rows[2:]]).encode()),
+            gzip.compress(b"a,b\r\n"),
+            gzip.compress(b""),
+            gzip.compress("".join(rows).encode())[:-9],
+            b"no gzip",
+        ]
+    ):
+        boundaries.write_bytes(content)
+        assert adopt([path], "raw", tiny_tokenizer, tmp_path / f"bad{number}", "--dtype", "uint16") == 2
+        error = capsys.readouterr().err
+        assert "part-0-00000.csv.gz: " in error and "move it away to have documents end at the end token" in error
+        assert not (tmp_path / f"bad{number}").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_megatron_document_of_several_sequences_is_one_document(tiny_tokenizer, tmp_path, capsys):
+    from megatron.core.datasets import indexed_dataset
+
+    builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=np.uint16)
+    for one, lengths in (([5, 6, 7, 8, 0], [3, 2]), ([9, 0], [2]), ([4, 4, 4, 0], [1, 1, 2])):
+        builder.add_document(torch.tensor(one), lengths)
+    builder.finalize(str(tmp_path / "x.idx"))
+    out = tmp_path / "out"
+    assert adopt([tmp_path / "x.bin"], "megatron", tiny_tokenizer, out) == 0
+    assert "3 documents, 11 tokens" in capsys.readouterr().out
+    assert lengths_of(out) == [5, 2, 4]
+    assert verify(out) == []
+    reader = indexed_dataset.IndexedDataset(str(out / "train-00000"))
+    assert [reader[i].tolist() for i in range(len(reader))] == [[5, 6, 7, 8, 0], [9, 0], [4, 4, 4, 0]]
+    content = bytearray((tmp_path / "x.idx").read_bytes())
+    struct.pack_into("<q", content, len(content) - 8, 5)  # of six sequences
+    (tmp_path / "x.idx").write_bytes(content)
+    assert adopt([tmp_path / "x.bin"], "megatron", tiny_tokenizer, tmp_path / "other") == 2
+    assert "its documents do not cover its 6 sequences" in capsys.readouterr().err
+
+
+def test_the_index_of_datatrove_says_how_wide_its_tokens_are(tiny_tokenizer, tmp_path, documents, capsys):
+    path = write(tmp_path / "x.ds", flat(documents), "<u4")
+    np.cumsum([len(one) for one in documents]).astype("<u8").tofile(tmp_path / "x.ds.index")
+    assert adopt([path], "datatrove", tiny_tokenizer, tmp_path / "out") == 0
+    assert open_shards(tmp_path / "out").split("train")[0].tokens.tolist() == flat(documents)
+    assert adopt([path], "datatrove", tiny_tokenizer, tmp_path / "other", "--dtype", "uint16") == 2
+    assert "is dtype right?" in capsys.readouterr().err
+    narrow = write_megatron(tmp_path / "narrow", documents)
+    assert adopt([narrow], "megatron", tiny_tokenizer, tmp_path / "other", "--dtype", "uint32") == 2
+    assert "--dtype is uint32; " in capsys.readouterr().err
 
 
 def damaged(tmp_path, documents, what):
