@@ -55,8 +55,8 @@ def adopt(
     for dump in dumps:
         if kind == "raw" and not dump.marked and len(dump.lengths) == 1:
             print(
-                f"warning: {dump.path}: no end token ({tokenizer.eod_id}) in it, so it is one document; --eod-token names "
-                f"the one that it was made with",
+                f"warning: {dump.path}: no end token ({tokenizer.eod_id}) in it, so it is one document; --eod-token "
+                f"names the one that it was made with",
                 file=sys.stderr,
             )
     about = {"kind": kind, "files": [str(path.resolve()) for path in files], "eod_token": eod_token}

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from data_pipeline.autotokenizer import check_agreement
 from data_pipeline.backends import choose
 from data_pipeline.config import BuildConfig
 from data_pipeline.document import Unit
@@ -113,6 +114,11 @@ def _prepare(folder: Path, out: Path, config: BuildConfig, command: str) -> bool
 
 def _begin(folder: Path, tokenizer: Tokenizer, config: BuildConfig, header: dict[str, Any]) -> None:
     """Empty the folder but for the new plan, and give that its name when all else is there."""
+
+    def warn(message: str) -> None:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    check_agreement(tokenizer, config.eod_token is None, warn)
     plan = (folder / WORK / _NEW_PLAN).rename(folder.with_name(folder.name + ".plan"))
     empty(folder)
     (folder / WORK / "quarantine").mkdir(parents=True)
@@ -120,10 +126,6 @@ def _begin(folder: Path, tokenizer: Tokenizer, config: BuildConfig, header: dict
     save(tokenizer, folder / TOKENIZER)
     planned = Plan(plan)
     samples = _first_documents(planned.unit(0), config) if len(planned) else []
-
-    def warn(message: str) -> None:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-
     engine = choose(config.backend, tokenizer, samples, warn)
     every = (planned.unit(number) for number in range(len(planned)))
     write_plan(folder / WORK / PLAN, every, {**header, "engine": engine})

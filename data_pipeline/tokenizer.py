@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,9 +18,10 @@ import numpy as np
 from ponder_scale.errors import TokenizerError
 from ponder_scale.manifest import sync, sync_folder, tokenizer_sha256
 
+CONFIG = "tokenizer_config.json"  # transformers' settings
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
 # beside the file that decides the tokens; no other one that could
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_BESIDE = (CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 class Tokenizer(Protocol):
@@ -96,9 +97,15 @@ class TokenizersTokenizer:
             self._tokenizer, self.vocab_size = _loaded(path.read_bytes(), special_in_text)
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"tokenizer {path}: cannot be read: {error}") from error
+        dropout = getattr(self._tokenizer.model, "dropout", None)
+        if dropout:
+            raise TokenizerError(
+                f"tokenizer {path}: model.dropout is {dropout:g}: a text would have other tokens each time; set it to "
+                f"null"
+            )
         self.special_in_text = special_in_text
         self.path, self.sha256 = path, tokenizer_sha256([path])
-        names = [eod_token] if eod_token else [*_declared_end(path.parent), *END_TOKENS]
+        names = [eod_token] if eod_token else _ends(path, self._tokenizer.token_to_id)
         self.eod_id: int = _first_known(path, map(self._tokenizer.token_to_id, names), "eod_token", eod_token)
         self.bos_id: int | None = None
         if bos_token:
@@ -131,9 +138,9 @@ class SentencePieceTokenizer:
             raise TokenizerError(f"tokenizer {path}: cannot be read as a SentencePiece model") from error
         self.path, self.sha256 = path, tokenizer_sha256([path])
         self.vocab_size: int = self._processor.vocab_size()
-        ids = [self._id(name) for name in ([eod_token] if eod_token else END_TOKENS)]
-        if not eod_token and self._processor.eos_id() >= 0:
-            ids.insert(0, self._processor.eos_id())
+        own = self._processor.eos_id()
+        usual = [*([self._processor.id_to_piece(own)] if own >= 0 else []), *END_TOKENS]
+        ids = [self._id(name) for name in ([eod_token] if eod_token else _ends(path, self._id, usual))]
         self.eod_id: int = _first_known(path, ids, "eod_token", eod_token)
         self.bos_id: int | None = None
         if bos_token:
@@ -172,21 +179,37 @@ def _loaded(content: bytes, special_in_text: bool) -> tuple[Any, int]:
     return tokenizer, max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
-def _declared_end(folder: Path) -> list[str]:
-    """The end-of-text token that transformers' files beside tokenizer.json name, if any."""
-    names = []
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / file
-        if not path.is_file():
+def encoder(tokenizer: Tokenizer, special_in_text: bool) -> Callable[[str], list[int]]:
+    """What gives the tokens of one text by the tokenizer's own library, whatever the tokenizer does with special tokens
+    in texts; SentencePiece never reads them."""
+    if tokenizer.path.suffix == ".model":
+        return lambda text: tokenizer.encode_batch([text])[0].tolist()
+    library, _ = _loaded(tokenizer.path.read_bytes(), special_in_text)
+    return lambda text: list(library.encode(text, add_special_tokens=False).ids)
+
+
+def _ends(path: Path, id_of: Callable[[str], int | None], usual: Sequence[str] = END_TOKENS) -> list[str]:
+    """The end-of-text token that transformers' files beside a tokenizer declare, or else the usual ones.
+
+    Raises TokenizerError when the tokenizer lacks the declared one: no other is what its maker meant.
+    """
+    for file in (path.with_name(name) for name in (CONFIG, "special_tokens_map.json")):
+        if not file.is_file():
             continue
         try:
-            value: Any = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+            value: Any = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
         except (ValueError, AttributeError) as error:
-            raise TokenizerError(f"tokenizer {path}: not a JSON object: {error}") from error
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            names.append(value)
-    return names
+            raise TokenizerError(f"tokenizer {file}: not a JSON object: {error}") from error
+        name = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(name, str):
+            continue
+        if id_of(name) is None:
+            raise TokenizerError(
+                f"tokenizer {file}: eos_token is {name!r}, which {path.name} does not have; save both anew with it by "
+                f"AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW), or give eod_token=TOKEN"
+            )
+        return [name]
+    return list(usual)
 
 
 def _first_known(path: Path, ids: Iterable[int | None], knob: str, asked: str | None) -> int:

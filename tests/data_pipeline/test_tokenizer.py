@@ -1,12 +1,18 @@
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from tokenizers import Tokenizer, models
 
+from data_pipeline import autotokenizer
+from data_pipeline.cli import main
 from data_pipeline.tokenizer import open_tokenizer, save
 from data_pipeline.training import train_tokenizer
 from ponder_scale.errors import ConfigError, TokenizerError
+from ponder_scale.shards import open_shards
 
 TEXTS = [
     "A plain sentence.",
@@ -196,3 +202,130 @@ def test_an_error_while_reading_texts_ends_training(tmp_path, kind):
     with pytest.raises(ConfigError, match="the disk is on fire"):
         train_tokenizer(texts(), 400, kind, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+END = "<|endoftext|>"
+TOOL = {"content": "<tool>", "special": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def with_settings(tiny_tokenizer, folder, **settings):
+    folder.mkdir()
+    shutil.copy(tiny_tokenizer / "tokenizer.json", folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, **settings}))
+    return folder
+
+
+def build(tokenizer, folder, *settings) -> int:
+    corpus = folder / "web.txt"
+    corpus.write_text("some words of a text")
+    source = ["sources.web.kind=text", f"sources.web.path={corpus}"]
+    return main(["build", f"out={folder / 'out'}", f"tokenizer={tokenizer}", *source, "workers=1", *settings])
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("form", [str, lambda name: {"content": name, "special": True}])
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+def test_a_declared_end_token_that_the_tokenizer_lacks_is_never_replaced(
+    tiny_tokenizer, sentencepiece, tmp_path, capsys, file, form, kind
+):
+    (folder := tmp_path / "chat").mkdir()
+    for path in (tiny_tokenizer if kind == "bpe" else sentencepiece).glob("tokenizer.[jm]*"):
+        shutil.copy(path, folder)
+    (folder / file).write_text(json.dumps({"eos_token": form("<|im_end|>")}))
+    assert build(folder, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert f"{file}: eos_token is '<|im_end|>', which tokenizer." in error and "give eod_token=TOKEN" in error
+    assert error.count("\n") == 1
+    usual, own = (END, tiny_tokenizer) if kind == "bpe" else ("</s>", sentencepiece)
+    assert open_tokenizer(folder, eod_token=usual).eod_id == open_tokenizer(own).eod_id
+
+
+def test_the_declared_end_token_of_a_sentencepiece_model_is_taken(sentencepiece, tmp_path):
+    shutil.copytree(sentencepiece, folder := tmp_path / "other")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a"}))
+    assert open_tokenizer(folder).decode([open_tokenizer(folder).eod_id]) == "a"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True},
+            r"AutoTokenizer encodes 'word' as \[\d+, .*\], and tokenizer.json as \[",
+        ),
+        (
+            {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {"300": TOOL}},
+            r"AutoTokenizer has 301 tokens .*, tokenizer.json 300 \(the last is '<tool>'\)",
+        ),
+        (
+            {"added_tokens_decoder": {"40": {**TOOL, "content": "H", "lstrip": True, "rstrip": True}}},
+            r"AutoTokenizer encodes 'aHb H  c h' as",
+        ),
+        (
+            {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {"image_token": "<x>"}},
+            r"AutoTokenizer has 301 tokens .*, tokenizer.json 300 \(the last is '<x>'\)",
+        ),
+    ],
+    ids=["prefix space", "added token", "stripping token", "extra special token"],
+)
+def test_a_tokenizer_that_transformers_reads_otherwise_is_refused_and_can_be_mended(
+    tiny_tokenizer, tmp_path, capsys, settings, message
+):
+    folder = with_settings(tiny_tokenizer, tmp_path / "other", **settings)
+    assert build(folder, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "save_pretrained(NEW)" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    if "add_prefix_space" in settings:
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "new")
+        assert build(tmp_path / "new", tmp_path) == 0
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "new")("some words of a text")["input_ids"]
+        shards = open_shards(tmp_path / "out")
+        tokens = [one.tokens.tolist() for split in ("train", "heldout") for one in shards.split(split)]
+        assert tokens == [[*theirs, open_tokenizer(folder).eod_id]]
+        (folder / "tokenizer_config.json").unlink()
+        assert build(folder, tmp_path, f"out={tmp_path / 'alone'}") == 0
+
+
+def test_a_tokenizer_that_transformers_reads_alike_is_taken_and_no_torch_is_loaded(tiny_tokenizer, tmp_path, capsys):
+    folder = with_settings(tiny_tokenizer, tmp_path / "gpt2", tokenizer_class="GPT2TokenizerFast")
+    assert build(folder, tmp_path) == 0
+    assert "warning" not in capsys.readouterr().err
+    code = "import sys, data_pipeline.autotokenizer as a; print(a.__name__, 'torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "data_pipeline.autotokenizer False\n"
+
+
+def test_transformers_is_not_asked_where_the_settings_change_nothing(tiny_tokenizer, tmp_path, monkeypatch):
+    """It takes longer than a small build."""
+    monkeypatch.setattr(autotokenizer, "_ask", lambda *_: pytest.fail("asked"))
+    assert build(tiny_tokenizer, tmp_path) == 0
+    for number, settings in enumerate(({"pad_token": "!"}, {"add_prefix_space": False}, {"eos_token": "!"})):
+        folder = with_settings(
+            tiny_tokenizer, tmp_path / str(number), tokenizer_class="PreTrainedTokenizerFast", **settings
+        )
+        with pytest.raises(pytest.fail.Exception):
+            build(folder, tmp_path, f"out={tmp_path / 'other'}")
+
+
+def test_a_build_goes_on_with_a_warning_where_transformers_cannot_be_asked(
+    tiny_tokenizer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(autotokenizer, "SECONDS", 0.01)
+    folder = with_settings(tiny_tokenizer, tmp_path / "gpt2", tokenizer_class="GPT2TokenizerFast")
+    assert build(folder, tmp_path) == 0
+    assert "cannot be compared with transformers' AutoTokenizer" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_draws_its_tokens_is_refused(tiny_tokenizer, tmp_path, capsys):
+    """BPE dropout: two builds of the same texts would differ."""
+    content = json.loads((tiny_tokenizer / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert build(tmp_path / "tokenizer.json", tmp_path) == 2
+    assert "model.dropout is 0.1: a text would have other tokens each time; set it to null" in capsys.readouterr().err
+    content["model"]["dropout"] = 0.0
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert build(tmp_path / "tokenizer.json", tmp_path) == 0
