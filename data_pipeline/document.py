@@ -44,7 +44,7 @@ class Piece:
     end: int
     size: int  # bytes of input, for balance and progress
     file_size: int  # of the whole file, as planned; -1 where it is no file
-    modified: int  # nanoseconds
+    modified: int  # nanoseconds; of a data set, its fingerprint
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,13 @@ A stored data set is cut into ranges of rows, a streamed one into the shards it 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.document import EMPTY, NOT_TEXT, NOT_UTF8, TOO_LONG, Hasher, Piece, Record
@@ -22,15 +25,20 @@ def pieces(source: str, config: SourceConfig) -> list[Piece]:
 
     Raises ConfigError when it cannot be loaded and when it has no such column.
     """
+    _open.cache_clear()  # it may have changed since
+    _files_of_stream.cache_clear()
+    if config.streaming and _saved(config):
+        raise ConfigError(f"sources.{source}.streaming is true; {config.path} is stored already: set it to false")
     content = _load(source, config)
     columns = content.column_names or []  # a stream may not know them before it is read
     if columns and config.field not in columns:
         raise ConfigError(
             f"sources.{source}.field is {config.field!r}; the columns of {config.path} are: {', '.join(columns)}"
         )
+    seal = _fingerprint(source, config, content)
     if config.streaming:
-        return [_piece(source, config, i, i + 1, 0) for i in range(content.num_shards)]
-    return [_piece(source, config, 0, len(content), max(len(content), content.data.nbytes))]
+        return [_piece(source, config, i, i + 1, 0, seal) for i in range(content.num_shards)]
+    return [_piece(source, config, 0, len(content), max(len(content), content.data.nbytes), seal)]
 
 
 def split(whole: Piece, size: int) -> Iterator[Piece]:
@@ -39,16 +47,20 @@ def split(whole: Piece, size: int) -> Iterator[Piece]:
     count = max(1, min(rows, whole.size // size))
     for i in range(count):
         begin, end = whole.begin + rows * i // count, whole.begin + rows * (i + 1) // count
-        yield Piece(whole.source, whole.path, whole.name, begin, end, whole.size // count, -1, 0)
+        yield Piece(whole.source, whole.path, whole.name, begin, end, whole.size // count, -1, whole.modified)
 
 
 def read(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
-    """The rows of a piece as records; their size is that of the text in UTF-8. `hasher` is fed all texts."""
-    content = _load(piece.source, config)
+    """The rows of a piece as records; their size is that of the text in UTF-8. `hasher` is fed all texts.
+
+    Raises ConfigError when the data set is not the one that was planned.
+    """
+    whole = _load(piece.source, config)
+    _check_unchanged(piece, config, whole)
     if config.streaming:
-        content, first = content.shard(num_shards=content.num_shards, index=piece.begin), 0
+        content, first = whole.shard(num_shards=whole.num_shards, index=piece.begin), 0
     else:
-        content, first = content.select(range(piece.begin, piece.end)), piece.begin
+        content, first = whole.select(range(piece.begin, piece.end)), piece.begin
     number = first
     rows = content.select_columns([config.field]).with_format("arrow")
     for table in rows.iter(batch_size=_ROWS_READ_TOGETHER):
@@ -57,6 +69,7 @@ def read(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> 
                 hasher.update(memoryview(value.as_buffer()))
             yield record(number, value, max_bytes)
             number += 1
+    _check_unchanged(piece, config, whole)
 
 
 def record(number: int, value: Any, max_bytes: int) -> Record:
@@ -73,9 +86,55 @@ def record(number: int, value: Any, max_bytes: int) -> Record:
     return Record(number, size, None, EMPTY) if not text or text.isspace() else Record(number, size, text, "")
 
 
-def _piece(source: str, config: SourceConfig, begin: int, end: int, size: int) -> Piece:
+def _piece(source: str, config: SourceConfig, begin: int, end: int, size: int, seal: int) -> Piece:
     name = "/".join(filter(None, [config.path, config.name, config.split, config.revision]))
-    return Piece(source, config.path, name, begin, end, size, -1, 0)
+    return Piece(source, config.path, name, begin, end, size, -1, seal)
+
+
+def _check_unchanged(piece: Piece, config: SourceConfig, content: Any) -> None:
+    if _fingerprint(piece.source, config, content) != piece.modified:
+        raise ConfigError(
+            f"sources.{piece.source}: data set {piece.name} was changed while it was read; build again with "
+            f"overwrite=true"
+        )
+
+
+def _fingerprint(source: str, config: SourceConfig, content: Any) -> int:
+    """63 bits that another content of the same name, rows and bytes does not have.
+
+    A data set that save_to_disk wrote: the library's own, and size and time of its files, as of all other inputs. One
+    that the library has stored: its own, which is of the files it was made from. A stream: the names of its files,
+    which on the hub hold the commit, and what the library knows of each.
+    """
+    known: Any
+    if (folder := _saved(config)) is not None:
+        try:
+            state = json.loads((folder / "state.json").read_bytes())
+            stats = [(folder / file["filename"]).stat() for file in state["_data_files"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"sources.{source}: data set {folder} cannot be read: {error}") from error
+        known = [state, [[about.st_size, about.st_mtime_ns] for about in stats]]
+    elif config.streaming:
+        known = _files_of_stream(config.path, config.name, config.split, config.revision)
+    else:
+        known = content._fingerprint
+    return xxhash.xxh3_64_intdigest(json.dumps(known, sort_keys=True, default=str).encode()) >> 1
+
+
+def _saved(config: SourceConfig) -> Path | None:
+    """The folder that save_to_disk wrote for a source, if it is one."""
+    for folder in (Path(config.path), Path(config.path, config.split)):
+        if (folder / "state.json").is_file():
+            return folder
+    return None
+
+
+@lru_cache(maxsize=8)
+def _files_of_stream(path: str, name: str | None, split: str, revision: str | None) -> Any:
+    import datasets
+
+    files = datasets.load_dataset_builder(path, name, revision=revision).config.data_files or {}
+    return {str(key): [list(of_split), getattr(of_split, "origin_metadata", None)] for key, of_split in files.items()}
 
 
 @lru_cache(maxsize=8)

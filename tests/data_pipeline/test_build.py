@@ -271,3 +271,20 @@ def test_two_builds_do_not_write_the_same_folder(corpus, tiny_tokenizer, tmp_pat
     assert "another build is writing" in capsys.readouterr().err
     os.close(other)
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out")) == 0
+
+
+def test_a_changed_data_set_is_built_again_and_never_taken_for_the_same(tiny_tokenizer, tmp_path, capsys):
+    datasets = pytest.importorskip("datasets")
+    path, out = tmp_path / "set", tmp_path / "out"
+    settings = [f"out={out}", f"tokenizer={tiny_tokenizer}", "sources.s.kind=dataset", f"sources.s.path={path}"]
+    settings += ["heldout_fraction=0", "workers=1"]
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(str(path))
+    assert main(["build", *settings]) == 0
+    assert main(["build", *settings]) == 0
+    assert "was built from these inputs and settings already" in capsys.readouterr().out
+    datasets.Dataset.from_dict({"text": ["six", "ten"]}).save_to_disk(str(path))
+    assert main(["build", *settings]) == 2
+    assert "was made from other inputs" in capsys.readouterr().err
+    assert main(["build", *settings, "overwrite=true"]) == 0
+    tokenizer = open_tokenizer(out / "tokenizer")
+    assert [tokenizer.decode(one[:-1]) for one in documents(out, "train")] == ["six", "ten"]

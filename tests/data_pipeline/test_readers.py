@@ -1,6 +1,8 @@
 import gzip
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -312,9 +314,58 @@ def test_the_loader_of_the_hub_reads_and_streams_a_data_set(dataset, tmp_path):
     assert texts(replace(stored_once, streaming=True)) == ["one", "two", "three"]
 
 
+def write_data_set(form: str, folder: Path, rows: list[str]) -> SourceConfig:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"text": rows})
+    if form in ("saved", "split"):
+        shutil.rmtree(folder, ignore_errors=True)
+        (table if form == "saved" else datasets.DatasetDict({"train": table})).save_to_disk(str(folder))
+    else:
+        folder.mkdir(exist_ok=True)
+        pq.write_table(table.data.table, folder / "train-00000-of-00001.parquet")
+    return SourceConfig(kind="dataset", path=str(folder), streaming=form == "stream")
+
+
+@pytest.mark.parametrize("form", ["saved", "split", "files", "stream"])
+def test_a_changed_data_set_of_equal_rows_and_bytes_is_another_input(tmp_path, form):
+    config = write_data_set(form, tmp_path / "set", ["one", "two"])
+    (before,) = pieces(config)
+    assert pieces(config) == [before]
+    list(read(before, config, LIMIT, xxhash.xxh3_128()))
+    assert write_data_set(form, tmp_path / "set", ["six", "ten"]) == config
+    (after,) = pieces(config)
+    assert (after.begin, after.end, after.size, after.name) == (before.begin, before.end, before.size, before.name)
+    assert after != before
+    assert texts(config) == ["six", "ten"]
+    with pytest.raises(ConfigError, match=r"sources.it: data set .* was changed while it was read"):
+        list(read(before, config, LIMIT, xxhash.xxh3_128()))
+
+
+def test_a_stored_data_set_that_changes_under_the_hand_is_noticed(tmp_path):
+    config = write_data_set("saved", tmp_path / "set", ["one", "two"])
+    (piece,) = pieces(config)
+    records = read(piece, config, LIMIT, xxhash.xxh3_128())
+    next(records)
+    (arrow,) = (tmp_path / "set").glob("*.arrow")
+    os.utime(arrow, (1, 1))
+    with pytest.raises(ConfigError, match="was changed while it was read"):
+        list(records)
+
+
+def test_what_the_library_caches_beside_a_data_set_is_no_change(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    config = write_data_set("saved", tmp_path / "set", ["one", "two"])
+    before = pieces(config)
+    datasets.load_from_disk(config.path).map(lambda row: {"text": row["text"] * 2})
+    assert len(list((tmp_path / "set").glob("cache-*"))) == 1
+    assert pieces(config) == before
+
+
 def test_a_data_set_that_cannot_be_used_is_one_clear_line(dataset, tmp_path):
     with pytest.raises(ConfigError, match=r"sources.it.field is 'body'; the columns of .* are: text"):
         files({"it": SourceConfig(kind="dataset", path=str(dataset / "saved"), field="body")})
+    with pytest.raises(ConfigError, match=r"sources.it.streaming is true; .*saved is stored already: set it to false"):
+        files({"it": SourceConfig(kind="dataset", path=str(dataset / "saved"), streaming=True)})
     with pytest.raises(ConfigError, match=r"sources.it: data set .*nowhere, split train, cannot be loaded") as error:
         files({"it": SourceConfig(kind="dataset", path=str(tmp_path / "nowhere"))})
     assert "\n" not in str(error.value)
