@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import xxhash
 
 from data_pipeline.config import BuildConfig, SourceConfig, SourceKind
 from data_pipeline.parallel import one_thread
@@ -21,6 +19,7 @@ from ponder_scale.settings import find_recipe, load
 KINDS = ("megatron", "datatrove", "raw")  # of token files that can be adopted
 RECIPES = Path(__file__).parent / "recipes"
 MAX_TRAINING_BYTES = 2**26  # of one text that a tokenizer learns from
+MAX_BAD_FRACTION = 0.01  # of the records that one could learn from
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,13 +86,24 @@ def _parser() -> Parser:
     command.set_defaults(run=_bench)
 
     command = commands.add_parser("train-tokenizer", help="make a tokenizer from texts")
-    command.add_argument("inputs", nargs="+", metavar="INPUT", help=".jsonl files, folders of text files, text files")
+    command.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help=".jsonl and .parquet files, folders of text files, text files; or a recipe of a build and key=value",
+    )
+    command.add_argument("--recipe", help="of a build: its sources, with their fields, filters and weights")
     command.add_argument("--vocab-size", type=whole(1), required=True)
     command.add_argument("--kind", choices=["bpe", "sentencepiece"], default="bpe")
     command.add_argument("--out", type=new_folder, required=True, help="the folder to make")
-    command.add_argument("--field", default="text", help="key of the text in .jsonl files (default: text)")
-    command.add_argument("--pattern", default="**/*", help="files of a folder to read (default: **/*)")
+    command.add_argument("--field", help="key or column of the text in .jsonl and .parquet files (default: text)")
+    command.add_argument("--pattern", help="files of a folder to read (default: **/*)")
     command.add_argument("--exclude", action="append", default=[], help="names to leave out of a folder; repeatable")
+    command.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        help=f"of the records; more bad ones are an error (default: {MAX_BAD_FRACTION:g}, or the recipe's)",
+    )
     command.set_defaults(run=_train_tokenizer)
     return parser
 
@@ -197,17 +207,55 @@ def _verify(options: argparse.Namespace, command: str) -> None:
 
 
 def _train_tokenizer(options: argparse.Namespace, command: str) -> None:
+    from data_pipeline.texts import Read, texts_to_learn
     from data_pipeline.training import train_tokenizer
 
-    sources = {}
-    for name in options.inputs:
-        sources[name] = SourceConfig(
-            kind=_kind(name), path=name, field=options.field, pattern=options.pattern, exclude=options.exclude
-        )
-    size = train_tokenizer(_texts(sources), options.vocab_size, options.kind, options.out)
+    config, counts = _to_learn_from(options), dict[str, Read]()
+    size = train_tokenizer(texts_to_learn(config, counts), options.vocab_size, options.kind, options.out)
+    for source, read in counts.items():
+        print(f"learned from {source}: {read.documents:,} documents, {read.bytes:,} bytes of text")
+        for reason, count in sorted(read.drops.items()):
+            print(f"dropped from {source}: {count:,} {reason}")
     if size < options.vocab_size:
         print(f"the texts support no more than {size:,} tokens, of {options.vocab_size:,} asked for")
     print(f"trained {options.out}: {size:,} tokens")
+
+
+def _to_learn_from(options: argparse.Namespace) -> BuildConfig:
+    """The sources of a recipe with overrides, or of files and folders. Raises ConfigError for a mixture of both."""
+    inputs, recipe = list(options.inputs), options.recipe
+    if recipe is None and inputs and inputs[0].endswith((".yaml", ".yml")):
+        recipe = inputs.pop(0)
+    if recipe is None and inputs and all("=" in name and not Path(name).exists() for name in inputs):
+        recipe = ""  # a build without one
+    unused = [f"out={options.out}", "tokenizer=none"]
+    if recipe is not None:
+        if (files := [name for name in inputs if "=" not in name]) or options.field or options.pattern:
+            what = files[0] if files else "--field" if options.field else "--pattern"
+            raise ConfigError(f"{what} beside a recipe: its sources say what is read; give key=value to change them")
+        more = [] if options.max_bad_fraction is None else [f"max_bad_fraction={options.max_bad_fraction}"]
+        return load(BuildConfig, find_recipe(recipe, RECIPES) if recipe else None, [*unused, *inputs, *more])
+    if not inputs:
+        raise ConfigError("nothing to learn from: give files and folders, or a recipe by --recipe")
+    sources = {}
+    for name in inputs:
+        sources[name] = SourceConfig(
+            kind=_kind(name),
+            path=name,
+            field=options.field or "text",
+            pattern=options.pattern or "**/*",
+            exclude=options.exclude,
+        )
+    bound = MAX_BAD_FRACTION if options.max_bad_fraction is None else options.max_bad_fraction
+    if not 0 <= bound <= 1:
+        raise ConfigError(f"--max-bad-fraction is {bound:g}; expected 0 to 1")
+    return BuildConfig(
+        out=str(options.out),
+        tokenizer="none",
+        sources=sources,
+        max_document_bytes=MAX_TRAINING_BYTES,
+        max_bad_fraction=bound,
+    )
 
 
 def _kind(name: str) -> SourceKind:
@@ -215,21 +263,6 @@ def _kind(name: str) -> SourceKind:
         return "folder"
     stem = name.removesuffix(".gz").removesuffix(".zst")
     return "parquet" if stem.endswith(".parquet") else "jsonl" if stem.endswith(".jsonl") else "text"
-
-
-def _texts(sources: dict[str, SourceConfig]) -> Iterator[str]:
-    """The texts of all documents."""
-    from data_pipeline.readers import read
-    from data_pipeline.units import units
-
-    planned = list(units(sources, None))
-    with Progress("read", sum(unit.size for unit in planned)) as progress:
-        for piece in (piece for unit in planned for piece in unit.pieces):
-            for record in read(piece, sources[piece.source], MAX_TRAINING_BYTES, xxhash.xxh3_128()):
-                progress.add(record.size, record.text is not None)
-                if record.text is not None:
-                    yield record.text
-    print("learning the tokens", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
