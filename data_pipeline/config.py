@@ -35,6 +35,9 @@ class SourceConfig:
     revision: str | None = knob(None, "dataset: commit or tag on the hub; null: the newest")
     streaming: bool = knob(False, "dataset: read from the hub without storing it on disk")
     filters: dict[str, Any] = knob({}, "by name, with their thresholds: {gopher_quality: {min_words: 50}}")
+    sample: float | None = knob(
+        None, "share of its documents that is taken, chosen by the hash of their text; null: all", above=0, max=1
+    )
     weight: float | None = knob(
         None, "share in training relative to the other sources; null, for all sources: by size", above=0, max=1e15
     )
@@ -55,6 +58,9 @@ class BuildConfig:
     bos_token: str | None = knob(None, "begin each document with this token; null: with none")
     special_tokens_in_text: Literal["text", "tokens"] = knob(
         "text", "what </s> and the like inside a document become: ordinary text, or the special token"
+    )
+    keep_dropped: bool = knob(
+        False, "write what filters and deduplicate drop to dropped.jsonl, each text with its reason"
     )
     deduplicate: Literal["none", "exact", "minhash"] = knob(
         "none", "keep the first of equal, or of nearly equal, documents of all sources"

@@ -43,14 +43,9 @@ def exact_keys(text: str) -> np.ndarray:
 def minhash_keys(text: str) -> np.ndarray:
     """A key for each band of the signature, (BANDS,) uint64; of a text shorter than an n-gram the one of all of it but
     the white space around it."""
-    words = [xxhash.xxh3_64_intdigest(word.encode()) for word in words_of(text)]
-    if len(words) < NGRAM_WORDS:
+    grams = n_gram_hashes(words_of(text), NGRAM_WORDS)
+    if not len(grams):
         return exact_keys(text.strip())
-    hashes = np.array(words, dtype=np.uint64)
-    count = len(hashes) - NGRAM_WORDS + 1
-    grams = np.zeros(count, dtype=np.uint64)
-    for i in range(NGRAM_WORDS):
-        grams = _mix64(grams * np.uint64(31) + hashes[i : i + count])
     bands = _signature(grams).reshape(BANDS, HASHES_OF_BAND)
     keys = np.arange(BANDS, dtype=np.uint64)
     for i in range(HASHES_OF_BAND):
@@ -62,6 +57,16 @@ def words_of(text: str) -> list[str]:
     """The words of a text in lower case, as Unicode has them: with combining marks, which Python's are without. A sign
     that is neither of a word nor punctuation, such as an emoji or one of mathematics, is a word of its own."""
     return (_ASCII_WORD if text.isascii() else _words()).findall(text.lower())
+
+
+def n_gram_hashes(words: list[str], n: int) -> np.ndarray:
+    """A hash of each n-gram of some words, (words - n + 1,) uint64; none when they are fewer."""
+    hashes = np.array([xxhash.xxh3_64_intdigest(word.encode()) for word in words], dtype=np.uint64)
+    count = max(0, len(hashes) - n + 1)
+    grams = np.zeros(count, dtype=np.uint64)
+    for i in range(n):
+        grams = _mix64(grams * np.uint64(31) + hashes[i : i + count])
+    return grams
 
 
 @cache

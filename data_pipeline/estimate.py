@@ -12,7 +12,7 @@ from pathlib import Path
 from data_pipeline.backends import REFERENCE, Mismatch, checked, choose
 from data_pipeline.config import BuildConfig, SourceConfig
 from data_pipeline.document import Piece, Unit
-from data_pipeline.filters import chosen, edits
+from data_pipeline.filters import chosen, edits, sampled
 from data_pipeline.readers import read
 from data_pipeline.sources import COMPRESSED
 from data_pipeline.tokenizer import Tokenizer, open_tokenizer
@@ -93,6 +93,8 @@ def estimate(config: BuildConfig, sample_bytes: int) -> str:
 def _read(unit: Unit, config: BuildConfig, size: int, sample: _Sample) -> None:
     source = config.sources[unit.source]
     filters, shorten = chosen(unit.source, source.filters), edits(source.filters)
+    if source.sample is not None:
+        filters.insert(0, sampled(source.sample, config.seed))
     begin, stored = time.process_time(), 0
     for piece in unit.pieces:
         meter, rows, taken = _Meter(), _rows(piece, source), 0

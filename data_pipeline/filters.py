@@ -8,21 +8,28 @@ lines only that of endless words is here, the others are left to the preparation
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from data_pipeline.decontamination import evaluation_sets, files_of
 from ponder_scale.errors import ConfigError
+from ponder_scale.manifest import hash_file
 
 Filter = Callable[[str], str | None]
 Edit = Callable[[str], tuple[str, int]]  # (what is left of a text, the lines left out of it)
 
 _GOPHER_STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
 _SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019)]*(?:\s|$)")
+NOT_SAMPLED = "not in the sample"
 _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
@@ -121,11 +128,20 @@ def c4_lines(text: str, *, max_word: int = 1000, **of_pages: int) -> tuple[str, 
     return "".join(kept), len(lines) - len(kept)
 
 
+def decontaminate(text: str, *, against: Sequence[str] = (), field: str = "text", n: int = 13) -> str | None:
+    """Has n words in a row in common with a text of an evaluation set: files of jsonl, parquet or text, by path."""
+    if not against:
+        return None
+    name = evaluation_sets(tuple(against), field, n).hit(text, n)
+    return f"decontaminate: {name}" if name else None
+
+
 FILTERS: dict[str, Callable[..., str | None]] = {
     "length": length,
     "gopher_quality": gopher_quality,
     "gopher_repetition": gopher_repetition,
     "c4": c4,
+    "decontaminate": decontaminate,
 }
 EDITS: dict[str, Callable[..., tuple[str, int]]] = {"c4": c4_lines}  # before any filter looks at a text
 
@@ -138,19 +154,80 @@ def chosen(source: str, filters: Mapping[str, Any]) -> list[Filter]:
     found: list[Filter] = []
     for name, thresholds in filters.items():
         key = f"sources.{source}.filters.{name}"
-        if name not in FILTERS:
-            raise ConfigError(f"{key}: no such filter; expected one of: {', '.join(FILTERS)}")
-        known = list(inspect.signature(FILTERS[name]).parameters)[1:]
+        if ":" not in name and name not in FILTERS:
+            raise ConfigError(f"{key}: no such filter; expected one of: {', '.join(FILTERS)}, or MODULE:FUNCTION")
+        function = _imported(key, name) if ":" in name else FILTERS[name]
+        known = list(inspect.signature(function).parameters)[1:]
         if not isinstance(thresholds or {}, Mapping):
             raise ConfigError(f"{key} is {thresholds!r}; expected thresholds by name: {{{known[0]}: NUMBER}}")
         for threshold, value in (thresholds or {}).items():
             if threshold not in known:
                 raise ConfigError(f"{key}.{threshold}: unknown threshold; expected one of: {', '.join(known)}")
-            off = value is None and threshold == "max_characters"
-            if not off and (type(value) not in (int, float) or not math.isfinite(value) or value < 0):
+            if ":" in name or threshold == "against" or (value is None and threshold == "max_characters"):
+                continue
+            if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
                 raise ConfigError(f"{key}.{threshold} is {value!r}; expected a number, at least 0")
-        found.append(partial(FILTERS[name], **(thresholds or {})))
+        screen = partial(function, **(thresholds or {}))
+        if name == "decontaminate":
+            against = screen.keywords.get("against")
+            if not against or isinstance(against, str):
+                raise ConfigError(f"{key}.against names no evaluation set; give a list of files")
+            screen("")  # reads them
+        found.append(_guarded(key, screen) if ":" in name else screen)
     return found
+
+
+def identities(filters: Mapping[str, Any]) -> dict[str, str]:
+    """What besides its settings decides what the filters of a source drop: the hash of the file of each function of the
+    user's own, and of each evaluation set."""
+    found = {}
+    for name, thresholds in filters.items():
+        if ":" in name:
+            file = inspect.getsourcefile(_imported(name, name))
+            found[name] = hash_file(Path(file)) if file else ""
+        if name == "decontaminate":
+            found |= {file.name: hash_file(Path(file.path)) for file in files_of((thresholds or {}).get("against", ()))}
+    return found
+
+
+def _imported(key: str, name: str) -> Callable[..., str | None]:
+    """A filter of the user's own, MODULE:FUNCTION."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+        inspect.signature(found)
+    except Exception as error:  # a module may raise anything as it is loaded
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"{key}: {name} cannot be used ({reason}); expected MODULE:FUNCTION, with the module's folder in PYTHONPATH"
+        ) from error
+    return found
+
+
+def _guarded(key: str, screen: Filter) -> Filter:
+    """A filter of the user's own whose errors are one line."""
+
+    def guarded(text: str) -> str | None:
+        try:
+            reason = screen(text)
+        except Exception as error:
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(f"{key} failed ({what}) for a text that begins with {text[:60]!r}") from error
+        if reason is not None and not (isinstance(reason, str) and reason):
+            raise ConfigError(f"{key} returned {reason!r}; expected the reason to drop a text, or None to keep it")
+        return reason
+
+    return guarded
+
+
+def sampled(share: float, seed: int) -> Filter:
+    """Keeps a share of the documents, by a hash of their stripped text that is not the one of the held-out split."""
+    bound = int(share * 2**64)
+
+    def screen(text: str) -> str | None:
+        return None if xxhash.xxh3_64_intdigest(text.strip().encode(), seed=2**32 + seed) < bound else NOT_SAMPLED
+
+    return screen
 
 
 def edits(filters: Mapping[str, Any]) -> list[Edit]:

@@ -13,6 +13,7 @@ import orjson
 
 from data_pipeline.config import RUNNING, BuildConfig
 from data_pipeline.document import BAD, DAMAGED, EMPTY, Piece, Record
+from data_pipeline.filters import NOT_SAMPLED, identities
 from data_pipeline.tokenizer import Tokenizer
 from ponder_scale.errors import ConfigError
 from ponder_scale.manifest import Manifest, ShardInfo, hash_file, sync
@@ -20,7 +21,11 @@ from ponder_scale.settings import to_dict
 from ponder_scale.shards import dtype_for
 
 QUARANTINE = "quarantine.jsonl"  # a line for each bad record
+DROPPED = "dropped.jsonl"  # a line for each document that was left out, if asked for
 INPUTS = "inputs.jsonl"  # a line for each piece of input read
+# What builds did before there were these keys: an origin is without them where they say so, as in older folders.
+BEFORE = {"heldout_by": "text", "keep_dropped": False}
+BEFORE_OF_SOURCE = {"sample": None}
 CLEANING = 2  # raised when near duplicates or filters leave out others than before: no build mixes both
 PACKAGES = ("ponder-scale", "datasets", "isal", "numpy", "orjson", "pyarrow", "sentencepiece", "tokenizers", "xxhash")
 
@@ -28,7 +33,8 @@ PACKAGES = ("ponder-scale", "datasets", "isal", "numpy", "orjson", "pyarrow", "s
 class Ledger:
     """What became of the records of one unit; bad ones are written down."""
 
-    def __init__(self, source: str, quarantine: Path) -> None:
+    def __init__(self, source: str, quarantine: Path, dropped: Path | None = None) -> None:
+        """`dropped`: where the texts go that are left out, if they are to be kept."""
         self.documents = 0
         self._source = source
         self._drops: Counter[str] = Counter()
@@ -37,6 +43,7 @@ class Ledger:
         self._first_bad: list[Any] | None = None
         self._path = quarantine
         self._stream = quarantine.open("wb")
+        self._dropped = None if dropped is None else dropped.open("wb")
 
     def drop(self, piece: Piece, record: Record) -> None:
         """Count a record that is no document; quarantine it when the input is at fault."""
@@ -46,9 +53,11 @@ class Ledger:
             line = {"source": self._source, "file": piece.name, "offset": record.offset, "reason": record.reason}
             self._stream.write(orjson.dumps(line) + b"\n")
 
-    def reject(self, reason: str) -> None:
+    def reject(self, reason: str, text: str) -> None:
         """Count a document that a filter or deduplication leaves out."""
         self._drops[reason] += 1
+        if self._dropped is not None and reason != NOT_SAMPLED:
+            self._dropped.write(orjson.dumps({"source": self._source, "reason": reason, "text": text}) + b"\n")
 
     def shorten(self, lines: int) -> None:
         """Count lines that a filter leaves out of a document."""
@@ -61,8 +70,9 @@ class Ledger:
 
     def close(self) -> dict[str, Any]:
         """All of it, for the journal."""
-        with self._stream:
-            sync(self._stream)
+        for stream in filter(None, (self._stream, self._dropped)):
+            with stream:
+                sync(stream)
         return {
             "source": self._source,
             "documents": self.documents,
@@ -133,14 +143,21 @@ def origin(config: BuildConfig, tokenizer: Tokenizer, plan: str) -> dict[str, An
     plan: the hash of the units, with names, sizes and times of all files.
     """
     settings = {key: value for key, value in to_dict(config).items() if key not in RUNNING}
-    if settings["heldout_by"] == "text":
-        del settings["heldout_by"]  # as in folders that were made before there was this key
+    for key, value in BEFORE.items():
+        if settings[key] == value:
+            del settings[key]
+    for source in settings["sources"].values():
+        for key, value in BEFORE_OF_SOURCE.items():
+            if source[key] == value:
+                del source[key]
     # files beside the tokenizer's may change these
     ends = [tokenizer.bos_id, tokenizer.eod_id]
     made: dict[str, Any] = {"config": settings, "tokenizer": tokenizer.sha256, "ends": ends, "plan": plan}
     used = {name for source in config.sources.values() for name in source.filters}
     if config.deduplicate == "minhash" or used & {"gopher_repetition", "c4"}:
         made["cleaning"] = CLEANING
+    if read := {name: what for name, source in config.sources.items() if (what := identities(source.filters))}:
+        made["filters"] = read
     return made
 
 

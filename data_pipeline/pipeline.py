@@ -25,7 +25,7 @@ from data_pipeline.backends import choose
 from data_pipeline.config import BuildConfig
 from data_pipeline.document import Unit
 from data_pipeline.filters import chosen
-from data_pipeline.manifest import INPUTS, QUARANTINE, compose, origin, totals, write_inputs
+from data_pipeline.manifest import DROPPED, INPUTS, QUARANTINE, compose, origin, totals, write_inputs
 from data_pipeline.output import WORK, check_replaceable, empty, publish, unfinished, workspace
 from data_pipeline.parallel import Stage, assemble, part
 from data_pipeline.readers import read
@@ -173,6 +173,8 @@ def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
         keys.append("tokenizer files")
     if one["ends"] != other["ends"]:
         keys.append("tokens that begin and end documents")
+    if one.get("filters") != other.get("filters"):
+        keys.append("files that filters read")
     return f"settings ({', '.join(keys)})" if keys else "inputs"
 
 
@@ -201,7 +203,9 @@ def _finish(folder: Path, out: Path, config: BuildConfig) -> None:
     read_by, made_by = ("scatter", "gather") if config.shuffle else ("shards", "shards")
     counts = totals(results(read_by), config)
     write_inputs(results(read_by), folder / INPUTS)
-    _join(sorted((folder / WORK / "quarantine").iterdir()), folder / QUARANTINE)
+    joined = {QUARANTINE: "*[0-9].jsonl", **({DROPPED: "*.dropped.jsonl"} if config.keep_dropped else {})}
+    for name, parts in joined.items():
+        _join(sorted((folder / WORK / "quarantine").glob(parts)), folder / name)
     splits: dict[str, list[ShardInfo]] = {split: [] for split in SPLITS}
     for result in results(made_by):
         for split in SPLITS:
@@ -212,7 +216,7 @@ def _finish(folder: Path, out: Path, config: BuildConfig) -> None:
         "sources": counts,
         "engines": {name: engines.count(name) for name in sorted(set(engines))},  # units done by each
     }
-    files = [folder / INPUTS, folder / QUARANTINE, *sorted((folder / TOKENIZER).iterdir())]
+    files = [folder / INPUTS, *(folder / name for name in joined), *sorted((folder / TOKENIZER).iterdir())]
     tokenizer = _open_tokenizer(folder / TOKENIZER, config)
     seal(folder, compose(folder, config, tokenizer, splits, files, provenance))
     open_shards(folder)

@@ -16,7 +16,7 @@ from data_pipeline import dedup, shuffle
 from data_pipeline.backends import REFERENCE, Encode, Mismatch, checked
 from data_pipeline.config import BuildConfig
 from data_pipeline.document import Unit
-from data_pipeline.filters import chosen, edits
+from data_pipeline.filters import Filter, chosen, edits, sampled
 from data_pipeline.manifest import Ledger
 from data_pipeline.output import WORK, PartWriter
 from data_pipeline.parallel import Report, Stage
@@ -81,7 +81,7 @@ class Tasks:
         """The keys of the documents of a unit, for deduplication; of none that a filter leaves out anyway, or it would
         take its equals of other sources with it."""
         unit, documents = self.plan.unit(number), 0
-        filters = chosen(unit.source, self.config.sources[unit.source].filters)
+        filters = self._filters(unit.source)
         keys_of = dedup.minhash_keys if self.config.deduplicate == "minhash" else dedup.exact_keys
         writer = dedup.KeyWriter(scratch, self.work / "keys", number)
         for text in self._texts(unit, None):
@@ -171,7 +171,8 @@ class Tasks:
 
     def _fill(self, number: int, unit: Unit, scratch: Path, encode: Encode, writers: dict[str, Any]) -> dict[str, Any]:
         """Read, clean and tokenize a unit into the writers of its splits; the journal."""
-        ledger = Ledger(unit.source, scratch / "quarantine")
+        dropped = scratch / f"{number:06d}.dropped.jsonl" if self.config.keep_dropped else None
+        ledger = Ledger(unit.source, scratch / "quarantine", dropped)
         wanted = self._wanted(number, unit, ledger)
         documents, size, tokens_written = 0, 0, 0
         batch: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -189,6 +190,8 @@ class Tasks:
         self._tell(unit.size, documents - ledger.documents, tokens_written)
         ledger.documents = documents
         result = ledger.close()
+        if dropped is not None:
+            dropped.rename(self.work / "quarantine" / dropped.name)
         (scratch / "quarantine").rename(self.work / "quarantine" / f"{number:06d}.jsonl")
         return result
 
@@ -220,20 +223,25 @@ class Tasks:
 
     def _wanted(self, number: int, unit: Unit, ledger: Ledger) -> Iterator[str]:
         """The texts of a unit that are to be kept; what is left out is counted."""
-        filters = chosen(unit.source, self.config.sources[unit.source].filters)
+        filters = self._filters(unit.source)
         if self.config.deduplicate == "none":
             duplicates: Any = ()
         else:
             duplicates = dedup.Duplicates(self.work / "duplicates", self._key_buckets, number)
         for count, text in enumerate(self._texts(unit, ledger)):
             if duplicates and count in duplicates:
-                ledger.reject(DUPLICATE)
+                ledger.reject(DUPLICATE, text)
                 continue
             reason = next(filter(None, (screen(text) for screen in filters)), None) if filters else None
             if reason is None:
                 yield text
             else:
-                ledger.reject(reason)
+                ledger.reject(reason, text)
+
+    def _filters(self, source: str) -> list[Filter]:
+        config = self.config.sources[source]
+        sample = [] if config.sample is None else [sampled(config.sample, self.config.seed)]
+        return [*sample, *chosen(source, config.filters)]
 
     def _texts(self, unit: Unit, ledger: Ledger | None) -> Iterator[str]:
         """The texts of all documents of a unit; `_consumed` counts the bytes of input read for them."""

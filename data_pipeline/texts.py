@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from data_pipeline.config import BuildConfig
 from data_pipeline.document import BAD
-from data_pipeline.filters import chosen, edits
+from data_pipeline.filters import chosen, edits, sampled
 from data_pipeline.progress import Progress
 from data_pipeline.readers import read
 from data_pipeline.sources import COMPRESSED
@@ -96,6 +96,9 @@ def _documents(config: BuildConfig, counts: dict[str, Read], what: str) -> Itera
     """(source, text) of each document that the filters keep; `counts` is filled by source."""
     counts.update({name: Read() for name in config.sources})
     filters = {name: chosen(name, source.filters) for name, source in config.sources.items()}
+    for name, source in config.sources.items():
+        if source.sample is not None:
+            filters[name].insert(0, sampled(source.sample, config.seed))
     shorten = {name: edits(source.filters) for name, source in config.sources.items()}
     planned = list(units(config.sources, config.shard_bytes))
     with Progress(what, sum(unit.size for unit in planned)) as progress:

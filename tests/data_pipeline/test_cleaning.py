@@ -155,6 +155,7 @@ def test_all_thresholds_are_the_published_ones():
             "max_duplicate_n_grams": (0.15, 0.14, 0.13, 0.12, 0.11, 0.10),
         },
         "c4": {"min_sentences": 5, "max_lorem_ipsum": 0, "max_braces": 0, "max_word": 1000},
+        "decontaminate": {"against": (), "field": "text", "n": 13},
     }
 
 
