@@ -180,7 +180,7 @@ def test_texts_with_a_stretch_of_an_evaluation_set_are_dropped_and_counted_by_se
     [
         ("{}", "sources.web.filters.decontaminate.against names no evaluation set; give a list of files"),
         ("{against: quiz.jsonl}", "sources.web.filters.decontaminate.against names no evaluation set"),
-        ("{against: [nothing.jsonl]}", "nothing.jsonl; no such file"),
+        ("{against: [nothing.jsonl]}", "decontaminate: nothing.jsonl: no such file"),
         ("{SETS, n: 30}", "no text of .*quiz.jsonl has 30 words; lower n or leave it out"),
         ("{SETS, n: 0}", "n is 0; expected at least 1 word"),
         (
