@@ -71,7 +71,7 @@ class BuildConfig:
     heldout_fraction: float = knob(
         0.005, "of the documents, chosen by the hash of their text: stable as data grows", min=0, max=0.5
     )
-    heldout_by: Literal["stripped", "text"] = knob(
+    split_by: Literal["stripped", "text"] = knob(
         "stripped",
         "that text, without the white space around it, so that copies that differ in it are on one side; text: with "
         "it, as all builds did before there was this key",

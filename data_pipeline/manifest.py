@@ -24,7 +24,7 @@ QUARANTINE = "quarantine.jsonl"  # a line for each bad record
 DROPPED = "dropped.jsonl"  # a line for each document that was left out, if asked for
 INPUTS = "inputs.jsonl"  # a line for each piece of input read
 # What builds did before there were these keys: an origin is without them where they say so, as in older folders.
-BEFORE = {"heldout_by": "text", "keep_dropped": False}
+BEFORE = {"split_by": "text", "keep_dropped": False}
 BEFORE_OF_SOURCE = {"sample": None}
 CLEANING = 2  # raised when near duplicates or filters leave out others than before: no build mixes both
 PACKAGES = ("ponder-scale", "datasets", "isal", "numpy", "orjson", "pyarrow", "sentencepiece", "tokenizers", "xxhash")

@@ -197,7 +197,7 @@ class Tasks:
 
     def _side(self, text: str) -> int:
         """The hash that decides a document's split."""
-        decides = text.strip() if self.config.heldout_by == "stripped" else text
+        decides = text.strip() if self.config.split_by == "stripped" else text
         return xxhash.xxh3_64_intdigest(decides.encode(), seed=self.config.seed)
 
     def _write(self, batch: dict[str, list[str]], encode: Encode, writers: dict[str, Any]) -> int:

@@ -532,26 +532,26 @@ def test_copies_that_differ_in_the_white_space_around_them_are_on_one_side(tiny_
 
 
 def test_the_split_of_an_older_folder_is_made_again_by_its_rule(tiny_tokenizer, tmp_path, capsys):
-    """Folders made before there was heldout_by have no such key; which side a text is on may not change as it grows."""
+    """Folders made before there was split_by have no such key; which side a text is on may not change as it grows."""
     texts = [f"{text}\n" for text in make_texts(300)]
     corpus = write_jsonl(tmp_path / "web.jsonl", texts)
     out = tmp_path / "out"
-    assert main(arguments(corpus, tiny_tokenizer, out, "heldout_by=text")) == 0
+    assert main(arguments(corpus, tiny_tokenizer, out, "split_by=text")) == 0
     bound = int(0.1 * 2**64)
     expected = {text for text in texts if xxhash.xxh3_64_intdigest(text.encode(), seed=0) < bound}
     assert sides(out)[1] == expected and expected
     origin = read_manifest(out).provenance["origin"]
-    assert "heldout_by" not in origin["config"] and "cleaning" not in origin
+    assert "split_by" not in origin["config"] and "cleaning" not in origin
     capsys.readouterr()
-    assert main(arguments(corpus, tiny_tokenizer, out, "heldout_by=text")) == 0
+    assert main(arguments(corpus, tiny_tokenizer, out, "split_by=text")) == 0
     assert "was built from these inputs and settings already" in capsys.readouterr().out
     assert main(arguments(corpus, tiny_tokenizer, out)) == 2
     error = capsys.readouterr().err
-    assert "was made from other inputs, settings or another tokenizer: settings (heldout_by) differ; " in error
+    assert "was made from other inputs, settings or another tokenizer: settings (split_by) differ; " in error
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "new")) == 0
     expected = {text for text in texts if xxhash.xxh3_64_intdigest(text.strip().encode(), seed=0) < bound}
     assert sides(tmp_path / "new")[1] == expected
-    assert read_manifest(tmp_path / "new").provenance["origin"]["config"]["heldout_by"] == "stripped"
+    assert read_manifest(tmp_path / "new").provenance["origin"]["config"]["split_by"] == "stripped"
 
 
 @pytest.mark.parametrize("setting", ["deduplicate=minhash", "sources.web.filters={c4: {}}"])
