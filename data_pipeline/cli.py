@@ -12,7 +12,7 @@ from data_pipeline.config import BuildConfig, SourceConfig, SourceKind
 from data_pipeline.parallel import one_thread
 from data_pipeline.progress import Progress
 from ponder_scale.commandline import Parser, new_folder, number, outlive_readers, parse, path, whole
-from ponder_scale.errors import ShardError, UserError
+from ponder_scale.errors import ConfigError, ShardError, UserError
 from ponder_scale.manifest import read_manifest, verify
 from ponder_scale.settings import find_recipe, load
 

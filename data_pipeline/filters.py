@@ -163,7 +163,7 @@ def chosen(source: str, filters: Mapping[str, Any]) -> list[Filter]:
         for threshold, value in (thresholds or {}).items():
             if threshold not in known:
                 raise ConfigError(f"{key}.{threshold}: unknown threshold; expected one of: {', '.join(known)}")
-            if ":" in name or threshold == "against" or (value is None and threshold == "max_characters"):
+            if ":" in name or threshold in ("against", "field") or (value is None and threshold == "max_characters"):
                 continue
             if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
                 raise ConfigError(f"{key}.{threshold} is {value!r}; expected a number, at least 0")
