@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ponder_scale import records
 from ponder_scale.compare.members import Member, Run
@@ -20,6 +21,8 @@ class Result:
 
     Args:
         curve: (step, held-out loss of the last pass), as far as it has come.
+        trained: tokens and FLOPs that it had trained by then, by step, as it recorded them; runs of older versions did
+            not.
         seconds: of training, without evaluations and saves.
         held_out_tokens: over which the losses are means.
     """
@@ -29,6 +32,14 @@ class Result:
     seconds: float
     held_out_tokens: int
     finished: bool
+    trained: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def amount(self, axis: str, step: int) -> float:
+        """Its tokens or FLOPs up to an evaluation: recorded, else as its recipe has them."""
+        if step in self.trained:
+            return self.trained[step][axis]
+        member = self.run.member
+        return {"tokens": member.tokens, "flops": member.flops}[axis] * member.share(step)
 
     @property
     def loss(self) -> float:
@@ -77,15 +88,18 @@ def read_result(run: Run) -> Result | None:
         return None
     curve: list[tuple[int, float]] = []
     seconds, before, tokens = 0.0, 0, 0
+    trained: dict[int, dict[str, Any]] = {}
     for record in records.read(path):
         if record["event"] == "evaluation":
             loss = record["losses"][-1]  # null where it was not finite
             curve.append((record["step"], math.nan if loss is None else loss))
             tokens = record["tokens"]
+            if "trained_tokens" in record:
+                trained[record["step"]] = {axis: record[f"trained_{axis}"] for axis in ("tokens", "flops")}
         elif record["event"] == "step":
             seconds += record["seconds_per_step"] * (record["step"] - before)
             before = record["step"]
-    return Result(run, curve, seconds, tokens, curve[-1][0] == run.member.steps) if curve else None
+    return Result(run, curve, seconds, tokens, curve[-1][0] == run.member.steps, trained) if curve else None
 
 
 def verdicts(results: Sequence[Result]) -> list[Verdict]:
@@ -102,7 +116,7 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
             ]
             if pairs:
                 differences = [other.loss - ours.loss for ours, other in pairs]
-                ahead = _ahead_from(pairs, pondering)
+                ahead = _ahead_from(pairs)
                 found.append(Verdict(pondering.name, baseline.name, differences, half_width(differences), ahead))
     return found
 
@@ -120,7 +134,7 @@ def members_of(results: Sequence[Result]) -> list[Member]:
     return list({result.run.member.name: result.run.member for result in results}.values())
 
 
-def _ahead_from(pairs: list[tuple[Result, Result]], member: Member) -> int | None:
+def _ahead_from(pairs: list[tuple[Result, Result]]) -> int | None:
     curves = [(dict(ours.curve), dict(other.curve)) for ours, other in pairs]
     if any(ours.keys() != other.keys() for ours, other in curves):
         return None
@@ -130,4 +144,4 @@ def _ahead_from(pairs: list[tuple[Result, Result]], member: Member) -> int | Non
             ahead = None
         elif ahead is None:
             ahead = step
-    return None if ahead is None else round(member.share(ahead) * member.tokens)
+    return None if ahead is None else round(max(ours.amount("tokens", ahead) for ours, _ in pairs))

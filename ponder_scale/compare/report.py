@@ -76,14 +76,17 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for member in members_of(results):
         done = [result for result in results if result.run.member == member and result.finished]
-        measured = ("-",) * 3
+        measured, tokens, flops = ("-",) * 3, float(member.tokens), member.flops
         if done:
             losses = [result.loss for result in done]
             mean, spread = statistics.fmean(losses), half_width(losses)
             around = "" if spread is None else f" +- {spread:.4f}"
+            tokens, flops = (
+                statistics.fmean(result.amount(axis, member.steps) for result in done) for axis in ("tokens", "flops")
+            )
             seconds = statistics.fmean(result.seconds for result in done)
             measured = (span(seconds), f"{mean:.4f}{around}", shown(perplexity(mean)))
-        size = (count(member.parameters), count(member.tokens), f"{member.flops:.3g}")
+        size = (count(member.parameters), count(tokens), f"{flops:.3g}")
         rows.append((member.name, member.about, *size, *measured, str(len(done))))
     return rows
 
@@ -92,12 +95,12 @@ def _curves(results: Sequence[Result], axis: str) -> dict[str, list[tuple[float,
     """The mean over seeds of each member's held-out loss, at the evaluations that all its seeds have."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for member in members_of(results):
-        curves_of_seeds = [dict(result.curve) for result in results if result.run.member == member]
-        whole = {"tokens": member.tokens, "flops": member.flops}
+        of_seeds = [result for result in results if result.run.member == member]
+        curves_of_seeds = [dict(result.curve) for result in of_seeds]
         shared = set.intersection(*(set(curve) for curve in curves_of_seeds))
         points = [
             (
-                whole[axis] * member.share(step) if axis in whole else step,
+                step if axis == "step" else statistics.fmean(result.amount(axis, step) for result in of_seeds),
                 statistics.fmean(curve[step] for curve in curves_of_seeds),
             )
             for step in sorted(shared)
@@ -120,6 +123,7 @@ def _content(name: str, results: Sequence[Result]) -> dict[str, Any]:
             "seconds": result.seconds,
             "held_out_tokens": result.held_out_tokens,
             "curve": result.curve,
+            "trained": result.trained,
         }
         for result in of_member
     ]

@@ -102,8 +102,17 @@ class Loader:
 
     @property
     def consumed(self) -> int:
-        """Sequences of the run's order that are behind `next_step`, those left out included."""
+        """Sequences of the run's order that are behind `next_batches`, those left out included."""
         return self._consumed
+
+    @property
+    def taken(self) -> int:
+        """Those of them that were read, going by what is left out now."""
+        position = left_out = 0
+        for first, end in self._skip:
+            first, end = max(first, position), min(end, self._consumed)
+            left_out, position = left_out + max(0, end - first), max(position, end)
+        return self._consumed - left_out
 
     def leave_out(self, first: int, end: int) -> None:
         """From the next step on, pass over the sequences [first, end) of the run's order, as those of data.skip."""

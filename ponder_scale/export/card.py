@@ -70,6 +70,20 @@ def model_card(
     )
 
 
+def _trained_on(state: Mapping[str, Any]) -> str:
+    """What the weights have learned from, as the run recorded it."""
+    length = f"sequences of {state['config']['data']['seq_len']:,}"
+    done = state.get("done")
+    if done is None:  # saved before runs recorded what they did
+        return f"{state['tokens']:,} tokens in {state['step']:,} steps, {length}"
+    tokens, steps = done["tokens"] - done["skipped_tokens"], done["steps"] - done["skipped_steps"]
+    text = f"{tokens:,} tokens in {steps:,} steps, {length}; {done['flops']:.3g} FLOPs"
+    if len(done["steps_by_pondering_steps"]) > 1:
+        counts = (f"{count:,} of S = {ponder}" for ponder, count in done["steps_by_pondering_steps"].items())
+        text += f"; steps: {', '.join(counts)}"
+    return text + (f"; updates skipped: {done['skipped_steps']:,}" if done["skipped_steps"] else "")
+
+
 def trained_card(
     name: str,
     state: Mapping[str, Any],
@@ -105,8 +119,7 @@ def trained_card(
     kind = f"running average over training, decay {config['optim']['ema']:g}" if average else "of the last step"
     facts = {
         "weights": kind,
-        "trained on": f"{state['tokens']:,} tokens in {state['step']:,} steps, sequences of "
-        f"{config['data']['seq_len']:,}",
+        "trained on": _trained_on(state),
         "data": ", ".join(shares),
         "hash of its manifests": state["loader"]["shards"],
         "held-out loss (perplexity)": losses,

@@ -244,6 +244,11 @@ class Engine:
         """
         return 0.0 if self._micro_step > 0 else self._gate.step(self.deepspeed, accept)
 
+    @property
+    def updated(self) -> bool:
+        """Whether the last step updated the weights."""
+        return self._gate.opened
+
     def average_weights(self, step: int) -> None:
         """Count the weights after this step into their running average, where the run keeps one and updated them.
 

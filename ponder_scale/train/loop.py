@@ -43,6 +43,7 @@ from ponder_scale.train.sanity import rehearse, trial_save
 from ponder_scale.train.schedules import learning_rate, pondering_steps
 from ponder_scale.train.state import RunState
 from ponder_scale.train.watchdog import Watch, forget_ranks
+from ponder_scale.train.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def _train(run: _Run) -> int:
     due = step > 0 and (step == config.train.steps or _due(step, config.evaluate.every_steps))
     if due and not orders.stop and not run.engine.agreed(run.metrics.has_evaluation(step)):
         _evaluate(run, step)  # the attempt before had to end
-    run.metrics.resume_clock(step, run.loader.wait_seconds)
+    run.metrics.resume_clock(run.loader.wait_seconds)
     while step < config.train.steps and not orders.stop:
         step, began = step + 1, run.watch.clock()
         run.watch.enter("data", step)
@@ -97,6 +98,7 @@ def _train(run: _Run) -> int:
                 run.incidents.compare_replicas(step)
             grad_norm = run.engine.step(partial(run.health.accepts, means["pass_losses"][-1]))
             run.engine.average_weights(step)
+        run.work.add(config.train.batch_at(step), ponder, updated=run.engine.updated)
         run.control.took(step=run.watch.clock() - began)
         if logged:
             run.metrics.log_step(
@@ -134,6 +136,7 @@ class _Run:
     watch: Watch
     health: Health
     incidents: Incidents
+    work: Work
     first_step: int
 
 
@@ -160,7 +163,9 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
     model_values = json.loads(json.dumps(configuration.to_dict()))  # as a checkpoint gives it back
     tokenizer = next(iter(sources.values())).tokenizer_folder
     health = Health(config.health)
-    state = RunState(config, model_values, tokenizer, engine, loader, health, watch.alive)
+    shape = model_shape(configuration, config.data.seq_len)
+    work = Work(config, shape)
+    state = RunState(config, model_values, tokenizer, engine, loader, health, work, watch.alive)
     for stretch in engine.agreed(left_out(run_dir)):
         loader.leave_out(*stretch)
     began = time.monotonic()
@@ -176,7 +181,8 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
         run_dir,
         start_step=done,
         active=engine.rank == 0,
-        shape=model_shape(configuration, config.data.seq_len),
+        work=work,
+        vocabulary=shape.vocabulary,
         peak=engine.peak_flops(),
         attempt=state.attempt,
         check_owned=state.check_owned,
@@ -200,7 +206,7 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
     if config.train.sanity_step and not done:
         rehearse(engine, config, configuration.vocab_size)
         control.took(save=trial_save(run_dir, config, state))
-    watched = (control, metrics, profiler, watch, health, incidents)
+    watched = (control, metrics, profiler, watch, health, incidents, work)
     return _Run(config, sources, engine, loader, state, *watched, done + 1)
 
 
@@ -300,7 +306,7 @@ def _evaluate(run: _Run, step: int) -> None:
     run.engine.end_evaluation()
     run.metrics.log_evaluation(step, losses)
     run.control.took(evaluation=run.watch.clock() - began)
-    run.metrics.resume_clock(step, run.loader.wait_seconds)
+    run.metrics.resume_clock(run.loader.wait_seconds)
 
 
 def _heldout(run: _Run, name: str) -> Iterator[MicroBatch]:
@@ -319,7 +325,7 @@ def _save(run: _Run, step: int, reason: str) -> None:
     run.metrics.sync()
     run.state.save(step, reason)
     run.incidents.saved()
-    run.metrics.resume_clock(step, run.loader.wait_seconds)
+    run.metrics.resume_clock(run.loader.wait_seconds)
     if run.state.save_seconds:  # none known while the first one is written behind
         run.control.took(save=run.state.save_seconds)
 

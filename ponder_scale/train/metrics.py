@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ponder_scale.config import RunConfig
-from ponder_scale.cost import Shape
 from ponder_scale.heldout import HeldOut, mean_over
 from ponder_scale.records import Recorder
 from ponder_scale.train.alarms import CollapseAlarms
 from ponder_scale.train.console import evaluation_lines, folded, step_line
 from ponder_scale.train.throughput import Throughput
 from ponder_scale.train.trackers import open_trackers
+from ponder_scale.train.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ class Metrics:
         start_step: steps done before; what an earlier attempt computed after it leaves metrics.jsonl.
         attempt: which start of the run this is, counted from 1.
         check_owned: raises where another process has taken the run over; asked before anything is recorded.
-        shape: of the model.
+        work: what the run has done.
+        vocabulary: of the model.
         peak: dense bf16 FLOP/s of all devices; None where it is not known, and then MFU and HFU are not either.
     """
 
@@ -78,14 +79,15 @@ class Metrics:
         active: bool,
         attempt: int = 1,
         check_owned: Callable[[], None] = lambda: None,
-        shape: Shape,
+        work: Work,
+        vocabulary: int,
         peak: float | None,
     ) -> None:
-        self._config, self._active = config, active
+        self._config, self._active, self._work = config, active, work
         if not active:
             return
-        self._throughput = Throughput(config, shape, start_step=start_step, peak=peak)
-        self._alarms = CollapseAlarms(config, shape.vocabulary)
+        self._throughput = Throughput(config, work, peak=peak)
+        self._alarms = CollapseAlarms(config, vocabulary)
         self._recorder = Recorder(run_dir, start_step=start_step, attempt=attempt, check_owned=check_owned)
         self._trackers = open_trackers(config, run_dir, start_step=start_step, reached=self._recorder.reached)
 
@@ -144,15 +146,17 @@ class Metrics:
             return
         mean = mean_over(sources.values())
         by_source = {name: {"losses": found.losses, "tokens": found.tokens} for name, found in sources.items()}
-        self._write("evaluation", step, {"losses": mean.losses, "tokens": mean.tokens, "sources": by_source})
+        trained = {"trained_tokens": self._work.tokens, "trained_flops": self._work.flops}
+        values = {"losses": mean.losses, "tokens": mean.tokens, **trained, "sources": by_source}
+        self._write("evaluation", step, values)
         for name, found in [*sources.items(), *([("all", mean)] if len(sources) > 1 else [])]:
             for line in evaluation_lines(step, self._config.train.steps, name, found.tokens, found.perplexities):
                 logger.info("%s", line)
 
-    def resume_clock(self, step: int, data_wait: float) -> None:
+    def resume_clock(self, data_wait: float) -> None:
         """Leave out the time since the last record, after something else than training; `data_wait` as above."""
         if self._active:
-            self._throughput.restart(step, data_wait)
+            self._throughput.restart(data_wait)
 
     def sync(self) -> None:
         """Wait until the record is on disk; before a save, so that a checkpoint is never ahead of it."""

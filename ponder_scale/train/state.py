@@ -30,6 +30,7 @@ from ponder_scale.settings import to_dict
 from ponder_scale.train import attempts, generators
 from ponder_scale.train.engine import Engine, code_commit, versions
 from ponder_scale.train.health import Health
+from ponder_scale.train.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +55,13 @@ class RunState:
         engine: Engine,
         loader: Loader,
         health: Health,
+        work: Work,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._config, self._run_dir = config, Path(config.run_dir)
         self._model_values, self._tokenizer = model_values, tokenizer
         self._engine, self._loader, self._health = engine, loader, health
+        self._work = work
         self._alive = alive
         self._group = dist.new_group(backend="gloo", timeout=SLOWEST_SAVE)
         self._ranks = Ranks(engine.rank, engine.world_size, self._gather, alive)
@@ -261,10 +264,11 @@ class RunState:
 
     def _state(self, step: int) -> dict[str, Any]:
         """Contents of state.json. Learning rate and pondering steps are not in it: functions of step and seed."""
-        engine, train = self._engine, self._config.train
+        engine = self._engine
         return {
             "step": step,
-            "tokens": train.sequences_until(step) * self._config.data.seq_len,
+            "tokens": self._work.tokens,
+            "done": self._work.state(),
             "attempt": self.attempt,
             "loader": self._loader.state(),
             "health": self._health.state(),
@@ -287,6 +291,14 @@ class RunState:
         engine.partition.restore(self._parts(newest, same), state["optimizer"]["scalars"], self._alive)
         self._loader.restore(state["loader"])
         self._health.restore(state["health"])
+        if "done" in state:
+            self._work.restore(state["done"])
+        else:
+            self._work.estimate(state, self._loader.taken)
+            logger.info(
+                "%s does not say what the run had done: %s tokens by its loader, FLOPs by its own recipe",
+                *(newest, f"{self._work.tokens:,}"),
+            )
         if layout[0] == engine.world_size:
             generators.restore(read_metadata(newest / part_name(engine.rank))["generators"])
         else:  # those of ranks that are gone or new cannot be carried on

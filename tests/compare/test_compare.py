@@ -148,6 +148,28 @@ def test_a_result_is_what_the_record_says(tmp_path: Path) -> None:
     assert found is not None
     assert (found.curve, found.seconds, found.held_out_tokens, found.finished) == ([(5, 4.0)], 13.0, 64, False)
     assert read_result(Run(run.member, 1, tmp_path / "absent")) is None
+    assert (found.amount("tokens", 5), found.amount("flops", 5)) == (500, 0.625)  # of an older version: by its recipe
+
+
+def test_a_run_whose_batch_was_changed_is_compared_by_what_it_trained(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {"event": "evaluation", "step": step, "losses": [loss], "tokens": 64, "trained_tokens": 70 * step,
+         "trained_flops": 3e9 * step}
+        for step, loss in ((5, 4.0), (8, 2.0))
+    ]  # fmt: skip
+    results = []
+    for name in ("pondering-1", "vanilla"):
+        (tmp_path / name).mkdir()
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "metrics.jsonl").write_text(text.replace("2.0", "1.0") if name != "vanilla" else text)
+        found = read_result(Run(Member(name, "", (), 1, TrainConfig(8, 1), 800, 1.0), 1, tmp_path / name))
+        assert found is not None
+        results.append(found)
+    text = write_report(tmp_path, results, [])
+    assert [verdict.ahead_from for verdict in verdicts(results)] == [560]
+    assert text.count("| 0.00 M | 2.4e+10 |") == 2
+    content = json.loads((tmp_path / "compare.json").read_text())
+    assert content["members"][0]["runs"][0]["trained"]["8"] == {"tokens": 560, "flops": 2.4e10}
 
 
 @pytest.fixture(scope="module")

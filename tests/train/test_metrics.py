@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from ponder_scale.train.alarms import FIRST_STEP, LOGGED_STEPS, CollapseAlarms
 from ponder_scale.train.metrics import Metrics, StepTally
 from ponder_scale.train.schedules import pondering_steps
 from ponder_scale.train.throughput import Throughput
+from ponder_scale.train.work import Work
 
 SHAPE = Shape(1000, 400, vocabulary=50, hidden=8, layers=2, sequence=16, pondering_steps=3)
 
@@ -30,11 +32,18 @@ def config(*overrides: str) -> RunConfig:
     return load(RunConfig, None, [*fixed, "train.global_batch=4", "train.recompute=pass", *overrides])
 
 
+def worked(work: Work, *batches: int, ponder: int = 3) -> None:
+    for sequences in batches:
+        work.add(sequences, ponder, updated=True)
+
+
 def test_rates_leave_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(throughput_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    throughput = Throughput(config(), SHAPE, start_step=0, peak=1e6)
+    work = Work(config(), SHAPE)
+    throughput = Throughput(config(), work, peak=1e6)
     clock.now += 10.0
+    worked(work, *[4] * 5)
     first = throughput.since_last(5, data_wait=1.0)
     assert (first["tokens"], first["seconds_per_step"], first["tokens_per_second"]) == (5 * 64, 2.0, 32.0)
     assert first["seconds_left"] == 190.0 and first["data_wait_share"] == pytest.approx(0.1)
@@ -42,9 +51,11 @@ def test_rates_leave_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch) -
     assert first["flops"] == pytest.approx(5 * 64 * each.model)
     assert first["mfu"] == pytest.approx(5 * 64 * each.model / 10.0 / 1e6)
     assert first["hfu"] == pytest.approx(5 * 64 * each.hardware / 10.0 / 1e6)
+    worked(work, 4, 4)
     clock.now += 1000.0  # a save
-    throughput.restart(7, data_wait=5.0)
+    throughput.restart(data_wait=5.0)
     clock.now += 3.0
+    worked(work, 4, 4, 4)
     second = throughput.since_last(10, data_wait=5.3)
     assert second["seconds_per_step"] == 1.0 and second["data_wait_share"] == pytest.approx(0.1)
     assert second["mfu"] == pytest.approx(3 * 64 * each.model / 3.0 / 1e6)
@@ -54,10 +65,12 @@ def test_rates_leave_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch) -
 def test_the_time_left_is_told_by_a_window_and_not_by_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(throughput_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    throughput = Throughput(config("train.steps=1000"), SHAPE, start_step=0, peak=None)
+    work = Work(config("train.steps=1000"), SHAPE)
+    throughput = Throughput(config("train.steps=1000"), work, peak=None)
 
     def left_after(step: int, seconds: float) -> float:
         clock.now += seconds
+        worked(work, 4)
         found = throughput.since_last(step, 0.0)
         return found["seconds_left"] / (1000 - step)  # of a step
 
@@ -69,27 +82,35 @@ def test_the_time_left_is_told_by_a_window_and_not_by_the_last_line(monkeypatch:
     assert [round(left_after(step, 3.0)) for step in range(61, 112)][-1] == 3  # which has left the window
 
 
-def test_flops_count_the_pondering_steps_that_were_drawn_also_after_a_resume() -> None:
+def test_flops_count_the_pondering_steps_that_were_taken_bit_for_bit_also_after_a_resume() -> None:
     random = config("train.pondering.schedule=uniform", "train.pondering.low=0", "model.pondering_steps=3")
     drawn = [pondering_steps(step, 3, random.train.pondering, random.seed) for step in range(1, 41)]
     expected = sum(64 * flops_per_token(SHAPE, "pass", steps).model for steps in drawn)
-    whole = Throughput(random, SHAPE, start_step=0, peak=None).since_last(40, 0.0)
-    resumed = Throughput(random, SHAPE, start_step=17, peak=None).since_last(40, 0.0)
-    assert whole["flops"] == pytest.approx(expected) and resumed["flops"] == pytest.approx(expected)
-    assert whole["mfu"] is None
+    whole, resumed = Work(random, SHAPE), Work(random, SHAPE)
+    for number, steps in enumerate(drawn):
+        worked(whole, 4, ponder=steps)
+        if number == 17:
+            resumed.restore(json.loads(json.dumps(whole.state())))
+        elif number > 17:
+            worked(resumed, 4, ponder=steps)
+    assert whole.flops == pytest.approx(expected) and resumed.state() == whole.state()
+    assert sum(whole.by_pondering_steps.values()) == 40
 
 
 def test_rates_follow_the_tokens_of_a_ramp(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(throughput_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     ramp = config("train.batch_ramp_from=1", "train.batch_ramp_steps=7")  # 1 1 2 2 3 3 4 4 ...
-    throughput = Throughput(ramp, SHAPE, start_step=0, peak=None)
-    throughput.restart(2, data_wait=0.0)
+    work = Work(ramp, SHAPE)
+    throughput = Throughput(ramp, work, peak=None)
+    worked(work, 1, 1)
+    throughput.restart(data_wait=0.0)
     clock.now += 5.0
+    worked(work, 2, 2, 3)
     found = throughput.since_last(5, data_wait=0.0)
     assert found["global_batch"] == 3 and found["tokens"] == 9 * 16 and found["tokens_per_second"] == 7 * 16 / 5.0
     assert found["seconds_per_step"] == pytest.approx(5.0 / 3)
-    assert found["seconds_left"] == pytest.approx(5.0 / 7 * (3 + 94 * 4))
+    assert found["seconds_left"] == pytest.approx(5.0 / 7 * (3 + 94 * 4)) and found["mfu"] is None
     assert found["flops"] == pytest.approx(9 * 16 * flops_per_token(SHAPE, "pass").model)
 
 
@@ -139,9 +160,12 @@ def two_attempts(run_dir: Path, **log: str) -> None:
     """Steps 1 to 6, a crash, and steps 4 to 9."""
     settings = config(f"run_dir={run_dir}", *(f"log.{key}={value}" for key, value in log.items()))
     for attempt, first, last in ((1, 1, 6), (2, 4, 9)):
-        metrics = Metrics(settings, run_dir, start_step=first - 1, active=True, attempt=attempt, shape=SHAPE, peak=None)
+        work = Work(settings, SHAPE)
+        options = {"start_step": first - 1, "attempt": attempt, "work": work, "vocabulary": 50}
+        metrics = Metrics(settings, run_dir, active=True, peak=None, **options)
         for step in range(first, last + 1):
             values = {"pass_losses": [3.0, float(step)], "pass_entropies": [1.0, 1.0], "pass_kls": [0.1]}
+            worked(work, 4)
             metrics.log_step(step, values, labels=64, grad_norm=1.0, lr=1e-3, data_wait=0.0)
         if attempt == 2:
             metrics.log_event("end", last, reason="done")
