@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 METRICS, SUPERSEDED = "metrics.jsonl", "metrics.superseded.jsonl"
 COMPUTED = ("step", "evaluation")
 ENDED, REFUSED, FAILED = "ended", "refused", "failed"  # last phases of a rank's heartbeat; the second before any step
-HISTORY = ("resume", "save", "skip", "alarm", "rewind", "straggler", "end")
+HISTORY = ("resume", "change", "save", "skip", "alarm", "rewind", "straggler", "end")
 
 
 class Recorder:

@@ -169,6 +169,8 @@ def _attempt(run_dir: Path, now: float) -> str:
         where.append(f"{last['world_size']} ranks")
     resumed = last.get("resumed_from")
     where.append(f"went on from {resumed}" if resumed else "from the beginning")
+    if last.get("changed"):
+        where.append(f"changed: {', '.join(last['changed'])}")
     return f"{last.get('attempt', len(lines))}: {', '.join(where)}"
 
 
@@ -229,7 +231,9 @@ def _ranks(hearts: _Hearts, now: float) -> str:
 
 
 def _events(records: list[dict[str, Any]], now: float) -> str:
-    events = [record for record in records if record["event"] in HISTORY][-EVENTS_SHOWN:]
+    # changed settings are with the attempt; here they would leave no room for the others
+    shown = [record for record in records if record["event"] in HISTORY and record["event"] != "change"]
+    events = shown[-EVENTS_SHOWN:]
     if not events:
         return "none"
     return "; ".join(f"{describe(record)} ({duration(now - record['time'])} ago)" for record in reversed(events))

@@ -122,7 +122,7 @@ class Engine:
     def __init__(self, model: Any, config: RunConfig) -> None:
         refuse_foreign_checkpointing(model)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        sharding = read_sharding(config.train.deepspeed)
+        sharding = self.sharding = read_sharding(config.train.deepspeed)  # as the file has it
         _refuse_without_cuda(sharding["zero_optimization"], config.train.deepspeed)
         if self.rank == 0:
             sharding = settle_sharding(config, sharding, model.config, present_devices(config, self.world_size))

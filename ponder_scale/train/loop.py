@@ -190,6 +190,8 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
     state.record = metrics.log_event
     if done:
         metrics.log_event("resume", done, world_size=engine.world_size)
+    for change in state.changes:
+        metrics.log_event("change", done, **change._asdict())
     steps = config.train.steps
     logger.info(
         "%s parameters, S = %d, ZeRO-%d on %d ranks (%s), recompute %s, %s",

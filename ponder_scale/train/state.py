@@ -28,6 +28,7 @@ from ponder_scale.errors import CheckpointError, FencedError, SaveError
 from ponder_scale.parts import WEIGHT, Parts, part_name, read_metadata, write_part
 from ponder_scale.settings import to_dict
 from ponder_scale.train import attempts, generators
+from ponder_scale.train.changes import Change, between
 from ponder_scale.train.engine import Engine, code_commit, versions
 from ponder_scale.train.health import Health
 from ponder_scale.train.work import Work
@@ -68,6 +69,7 @@ class RunState:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
         self._saving: _Saving | None = None
         self.attempt = 0
+        self.changes: list[Change] = []  # of this attempt against the checkpoint that it went on from
         self._saved_step = 0
         self._saved_at = time.monotonic()
         self._failures: list[SaveError] = []  # in a row
@@ -86,6 +88,7 @@ class RunState:
         step = 0 if newest is None else self._load(newest)
         if self._engine.rank == 0:
             facts = {"hosts": self._hosts(), "world_size": self._engine.world_size, "first_step": step + 1}
+            facts["changed"] = {change.key: [change.before, change.after] for change in self.changes}
             self.attempt = attempts.claim(self._run_dir, **facts, resumed_from=newest and newest.name)
         else:
             self._hosts()
@@ -275,9 +278,16 @@ class RunState:
             "optimizer": {"name": engine.optimizer_name, "scalars": engine.partition.scalars()},
             "model": self._model_values,
             "parameters": engine.partition.shapes(),
-            "config": to_dict(self._config),
-            "world_size": engine.world_size,
             "zero_stage": engine.zero_stage,
+            **self._circumstances(),
+        }
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What may be otherwise when the run goes on, and is then told."""
+        return {
+            "config": to_dict(self._config),
+            "sharding": self._engine.sharding,
+            "world_size": self._engine.world_size,
             "versions": versions(),
             "commit": code_commit(),
         }
@@ -310,6 +320,9 @@ class RunState:
                 "it was saved by %d ranks under ZeRO-%d; %d ranks under ZeRO-%d take what they need of it",
                 *(*layout, engine.world_size, engine.zero_stage),
             )
+        self.changes = between(state, self._circumstances())
+        for change in self.changes:
+            logger.info("%s", change.sentence(state["step"] + 1))
         return state["step"]
 
     def _parts(self, newest: Path, same: bool) -> Parts:
