@@ -225,6 +225,18 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / STATE}: cannot be read: {error}") from error
 
 
+def average_since(state: Mapping[str, Any]) -> int | None:
+    """The first step of the running average of the weights that a checkpoint has; None: it has none.
+
+    Args:
+        state: its state.json.
+    """
+    if "average" in state:
+        return state["average"] and state["average"]["first_step"]
+    # of an older version, which began with the run and saved a frozen average on where optim.ema had been switched off
+    return None if state["config"]["optim"].get("ema") is None else 1
+
+
 def _owned(action: Callable[[], Index], check_owned: Callable[[], None]) -> Index:
     check_owned()
     try:

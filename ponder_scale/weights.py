@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ponder_scale.checkpoint import read_state
+from ponder_scale.checkpoint import average_since, read_state
 from ponder_scale.errors import CheckpointError
 from ponder_scale.parts import AVERAGE, WEIGHT, Parts
 
@@ -26,7 +26,8 @@ def read_weights(folder: Path, *, average: bool = False) -> Iterator[tuple[str, 
         CheckpointError: files are missing or of a layout this does not know, or the run kept no average.
     """
     state, parts = read_state(folder), Parts(folder)
-    if average and AVERAGE not in parts.kinds(next(iter(state["parameters"]))):
+    kinds = parts.kinds(next(iter(state["parameters"])))
+    if average and (average_since(state) is None or AVERAGE not in kinds):
         raise CheckpointError(f"{folder}: it holds no average of the weights; train with optim.ema, or export without")
     for name, shape in state["parameters"].items():
         weight = torch.empty(shape)

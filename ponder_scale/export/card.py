@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ponder_scale.build import configuration_from_dict
+from ponder_scale.checkpoint import average_since
 from ponder_scale.figures import perplexity, shown
 
 _CARD = """---
@@ -116,7 +117,11 @@ def trained_card(
         losses += f", at step {held_out['step']:,}"
         if average:
             losses += ", of the weights of that step, not of their average"
-    kind = f"running average over training, decay {config['optim']['ema']:g}" if average else "of the last step"
+    kind = "of the last step"
+    if average:
+        first = average_since(state)
+        over = "training" if first == 1 else f"steps {first:,} to {state['step']:,}"
+        kind = f"running average over {over}, decay {config['optim']['ema']:g}"
     facts = {
         "weights": kind,
         "trained on": _trained_on(state),

@@ -12,7 +12,7 @@ import logging
 import os
 import subprocess
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ponder_scale.build import model_shape
 from ponder_scale.config import RunConfig
 from ponder_scale.cost import gathering, peak_flops
 from ponder_scale.errors import ConfigError
+from ponder_scale.parts import Parts
 from ponder_scale.plan import present_devices, settle_sharding
 from ponder_scale.recompute import refuse_foreign_checkpointing
 from ponder_scale.speed import document_arguments
@@ -35,7 +36,7 @@ from ponder_scale.train.deepspeed_config import deepspeed_config, read_sharding
 from ponder_scale.train.gate import Accept, Gate
 from ponder_scale.train.launch import RANK_VARIABLES, free_port
 from ponder_scale.train.optim import parameter_groups
-from ponder_scale.train.partition import Partition
+from ponder_scale.train.partition import Partition, Scalars
 from ponder_scale.train.traces import TraceBank
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ class Engine:
                 logger.info("%s", line)
         settings = deepspeed_config(sharding, config.train, config.optim, self.world_size)
         self._z_loss, self._ema = config.optim.z_loss, config.optim.ema
+        self.average_since: int | None = None  # the step that the running average of the weights begins with
         self.micro_steps: int = settings["gradient_accumulation_steps"]
         if config.train.precision == "bf16":
             model = model.to(torch.bfloat16)
@@ -252,10 +254,26 @@ class Engine:
     def average_weights(self, step: int) -> None:
         """Count the weights after this step into their running average, where the run keeps one and updated them.
 
-        It is shorter at first: the decay is at most (1 + step) / (10 + step).
+        It is shorter at first: the decay is at most (1 + n) / (10 + n) at its n-th step.
         """
-        if self._ema is not None and self._gate.opened:
-            self.partition.average(min(self._ema, (1 + step) / (10 + step)))
+        if self._ema is None or not self._gate.opened:
+            return
+        self.average_since = step if self.average_since is None else self.average_since
+        number = step - self.average_since + 1
+        self.partition.average(min(self._ema, (1 + number) / (10 + number)))
+
+    def restore(
+        self, parts: Parts, scalars: Scalars, average_since: int | None, alive: Callable[[], None] = lambda: None
+    ) -> None:
+        """Take weights and states from a checkpoint of any ranks and stage. Collective.
+
+        Args:
+            average_since: the step that its average of the weights begins with; None: it has none, or a frozen one. It
+                is dropped where this run keeps none: taken up again later it would be an average with a gap.
+            alive: called for each weight.
+        """
+        self.average_since = None if self._ema is None else average_since
+        self.partition.restore(parts, scalars, average=self.average_since is not None, alive=alive)
 
     @torch.no_grad()
     def predict(self, tokens: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Any:

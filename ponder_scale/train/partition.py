@@ -120,13 +120,19 @@ class Partition:
         )
 
     @torch.no_grad()
-    def restore(self, parts: Parts, scalars: Scalars, alive: Callable[[], None] = lambda: None) -> None:
-        """Take weights and states from a checkpoint of any ranks and stage; `alive` is called for each. Collective."""
+    def restore(
+        self, parts: Parts, scalars: Scalars, *, average: bool = True, alive: Callable[[], None] = lambda: None
+    ) -> None:
+        """Take weights and states from a checkpoint of any ranks and stage, its average if asked. Collective.
+
+        `alive` is called for each weight.
+        """
+        left = (WEIGHT,) if average else (WEIGHT, AVERAGE)
         if self._stage == 3:
             self._engine.optimizer.checkpoint_event_prologue()  # gives up what is gathered
         for owned in self._owned:
             alive()
-            kinds = [kind for kind in parts.kinds(owned.name) if kind != WEIGHT]
+            kinds = [kind for kind in parts.kinds(owned.name) if kind not in left]
             own = {
                 name: value[owned.name] if isinstance(value, Mapping) else value
                 for name, value in scalars.items()

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ponder_scale import checkpoint, units
-from ponder_scale.checkpoint import Index, Ranks, Retention
+from ponder_scale.checkpoint import Index, Ranks, Retention, average_since
 from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import Loader
 from ponder_scale.errors import CheckpointError, FencedError, SaveError
@@ -278,6 +278,7 @@ class RunState:
             "optimizer": {"name": engine.optimizer_name, "scalars": engine.partition.scalars()},
             "model": self._model_values,
             "parameters": engine.partition.shapes(),
+            "average": None if engine.average_since is None else {"first_step": engine.average_since},
             "zero_stage": engine.zero_stage,
             **self._circumstances(),
         }
@@ -298,7 +299,8 @@ class RunState:
         engine = self._engine
         layout = (state["world_size"], state["zero_stage"])
         same = layout == (engine.world_size, engine.zero_stage)
-        engine.partition.restore(self._parts(newest, same), state["optimizer"]["scalars"], self._alive)
+        scalars = state["optimizer"]["scalars"]
+        engine.restore(self._parts(newest, same), scalars, average_since(state), self._alive)
         self._loader.restore(state["loader"])
         self._health.restore(state["health"])
         if "done" in state:

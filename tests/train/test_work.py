@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,10 @@ def test_what_a_rewind_gives_up_is_not_counted(shards: Any, tmp_path: Path) -> N
     assert state_of(tmp_path, 6)["done"]["tokens"] == tokens[-1] and state_of(tmp_path, 6)["done"]["steps"] == 6
 
 
-def without_record(folder: Path) -> None:
-    """Make of a checkpoint one that was saved before runs recorded what they did."""
+def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a checkpoint's state.json, as if it had been saved so."""
     state = json.loads((folder / "state.json").read_text())
-    del state["done"]
+    change(state)
     (folder / "state.json").write_text(json.dumps(state))
     index = json.loads((folder / "checkpoint.json").read_text())
     content = (folder / "state.json").read_bytes()
@@ -149,7 +150,7 @@ def test_an_older_checkpoint_is_counted_by_its_loader_and_its_own_recipe(shards:
     base = [*overrides(tmp_path, shards), "data.skip=[[4, 6]]"]
     legs = [[*base, "train.steps=2"], [*base, *RANDOM, "train.global_batch=4", "train.steps=4"]]
     assert run_ranks(train_on_a_rank, [{"overrides": leg} for leg in legs], world_size=1) == [["done"]] * 2
-    without_record(tmp_path / "checkpoints" / "step-00000004")
+    rewrite_state(tmp_path / "checkpoints" / "step-00000004", lambda state: state.pop("done"))
     on = [*base, *RANDOM, "train.global_batch=2", "train.steps=5"]
     ((told,),) = run_ranks(load_an_old_checkpoint, [{"overrides": on}], world_size=1)
     assert len(told) == 1 and "step-00000004" in told[0] and "288 tokens" in told[0]
