@@ -16,6 +16,7 @@ from ponder_scale.config import RunConfig, TrainConfig
 from ponder_scale.cost import GIB, RECOMPUTED_FORWARDS
 from ponder_scale.errors import ConfigError
 from ponder_scale.plan import Devices, plan_run, settle_sharding
+from ponder_scale.recompute import attention_dropout
 
 BY_TIME = tuple(RECOMPUTED_FORWARDS)
 ENOUGH_TOKENS = 8192
@@ -82,7 +83,9 @@ class _Search:
         chosen = self.config.train.recompute
         if chosen != "auto":
             return (chosen,)
-        return BY_TIME[1:] if self.config.train.offload_activations else BY_TIME
+        policies = BY_TIME[1:] if self.config.train.offload_activations else BY_TIME
+        masked = attention_dropout(self.configuration)[1] > 0
+        return tuple(policy for policy in policies if policy != "selective" or not masked)
 
     @cached_property
     def sizes(self) -> list[int]:

@@ -1,7 +1,7 @@
 """Checkpoints of a run: whole or not there.
 
     RUN/checkpoints/step-00000300/
-        rank-00000.safetensors  weights and optimizer states that rank 0 kept, and its random generators; see parts.py
+        rank-00000.safetensors  weights and optimizer states that rank 0 kept; see parts.py
         tokenizer/              as in the shards
         state.json              step, loader state, configuration of run and model, versions
         checkpoint.json         size and hash of each file above; written last

@@ -355,7 +355,7 @@ class RunConfig:
     """A training run."""
 
     run_dir: str = knob(MISSING, "everything the run writes; its identity", path=True)
-    seed: int = knob(1, "of initial weights and data order", min=0, max=2**31 - 1)
+    seed: int = knob(1, "of initial weights, data order, random pondering steps and dropout", min=0, max=2**31 - 1)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -119,12 +119,6 @@ class Parts:
             )
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata that `write_part` was given."""
-    with path.open("rb") as stream:
-        return _parse(path, stream)[1]
-
-
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
     content: dict[str, Any] = {"__metadata__": {name: json.dumps(value) for name, value in metadata.items()}}
     end = 0

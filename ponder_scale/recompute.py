@@ -42,6 +42,13 @@ def apply_recompute(model: Any, policy: str, *, offload: bool = False) -> None:
         offload: what is kept (the inputs of layers or passes) waits for backward in host memory.
     """
     refuse_foreign_checkpointing(model)
+    key, dropout = attention_dropout(model.config)
+    if policy == "selective" and dropout:
+        # backward does not run the kernel again, so it draws no random numbers, and the masks after it would be others
+        raise ConfigError(
+            f"train.recompute is selective, but model.extra.{key} is {dropout}: backward would draw other masks than "
+            "forward; set it to 0, or use layer"
+        )
     if policy == "selective" and model.config._attn_implementation == "eager":
         raise ConfigError("train.recompute is selective, but eager attention has no kernel to keep; use sdpa, or layer")
     for module, name in ((model, "run_pass"), *((layer, "forward") for layer in model.layers)):
@@ -55,6 +62,12 @@ def apply_recompute(model: Any, policy: str, *, offload: bool = False) -> None:
         for layer in model.layers:
             # inside a recomputed pass the layers' inputs live for that pass only, so they stay on the device
             layer.forward = _recomputed(layer.forward, offload=offload and not outer, contexts=contexts)
+
+
+def attention_dropout(configuration: Any) -> tuple[str, float]:
+    """What a transformers configuration calls the dropout of its attention, and how much there is of it."""
+    key = "attn_pdrop" if hasattr(configuration, "attn_pdrop") else "attention_dropout"
+    return key, getattr(configuration, key, 0.0)
 
 
 def refuse_foreign_checkpointing(model: Any) -> None:

@@ -32,6 +32,7 @@ from ponder_scale.recompute import apply_recompute
 from ponder_scale.settings import load, to_yaml
 from ponder_scale.shards import ShardSet
 from ponder_scale.speed import apply_speed
+from ponder_scale.train import generators
 from ponder_scale.train.control import Control, Orders
 from ponder_scale.train.deepspeed_config import check_ranks, read_sharding
 from ponder_scale.train.engine import Engine, from_first_rank, init_distributed
@@ -227,6 +228,7 @@ def _loader(config: RunConfig, sources: dict[str, ShardSet], engine: Engine) -> 
 def _accumulate(run: _Run, step: int, ponder: int, *, logged: bool) -> StepTally:
     """Forward and backward of the micro-batches of a step; what they report."""
     tally = StepTally()
+    generators.seed(run.config.seed, step, run.engine.rank)
     extras: dict[str, Any] = {"track": run.config.log.track_tokens if logged else None}
     sequences, ahead = (run.config.train.batch_at(number) for number in (step, step + 1))
     run.engine.set_batch(sequences)

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from ponder_scale import units
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import CheckpointError, ConfigError, SaveError, UnhealthyError
-from ponder_scale.train import generators
 from ponder_scale.train.engine import Engine
 from ponder_scale.train.state import RunState
 
@@ -31,13 +30,13 @@ def rehearse(engine: Engine, config: RunConfig, vocab_size: int) -> None:
     """Forward and backward of the real shapes with the most pondering steps, and no update. Collective.
 
     The second micro-batch, where gradients are accumulated, is the last here. The update is refused at its gate, which
-    drops all gradients; counters and random generators are put back: the engine is as before, to the bit.
+    drops all gradients; counters are put back, and random numbers begin anew in each step: nothing is left of it.
 
     Raises:
         ConfigError: a device has not enough memory.
         UnhealthyError: the loss of the initial weights is not finite.
     """
-    deepspeed, random = engine.deepspeed, generators.states()
+    deepspeed = engine.deepspeed
     counters = {name: getattr(deepspeed, name) for name in COUNTERS}
     length, count = config.data.seq_len, min(2, engine.micro_steps)
     tokens = torch.arange(config.train.micro_batch_sequences * (length + 1)).view(-1, length + 1) % vocab_size
@@ -65,7 +64,6 @@ def rehearse(engine: Engine, config: RunConfig, vocab_size: int) -> None:
     engine.set_batch(config.train.global_batch)
     for name, value in counters.items():
         setattr(deepspeed, name, value)
-    generators.restore(random)
     if not math.isfinite(norms[0]):
         raise UnhealthyError(f"the initial weights give loss {output.loss.item()}, gradient norm {norms[0]}")
 

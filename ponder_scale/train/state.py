@@ -25,9 +25,9 @@ from ponder_scale.checkpoint import Index, Ranks, Retention, average_since
 from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import Loader
 from ponder_scale.errors import CheckpointError, FencedError, SaveError
-from ponder_scale.parts import WEIGHT, Parts, part_name, read_metadata, write_part
+from ponder_scale.parts import WEIGHT, Parts, part_name, write_part
 from ponder_scale.settings import to_dict
-from ponder_scale.train import attempts, generators
+from ponder_scale.train import attempts
 from ponder_scale.train.changes import Change, between
 from ponder_scale.train.engine import Engine, code_commit, versions
 from ponder_scale.train.health import Health
@@ -242,7 +242,7 @@ class RunState:
         return {name: write_part(folder / name, tensors, metadata, alive)}
 
     def _metadata(self) -> dict[str, Any]:
-        return {"begins": self._engine.partition.begins(), "generators": generators.states()}
+        return {"begins": self._engine.partition.begins()}
 
     def _tell(self, saving: _Saving, error: SaveError) -> None:
         if saving.recorded or self._engine.rank != 0:  # every rank has the same error
@@ -311,10 +311,6 @@ class RunState:
                 "%s does not say what the run had done: %s tokens by its loader, FLOPs by its own recipe",
                 *(newest, f"{self._work.tokens:,}"),
             )
-        if layout[0] == engine.world_size:
-            generators.restore(read_metadata(newest / part_name(engine.rank))["generators"])
-        else:  # those of ranks that are gone or new cannot be carried on
-            generators.seed(self._config.seed, state["step"], engine.rank)
         logger.info("going on from %s", newest)
         logger.info("attempt %d saved it", state["attempt"])
         if not same:

@@ -7,18 +7,15 @@ Answers: losses that shift on resume (torchtitan 809, 1136; nanotron 245; GPT-Ne
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ponder_scale.checkpoint import find
 from ponder_scale.parts import Parts
-from ponder_scale.train import generators
 from tests.ranks import run_ranks
 from tests.train.test_loop import STEPS, assert_same_run, overrides, records, train_on_a_rank
 
@@ -56,20 +53,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(shards: Any, tmp
         assert_same_run(run_dir, reference)
         assert_same_state(find(run_dir), find(reference))
         assert resumed_from(run_dir) == [None, f"step-{HALF:08d}"]  # it did go on, and did not begin anew
-
-
-def test_the_random_numbers_of_a_process_go_on_where_they_were() -> None:
-
-    def draw() -> tuple[Any, ...]:
-        return random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(2).tolist()
-
-    generators.seed(1, 2, 3)
-    draw()
-    state = json.loads(json.dumps(generators.states()))
-    first = draw()
-    assert draw() != first
-    generators.restore(state)
-    assert draw() == first
 
 
 def resumed_from(run_dir: Path) -> list[str | None]:
