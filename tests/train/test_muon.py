@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from ponder_scale.errors import ConfigError
 from ponder_scale.records import METRICS, read
@@ -35,17 +36,20 @@ def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
     return x * max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
 
 
-def in_plain_torch() -> list[float]:
+def in_plain_torch(case: dict[str, Any] = CASE) -> list[float]:
     """The losses of the same training in one process."""
-    config = run_config({**CASE, "deepspeed": "zero0"})
+    config = run_config({**case, "deepspeed": "zero0"})
     model = make_model(config)
-    of_muon, *others = parameter_groups(model, config.optim)
+    groups = parameter_groups(model, config.optim)
+    of_muon = [parameter for group in groups if group["use_muon"] for parameter in group["params"]]
+    others = [group for group in groups if not group["use_muon"]]
+    transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     adam = torch.optim.AdamW(
         [{key: group[key] for key in ("params", "weight_decay")} for group in others],
         betas=(config.optim.beta1, config.optim.beta2),
         eps=config.optim.eps,
     )
-    momenta = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in of_muon["params"]]
+    momenta = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in of_muon]
     losses = []
     for step in range(config.train.steps):
         lr = learning_rate(step + 1, config.train.steps, config.optim)
@@ -55,10 +59,12 @@ def in_plain_torch() -> list[float]:
         loss = model(input_ids=batch[:, :-1], shift_labels=batch[:, 1:]).loss
         loss.backward()
         with torch.no_grad():
-            for parameter, momentum in zip(of_muon["params"], momenta, strict=True):
+            for parameter, momentum in zip(of_muon, momenta, strict=True):
                 gradient = parameter.grad.double()
                 momentum.mul_(0.95).add_(gradient, alpha=0.05)
-                update = orthogonalized(0.05 * gradient + 0.95 * momentum)  # Nesterov's
+                update = 0.05 * gradient + 0.95 * momentum  # Nesterov's
+                # y = x W of Conv1D is y = x (W^T)^T of a linear layer, whose update this is
+                update = orthogonalized(update.mT).mT if id(parameter) in transposed else orthogonalized(update)
                 rate = lr * config.optim.muon_lr / config.optim.lr
                 parameter.mul_(1 - rate * config.optim.weight_decay).sub_((rate * update).float())
         adam.step()
@@ -86,6 +92,54 @@ def test_muon_trains_in_stages_0_and_3_as_without_zero(tmp_path: Path) -> None:
     for ranks in (narrow0, narrow3):
         assert "error" not in ranks[0], ranks
         assert ranks[0]["losses"] == pytest.approx(expected, abs=2e-2)
+
+
+def test_muon_trains_gpt2_whose_matrices_are_transposed_as_without_zero(tmp_path: Path) -> None:
+    more = ["model.architecture=gpt2", "model.num_key_value_heads=null", "model.intermediate_size=128"]
+    case = {**CASE, "overrides": [*MUON, *more]}
+    cases = [{**case, "deepspeed": small_buckets(tmp_path, stage)} for stage in (0, 3)]
+    expected = in_plain_torch(case)
+    for ranks in run_ranks(uncompiled_on_a_rank, cases):
+        assert "error" not in ranks[0], ranks
+        assert ranks[0]["losses"] == pytest.approx(expected, rel=2e-4)
+
+
+def updates_of_transposed_weights(_: Any) -> list[list[Any]]:
+    """After a step of equal layers with Linear and Conv1D weights: shape, decay, and the two weights' difference."""
+    import torch._dynamo
+    from torch import nn
+
+    from ponder_scale.train.engine import _muon
+
+    torch._dynamo.config.disable = True
+    found = []
+    for width, out in ((16, 48), (16, 16), (16, 64), (64, 16)):
+        generator = torch.Generator().manual_seed(out)
+        weight, gradient = (torch.randn(out, width, generator=generator) for _ in range(2))
+        linear, conv = nn.Linear(width, out, bias=False), Conv1D(out, width)
+        for decay in (0.0, 0.5):
+            linear.weight.data, conv.weight.data = weight.clone(), weight.T.contiguous()
+            model = nn.ModuleList([linear, conv])
+            model.get_output_embeddings = lambda: nn.Linear(1, 1)  # type: ignore[assignment]
+            config = run_config({**CASE, "deepspeed": "zero0", "overrides": [*MUON, f"optim.weight_decay={decay}"]})
+            optimizer = _muon(parameter_groups(model, config.optim))
+            for group in optimizer.param_groups:
+                group["lr"] = 0.003 * group["lr_scale"]
+            linear.weight.grad, conv.weight.grad = gradient.clone(), gradient.T.contiguous()
+            optimizer.step()
+            moved = (linear.weight - weight * (1 - 0.05 * decay)).norm() / 0.05
+            expected = orthogonalized(gradient).norm()
+            error = (linear.weight - conv.weight.T).norm() / moved / 0.05
+            found.append([out, width, float(moved / expected), float(error)])
+    return found
+
+
+def test_transposed_weights_get_transposed_equal_updates() -> None:
+    ((found,),) = run_ranks(updates_of_transposed_weights, [None], world_size=1)
+    assert len(found) == 8
+    for out, width, relative, error in found:
+        assert relative == pytest.approx(1, abs=0.02), (out, width)  # of DeepSpeed's iteration in less than fp64
+        assert error < 0.01, (out, width)
 
 
 def test_only_the_matrices_of_the_layers_are_muons() -> None:
