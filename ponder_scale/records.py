@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class Recorder:
             node that was cut off from its cluster, would go on with a record that is no longer its own.
 
     Attributes:
-        reached: the last step that any attempt has recorded.
+        reached: the last step of which an earlier attempt has a line, superseded ones included; 0 for none.
+        evaluations: the steps of which one has an evaluation, superseded ones included.
         evaluated: the last step of which there is an evaluation, up to `start_step`; 0 for none.
     """
 
@@ -44,7 +46,8 @@ class Recorder:
     ) -> None:
         self._attempt, self._check_owned = attempt, check_owned
         path = run_dir / METRICS
-        self.reached, self.evaluated = _keep_until(path, start_step)
+        seen, self.evaluated = _keep_until(path, start_step)
+        self.reached, self.evaluations = seen.reached, seen.evaluations
         # unbuffered and in append mode: a line is one write, which another writer's line cannot split
         self._file = path.open("ab", buffering=0)
         self._pending = bytearray()  # lines, or the rest of one, that a full disk has not taken yet
@@ -124,15 +127,30 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if whole and isinstance(record.get("event"), str) and isinstance(record.get("step"), int) else None
 
 
-def _keep_until(path: Path, step: int) -> tuple[int, int]:
+@dataclass
+class _Seen:
+    """What lines of steps and evaluations there are."""
+
+    reached: int = 0
+    evaluations: set[int] = field(default_factory=set)
+
+    def add(self, record: dict[str, Any]) -> None:
+        if record["event"] == "step":
+            self.reached = max(self.reached, record["step"])
+        elif record["event"] == "evaluation":
+            self.evaluations.add(record["step"])
+
+
+def _keep_until(path: Path, step: int) -> tuple[_Seen, int]:
     """Move what was computed after `step` out of the record.
 
-    Returns the last step ever recorded, and the last of which the record keeps an evaluation.
+    Returns what any attempt has recorded, and the last step of which the record keeps an evaluation.
     """
-    superseded = path.with_name(SUPERSEDED)
-    reached = max((record["step"] for record in read(superseded)), default=0) if superseded.is_file() else 0
+    superseded, seen = path.with_name(SUPERSEDED), _Seen()
+    for moved_before in read(superseded) if superseded.is_file() else ():
+        seen.add(moved_before)
     if not path.is_file():
-        return reached, 0
+        return seen, 0
     kept: list[bytes] = []
     moved: list[bytes] = []
     damaged = evaluated = 0
@@ -142,7 +160,7 @@ def _keep_until(path: Path, step: int) -> tuple[int, int]:
             if record is None:
                 damaged += 1
                 continue
-            reached = max(reached, record["step"])
+            seen.add(record)
             if record["event"] in COMPUTED and record["step"] > step:
                 moved.append(line)
                 continue
@@ -152,13 +170,28 @@ def _keep_until(path: Path, step: int) -> tuple[int, int]:
     if damaged:
         logger.warning("%s: %d damaged lines, as a crash leaves them, are left out", path, damaged)
     if moved:
-        with superseded.open("ab") as file:
-            file.writelines(moved)
-            os.fsync(file.fileno())
+        _append_new(superseded, moved)
     if moved or damaged:
         temporary = path.with_name(f".{path.name}.tmp")
         with temporary.open("wb") as file:
             file.writelines(kept)
             os.fsync(file.fileno())
         temporary.replace(path)
-    return reached, evaluated
+    return seen, evaluated
+
+
+def _append_new(path: Path, lines: list[bytes]) -> None:
+    """Append lines that are not there yet: a start that died after it and before the record was replaced comes again.
+
+    Each line has its attempt and time, so equal ones are the same.
+    """
+    with path.open("a+b") as file:
+        file.seek(0)
+        there, last = set(), b"\n"
+        for last in file:
+            there.add(last)
+        if not last.endswith(b"\n"):  # it died in the middle of a line, which nothing may join
+            file.write(b"\n")
+        file.writelines(line for line in lines if line not in there)
+        file.flush()
+        os.fsync(file.fileno())

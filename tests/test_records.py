@@ -47,6 +47,35 @@ def test_three_attempts_leave_each_step_once_and_all_of_the_history(tmp_path: Pa
     assert times == sorted(times)
 
 
+def test_a_start_that_dies_while_lines_move_repeats_and_loses_none(tmp_path: Path) -> None:
+    """Killed after the old lines were copied and before they left the record; then in the middle of copying them."""
+    an_attempt(tmp_path, 1, 1, 7, ())
+    path, superseded = tmp_path / METRICS, tmp_path / SUPERSEDED
+    before = path.read_bytes()
+    Recorder(tmp_path, start_step=3, attempt=2)
+    moved = superseded.read_bytes()
+    for remains in (moved, moved[: len(moved) // 2]):
+        path.write_bytes(before)
+        superseded.write_bytes(remains)
+        recorder = Recorder(tmp_path, start_step=3, attempt=3)
+        assert lines(superseded) == [("step", step, 1) for step in range(4, 8)]
+        assert lines(path, "step") == [("step", step, 1) for step in range(1, 4)] and recorder.reached == 7
+    # the same step of another attempt is another line
+    recorder.write("step", 4, loss=0.5)
+    Recorder(tmp_path, start_step=3, attempt=4)
+    assert lines(superseded) == [*(("step", step, 1) for step in range(4, 8)), ("step", 4, 3)]
+
+
+def test_the_evaluations_of_all_attempts_are_known(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, start_step=0, attempt=1)
+    for step in (2, 4, 6):
+        recorder.write("evaluation", step, losses=[1.0])
+    recorder.write("alarm", 8, kind="x", message="x")
+    for attempt in (2, 3):  # the lines after step 3 are in the record, then superseded
+        again = Recorder(tmp_path, start_step=3, attempt=attempt)
+        assert (again.evaluated, again.evaluations, again.reached) == (2, {2, 4, 6}, 0)  # no step has a line
+
+
 def test_an_attempt_that_lost_the_run_records_nothing_more(tmp_path: Path) -> None:
     """A rank behind a cut cable still reaches the file system, while its successor trains."""
     older = attempts.claim(tmp_path)

@@ -115,7 +115,9 @@ class Gate:
     def _guard_bf16(self, optimizer: Any) -> None:
         def overflow() -> bool:
             gradients = [p.grad for group in optimizer.fp16_groups for p in group if p.grad is not None]
-            return not self._opens(torch.nn.utils.get_total_norm(gradients))
+            # torch.nn.utils.get_total_norm would round each norm, and the whole, to the gradients' eight bits
+            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+            return not self._opens(torch.linalg.vector_norm(torch.stack(norms)))
 
         optimizer.overflow_checker.check = overflow
 

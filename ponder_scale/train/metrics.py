@@ -89,7 +89,7 @@ class Metrics:
         self._throughput = Throughput(config, work, peak=peak)
         self._alarms = CollapseAlarms(config, vocabulary)
         self._recorder = Recorder(run_dir, start_step=start_step, attempt=attempt, check_owned=check_owned)
-        self._trackers = open_trackers(config, run_dir, start_step=start_step, reached=self._recorder.reached)
+        self._trackers = open_trackers(config, run_dir, self._recorder, start_step=start_step)
 
     def has_evaluation(self, step: int) -> bool:
         """Whether earlier attempts have recorded the evaluation of a step; True on ranks that record nothing."""
@@ -173,7 +173,7 @@ class Metrics:
     def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
         self._recorder.write(event, step, **values)
         for tracker in self._trackers:
-            tracker.log(step, values)
+            tracker.log(event, step, values)
 
 
 def memory() -> dict[str, float]:

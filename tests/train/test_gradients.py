@@ -168,6 +168,19 @@ def test_gradients_equal_plain_torch_for_every_policy_and_tying(stage: int, tmp_
     check([{"deepspeed": deepspeed, "policy": p, "tied": tied} for tied in (False, True) for p in POLICIES])
 
 
+def test_the_norm_of_bf16_gradients_is_not_rounded_to_bf16(tmp_path: Path) -> None:
+    """By hand from the gradients of the first step; a norm that is rounded has one of 256 mantissas."""
+    cases = [
+        {"deepspeed": small_buckets(tmp_path, stage), "policy": "pass", "tied": False, "precision": "bf16"}
+        for stage in (0, 1, 2, 3)
+    ]
+    cases = [{**case, "overrides": ["train.steps=1"]} for case in cases]
+    for case, ranks in zip(cases, run_ranks(on_a_rank, cases), strict=True):
+        assert all("error" not in rank for rank in ranks), (case, ranks)
+        gradients = torch.cat([torch.tensor(some, dtype=torch.float64) for some in ranks[0]["gradients"].values()])
+        assert ranks[0]["norms"] == pytest.approx([gradients.norm().item()], rel=1e-6), case
+
+
 def test_offloading_random_pondering_steps_and_looping_are_right_too(tmp_path: Path) -> None:
     random_steps = ["train.pondering.schedule=uniform", "train.pondering.low=0", "train.steps=5"]
     assert len({steps_of(step, run_config({**RANDOM, "overrides": random_steps})) for step in range(5)}) > 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from ponder_scale.config import RunConfig
 from ponder_scale.cost import Shape, flops_per_token
+from ponder_scale.heldout import HeldOut
 from ponder_scale.records import METRICS, read
 from ponder_scale.settings import load
 from ponder_scale.train import throughput as throughput_module
@@ -158,21 +159,69 @@ def test_a_tally_is_the_mean_over_batches_by_their_weight() -> None:
 
 def two_attempts(run_dir: Path, **log: str) -> None:
     """Steps 1 to 6, a crash, and steps 4 to 9."""
+    attempts_of(run_dir, [(1, 1, 6), (2, 4, 9)], **log)
+
+
+def attempts_of(
+    run_dir: Path,
+    attempts: list[tuple[int, int, int]],
+    evaluations: Mapping[int, list[int]] = {},
+    **log: str,
+) -> None:
+    """Attempts with their first and last steps, each but the last ended by a crash, and the steps that each evaluates.
+
+    One at the step that an attempt goes on from is what the attempt before had no time for.
+    """
     settings = config(f"run_dir={run_dir}", *(f"log.{key}={value}" for key, value in log.items()))
-    for attempt, first, last in ((1, 1, 6), (2, 4, 9)):
-        work = Work(settings, SHAPE)
+    for attempt, first, last in attempts:
+        work, due = Work(settings, SHAPE), evaluations.get(attempt, [])
         options = {"start_step": first - 1, "attempt": attempt, "work": work, "vocabulary": 50}
         metrics = Metrics(settings, run_dir, active=True, peak=None, **options)
-        for step in range(first, last + 1):
-            values = {"pass_losses": [3.0, float(step)], "pass_entropies": [1.0, 1.0], "pass_kls": [0.1]}
-            worked(work, 4)
-            metrics.log_step(step, values, labels=64, grad_norm=1.0, lr=1e-3, data_wait=0.0)
-        if attempt == 2:
+        for step in range(first - 1, last + 1):
+            if step >= first:
+                worked(work, 4)
+                values = {"pass_losses": [3.0, float(step)], "pass_entropies": [1.0, 1.0], "pass_kls": [0.1]}
+                metrics.log_step(step, values, labels=64, grad_norm=1.0, lr=1e-3, data_wait=0.0)
+            if step in due:
+                metrics.log_evaluation(step, {"any": HeldOut([3.0, step + 0.5], 17)})
+        if attempt == len(attempts):
             metrics.log_event("end", last, reason="done")
             metrics.close()
         else:
             for tracker in metrics._trackers:  # a crash, but for what their own processes would still write
                 tracker.close()
+
+
+def test_tensorboard_shows_each_step_once_after_a_death_before_the_first_checkpoint(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    attempts_of(tmp_path, [(1, 1, 6), (2, 1, 4)], tensorboard="true")
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [point.step for point in board.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_trackers_get_the_evaluation_that_a_resume_makes_up_for_and_each_number_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 1 to 4 with a save and no time for its evaluation; the next attempt begins with it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    evaluations = {1: [2], 2: [4, 6], 3: [6]}
+    attempts_of(tmp_path, [(1, 1, 4), (2, 5, 6), (3, 5, 7)], evaluations, wandb="offline", tensorboard="true")
+    rows = [items for file in wandb_files(tmp_path) for items in history(file)]
+    held_out = [(int(items["evaluation_step"]), float(items["losses/1"])) for items in rows if "losses/1" in items]
+    assert held_out == [(2, 2.5), (4, 4.5), (6, 6.5)]
+    assert [(int(items["_step"]), float(items["loss"])) for items in rows if "loss" in items] == [
+        (step, step) for step in range(1, 8)
+    ]
+    tokens = [float(items["tokens"]) for items in rows if "tokens" in items]
+    assert tokens == [64.0 * step for step in (1, 2, 3, 4, 1, 2, 3)]  # of this test's work, not of what is held out
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [point.step for point in board.Scalars("losses/1")] == [2, 4, 6]
+    assert [point.step for point in board.Scalars("tokens")] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
@@ -205,20 +254,27 @@ def records_of_wandb(file: Path) -> Iterator[Any]:
             data = b""
 
 
+def wandb_files(run_dir: Path) -> list[Path]:
+    """Of each attempt, in their order."""
+    return sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+
+
+def history(file: Path) -> Iterator[dict[str, str]]:
+    for record in records_of_wandb(file):
+        yield {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+
+
 def test_weights_and_biases_is_one_run_over_attempts_and_gets_each_step_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
     two_attempts(tmp_path, wandb="offline")
-    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    files = wandb_files(tmp_path)
     assert len(files) == 2
     seen = []
     for file in files:
         assert file.stem == "run-" + (tmp_path / "wandb_id").read_text().strip()
-        for record in records_of_wandb(file):
-            items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-            if "loss" in items:
-                seen.append((int(items["_step"]), float(items["loss"])))
+        seen += [(int(items["_step"]), float(items["loss"])) for items in history(file) if "loss" in items]
     assert seen == [(step, step) for step in range(1, 10)]
     assert [line["step"] for line in read(tmp_path / METRICS) if line["event"] == "step"] == list(range(1, 10))
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
