@@ -1,7 +1,4 @@
-"""Dropout is a function of seed, step and rank: a command repeats itself, ranks differ, a resume goes on bit for bit.
-
-Answers: dropout masks that are equal on all ranks or change on resume (Megatron-LM 1031, DeepSpeed 1893).
-"""
+"""Dropout is a function of seed, step and rank: a command repeats itself, ranks differ, a resume is bit for bit."""
 
 from __future__ import annotations
 
