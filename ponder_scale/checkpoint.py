@@ -23,19 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from ponder_scale.errors import CheckpointError, FencedError, SaveError
 from ponder_scale.files import copy_folder, delete_folder
+from ponder_scale.index import FORMAT, INDEX, TOKENIZER, Index, checksum, read_index, strangers
 from ponder_scale.manifest import hash_file, sync, sync_file, sync_folder
 
-CHECKPOINTS, LATEST, INDEX, STATE = "checkpoints", "latest", "checkpoint.json", "state.json"
+CHECKPOINTS, LATEST, STATE = "checkpoints", "latest", "state.json"
 SAVING, ASIDE = ".saving-", "aside-"
-FORMAT = 2
 
 logger = logging.getLogger(__name__)
-
-Index = dict[str, tuple[int, str]]  # size and hash of files, by their path in the checkpoint
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ def save(
         for remains in final.parent.glob(SAVING + "*"):
             delete_folder(remains)
         saving.mkdir(parents=True)
-        copy_folder(tokenizer, saving / "tokenizer")
+        copy_folder(tokenizer, saving / TOKENIZER)
         _write_json(saving / STATE, state)
         return _index_shared(saving)
 
@@ -133,7 +129,9 @@ def newest_whole(run_dir: Path, report: Callable[[str], None], ranks: Ranks = Ra
         CheckpointError: there are checkpoints and none is whole.
     """
     problems = []
-    folders = ranks.gather(sorted(saved_steps(run_dir).values(), reverse=True))[0]
+    # one rank looks: of a folder that many list at once each sees what the file system has for it
+    listed = sorted(saved_steps(run_dir).values(), reverse=True) if ranks.rank == 0 else []
+    folders = ranks.gather(listed)[0]
     for folder in folders:
         findings = [finding for part in ranks.gather(verify(folder, ranks)) for finding in part]
         if not findings:
@@ -172,22 +170,18 @@ def set_aside(run_dir: Path, step: int) -> list[Path]:
 
 
 def verify(folder: Path, ranks: Ranks = Ranks()) -> list[str]:
-    """Read and hash this rank's share of the files: a line for each that is not as it was saved."""
+    """Read and hash this rank's share of the files: a line for each that is not as it was saved, or was not saved."""
     try:
-        content = json.loads((folder / INDEX).read_text())
-        if content["format"] != FORMAT:
-            return [f"{INDEX}: format {content['format']}, this version reads {FORMAT}"]
-        index = content["files"]
-        if content["checksum"] != _checksum(index):
-            return [f"{INDEX}: its checksum differs"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{INDEX}: {error}"]
+        index = read_index(folder)
+        added = strangers(folder, index) if ranks.rank == 0 else []
+    except (CheckpointError, OSError) as error:
+        return [str(error)]
     shares = sorted(index.items())[ranks.rank :: ranks.world_size]
     findings = []
     for name, (size, digest) in shares:
         ranks.alive()
         findings += [finding] if (finding := _finding(folder / name, name, size, digest)) else []
-    return findings
+    return findings + [f"{name} is not in {INDEX}: it was put there after the save; move it away" for name in added]
 
 
 def _finding(path: Path, name: str, size: int, digest: str) -> str | None:
@@ -202,12 +196,13 @@ def _finding(path: Path, name: str, size: int, digest: str) -> str | None:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint folder that `path` is, or the newest whole one of the run that it is.
+    """The checkpoint folder that `path` is, or the newest whole one of the run that it is; every byte is verified.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: neither, or the checkpoint is not as it was saved.
     """
     if (path / INDEX).is_file():
+        check(path)
         return path
     if (path / CHECKPOINTS).is_dir():
         newest = newest_whole(path, logger.warning)
@@ -217,12 +212,29 @@ def find(path: Path) -> Path:
     raise CheckpointError(f"{path}: expected a run folder (with {CHECKPOINTS}/) or a checkpoint (with {INDEX})")
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The contents of state.json."""
+def check(folder: Path) -> None:
+    """Read and hash a whole checkpoint. Raises CheckpointError where it is not as it was saved."""
+    findings = verify(folder)
+    if findings:
+        more = f", and {len(findings) - 1} more" if len(findings) > 1 else ""
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged ({findings[0]}{more}); put it back from a copy, or take another one"
+        )
+
+
+def read_state(folder: Path, *keys: str) -> dict[str, Any]:
+    """The contents of state.json. Raises CheckpointError where it cannot be read, or has not all of `keys`."""
+    path = folder / STATE
     try:
-        return json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / STATE}: cannot be read: {error}") from error
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    missing = list(keys) if not isinstance(state, dict) else [key for key in keys if key not in state]
+    if missing or not isinstance(state, dict):
+        raise CheckpointError(
+            f"{path}: no {', '.join(missing) or 'keys'} in it; the checkpoint is of another program or version"
+        )
+    return state
 
 
 def average_since(state: Mapping[str, Any]) -> int | None:
@@ -293,7 +305,7 @@ def _index_shared(saving: Path) -> Index:
 
 def _seal(saving: Path, final: Path, index: Index) -> None:
     files = {name: list(entry) for name, entry in sorted(index.items())}
-    _write_json(saving / INDEX, {"format": FORMAT, "files": files, "checksum": _checksum(files)})
+    _write_json(saving / INDEX, {"format": FORMAT, "files": files, "checksum": checksum(files)})
     for folder in (path for path in (saving, *saving.rglob("*")) if path.is_dir()):
         sync_folder(folder)
     saving.rename(final)  # fails where another process has given the name, whose folder is never replaced
@@ -302,10 +314,6 @@ def _seal(saving: Path, final: Path, index: Index) -> None:
 
 def _folder(run_dir: Path, step: int) -> Path:
     return run_dir / CHECKPOINTS / f"step-{step:08d}"
-
-
-def _checksum(files: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())
 
 
 def _delete_older(run_dir: Path, retention: Retention) -> None:

@@ -4,13 +4,15 @@ A tensor `KIND/NAME` (n,) holds the elements [begin, begin + n) of parameter NAM
 fp32 master) or a state of the optimizer. `begins` in the file's metadata has the first element of each name. What a
 reader needs is found by name and range, so ranks and ZeRO stages may change between saving and loading, and no
 tensor is ever put together that the reader did not ask for. Nothing is pickled.
+
+What a header says is compared with the file before any memory is taken for it: a part may come from anywhere.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,12 +21,16 @@ import xxhash
 from torch import Tensor
 
 from ponder_scale.errors import CheckpointError
+from ponder_scale.index import part_files
 from ponder_scale.manifest import sync
 
 WEIGHT = "weight"
 AVERAGE = "average"  # of the weights over the steps, where a run keeps one
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_KEYS = {"dtype", "shape", "data_offsets"}  # of a tensor in a header
+_SHOWN = 80  # characters of a value in a message
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 2**24  # a hundred thousand tensors
 _BLOCK_BYTES = 2**24  # bounds the memory that reading and writing take beside the tensors themselves
 
 
@@ -75,14 +81,14 @@ class Parts:
     ) -> None:
         """
         Args:
-            files: to read from; None: all there are.
-            table: that of another `Parts` of the same folder, to spare reading the headers of all files again.
+            files: to read from; None: all that the checkpoint's index lists.
+            table: what was found in headers that others have read, to spare reading those of all files again.
 
         Raises:
-            CheckpointError: a file is not what `write_part` writes.
+            CheckpointError: a file is not what `write_part` writes, or two have the same elements.
         """
         self.folder = folder
-        self.table = _table(folder, files) if table is None else table
+        self.table = read_table(folder, part_files(folder) if files is None else files) if table is None else table
         self._kinds: dict[str, list[str]] = {}
         for key in sorted(self.table):
             kind, name = key.split("/", 1)
@@ -119,6 +125,24 @@ class Parts:
             )
 
 
+def read_table(folder: Path, files: Collection[str]) -> dict[str, list[Stretch]]:
+    """The stretches in some parts of a checkpoint by `KIND/NAME`, ascending. Raises as `Parts` does."""
+    table: dict[str, list[Stretch]] = {}
+    for name in files:
+        with _opened(folder / name) as stream:
+            for key, stretch in _stretches(folder / name, stream):
+                table.setdefault(key, []).append(stretch)
+    for key, stretches in table.items():
+        stretches.sort()
+        for one, other in pairwise(stretches):
+            if one.begin + one.length > other.begin:
+                raise CheckpointError(
+                    f"checkpoint {folder}: {one.file} and {other.file} both hold element {other.begin:,} of "
+                    f"{_shown(key)}; they are not of one save"
+                )
+    return table
+
+
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
     content: dict[str, Any] = {"__metadata__": {name: json.dumps(value) for name, value in metadata.items()}}
     end = 0
@@ -130,39 +154,101 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def _table(folder: Path, files: Collection[str] | None) -> dict[str, list[Stretch]]:
-    paths = sorted(folder.glob("rank-*.safetensors")) if files is None else [folder / name for name in files]
-    if not paths:
-        raise CheckpointError(f"checkpoint {folder}: no {part_name(0)} in it; it is of another program or version")
-    table: dict[str, list[Stretch]] = {}
-    for path in paths:
-        with path.open("rb") as stream:
-            for key, stretch in _stretches(path, stream):
-                table.setdefault(key, []).append(stretch)
-    for stretches in table.values():
-        stretches.sort()
-    return table
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; put it back from a copy") from error
 
 
 def _stretches(path: Path, stream: BinaryIO) -> Iterator[tuple[str, Stretch]]:
     tensors, metadata, start = _parse(path, stream)
-    for key, tensor in tensors.items():
-        begin = metadata["begins"][key.split("/", 1)[1]]
-        length = math.prod(tensor["shape"])
-        yield key, Stretch(begin, length, path.name, start + tensor["data_offsets"][0], tensor["dtype"])
+    size = path.stat().st_size - start
+    try:
+        begins = metadata["begins"]
+        places = []
+        for key, tensor in tensors.items():
+            length, first, end = _checked(key, tensor, size)
+            begin = begins[key.split("/", 1)[1]]
+            if not _is_count(begin):
+                raise ValueError(f"{_shown(key)} begins at element {_shown(begin)}")
+            places.append((first, end, key, Stretch(begin, length, path.name, start + first, tensor["dtype"])))
+        expected = 0
+        for first, end, key, _ in sorted(places):
+            if first != expected:
+                raise ValueError(f"{_shown(key)} begins at byte {first:,}, expected {expected:,}, where another ends")
+            expected = end
+        if expected != size:
+            raise ValueError(f"its tensors end at byte {expected:,} of {size:,}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(path, error) from error
+    for _, _, key, stretch in places:
+        yield key, stretch
+
+
+def _checked(key: str, tensor: Any, size: int) -> tuple[int, int, int]:
+    """Elements, first byte and end of a tensor in the header. Raises ValueError where they do not fit together."""
+    kind, slash, name = key.partition("/")
+    if not (kind and slash and name) or not isinstance(tensor, dict) or tensor.keys() != _KEYS:
+        raise ValueError(f"{_shown(key)} is described by {_shown(tensor)}")
+    dtype, shape, offsets = (tensor[field] for field in ("dtype", "shape", "data_offsets"))
+    if type(dtype) is not str or dtype not in DTYPES:
+        raise ValueError(f"{_shown(key)} has dtype {_shown(dtype)}, expected one of {', '.join(DTYPES)}")
+    for values, count in ((shape, 1), (offsets, 2)):
+        if type(values) is not list or len(values) != count or not all(_is_count(value) for value in values):
+            raise ValueError(f"{_shown(key)} has shape {_shown(shape)} and data_offsets {_shown(offsets)}")
+    (length,), (first, end) = shape, offsets
+    if end > size or end - first != length * DTYPES[dtype].itemsize:
+        raise ValueError(
+            f"{_shown(key)} has {_shown(length)} elements of {dtype} in bytes {_shown(first)} to {_shown(end)} of "
+            f"{size:,}"
+        )
+    return length, first, end
 
 
 def _parse(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Tensors, metadata, and the byte where the tensors begin."""
     try:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError("not a safetensors file")
-        tensors = json.loads(stream.read(length))
-        metadata = {name: json.loads(value) for name, value in tensors.pop("__metadata__").items()}
+        size, head = path.stat().st_size, stream.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"not a safetensors file: of {size:,} bytes its header would be {length:,}")
+        tensors = _json(stream.read(length))
+        texts = tensors.pop("__metadata__")
+        metadata = {name: _json(value) for name, value in texts.items()}
         return tensors, metadata, 8 + length
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}; nothing else is tried with such a file") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _json(text: str | bytes) -> Any:
+    """A JSON value that holds no name twice, and no number that is none."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ValueError("a name comes twice")
+        return values
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number")
+
+    return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _shown(value: Any) -> str:
+    """A value of a header, short and on one line, whatever it is."""
+    text = ascii(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    reason = f"no {_shown(error.args[0])} in its header" if isinstance(error, KeyError) else str(error)
+    return CheckpointError(f"{path}: cannot be read: {reason}; nothing else is tried with such a file")
 
 
 def _read(folder: Path, stretch: Stretch, begin: int, out: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ponder_scale.checkpoint import average_since, read_state
+from ponder_scale.checkpoint import STATE, average_since, read_state
 from ponder_scale.errors import CheckpointError
 from ponder_scale.parts import AVERAGE, WEIGHT, Parts
 
@@ -25,14 +26,29 @@ def read_weights(folder: Path, *, average: bool = False) -> Iterator[tuple[str, 
     Raises:
         CheckpointError: files are missing or of a layout this does not know, or the run kept no average.
     """
-    state, parts = read_state(folder), Parts(folder)
-    kinds = parts.kinds(next(iter(state["parameters"])))
-    if average and (average_since(state) is None or AVERAGE not in kinds):
+    shapes, parts = _shapes(folder), Parts(folder)
+    kind = AVERAGE if average else WEIGHT
+    kept = average_since(read_state(folder)) is not None and AVERAGE in parts.kinds(next(iter(shapes)))
+    if average and not kept:
         raise CheckpointError(f"{folder}: it holds no average of the weights; train with optim.ema, or export without")
-    for name, shape in state["parameters"].items():
+    for name, shape in shapes.items():
+        count = math.prod(shape)
+        if not parts.has(kind, name, 0, count):  # asked before memory is taken for it
+            raise CheckpointError(f"checkpoint {folder}: not all of the {count:,} elements of {name} are in its parts")
         weight = torch.empty(shape)
-        parts.read(AVERAGE if average else WEIGHT, name, 0, weight.view(-1))
+        parts.read(kind, name, 0, weight.view(-1))
         yield name, weight
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """The shapes of all parameters, by state.json."""
+    shapes = read_state(folder, "parameters")["parameters"]
+    if not isinstance(shapes, dict) or not shapes:
+        raise CheckpointError(f"{folder / STATE}: parameters: expected names and shapes")
+    for name, shape in shapes.items():
+        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+            raise CheckpointError(f"{folder / STATE}: parameters: {name!r} has shape {ascii(shape)[:80]}")
+    return shapes
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ponder_scale.build import configuration_from_dict, model_class
-from ponder_scale.checkpoint import CHECKPOINTS, read_state
+from ponder_scale.checkpoint import CHECKPOINTS, check, read_state, saved_steps
 from ponder_scale.config import DataConfig, SourceConfig
 from ponder_scale.data.loader import heldout_batches, open_sources
 from ponder_scale.data.sequences import MicroBatch
@@ -96,14 +96,16 @@ def trajectory(
     """Print and return, by training step, the losses of each checkpoint that the run has kept.
 
     Raises:
-        CheckpointError: the run has kept none.
+        CheckpointError: the run has kept none, or one of them is not as it was saved.
     """
-    folders = sorted((run_dir / CHECKPOINTS).glob("step-*"))
+    folders = [folder for _, folder in sorted(saved_steps(run_dir).items())]
     if not folders:
         raise CheckpointError(f"{run_dir}: no checkpoint in {run_dir / CHECKPOINTS}; expected a run folder")
+    for folder in folders:  # all of them first: what is refused must not cost the hours of those before it
+        check(folder)
     swept: dict[int, Sweep] = {}
     for folder in folders:
-        state = read_state(folder)
+        state = read_state(folder, "step", "model", "config")
         configuration = configuration_from_dict(state["model"])
         model = model_class(configuration)(configuration).eval().to(default_device())
         parameters = dict(model.named_parameters())

@@ -29,7 +29,7 @@ def export(
         CheckpointError: no whole checkpoint, weights of another model than its configuration, or `out` exists.
     """
     folder = checkpoint.find(source)
-    state = checkpoint.read_state(folder)
+    state = checkpoint.read_state(folder, "step", "tokens", "model", "config")
     parameters = write_folder(
         out,
         configuration_from_dict(state["model"]),

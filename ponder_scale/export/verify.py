@@ -37,7 +37,7 @@ def verify_in_fresh_process(
     """
     if like is None:
         source = checkpoint.find(source)
-        configuration = configuration_from_dict(checkpoint.read_state(source)["model"])
+        configuration = configuration_from_dict(checkpoint.read_state(source, "model")["model"])
         read = read_weights(source, average=average)
     else:
         configuration, read = read_universal(source, like)

@@ -32,6 +32,7 @@ from tests.commands import run_command
 from tests.export.checkpoints import save_checkpoint
 from tests.model.architectures import TINY, make
 from tests.ranks import run_ranks
+from tests.sealing import seal
 from tests.train.test_gradients import small_buckets
 
 MODELS = {  # one for each stage, so that every architecture and tying is met
@@ -101,7 +102,7 @@ def test_weights_that_overflow_are_not_verified(runs: dict[int, Path], tmp_path:
     with (source / stretch.file).open("rb+") as file:
         file.seek(stretch.offset)
         file.write(struct.pack("<f", 1e6))
-    folder = export(source, tmp_path / "out", dtype="float16")
+    folder = export(seal(source), tmp_path / "out", dtype="float16")
     with pytest.raises(CheckpointError, match=r"not every logit is finite .* in float16; .*: export as bfloat16 or"):
         verify_in_fresh_process(source, folder, dtype="float16")
 
@@ -224,6 +225,7 @@ def test_weights_of_another_model_are_refused_and_nothing_is_left(runs: dict[int
     state = json.loads((source / "state.json").read_text())
     state["model"]["intermediate_size"] = 48
     (tmp_path / "checkpoint/state.json").write_text(json.dumps(state))
+    seal(tmp_path / "checkpoint")
     with pytest.raises(CheckpointError, match="the configuration's model has"):
         export(tmp_path / "checkpoint", tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}

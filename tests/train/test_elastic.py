@@ -17,6 +17,7 @@ from ponder_scale.checkpoint import find
 from ponder_scale.errors import CheckpointError
 from ponder_scale.parts import Parts, write_part
 from tests.ranks import KILLED, run_ranks
+from tests.sealing import seal
 from tests.train.test_exact_resume import assert_same_state
 from tests.train.test_loop import overrides, records, train_on_a_rank, weights
 
@@ -84,7 +85,7 @@ def test_every_partition_holds_the_same_bits(precision: str, shards: Any, tmp_pa
         case = {"from": str(folder), "out": str(tmp_path / str(number)), "scalars": scalars}
         (results,) = run_ranks(take_over_and_save, [{**case, "overrides": [*run, *more]}], world_size=ranks)
         losses += results
-        folder = tmp_path / str(number)
+        folder = seal(tmp_path / str(number))
         assert_same_state(folder, first)
     assert len(set(losses)) == 1, losses
 
@@ -106,7 +107,7 @@ def test_reading_a_stretch_takes_no_more_memory_than_the_stretch(tmp_path: Path)
     for rank in range(4):
         piece = whole[rank * size // 4 : (rank + 1) * size // 4]
         write_part(tmp_path / f"rank-{rank:05d}.safetensors", {"weight/a": piece}, {"begins": {"a": rank * size // 4}})
-    parts, out = Parts(tmp_path), torch.empty(size // 3)
+    parts, out = Parts(seal(tmp_path)), torch.empty(size // 3)
     before = resident_bytes()
     tracemalloc.start()
     parts.read("weight", "a", size // 5, out)
@@ -118,6 +119,7 @@ def test_reading_a_stretch_takes_no_more_memory_than_the_stretch(tmp_path: Path)
 
 def test_what_is_not_there_is_refused_by_name_and_range(tmp_path: Path) -> None:
     write_part(tmp_path / "rank-00000.safetensors", {"weight/a": torch.zeros(10)}, {"begins": {"a": 5}})
+    seal(tmp_path)
     with pytest.raises(CheckpointError, match=r"no weight for elements 15 to 20 of a; it is of another model"):
         Parts(tmp_path).read("weight", "a", 5, torch.empty(15))
     with pytest.raises(CheckpointError, match=r"no exp_avg for elements 0 to 1 of a"):

@@ -1,0 +1,83 @@
+"""checkpoint.json: which files a checkpoint has, and the size and hash by which each is known.
+
+It is written last, so a folder without it is unfinished. What is not in it is no part of the checkpoint: readers find
+the parts here, never by looking into the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from ponder_scale.errors import CheckpointError
+
+INDEX = "checkpoint.json"
+TOKENIZER = "tokenizer"
+FORMAT = 2
+_PART = re.compile(r"rank-\d{5,}\.safetensors")
+
+Index = dict[str, tuple[int, str]]  # size and hash of files, by their path in the checkpoint
+
+
+def read_index(folder: Path) -> Index:
+    """What checkpoint.json lists.
+
+    Raises:
+        CheckpointError: it is missing, of another version, changed, or names what is not in the folder.
+    """
+    path = folder / INDEX
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {content['format']!r}, this version reads {FORMAT}")
+        files = content["files"]
+        if content["checksum"] != checksum(files):
+            raise CheckpointError(f"{path}: its checksum differs")
+        index = {name: (size, digest) for name, (size, digest) in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error!r}") from error
+    for name, (size, digest) in index.items():
+        if not _is_inside(name) or type(size) is not int or type(digest) is not str:
+            raise CheckpointError(f"{path}: lists {name!r}: expected a file in the folder, its size and its hash")
+    return index
+
+
+def part_files(folder: Path) -> list[str]:
+    """The names of the parts that the checkpoint has. Raises CheckpointError where there are none."""
+    names = [name for name in read_index(folder) if is_part(name)]
+    if not names:
+        raise CheckpointError(f"checkpoint {folder}: no part of a rank in {INDEX}; it is of another program or version")
+    return sorted(names)
+
+
+def is_part(name: str) -> bool:
+    """Whether a file of this name is the part of a rank."""
+    return _PART.fullmatch(name) is not None
+
+
+def strangers(folder: Path, index: Mapping[str, Any]) -> list[str]:
+    """Files that a reader of the folder could take for the checkpoint's and that its index does not list."""
+    beside = [path.name for path in folder.glob("rank-*")]
+    within = [path.relative_to(folder).as_posix() for path in (folder / TOKENIZER).rglob("*") if _is_leaf(path)]
+    hidden = (".nfs", ".DS_Store")  # what file systems and desktops leave
+    found = sorted({*beside, *within} - index.keys())
+    return [name for name in found if not PurePosixPath(name).name.startswith(hidden)]
+
+
+def checksum(files: Mapping[str, Any]) -> str:
+    """Of the list of files, kept beside it."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())
+
+
+def _is_leaf(path: Path) -> bool:
+    return path.is_symlink() or not path.is_dir()
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
