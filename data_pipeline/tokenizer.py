@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ponder_scale.errors import TokenizerError
+from ponder_scale.links import resolved
 from ponder_scale.manifest import sync, sync_folder, tokenizer_sha256
 
 CONFIG = "tokenizer_config.json"  # transformers' settings
@@ -71,7 +72,8 @@ def open_tokenizer(
 def save(tokenizer: Tokenizer, folder: Path) -> list[Path]:
     """Copy the tokenizer's files into a new folder, which opens as this tokenizer without the original; the copies.
 
-    Raises TokenizerError when the tokenizer is not any more what it was when it was opened.
+    Raises TokenizerError when the tokenizer is not any more what it was when it was opened, and where a file beside
+    it is a link out of its folder.
     """
     folder.mkdir()
     own = "tokenizer.json" if tokenizer.path.suffix == ".json" else tokenizer.path.name
@@ -79,6 +81,8 @@ def save(tokenizer: Tokenizer, folder: Path) -> list[Path]:
     copies = []
     for name, path in sorted({own: tokenizer.path, **beside}.items()):
         if path.is_file():
+            if path != tokenizer.path:
+                resolved(path.parent, path)
             copies.append(folder / name)
             with copies[-1].open("wb") as stream:
                 stream.write(path.read_bytes())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import ponder_scale.model
 from ponder_scale.config import ModelConfig
 from ponder_scale.cost import Shape
 from ponder_scale.errors import ConfigError
@@ -25,6 +27,11 @@ REFUSALS = (
     StrictDataclassError,
 )
 RECIPE_ONLY = ("architecture", "init_from", "extra")
+# Keys of older folders that configurations turn into those of today, or that attention reads without declaring it.
+OLDER_FIELDS = (
+    *("rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"),
+    *("original_max_position_embeddings", "head_dim"),
+)
 UNSET_BY_DEFAULT = ("num_key_value_heads", "rope_theta", "tie_word_embeddings", "init_by_passes")
 
 
@@ -196,9 +203,45 @@ def model_class(configuration: Any) -> Any:
 
 
 def configuration_from_dict(values: dict[str, Any]) -> Any:
-    """The configuration that `to_dict` of one turned into plain values."""
+    """The configuration that `to_dict` of one turned into plain values.
+
+    Raises:
+        ConfigError: it is not of an architecture of ours.
+    """
     by_type = {a.configuration.model_type: a.configuration for a in ARCHITECTURES.values()}
-    return by_type[values["model_type"]].from_dict(values)
+    name = values.get("model_type")
+    if not isinstance(name, str) or name not in by_type:
+        raise ConfigError(f"model_type is {name!r}; expected one of {', '.join(by_type)}")
+    return by_type[name].from_dict(own_fields(by_type[name], values))
+
+
+def auto_map(configuration: Any, model: Any) -> dict[str, str]:
+    """What the config.json of an exported folder has for two classes of ours: where its loader finds them.
+
+    Its AutoModel refuses to be built alone, and says why: a loader that got a bare backbone would leave the pondering
+    out.
+    """
+    return {
+        "AutoConfig": f"configuration.{configuration.__name__}",
+        "AutoModel": f"modeling.{model.backbone_class.__name__}",
+        "AutoModelForCausalLM": f"modeling.{model.__name__}",
+    }
+
+
+def model_code() -> dict[str, bytes]:
+    """The code that ships with the weights: the files of `ponder_scale/model` by their names."""
+    files = sorted(Path(ponder_scale.model.__path__[0]).glob("*.py"))
+    return {path.name: path.read_bytes() for path in files if path.name != "__init__.py"}
+
+
+def own_fields(configuration: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Of the values of a config.json those that the configuration class knows.
+
+    transformers takes any other key as an attribute, too: it would travel into every export, stand in for a method, or
+    name code to load (`auto_map`, `custom_pipelines`, `attn_implementation` with a kernel of the hub).
+    """
+    known = {*configuration().to_dict(), *configuration.attribute_map, *OLDER_FIELDS} - {"_name_or_path"}
+    return {key: value for key, value in values.items() if key in known}
 
 
 def model_shape(configuration: Any, seq_len: int) -> Shape:

@@ -26,6 +26,7 @@ from typing import Any
 from ponder_scale.errors import CheckpointError, FencedError, SaveError
 from ponder_scale.files import copy_folder, delete_folder
 from ponder_scale.index import FORMAT, INDEX, TOKENIZER, Index, checksum, read_index, strangers
+from ponder_scale.links import check_links
 from ponder_scale.manifest import hash_file, sync, sync_file, sync_folder
 
 CHECKPOINTS, LATEST, STATE = "checkpoints", "latest", "state.json"
@@ -92,6 +93,7 @@ def save(
         for remains in final.parent.glob(SAVING + "*"):
             delete_folder(remains)
         saving.mkdir(parents=True)
+        check_links(tokenizer)
         copy_folder(tokenizer, saving / TOKENIZER)
         _write_json(saving / STATE, state)
         return _index_shared(saving)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ponder_scale.build import ARCHITECTURES, REFUSALS
+from ponder_scale.build import ARCHITECTURES, REFUSALS, own_fields
 from ponder_scale.errors import CheckpointError
 from ponder_scale.manifest import tokenizer_identity
 from ponder_scale.model.configuration import PONDERING_FIELDS
@@ -83,9 +83,10 @@ def folder_configuration(folder: Path) -> Any:
         own = name != architecture
         fields = {key: values[key] for key in PONDERING_FIELDS if key in values} if own else pondering_fields(values)
         dropped = {*PUBLISHED_KEYS, *NOT_THE_MODEL, *PONDERING_FIELDS}
-        stock = {key: value for key, value in values.items() if key not in dropped}
-        return ARCHITECTURES[architecture].configuration(**stock, **fields)
-    except REFUSALS as error:
+        configuration = ARCHITECTURES[architecture].configuration
+        stock = {key: value for key, value in own_fields(configuration, values).items() if key not in dropped}
+        return configuration(**stock, **fields)
+    except (*REFUSALS, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
 
 

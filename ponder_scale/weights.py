@@ -54,40 +54,70 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
 def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a Hugging Face folder, (name, tensor) as they are there: safetensors, or PyTorch files.
 
+    They are in the one file of transformers' name, or in those that its index lists.
     Or those of a universal checkpoint of DeepSpeed: zero/NAME/fp32.pt holds {"param": tensor}, the master weight in
     fp32, or, where it was made from ZeRO-3, that alone and flattened.
 
     Raises:
         CheckpointError: there are none, or one cannot be read.
     """
-    patterns = ("*.safetensors", "pytorch_model*.bin", "zero/*/fp32.pt")
-    files = next((found for pattern in patterns if (found := sorted(folder.glob(pattern)))), [])
-    if not files:
-        raise CheckpointError(f"{folder}: none of {', '.join(patterns)} in it")
-    _check_index(folder)
-    for file in files:
+    for file in _files(folder):
         if file.suffix == ".pt":
             content = _load(file)
-            yield file.parent.name, content["param"] if isinstance(content, dict) else content
-            continue
-        if file.suffix == ".bin":
-            yield from _load(file).items()
-            continue
-        try:
-            with safe_open(file, "pt") as content:
-                for name in content.keys():  # noqa: SIM118 - it is not a dictionary
-                    yield name, content.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: cannot be read: {error}; download or export it again") from error
+            named = {file.parent.name: content.get("param") if isinstance(content, dict) else content}
+            yield from _tensors(file, named)
+        elif file.suffix == ".bin":
+            yield from _tensors(file, _load(file))
+        else:
+            yield from _safetensors(file)
 
 
-def _check_index(folder: Path) -> None:
-    for index in folder.glob("*.index.json"):
-        for file in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
-            if not (folder / file).is_file():
-                raise CheckpointError(f"{folder / file}: missing, {index.name} names it; download or export it again")
+def _files(folder: Path) -> list[Path]:
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        present = [name for name in (whole, f"{whole}.index.json") if (folder / name).is_file()]
+        if len(present) > 1:
+            raise CheckpointError(f"{folder}: has {' and '.join(present)}; remove the one that is not the model's")
+        if present:
+            return [folder / whole] if present == [whole] else _indexed(folder / present[0])
+    universal = sorted(folder.glob("zero/*/fp32.pt"))
+    if not universal:
+        raise CheckpointError(
+            f"{folder}: no weights in it; expected model.safetensors, pytorch_model.bin, an index of several "
+            "(model.safetensors.index.json), or a universal checkpoint (zero/*/fp32.pt)"
+        )
+    return universal
 
 
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: cannot be read: {error!r}; download or export it again") from error
+    for name in names:
+        if type(name) is not str or Path(name).name != name:
+            raise CheckpointError(f"{index}: names {name!r}, expected files of the folder")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index.parent / name}: missing, {index.name} names it; download or export it again")
+    return [index.parent / name for name in names]
+
+
+def _safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, "pt") as content:
+            for name in content.keys():  # noqa: SIM118 - it is not a dictionary
+                yield name, content.get_tensor(name)
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}; download or export it again") from error
+
+
+def _tensors(file: Path, content: Any) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise CheckpointError(f"{file}: cannot be read: expected tensors by their names")
+    yield from content.items()
+
+
+# Others are integers, or quantized: their numbers are no weights without the scales that go with them.
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Of published folders: what stock classes of today do not have, or compute themselves.
 _LEFT_OUT = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
@@ -116,6 +146,11 @@ def model_weights(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise CheckpointError(
                 f"{folder}: {stored} has shape {tuple(tensor.shape)}, the model has {wanted}; "
                 "use weights of the same architecture and size"
+            )
+        if tensor.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{folder}: {stored} is of {tensor.dtype}, expected floating-point weights of 16 bits or more; "
+                "convert the folder first"
             )
         yield name, tensor
     if expected:

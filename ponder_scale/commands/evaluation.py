@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ponder_scale.commandline import new_file, number, path, whole
+from ponder_scale.commands.folders import add_trust
 
 
 def add_commands(commands: Any) -> None:
@@ -46,6 +47,8 @@ def _add_kinds(kinds: Any) -> None:
     decoding.add_argument("--exit-kl", type=number(least=0), nargs="+", default=[0.001, 0.01, 0.1], help="nats")
     decoding.add_argument("--json", type=new_file, help="also write the table there")
     decoding.set_defaults(run=_evaluate_decoding)
+    for kind in (ppl, tasks, decoding):
+        add_trust(kind)
     for kind in (ppl, run):
         kind.add_argument("--data", action="append", required=True, metavar="[NAME=]SHARDS", help="may be repeated")
         kind.add_argument("--sequences", type=whole(1), default=256, help="held-out sequences of each source")
@@ -65,6 +68,7 @@ def _evaluate_ppl(options: argparse.Namespace, _: list[str]) -> None:
         document_mask=options.document_mask,
         json_file=options.json,
         plot_file=options.plot,
+        trust_remote_code=options.trust_remote_code,
     )
 
 
@@ -87,6 +91,7 @@ def _evaluate_decoding(options: argparse.Namespace, _: list[str]) -> None:
         new_tokens=options.new_tokens,
         exit_kl=options.exit_kl,
         json_file=options.json,
+        trust_remote_code=options.trust_remote_code,
     )
 
 
@@ -101,4 +106,5 @@ def _evaluate_tasks(options: argparse.Namespace, _: list[str]) -> None:
         limit=options.limit,
         batch_size=options.batch_size,
         json_file=options.json,
+        trust_remote_code=options.trust_remote_code,
     )

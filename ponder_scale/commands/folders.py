@@ -50,13 +50,24 @@ def add_commands(commands: Any) -> None:
     )
     generate.add_argument("--temperature", type=number(least=0), default=0.0, help="0: greedy")
     generate.add_argument("--seed", type=whole(0), default=1)
+    add_trust(generate)
     generate.set_defaults(run=_generate)
     trace = commands.add_parser("trace", help="what each pass believes about each token of a text")
     trace.add_argument("folder", type=path, help="an exported folder")
     trace.add_argument("--text", required=True)
     trace.add_argument("--pondering-steps", type=whole(0), help="default: what it was trained with")
     trace.add_argument("--html", type=new_file, help="also write a page with a heat map")
+    add_trust(trace)
     trace.set_defaults(run=_trace)
+
+
+def add_trust(command: argparse.ArgumentParser) -> None:
+    """Add the flag of the commands that load an exported folder."""
+    command.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code of a folder that this version did not make, with your rights; read it before",
+    )
 
 
 def _add_format(command: argparse.ArgumentParser) -> None:
@@ -108,10 +119,17 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
         seed=options.seed,
         exit_kl=options.exit_kl,
         draft_steps=options.draft_steps,
+        trust_remote_code=options.trust_remote_code,
     )
 
 
 def _trace(options: argparse.Namespace, _: list[str]) -> None:
     from ponder_scale.evaluate.trace import trace_folder
 
-    trace_folder(options.folder, options.text, steps=options.pondering_steps, html_file=options.html)
+    trace_folder(
+        options.folder,
+        options.text,
+        steps=options.pondering_steps,
+        html_file=options.html,
+        trust_remote_code=options.trust_remote_code,
+    )

@@ -55,6 +55,7 @@ def measure(
     new_tokens: int = 64,
     exit_kl: Sequence[float] = (0.001, 0.01, 0.1),
     json_file: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Way]:
     """Print and return every way to decode with an exported folder on held-out sequences.
 
@@ -64,7 +65,7 @@ def measure(
     """
     if len(data) > 1:
         raise ConfigError(f"--data names {len(data)} folders; decoding is measured on one")
-    model, _ = load_folder(folder)
+    model, _ = load_folder(folder, trust_remote_code=trust_remote_code)
     length, most = prompt_tokens + new_tokens, model.config.max_position_embeddings
     if not (prompt_tokens >= 1 and new_tokens >= 2 and length <= most):
         raise ConfigError(

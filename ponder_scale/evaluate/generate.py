@@ -10,21 +10,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from ponder_scale.build import model_class
 from ponder_scale.errors import CheckpointError, ConfigError
+from ponder_scale.evaluate.trust import installed_configuration
 
 
-def load_folder(folder: Path) -> tuple[Any, Any]:
-    """Model and tokenizer of an exported folder, by transformers' own loaders, on the GPU where there is one."""
+def load_folder(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer of an exported folder, on the GPU where there is one.
+
+    Args:
+        trust_remote_code: let the folder's own code load it. Otherwise the installed classes do, and no code of the
+            folder runs.
+
+    Raises:
+        CheckpointError: it cannot be loaded; it holds code that is not this installation's and may not be run; or its
+            model does not ponder.
+    """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in it; expected a folder made by `ponder-scale export`")
+    configuration = None if trust_remote_code else installed_configuration(folder)
     try:
-        # the tokenizer too: looking for it reads the model's configuration, which is remote code
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    except (OSError, ValueError, KeyError) as error:
+        if configuration is None:
+            # the tokenizer too: looking for it reads the model's configuration, which is remote code
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        else:
+            loader: Any = AutoTokenizer  # given the configuration, it does not look for one
+            tokenizer = loader.from_pretrained(folder, config=configuration, trust_remote_code=False)
+            options = {"config": configuration, "trust_remote_code": False, "use_safetensors": True}
+            model = model_class(configuration).from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if not hasattr(model, "run_pass"):
+        raise CheckpointError(
+            f"{folder}: its model ({type(model).__name__}) does not ponder; import-reference makes one"
+        )
     return model.to(default_device()).eval(), tokenizer
 
 
@@ -68,12 +91,14 @@ def generate(
     seed: int = 1,
     exit_kl: float | None = None,
     draft_steps: int | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Stream the continuation to standard output, then its speed and the passes it took.
 
     Args:
         exit_kl: stop pondering on a token when a pass moved the prediction by less, in nats.
         draft_steps: pondering steps of the same weights drafting; the text is the model's own.
+        trust_remote_code: as `load_folder` has it.
 
     Raises:
         ConfigError: settings that exclude each other or are out of range.
@@ -83,7 +108,7 @@ def generate(
     for name, value in (("--exit-kl", exit_kl), ("--draft-steps", draft_steps), ("--pondering-steps", pondering_steps)):
         if value is not None and value < 0:
             raise ConfigError(f"{name} is {value}; expected at least 0")
-    model, tokenizer = load_folder(folder)
+    model, tokenizer = load_folder(folder, trust_remote_code=trust_remote_code)
     if pondering_steps is not None:
         model.config.pondering_steps = pondering_steps
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)

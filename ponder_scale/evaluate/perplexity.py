@@ -56,6 +56,7 @@ def evaluate(
     document_mask: bool = False,
     json_file: Path | None = None,
     plot_file: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Sweep:
     """Print the losses of an exported folder on the held-out split of folders of shards, and return them.
 
@@ -64,12 +65,13 @@ def evaluate(
         steps: k; default: what the model was trained with.
         document_mask: attention stays within documents, as a model trained with data.document_mask had it.
         json_file, plot_file: where to write the losses, and an SVG of them.
+        trust_remote_code: let a folder that is not known to be ours run its own code.
 
     Raises:
         TokenizerError: the shards were made with another tokenizer than the model's.
         ShardError: they hold nothing out.
     """
-    model, _ = load_folder(folder)
+    model, _ = load_folder(folder, trust_remote_code=trust_remote_code)
     reading = {"seq_len": seq_len or model.config.max_position_embeddings, "document_mask": document_mask}
     swept = sweep(model, folder, data, reading, sequences=sequences, steps=steps)
     for name, held_out in swept.sources.items():

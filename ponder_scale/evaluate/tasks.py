@@ -7,10 +7,10 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ponder_scale.errors import CheckpointError, ConfigError
-from ponder_scale.evaluate.generate import default_device
+from ponder_scale.evaluate.generate import load_folder
+from ponder_scale.evaluate.trust import installed_configuration
 from ponder_scale.figures import json_text
 
 PAPER_TASKS = (
@@ -28,6 +28,7 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     json_file: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Print and return the metrics of each task, as {steps: {task: {metric: value}}}; "trained" stands for None.
 
@@ -35,8 +36,10 @@ def evaluate_tasks(
         tasks: names the harness knows; empty: the nine of the paper.
         steps: numbers of pondering steps at inference; None: what the model was trained with.
         include: folder of further task files, which replace the harness's own of the same names. Those come with the
-            harness too, but their data come from the network unless they have been downloaded before.
+            harness too, but their data come from the network unless they have been downloaded before. A task file may
+            name Python functions, which the harness runs.
         limit: documents of each task; None: all.
+        trust_remote_code: let a folder that is not known to be ours run its own code.
 
     Raises:
         ConfigError: the harness is not installed, does not know a task, or cannot get its data.
@@ -44,11 +47,14 @@ def evaluate_tasks(
     """
     try:
         import lm_eval
+        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(f"evaluate tasks needs lm-eval ({error}); pip install 'ponder-scale[eval]'") from error
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in it; expected a folder made by `ponder-scale export`")
+    if not trust_remote_code:
+        installed_configuration(folder)  # refused before the harness has read its thousands of files
     own = TaskManager(include_path=str(include), include_defaults=False).all_tasks if include is not None else []
     names = list(tasks or own or PAPER_TASKS)
     # reading the harness' own thousands takes seconds
@@ -60,20 +66,17 @@ def evaluate_tasks(
         raise ConfigError(
             f"--tasks: the harness does not know {', '.join(unknown)}; {known}its own are listed by `lm_eval ls tasks`"
         )
+    loaded, tokenizer = load_folder(folder, trust_remote_code=trust_remote_code)
+    trained = loaded.config.pondering_steps
     found: dict[str, dict[str, dict[str, float]]] = {}
     for number in steps:
-        arguments: dict[str, Any] = {"pretrained": str(folder), "trust_remote_code": True, "dtype": "auto"}
-        if number is not None:
-            arguments["pondering_steps"] = number
+        loaded.config.pondering_steps = trained if number is None else number
         with _explained():
             result = lm_eval.simple_evaluate(
-                model="hf",
-                model_args=arguments,
+                model=HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=names,
                 task_manager=manager,
                 limit=limit,
-                batch_size=batch_size,
-                device=default_device(),
             )
         found["trained" if number is None else str(number)] = {
             task: {key: value for key, value in metrics.items() if isinstance(value, float)}

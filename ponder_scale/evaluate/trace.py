@@ -43,13 +43,15 @@ class Trace:
     beliefs: list[list[Belief]]
 
 
-def trace_folder(folder: Path, text: str, *, steps: int | None, html_file: Path | None) -> Trace:
+def trace_folder(
+    folder: Path, text: str, *, steps: int | None, html_file: Path | None, trust_remote_code: bool = False
+) -> Trace:
     """Print the trace of a text by an exported folder, and write it as a page where `html_file` is given.
 
     Raises:
         ConfigError: the text has no tokens, or more than the model has positions.
     """
-    model, tokenizer = load_folder(folder)
+    model, tokenizer = load_folder(folder, trust_remote_code=trust_remote_code)
     ids = tokenizer(text, return_tensors="pt", return_token_type_ids=False).input_ids.to(model.device)
     most = model.config.max_position_embeddings
     if not 1 <= ids.shape[1] <= most:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-import ponder_scale.model
-from ponder_scale.build import model_class
+from ponder_scale.build import auto_map, model_class, model_code
 from ponder_scale.errors import CheckpointError
 from ponder_scale.export.tokenizer import bundle_tokenizer
 from ponder_scale.export.writer import write_safetensors
@@ -81,9 +80,8 @@ def write_folder(
     with making(out) as folder:
         write_safetensors(folder, shapes, weights, getattr(torch, dtype))
         _write_configuration(folder, configuration, dtype)
-        for path in Path(ponder_scale.model.__path__[0]).glob("*.py"):
-            if path.name != "__init__.py":
-                shutil.copyfile(path, folder / path.name)
+        for name, code in model_code().items():
+            (folder / name).write_bytes(code)
         if tokenizer is not None:
             bundle_tokenizer(tokenizer, folder, eod_id=configuration.eos_token_id)
         (folder / "README.md").write_text(card(parameters), encoding="utf-8")
@@ -100,12 +98,7 @@ def _write_configuration(folder: Path, configuration: Any, dtype: str) -> None:
     model = model_class(configuration)
     configuration.architectures = [model.__name__]
     configuration.dtype = dtype
-    configuration.auto_map = {
-        "AutoConfig": f"configuration.{type(configuration).__name__}",
-        # it refuses to be built alone, and says why: a loader that got a bare backbone would leave the pondering out
-        "AutoModel": f"modeling.{model.backbone_class.__name__}",
-        "AutoModelForCausalLM": f"modeling.{model.__name__}",
-    }
+    configuration.auto_map = auto_map(type(configuration), model)
     configuration.save_pretrained(folder)
     end = configuration.eos_token_id
     pad = end if configuration.pad_token_id is None else configuration.pad_token_id

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ponder_scale.build import configuration_from_dict
 from ponder_scale.errors import CheckpointError
 from ponder_scale.export.card import model_card
 from ponder_scale.export.folder import making, meta_model, write_folder
+from ponder_scale.export.tokenizer import copy_file, read_json, tokenizer_config, write_config
 from ponder_scale.export.writer import write_safetensors
 from ponder_scale.foreign import NOT_THE_MODEL, folder_configuration, read_configuration
 from ponder_scale.model.configuration import PONDERING_FIELDS
@@ -26,6 +28,7 @@ from ponder_scale.weights import model_weights
 logger = logging.getLogger(__name__)
 
 CLASSES = {"llama": "LlamaForCausalLM", "gpt_neox": "GPTNeoXForCausalLM", "gpt2": "GPT2LMHeadModel"}
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -94,13 +97,17 @@ def export_reference(source: Path, out: Path) -> Path:
     stock = {
         key: value for key, value in configuration.to_dict().items() if key not in (*NOT_THE_MODEL, *PONDERING_FIELDS)
     }
+    known = GenerationConfig().to_dict().keys()  # anything else may name code
     with making(out) as folder:
         write_safetensors(folder, shapes | unused, weights(), torch.float32)
         content = {**stock, "model_type": architecture, "architectures": [CLASSES[architecture]], **keys}
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for name in (*TOKENIZER_FILES, "tokenizer_config.json", "generation_config.json"):
-            if (source / name).is_file():
-                (folder / name).write_bytes((source / name).read_bytes())
+        for name in TOKENIZER_FILES:
+            copy_file(source, name, folder)
+        if described := tokenizer_config(source):
+            write_config(folder, described)
+        if generation := {key: value for key, value in read_json(source, GENERATION).items() if key in known}:
+            (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     logger.info("exported %s to %s, for the published code", source, out)
     return out
 

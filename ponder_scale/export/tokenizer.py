@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from ponder_scale.errors import TokenizerError
+from ponder_scale.links import resolved
 
 FILES = (
     "tokenizer.json",
@@ -19,6 +21,8 @@ FILES = (
 )
 CONFIG = "tokenizer_config.json"
 SENTENCEPIECE = "tokenizer.model"
+# code, or a place to fetch it from
+_NAMING = ("auto_map", "custom_pipelines", "name_or_path", "_name_or_path", "trust_remote_code")
 SAMPLES = ("def read(self):\n    return 1", " leading and  double spaces", "naïve café — 你好", "\n\n\ttabs", "a")
 
 
@@ -33,22 +37,63 @@ def bundle_tokenizer(source: Path, out: Path, *, eod_id: int | list[int] | None)
     """
     end = next(iter(eod_id), None) if isinstance(eod_id, list) else eod_id
     for name in FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
-    config = json.loads((source / CONFIG).read_text(encoding="utf-8")) if (source / CONFIG).is_file() else {}
+        copy_file(source, name, out)
+    config = tokenizer_config(source)
     if (out / "tokenizer.json").is_file():
         # transformers 5 writes its own class name there, which transformers 4 does not know
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         if not config.get("eos_token"):
             config["eos_token"] = _token(out / "tokenizer.json", end)
-        _write(out / CONFIG, config)
+        write_config(out, config)
         return
     models = sorted(source.glob("*.model"))
     if not models:
         raise TokenizerError(f"{source}: neither tokenizer.json nor a SentencePiece .model in it")
-    shutil.copyfile(models[0], out / SENTENCEPIECE)
-    _write(out / CONFIG, {**_sentencepiece_config(out / SENTENCEPIECE, end), **config})
+    shutil.copyfile(resolved(source, models[0]), out / SENTENCEPIECE)
+    write_config(out, {**_sentencepiece_config(out / SENTENCEPIECE, end), **config})
     _check_sentencepiece(out)
+
+
+def copy_file(source: Path, name: str, out: Path) -> bool:
+    """Copy a file of `source` where it has one of this name, and tell whether; the bytes, whatever the mode.
+
+    Raises:
+        TokenizerError: it is a link that leads out of `source`.
+    """
+    path = source / name
+    if not path.is_symlink() and not path.is_file():
+        return False
+    shutil.copyfile(resolved(source, path), out / name)
+    return True
+
+
+def tokenizer_config(source: Path) -> dict[str, Any]:
+    """What tokenizer_config.json says, without what names code or files for the loader. Raises as `read_json`."""
+    config = read_json(source, CONFIG)
+    return {key: value for key, value in config.items() if key not in _NAMING and not key.endswith(("_file", "_path"))}
+
+
+def read_json(source: Path, name: str) -> dict[str, Any]:
+    """The keys and values of a file of `source`; none where there is no file of this name.
+
+    Raises:
+        TokenizerError: it cannot be read, or is a link that leads out of `source`.
+    """
+    path = source / name
+    if not path.is_symlink() and not path.is_file():
+        return {}
+    try:
+        content = json.loads(resolved(source, path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: cannot be read: {error}; remove it or put the tokenizer's own there") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path}: expected keys and values")
+    return content
+
+
+def write_config(out: Path, config: dict[str, Any]) -> None:
+    """Write tokenizer_config.json."""
+    (out / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _token(path: Path, token_id: int | None) -> str | None:
@@ -80,15 +125,19 @@ def _check_sentencepiece(out: Path) -> None:
     from transformers import AutoTokenizer
 
     ours = sentencepiece.SentencePieceProcessor(model_file=str(out / SENTENCEPIECE))
-    theirs = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
-    for text in SAMPLES:
-        got, expected = theirs(text, add_special_tokens=False)["input_ids"], ours.encode(text)
+    with tempfile.TemporaryDirectory() as alone:  # beside a config.json the loader would ask that for code
+        for name in (CONFIG, SENTENCEPIECE, *FILES):
+            copy_file(out, name, Path(alone))
+        try:
+            theirs = AutoTokenizer.from_pretrained(alone, trust_remote_code=False)
+            found = {text: theirs(text, add_special_tokens=False)["input_ids"] for text in SAMPLES}
+        except Exception as error:  # whatever its class makes of a configuration that it does not expect
+            reason = " ".join(str(error).split())[:300]
+            raise TokenizerError(f"{out / CONFIG}: transformers cannot load the tokenizer: {reason}") from error
+    for text, got in found.items():
+        expected = ours.encode(text)
         if got != expected:
             raise TokenizerError(
                 f"{out / SENTENCEPIECE}: transformers encodes {text!r} as {got}, SentencePiece as {expected}; "
                 "convert the model to a tokenizer.json that agrees and build the shards with it"
             )
-
-
-def _write(path: Path, config: dict[str, Any]) -> None:
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
