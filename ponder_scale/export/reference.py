@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ponder_scale.build import configuration_from_dict
+from ponder_scale.build import ARCHITECTURES, configuration_from_dict
 from ponder_scale.errors import CheckpointError
 from ponder_scale.export.card import model_card
 from ponder_scale.export.folder import making, meta_model, write_folder
@@ -35,14 +35,17 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 def import_reference(source: Path, out: Path, *, dtype: str = "float32", licence: str | None = None) -> Path:
     """Make the folder `out` of ours from a folder of the published code; returns `out`.
 
+    A folder of ours is taken as well: what another version has exported gets the code of this one.
+
     Raises:
         CheckpointError: not a folder of an architecture that it has, or settings that mean another model.
     """
     values = read_configuration(source)
     architecture = values.get("model_type")
-    if architecture not in CLASSES:
+    if architecture not in (*CLASSES, *(each.configuration.model_type for each in ARCHITECTURES.values())):
         raise CheckpointError(
-            f"{source / 'config.json'}: model_type is {architecture!r}; expected one of {', '.join(CLASSES)}"
+            f"{source / 'config.json'}: model_type is {architecture!r}; expected one of {', '.join(CLASSES)}, or a "
+            "folder of ours"
         )
     configuration = folder_configuration(source)
     has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)

@@ -18,6 +18,7 @@ from ponder_scale.evaluate.generate import generate, load_folder
 from ponder_scale.evaluate.perplexity import evaluate
 from ponder_scale.evaluate.tasks import evaluate_tasks
 from ponder_scale.evaluate.trace import trace_folder
+from ponder_scale.export.reference import import_reference
 from ponder_scale.model.modeling import PonderLlamaForCausalLM
 from tests.commands import run_command
 from tests.faults import Fault
@@ -134,6 +135,15 @@ def test_a_folder_of_ours_is_loaded_by_the_installed_classes_to_what_its_own_cod
     options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     assert torch.equal(model.generate(ids, **options), theirs.generate(ids, **options))
     assert model.generation_config.to_dict() == theirs.generation_config.to_dict()
+
+
+def test_an_import_makes_a_folder_of_another_version_one_of_ours(theirs: Path, folder: Path, tmp_path: Path) -> None:
+    changed_code(theirs, tmp_path / "ran")
+    ours, _ = load_folder(import_reference(theirs, tmp_path / "ours"))
+    expected, _ = load_folder(folder)
+    assert not (tmp_path / "ran").exists()
+    assert all(torch.equal(weight, ours.state_dict()[name]) for name, weight in expected.state_dict().items())
+    assert ours.config.pondering_steps == expected.config.pondering_steps == 2 and ours.config.scale_embeds
 
 
 def test_what_a_configuration_says_cannot_reach_the_loader(theirs: Path) -> None:
