@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ponder_scale.errors import CheckpointError, FencedError, SaveError
@@ -308,8 +308,9 @@ def _index_shared(saving: Path) -> Index:
 def _seal(saving: Path, final: Path, index: Index) -> None:
     files = {name: list(entry) for name, entry in sorted(index.items())}
     _write_json(saving / INDEX, {"format": FORMAT, "files": files, "checksum": checksum(files)})
-    for folder in (path for path in (saving, *saving.rglob("*")) if path.is_dir()):
-        sync_folder(folder)
+    names = [PurePosixPath(name) for name in index]
+    for folder in sorted({parent for name in names for parent in name.parents}):
+        sync_folder(saving / folder)
     saving.rename(final)  # fails where another process has given the name, whose folder is never replaced
     sync_folder(final.parent)
 

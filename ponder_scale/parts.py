@@ -11,7 +11,8 @@ What a header says is compared with the file before any memory is taken for it: 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,6 +29,8 @@ WEIGHT = "weight"
 AVERAGE = "average"  # of the weights over the steps, where a run keeps one
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _KEYS = {"dtype", "shape", "data_offsets"}  # of a tensor in a header
+_OPEN_FILES = 64  # at once: a checkpoint may have thousands
+_LAST = 2**63  # beyond any number of elements
 _SHOWN = 80  # characters of a value in a message
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 2**24  # a hundred thousand tensors
@@ -42,6 +45,9 @@ class Stretch(NamedTuple):
     file: str
     offset: int
     dtype: str
+
+
+Table = dict[str, list[Stretch]]  # by `KIND/NAME`, ascending
 
 
 def part_name(rank: int) -> str:
@@ -76,9 +82,7 @@ def write_part(
 class Parts:
     """The tensors of a checkpoint by name and range."""
 
-    def __init__(
-        self, folder: Path, files: Collection[str] | None = None, table: dict[str, list[Stretch]] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, files: Collection[str] | None = None, table: Table | None = None) -> None:
         """
         Args:
             files: to read from; None: all that the checkpoint's index lists.
@@ -89,6 +93,7 @@ class Parts:
         """
         self.folder = folder
         self.table = read_table(folder, part_files(folder) if files is None else files) if table is None else table
+        self._streams: dict[str, BinaryIO] = {}  # the latest last; a rank reads hundreds of stretches of few files
         self._kinds: dict[str, list[str]] = {}
         for key in sorted(self.table):
             kind, name = key.split("/", 1)
@@ -116,7 +121,7 @@ class Parts:
         for stretch in self.table.get(f"{kind}/{name}", ()):
             stop = min(end, stretch.begin + stretch.length)
             if stretch.begin <= position < stop:
-                _read(self.folder, stretch, position, out[position - begin : stop - begin])
+                _read(self._stream(stretch.file), stretch, position, out[position - begin : stop - begin])
                 position = stop
         if position < end:
             raise CheckpointError(
@@ -124,15 +129,31 @@ class Parts:
                 "it is of another model or another optimizer"
             )
 
+    def _stream(self, file: str) -> BinaryIO:
+        stream = self._streams.pop(file, None) or _opened(self.folder / file, buffering=0)
+        self._streams[file] = stream
+        if len(self._streams) > _OPEN_FILES:
+            self._streams.pop(next(iter(self._streams))).close()
+        return stream
 
-def read_table(folder: Path, files: Collection[str]) -> dict[str, list[Stretch]]:
+
+def read_table(folder: Path, files: Collection[str]) -> Table:
     """The stretches in some parts of a checkpoint by `KIND/NAME`, ascending. Raises as `Parts` does."""
-    table: dict[str, list[Stretch]] = {}
+    table: Table = {}
     for name in files:
         with _opened(folder / name) as stream:
             for key, stretch in _stretches(folder / name, stream):
                 table.setdefault(key, []).append(stretch)
-    for key, stretches in table.items():
+    return merged(folder, [table])
+
+
+def merged(folder: Path, tables: Iterable[Table]) -> Table:
+    """The tables of several parts as one. Raises CheckpointError where two parts have the same elements."""
+    whole: Table = {}
+    for table in tables:
+        for key, stretches in table.items():
+            whole.setdefault(key, []).extend(stretches)
+    for key, stretches in whole.items():
         stretches.sort()
         for one, other in pairwise(stretches):
             if one.begin + one.length > other.begin:
@@ -140,7 +161,22 @@ def read_table(folder: Path, files: Collection[str]) -> dict[str, list[Stretch]]
                     f"checkpoint {folder}: {one.file} and {other.file} both hold element {other.begin:,} of "
                     f"{_shown(key)}; they are not of one save"
                 )
-    return table
+    return whole
+
+
+def selected(table: Table, needs: Mapping[str, tuple[int, int]]) -> Table:
+    """What of a table a rank needs that keeps the elements [begin, begin + length) of each name.
+
+    A kind of which there is nothing in that range stays, empty: that it is missing must not look as if nobody had it.
+    """
+    found: Table = {}
+    for key, stretches in table.items():
+        if (range_ := needs.get(key.split("/", 1)[1])) is not None:
+            begin, end = range_[0], sum(range_)
+            first = max(0, bisect_right(stretches, (begin,)) - 1)
+            last = bisect_right(stretches, (end - 1, _LAST))
+            found[key] = [one for one in stretches[first:last] if one.begin + one.length > begin]
+    return found
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
@@ -154,9 +190,9 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path, buffering: int = -1) -> Any:
     try:
-        return path.open("rb")
+        return path.open("rb", buffering)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}; put it back from a copy") from error
 
@@ -251,19 +287,18 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path}: cannot be read: {reason}; nothing else is tried with such a file")
 
 
-def _read(folder: Path, stretch: Stretch, begin: int, out: Tensor) -> None:
+def _read(stream: BinaryIO, stretch: Stretch, begin: int, out: Tensor) -> None:
     dtype = DTYPES[stretch.dtype]
     direct = out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous()
     block = _BLOCK_BYTES // dtype.itemsize
     staging = None if direct else torch.empty(min(block, out.numel()), dtype=dtype)
-    with (folder / stretch.file).open("rb", buffering=0) as stream:
-        stream.seek(stretch.offset + (begin - stretch.begin) * dtype.itemsize)
-        for first in range(0, out.numel(), block):
-            piece = out[first : first + block]
-            target = piece if staging is None else staging[: piece.numel()]
-            _read_into(stream, target)
-            if staging is not None:
-                piece.copy_(target)
+    stream.seek(stretch.offset + (begin - stretch.begin) * dtype.itemsize)
+    for first in range(0, out.numel(), block):
+        piece = out[first : first + block]
+        target = piece if staging is None else staging[: piece.numel()]
+        _read_into(stream, target)
+        if staging is not None:
+            piece.copy_(target)
 
 
 def _read_into(stream: Any, target: Tensor) -> None:

@@ -135,14 +135,16 @@ class Shard:
     """One shard, read through memory maps that are made on first use.
 
     Opening takes the same time for any size. Raises ShardError when its two files disagree with each other or
-    with the manifest.
+    with the manifest: now, or with `check=False` when they are first used.
     """
 
-    def __init__(self, folder: Path, info: ShardInfo, dtype: np.dtype) -> None:
+    def __init__(self, folder: Path, info: ShardInfo, dtype: np.dtype, *, check: bool = True) -> None:
         self.info = info
         self._dtype, self._itemsize = dtype, dtype.itemsize
         self._bin, self._idx = folder / f"{info.name}.bin", folder / f"{info.name}.idx"
-        self._check()
+        self._checked = False
+        if check:
+            self.check()
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -152,12 +154,14 @@ class Shard:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, (documents,) int32, read-only."""
+        self.check()
         index = np.memmap(self._idx, dtype=np.uint8, mode="r")
         return index[_HEADER.size : _HEADER.size + 4 * self.info.documents].view("<i4")
 
     @cached_property
     def offsets(self) -> np.ndarray:
         """Where each document begins in `.bin`, in bytes, (documents,) int64, read-only."""
+        self.check()
         index = np.memmap(self._idx, dtype=np.uint8, mode="r").view(np.ndarray)
         begin = _HEADER.size + 4 * self.info.documents
         return index[begin : begin + 8 * self.info.documents].view("<i8")
@@ -189,6 +193,7 @@ class Shard:
 
     @cached_property
     def _map(self) -> mmap.mmap | None:
+        self.check()
         if not self.info.bytes:
             return None
         with self._bin.open("rb") as stream:
@@ -197,8 +202,10 @@ class Shard:
         content.madvise(mmap.MADV_RANDOM)
         return content
 
-    def _check(self) -> None:
-        """Every check that needs no pass over the data."""
+    def check(self) -> None:
+        """Every check that needs no pass over the data, once."""
+        if self._checked:
+            return
         size, index_size, itemsize = _size_of(self._bin), _size_of(self._idx), self._itemsize
         with self._idx.open("rb") as stream:
             header = stream.read(_HEADER.size)
@@ -221,6 +228,7 @@ class Shard:
             )
         if indexed != self.info.tokens:
             raise _damaged(self._bin, f"manifest says {self.info.tokens:,} tokens, file holds {indexed:,}")
+        self._checked = True
 
 
 @dataclass(frozen=True)
@@ -236,6 +244,10 @@ class ShardSet:
         """Where the tokenizer's files lie."""
         return self.folder / TOKENIZER
 
+    def every(self) -> list[Shard]:
+        """The shards of all splits."""
+        return [shard for shards in self._shards.values() for shard in shards]
+
     def split(self, name: str) -> list[Shard]:
         """The shards of "train" or "heldout" in reading order; there may be none."""
         if name not in self._shards:
@@ -244,8 +256,10 @@ class ShardSet:
         return self._shards[name]
 
 
-def open_shards(folder: Path) -> ShardSet:
+def open_shards(folder: Path, *, check: bool = True) -> ShardSet:
     """The shards of a folder, checked against its manifest without a pass over the data.
+
+    With `check=False` a shard is checked when it is first used, or by whoever calls its `check`.
 
     Raises ShardError for a folder that is unfinished or damaged.
     """
@@ -255,19 +269,22 @@ def open_shards(folder: Path) -> ShardSet:
             f"{folder / MANIFEST}: dtype is {manifest.dtype!r}; expected one of: {', '.join(_DTYPE_CODES)}"
         )
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
-    splits = {split: [Shard(folder, info, dtype) for info in infos] for split, infos in manifest.splits.items()}
+    splits = {
+        split: [Shard(folder, info, dtype, check=check) for info in infos] for split, infos in manifest.splits.items()
+    }
     return ShardSet(folder, manifest, splits)
 
 
-def open_all(paths: Mapping[str, str], key: str = "data.sources.{}.path") -> dict[str, ShardSet]:
-    """The shards of each source by name, in alphabetical order; `key` is what gave its path, for messages.
+def open_all(paths: Mapping[str, str], key: str = "data.sources.{}.path", *, check: bool = True) -> dict[str, ShardSet]:
+    """The shards of each source by name, in alphabetical order; `key` is what gave its path, for messages; `check` is
+    that of `open_shards`.
 
     Raises ShardError for damaged or unfinished shards, TokenizerError for sources of different tokenizers.
     """
     sources = {}
     for name in sorted(paths):
         try:
-            sources[name] = open_shards(Path(paths[name]))
+            sources[name] = open_shards(Path(paths[name]), check=check)
         except ShardError as error:
             raise ShardError(f"{key.format(name)}: {error}") from error
     same_tokenizer(sources)

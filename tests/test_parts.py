@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 from ponder_scale.errors import CheckpointError
-from ponder_scale.parts import Parts, part_name, read_metadata, write_part
+from ponder_scale.parts import Parts, Stretch, part_name, read_metadata, selected, write_part
 from tests.faults import Fault
+from tests.sealing import seal
 
 TENSORS = {"weight/a": torch.arange(99.0), "exp_avg/a": torch.arange(99.0) / 7, "weight/b": torch.ones(5).bfloat16()}
 BEGINS = {"begins": {"a": 0, "b": 10}}
@@ -171,6 +173,34 @@ def test_parts_of_two_saves_are_not_mixed(part: Path) -> None:
 def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"rank-00003.safetensors: cannot be read: No such file"):
         Parts(tmp_path, [part_name(3)])
+
+
+def test_a_rank_is_told_of_all_that_it_needs_and_of_nothing_else() -> None:
+    dice = random.Random(0)
+    for _ in range(200):
+        cuts = [0, *sorted(dice.sample(range(1, 60), dice.randint(0, 8))), 60]
+        pieces = [Stretch(one, other - one, f"rank-{one}", 0, "F32") for one, other in pairwise(cuts)]
+        pieces = [piece for piece in pieces if dice.random() < 0.9]
+        begin = dice.randrange(60)
+        end = dice.randint(begin + 1, 60)
+        table = {"weight/a": pieces, "exp_avg/a": pieces[:1], "weight/b": pieces}
+        found = selected(table, {"a": (begin, end - begin)})
+        assert found.keys() == {"weight/a", "exp_avg/a"}  # a kind that is elsewhere only is not forgotten
+        for key, some in found.items():
+            wanted = [one for one in table[key] if one.begin < end and one.begin + one.length > begin]
+            assert some == wanted
+
+
+def test_a_reader_of_many_parts_holds_few_files_open_and_opens_none_twice_in_a_row(tmp_path: Path) -> None:
+    for rank in range(100):
+        tensors = {f"weight/{name}": torch.full((2,), float(rank)) for name in "ab"}
+        write_part(tmp_path / part_name(rank), tensors, {"begins": dict.fromkeys("ab", 2 * rank)})
+    parts, out = Parts(seal(tmp_path)), torch.empty(200)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for name in "ab":
+        parts.read("weight", name, 0, out)
+        assert torch.equal(out, torch.arange(100.0).repeat_interleave(2))
+    assert len(list(Path("/proc/self/fd").iterdir())) - before <= 64
 
 
 def mutations(content: bytes, seed: int) -> Iterator[bytes]:

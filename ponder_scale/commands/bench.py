@@ -42,6 +42,15 @@ def add_commands(commands: Any) -> None:
     decode.add_argument("--runs", type=whole(1), default=5)
     decode.add_argument("--compile", action="store_true", help="also a step that torch compiles, in half a minute")
     decode.set_defaults(run=_bench_decode)
+    scale = bench.add_parser(
+        "scale", help="what a start, a step and a save cost as ranks and shard files grow: counted"
+    )
+    scale.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="forked ranks of this machine")
+    scale.add_argument(
+        "--shards", type=int, nargs="+", default=[1, 10, 100], help="training shards, on the fewest ranks"
+    )
+    scale.add_argument("--stage", type=int, choices=range(4), default=3, help="of ZeRO")
+    scale.set_defaults(run=_bench_scale)
     for kind in (op, step, memory, decode):
         kind.add_argument("--hidden", type=whole(1), default=256, help="width D")
         kind.add_argument("--vocab", type=whole(1), default=32000)
@@ -111,3 +120,9 @@ def _workload(options: argparse.Namespace, batch: int, seq_len: int) -> Any:
         dtype=options.dtype,
         device=default_device(),
     )
+
+
+def _bench_scale(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.bench.scale import measure
+
+    print(measure(options.ranks, options.shards, stage=options.stage))

@@ -23,19 +23,31 @@ from ponder_scale.config import DataConfig
 from ponder_scale.data.mixture import describe, mixture, not_skipped, run_order
 from ponder_scale.data.order import Order, Places
 from ponder_scale.data.sequences import IGNORE_INDEX, MicroBatch, Reader, sequences_of
-from ponder_scale.errors import ConfigError
+from ponder_scale.errors import ConfigError, ShardError
 from ponder_scale.packing import Packing, open_packing
 from ponder_scale.shards import ShardSet, open_all
 
 _Ahead = tuple[int, Future[tuple[list[MicroBatch], int]]]  # the sequences of a step, and what will be read of it
 
 
-def open_sources(data: DataConfig, key: str = "data.sources.{}.path") -> dict[str, ShardSet]:
-    """The shards of each source of the mixture, by name, in alphabetical order; `key` names what gave their paths.
+def open_sources(data: DataConfig, key: str = "data.sources.{}.path", *, check: bool = True) -> dict[str, ShardSet]:
+    """The shards of each source of the mixture, by name, in alphabetical order; `key` names what gave their paths,
+    `check` is that of `open_shards`.
 
     Raises ShardError for damaged or unfinished shards, TokenizerError for sources of different tokenizers.
     """
-    return open_all({name: source.path for name, source in data.sources.items()}, key)
+    return open_all({name: source.path for name, source in data.sources.items()}, key, check=check)
+
+
+def damaged_shard(sources: Mapping[str, ShardSet], rank: int, world_size: int) -> str | None:
+    """What is wrong with the first of this rank's share of the shards that is not as its manifest says, or None."""
+    shards = [(name, shard) for name in sorted(sources) for shard in sources[name].every()]
+    for name, shard in shards[rank::world_size]:
+        try:
+            shard.check()
+        except (ShardError, OSError) as error:
+            return f"data.sources.{name}.path: {error}"
+    return None
 
 
 class Loader:

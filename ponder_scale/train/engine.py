@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import logging
 import os
+import resource
 import subprocess
 import warnings
 from collections.abc import Callable, Sequence
@@ -68,9 +69,18 @@ def init_distributed(timeout: timedelta | None = None) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:  # where it is not set, ZeRO-3 starts `numactl` for each bucket that it reduces, to count processors
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    _allow_connections()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     patience = {} if timeout is None else {"timeout": timeout}
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, **patience)
+
+
+def _allow_connections() -> None:
+    """Let this process have as many connections as the system lets it: gloo's groups connect every rank with every
+    other, and the usual limit of 1,024 open files ends with a thousand ranks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _is_no_refusal(record: logging.LogRecord) -> bool:

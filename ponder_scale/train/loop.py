@@ -21,9 +21,9 @@ from ponder_scale.auto import as_before, is_auto, settle
 from ponder_scale.build import build_model, model_configuration, model_shape
 from ponder_scale.checkpoint import saved_steps
 from ponder_scale.config import RunConfig
-from ponder_scale.data.loader import Loader, heldout_batches, open_sources
+from ponder_scale.data.loader import Loader, damaged_shard, heldout_batches, open_sources
 from ponder_scale.data.sequences import IGNORE_INDEX, MicroBatch
-from ponder_scale.errors import ConfigError
+from ponder_scale.errors import ConfigError, ShardError
 from ponder_scale.foreign import warm_start
 from ponder_scale.heldout import loss_sums, of_sums
 from ponder_scale.places import write_whole
@@ -145,13 +145,14 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
     """Everything the loop needs, at the step where the run goes on."""
     run_dir = Path(config.run_dir)
     logger.info("run %s", run_dir)
-    sources = open_sources(config.data)
+    sources = open_sources(config.data, check=False)
     manifest = next(iter(sources.values())).manifest
     configuration = model_configuration(
         config.model, vocab_size=manifest.vocab_size, seq_len=config.data.seq_len, eod_id=manifest.eod_id
     )
     # a hang is the watchdog's to end; a run that was stopped for hours must find its collectives as they were
     init_distributed(None if config.health.hang_seconds is None else SUSPENSION)
+    _check_shards(sources)
     config = _settled(config, configuration)
     model = build_model(configuration, config.seed)
     # a run that has a checkpoint goes on from that, also where the folder that it began with is gone
@@ -211,6 +212,14 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
         control.took(save=trial_save(run_dir, config, state))
     watched = (control, metrics, profiler, watch, health, incidents, work)
     return _Run(config, sources, engine, loader, state, *watched, done + 1)
+
+
+def _check_shards(sources: dict[str, ShardSet]) -> None:
+    """Compare the shards with their manifests, each on one rank. Collective; raises ShardError on all of them."""
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, damaged_shard(sources, dist.get_rank(), dist.get_world_size()))
+    if problem := next(filter(None, found), None):
+        raise ShardError(problem)
 
 
 def _loader(config: RunConfig, sources: dict[str, ShardSet], engine: Engine) -> Loader:

@@ -111,6 +111,10 @@ class Partition:
         named = self._engine.module.named_parameters()
         return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named}
 
+    def needs(self) -> dict[str, tuple[int, int]]:
+        """The first element and the number of those that this rank keeps, by parameter."""
+        return {owned.name: (owned.begin, owned.length) for owned in self._owned}
+
     def is_in(self, parts: Parts) -> bool:
         """Whether `parts` are enough to restore this rank."""
         return all(

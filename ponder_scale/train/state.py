@@ -25,7 +25,17 @@ from ponder_scale.checkpoint import Index, Ranks, Retention, average_since
 from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import Loader
 from ponder_scale.errors import CheckpointError, FencedError, SaveError
-from ponder_scale.parts import WEIGHT, Parts, part_name, write_part
+from ponder_scale.index import part_files, read_index
+from ponder_scale.parts import (
+    WEIGHT,
+    Parts,
+    Table,
+    merged,
+    part_name,
+    read_table,
+    selected,
+    write_part,
+)
 from ponder_scale.settings import to_dict
 from ponder_scale.train import attempts
 from ponder_scale.train.changes import Change, between
@@ -257,7 +267,7 @@ class RunState:
         saving.recorded = True
         folder, seconds = saving.job.result()
         self.save_seconds = max(self.save_seconds, saving.copied - saving.began + seconds)
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        size = sum(size for size, _ in read_index(folder).values())
         stall = saving.copied - saving.began + saving.waited
         self.record("save", saving.step, reason=saving.reason, stall_seconds=stall, write_seconds=seconds, bytes=size)
         logger.info(
@@ -324,14 +334,35 @@ class RunState:
         return state["step"]
 
     def _parts(self, newest: Path, same: bool) -> Parts:
-        """What this rank reads: its own file if that is enough for every rank, else all, as rank 0 lists them."""
+        """What this rank reads: its own file if that is enough for every rank, else what it needs of all."""
         if same:
             own = Parts(newest, [part_name(self._engine.rank)])
             if all(self._gather(self._engine.partition.is_in(own))):
                 return own
-        box: list[Any] = [Parts(newest).table if self._engine.rank == 0 else None]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return Parts(newest, table=box[0])
+        return Parts(newest, table=self._needed(newest))
+
+    def _needed(self, newest: Path) -> Table:
+        """Where the elements that this rank keeps are. Collective: each header is read by one rank.
+
+        Rank 0 puts the tables together and gives to each rank what it needs: the whole grows with the ranks that
+        saved times the parameters, and nobody else has to hold it.
+        """
+        found, error = {}, None
+        try:
+            found = read_table(newest, part_files(newest)[self._engine.rank :: self._engine.world_size])
+        except CheckpointError as problem:
+            error = str(problem)
+        answers: list[Any] | None = [None] * self._engine.world_size if self._engine.rank == 0 else None
+        dist.gather_object((found, error, self._engine.partition.needs()), answers, dst=0, group=self._group)
+        shares: list[Any] | None = None
+        if answers is not None:
+            shares = _shares(newest, answers)
+        box: list[Any] = [None]
+        dist.scatter_object_list(box, shares, src=0, group=self._group)
+        table, error = box[0]
+        if error is not None:
+            raise CheckpointError(error)
+        return table
 
     def _check(self, newest: Path, state: dict[str, Any]) -> None:
         for key, saved in state["model"].items():
@@ -371,6 +402,18 @@ def _at_full_size(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if len(weights) < len(tensors):
         return tensors
     return tensors | {f"moment {number}/{name}": tensor for number in (1, 2) for name, tensor in weights.items()}
+
+
+def _shares(newest: Path, answers: list[tuple[Table, str | None, dict[str, tuple[int, int]]]]) -> list[Any]:
+    """For each rank what it needs of the tables, or the error that every rank raises."""
+    error = next((error for _, error, _ in answers if error is not None), None)
+    try:
+        table = merged(newest, [found for found, _, _ in answers])
+    except CheckpointError as problem:
+        error = error or str(problem)
+    if error is not None:
+        return [(None, error) for _ in answers]
+    return [(selected(table, needs), None) for _, _, needs in answers]
 
 
 @dataclass

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from ponder_scale.checkpoint import find, verify
+from ponder_scale.errors import ShardError
 from ponder_scale.index import part_files
+from ponder_scale.shards import open_shards
+from tests.faults import Fault
 from tests.ranks import run_ranks
 from tests.train.test_loop import overrides, records, train_on_a_rank, weights
 
@@ -57,3 +60,31 @@ def test_32_ranks_save_and_24_go_on_under_another_stage(shards: Any, tmp_path: P
 
 def _steps(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == "step"]
+
+
+@pytest.mark.faults
+def test_a_shard_that_one_rank_checks_is_refused_by_all(tiny_shards: Any, tmp_path: Path, fault: Fault) -> None:
+    made = tiny_shards(train=(300, 300, 300, 300), heldout=(100,), vocab_size=50)
+    (made.folder / "tokenizer").mkdir()
+    path = made.folder / "train-00001.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    case = {"overrides": overrides(tmp_path / "run", made)}
+    (ranks,) = run_ranks(train_on_a_rank, [case])
+    assert ranks[0] == ranks[1] and ranks[0]["error"].startswith(
+        "ShardError: data.sources.tiny.path: shard train-00001.bin: index says 300"
+    )
+    assert not (tmp_path / "run/checkpoints").exists()
+    fault("a shard cut short", "start", detected="by one rank, for all", after="refused", lost="nothing")
+
+
+def test_a_shard_that_nobody_has_checked_is_checked_when_it_is_read(tiny_shards: Any) -> None:
+    made = tiny_shards(train=(300, 300), vocab_size=50)
+    path = made.folder / "train-00001.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    first, second = open_shards(made.folder, check=False).split("train")
+    assert len(first.tokens) == len(open_shards(made.folder, check=False).split("train")[0].tokens) == 300
+    for use in (lambda: second.tokens, lambda: second.lengths, lambda: second.offsets):
+        with pytest.raises(ShardError, match=r"train-00001.bin: index says 300"):
+            use()
+    with pytest.raises(ShardError, match=r"train-00001.bin"):
+        open_shards(made.folder)
