@@ -61,6 +61,7 @@ class Watch:
         self._why: str | None = None  # it left by an error
         self._seconds, self._compared = dict.fromkeys(TIMED, 0.0), self._since
         self._closed = threading.Event()
+        self._pause = heartbeat_seconds(int(os.environ.get("WORLD_SIZE", "1")))
         self._leaving = False
         self._looked, self._suspended = self._since, 0.0
         self.check_owned: Callable[[], None] = lambda: None  # raises FencedError once another attempt has the run
@@ -160,7 +161,7 @@ class Watch:
     def _beat(self) -> None:
         written: Any = None
         while True:
-            closed = self._closed.wait(0.5 if written is None else HEARTBEAT_SECONDS)
+            closed = self._closed.wait(0.5 if written is None else self._pause)
             where = (self._where, self._since_date)
             # the run folder is rank 0's to make, once it is known that the run can begin
             if where != written and self._path.parents[1].is_dir():
@@ -209,6 +210,11 @@ class _Beside:
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
             self._process.wait()
+
+
+def heartbeat_seconds(world_size: int) -> float:
+    """How often a rank writes its heartbeat: all of them together make at most 200 files a second."""
+    return max(HEARTBEAT_SECONDS, world_size / 200)
 
 
 def forget_ranks(run_dir: Path, world_size: int) -> None:

@@ -13,6 +13,8 @@ from ponder_scale.checkpoint import find, verify
 from ponder_scale.errors import ShardError
 from ponder_scale.index import part_files
 from ponder_scale.shards import open_shards
+from ponder_scale.status import STALE_SECONDS
+from ponder_scale.train.watchdog import HEARTBEAT_SECONDS, heartbeat_seconds
 from tests.faults import Fault
 from tests.ranks import run_ranks
 from tests.train.test_loop import overrides, records, train_on_a_rank, weights
@@ -60,6 +62,12 @@ def test_32_ranks_save_and_24_go_on_under_another_stage(shards: Any, tmp_path: P
 
 def _steps(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == "step"]
+
+
+def test_heartbeats_of_many_ranks_do_not_crowd_the_file_system_and_are_not_stale() -> None:
+    for ranks in (1, 32, 1000, 4096):
+        assert ranks / heartbeat_seconds(ranks) <= 200
+        assert HEARTBEAT_SECONDS <= heartbeat_seconds(ranks) <= STALE_SECONDS / 2
 
 
 @pytest.mark.faults
