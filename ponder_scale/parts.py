@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -177,6 +177,24 @@ def selected(table: Table, needs: Mapping[str, tuple[int, int]]) -> Table:
             last = bisect_right(stretches, (end - 1, _LAST))
             found[key] = [one for one in stretches[first:last] if one.begin + one.length > begin]
     return found
+
+
+def shares(
+    folder: Path, answers: Sequence[tuple[Table, str | None, Mapping[str, tuple[int, int]]]]
+) -> list[tuple[Table, str | None]]:
+    """For each rank what it needs of the tables that all have read, or the error that every rank raises.
+
+    Args:
+        answers: of each rank, the table of its share of the parts, what was wrong with them, and what it needs.
+    """
+    error = next((error for _, error, _ in answers if error is not None), None)
+    try:
+        table = merged(folder, [found for found, _, _ in answers])
+    except CheckpointError as problem:
+        error = error or str(problem)
+    if error is not None:
+        return [({}, error) for _ in answers]
+    return [(selected(table, needs), None) for _, _, needs in answers]
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:

@@ -30,10 +30,9 @@ from ponder_scale.parts import (
     WEIGHT,
     Parts,
     Table,
-    merged,
     part_name,
     read_table,
-    selected,
+    shares,
     write_part,
 )
 from ponder_scale.settings import to_dict
@@ -354,11 +353,11 @@ class RunState:
             error = str(problem)
         answers: list[Any] | None = [None] * self._engine.world_size if self._engine.rank == 0 else None
         dist.gather_object((found, error, self._engine.partition.needs()), answers, dst=0, group=self._group)
-        shares: list[Any] | None = None
+        given: list[Any] | None = None
         if answers is not None:
-            shares = _shares(newest, answers)
+            given = shares(newest, answers)
         box: list[Any] = [None]
-        dist.scatter_object_list(box, shares, src=0, group=self._group)
+        dist.scatter_object_list(box, given, src=0, group=self._group)
         table, error = box[0]
         if error is not None:
             raise CheckpointError(error)
@@ -402,18 +401,6 @@ def _at_full_size(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if len(weights) < len(tensors):
         return tensors
     return tensors | {f"moment {number}/{name}": tensor for number in (1, 2) for name, tensor in weights.items()}
-
-
-def _shares(newest: Path, answers: list[tuple[Table, str | None, dict[str, tuple[int, int]]]]) -> list[Any]:
-    """For each rank what it needs of the tables, or the error that every rank raises."""
-    error = next((error for _, error, _ in answers if error is not None), None)
-    try:
-        table = merged(newest, [found for found, _, _ in answers])
-    except CheckpointError as problem:
-        error = error or str(problem)
-    if error is not None:
-        return [(None, error) for _ in answers]
-    return [(selected(table, needs), None) for _, _, needs in answers]
 
 
 @dataclass
