@@ -253,12 +253,18 @@ def _sockets() -> tuple[float, int]:
 
 
 def law(points: dict[int, float]) -> Callable[[int], float]:
-    """The polynomial of least degree, up to 2, that goes through what was counted within a hundredth; else of 2."""
-    x, y = np.array(list(points), dtype=float), np.array(list(points.values()))
+    """The polynomial of least degree, up to 2, that goes through the last three counts within a hundredth.
+
+    What goes up and down instead comes by the clock, such as looks at request files: of that the most that was counted.
+    """
+    last = dict(sorted(points.items())[-3:])
+    x, y = np.array(list(last), dtype=float), np.array(list(last.values()))
     for degree in (0, 1, 2):
         found = np.polynomial.Polynomial.fit(x, y, degree)
-        if degree == 2 or np.all(np.abs(found(x) - y) <= 0.01 * np.abs(y) + 1e-9):
+        if np.all(np.abs(found(x) - y) <= 0.01 * np.abs(y) + 1e-9):
             break
+    if degree == 2 and found.convert().coef[-1] < 0:
+        return lambda value: float(y.max())
     return lambda value: max(0.0, float(found(value)))
 
 
