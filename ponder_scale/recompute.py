@@ -15,16 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from ponder_scale.errors import ConfigError
 
-_ATTENTION = (
+ATTENTION = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -54,14 +56,13 @@ def apply_recompute(model: Any, policy: str, *, offload: bool = False) -> None:
     for module, name in ((model, "run_pass"), *((layer, "forward") for layer in model.layers)):
         if hasattr(module.__dict__.get(name), "recomputes"):
             del module.__dict__[name]
-    contexts = partial(create_selective_checkpoint_contexts, list(_ATTENTION)) if policy == "selective" else None
     outer = "pass" in policy.split("+")
     if outer:
         model.run_pass = _recomputed(model.run_pass, offload=offload)
     if policy in ("layer", "selective", "pass+layer"):
         for layer in model.layers:
             # inside a recomputed pass the layers' inputs live for that pass only, so they stay on the device
-            layer.forward = _recomputed(layer.forward, offload=offload and not outer, contexts=contexts)
+            layer.forward = _recomputed(layer.forward, offload=offload and not outer, keep_attention=policy == "selective")
 
 
 def attention_dropout(configuration: Any) -> tuple[str, float]:
@@ -80,10 +81,8 @@ def refuse_foreign_checkpointing(model: Any) -> None:
             )
 
 
-def _recomputed(
-    function: Callable[..., Any], *, offload: bool, contexts: Callable[[], Any] | None = None
-) -> Callable[..., Any]:
-    selective: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
+def _recomputed(function: Callable[..., Any], *, offload: bool, keep_attention: bool = False) -> Callable[..., Any]:
+    selective: dict[str, Any] = {"context_fn": keeping} if keep_attention else {}
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -94,3 +93,51 @@ def _recomputed(
 
     wrapped.recomputes = True  # type: ignore[attr-defined]
     return wrapped
+
+
+def keeping(operations: tuple[Any, ...] = ATTENTION) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """Contexts for a forward that keeps the outputs of some operations, and for its recomputation, which takes them.
+
+    torch's own selective contexts count every operation and expect each of them again. Under ZeRO-3 the engine gathers
+    weights inside a layer, or finds them gathered: in a forward and not in its recomputation, or the reverse. Here
+    nothing but `operations` is counted, and the engine does none of these.
+    """
+    forward = _Keep(operations)
+    return forward, _Take(operations, forward)
+
+
+class _Keep(TorchDispatchMode):
+    def __init__(self, operations: tuple[Any, ...]) -> None:
+        super().__init__()
+        self._operations = operations
+        self.kept: list[tuple[Any, Tensor]] = []  # outputs, and the state of the generator after them
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = operation(*args, **(kwargs or {}))
+        if operation in self._operations:
+            # .data, because the output itself will hold the graph, which holds this list
+            values = tuple(value.data if isinstance(value, Tensor) else value for value in outputs)
+            self.kept.append((values, _generator(args[0]).get_state()))
+        return outputs
+
+
+class _Take(TorchDispatchMode):
+    def __init__(self, operations: tuple[Any, ...], forward: _Keep) -> None:
+        super().__init__()
+        self._operations, self._forward = operations, forward
+
+    def __enter__(self) -> Any:
+        self._left = iter(self._forward.kept)
+        return super().__enter__()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation not in self._operations:
+            return operation(*args, **(kwargs or {}))
+        outputs, state = next(self._left)
+        _generator(args[0]).set_state(state)  # what comes after draws the same dropout as in forward
+        return outputs
+
+
+def _generator(tensor: Tensor) -> torch.Generator:
+    """The one that an operation on this tensor draws from."""
+    return torch.cuda.default_generators[tensor.device.index] if tensor.is_cuda else torch.default_generator
