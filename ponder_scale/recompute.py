@@ -62,7 +62,9 @@ def apply_recompute(model: Any, policy: str, *, offload: bool = False) -> None:
     if policy in ("layer", "selective", "pass+layer"):
         for layer in model.layers:
             # inside a recomputed pass the layers' inputs live for that pass only, so they stay on the device
-            layer.forward = _recomputed(layer.forward, offload=offload and not outer, keep_attention=policy == "selective")
+            layer.forward = _recomputed(
+                layer.forward, offload=offload and not outer, keep_attention=policy == "selective"
+            )
 
 
 def attention_dropout(configuration: Any) -> tuple[str, float]:

@@ -8,51 +8,107 @@ from __future__ import annotations
 
 import json
 import shutil
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from ponder_scale.checkpoint import find
 from ponder_scale.parts import Parts
 from tests.ranks import run_ranks
+from tests.train.test_gradients import POLICIES
 from tests.train.test_loop import STEPS, assert_same_run, overrides, records, train_on_a_rank
 
 HALF = STEPS // 2
+SMALL = ["train.global_batch=4", "model.num_hidden_layers=1", "checkpoint.every_steps=2", "evaluate.sequences=2"]
+RAMP = ["train.global_batch=8", "train.micro_batch=1", "train.batch_ramp_from=2", "train.batch_ramp_steps=4"]
+SCHEDULES = {
+    "fixed": [],
+    "uniform": ["train.pondering.schedule=uniform", "train.pondering.low=0"],
+    "ramp": ["train.pondering.schedule=ramp", "train.pondering.low=0", "train.pondering.ramp_steps=4"],
+}
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(shards: Any, tmp_path: Path) -> None:
-    """Every stage and precision, with accumulation; most of them with a random number of pondering steps,
-    half of them in the middle of a ramp of the batch."""
-    engines = list(product((0, 1, 2, 3), ("fp32", "bf16")))
-    settings = {}
-    for number, (stage, precision) in enumerate(engines):
-        settings[stage, precision] = [f"train.deepspeed=zero{stage}", f"train.precision={precision}"]
-        if number not in (0, 3):
-            settings[stage, precision] += ["train.pondering.schedule=uniform", "train.pondering.low=0"]
-        if number in (0, 3, 5, 6):  # batches of 2, 4, 6 and 8 sequences
-            settings[stage, precision] += ["train.micro_batch=1", "train.batch_ramp_from=2", "train.batch_ramp_steps=4"]
-    whole = [
-        overrides(tmp_path / f"whole{stage}{precision}", shards, *settings[stage, precision])
-        for stage, precision in engines
+    """Stages 0 to 2 in each precision; half of them accumulate, in the middle of a ramp of the batch."""
+    check_resume(
+        shards,
+        tmp_path,
+        [
+            dict(zip(("deepspeed", "precision", "recompute", "schedule", "more"), (*engine, *values), strict=True))
+            for engine, *values in zip(
+                product(("zero0", "zero1", "zero2"), ("fp32", "bf16")),
+                ("pass", "selective", "none", "layer", "pass+layer", "selective"),
+                ("fixed", "uniform", "ramp", "fixed", "uniform", "ramp"),
+                (RAMP, [], [], RAMP, [], RAMP),
+                strict=True,
+            )
+        ],
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stage_3_is_resumed_bit_for_bit_whatever_is_recomputed(ranks: int, shards: Any, tmp_path: Path) -> None:
+    """A loaded engine has gathered other weights than one that has trained; so has one whose passes have changed."""
+    cases = pairwise(
+        {
+            "recompute": POLICIES,
+            "deepspeed": ("zero3", "zero3_bounded", "zero3_keep_gathered"),
+            "schedule": tuple(SCHEDULES),
+            "precision": ("fp32", "bf16"),
+        }
+    )
+    # selective, which alone counts operations, on one rank and on two; the other policies by turns
+    mine = [case for number, case in enumerate(cases) if case["recompute"] == "selective" or number % 2 == ranks % 2]
+    check_resume(shards, tmp_path, mine, ranks)
+
+
+def check_resume(shards: Any, folder: Path, cases: list[dict[str, Any]], ranks: int = 2) -> None:
+    """Each case trained to the end, and again from its middle: the same records, weights and states."""
+    settings = [
+        [
+            *(f"train.{key}={case[key]}" for key in ("deepspeed", "recompute", "precision")),
+            *SCHEDULES[case["schedule"]],
+            *SMALL,
+            *case.get("more", ()),
+        ]
+        for case in cases
     ]
-    assert run_ranks(train_on_a_rank, [{"overrides": case} for case in whole]) == [["done", "done"]] * len(engines)
+    whole = [overrides(folder / f"whole{number}", shards, *more) for number, more in enumerate(settings)]
+    done = [["done"] * ranks] * len(cases)
+    trained = run_ranks(train_on_a_rank, [{"overrides": case} for case in whole], ranks)
+    assert trained == done, [(case, got) for case, got in zip(cases, trained, strict=True) if got != done[0]]
     resumed = []
-    for stage, precision in engines:
-        run_dir = tmp_path / f"half{stage}{precision}"
-        shutil.copytree(tmp_path / f"whole{stage}{precision}", run_dir)
-        for step in range(HALF + 1, STEPS + 1):
-            shutil.rmtree(run_dir / "checkpoints" / f"step-{step:08d}")
-        resumed.append(overrides(run_dir, shards, *settings[stage, precision]))
-    assert run_ranks(train_on_a_rank, [{"overrides": case} for case in resumed]) == [["done", "done"]] * len(engines)
-    for stage, precision in engines:
-        run_dir, reference = (tmp_path / f"{kind}{stage}{precision}" for kind in ("half", "whole"))
+    for number, more in enumerate(settings):
+        run_dir = folder / f"half{number}"
+        shutil.copytree(folder / f"whole{number}", run_dir)
+        shutil.rmtree(run_dir / "checkpoints" / f"step-{STEPS:08d}")
+        resumed.append(overrides(run_dir, shards, *more))
+    again = run_ranks(train_on_a_rank, [{"overrides": case} for case in resumed], ranks)
+    assert again == done, [(case, got) for case, got in zip(cases, again, strict=True) if got != done[0]]
+    for number, case in enumerate(cases):
+        run_dir, reference = (folder / f"{kind}{number}" for kind in ("half", "whole"))
         steps = [line["step"] for line in records(run_dir) if line["event"] == "step"]
-        assert steps == list(range(1, STEPS + 1)), (stage, precision)
+        assert steps == list(range(1, STEPS + 1)), case
         assert_same_run(run_dir, reference)
         assert_same_state(find(run_dir), find(reference))
         assert resumed_from(run_dir) == [None, f"step-{HALF:08d}"]  # it did go on, and did not begin anew
+
+
+def pairwise(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Few combinations that hold each pair of values of any two factors."""
+    every = [dict(zip(factors, values, strict=True)) for values in product(*factors.values())]
+
+    def pairs(case: dict[str, Any]) -> set[Any]:
+        return set(combinations(case.items(), 2))
+
+    missing, chosen = set().union(*map(pairs, every)), []
+    while missing:
+        chosen.append(max(every, key=lambda case: len(pairs(case) & missing)))
+        missing -= pairs(chosen[-1])
+    return chosen
 
 
 def resumed_from(run_dir: Path) -> list[str | None]:

@@ -172,6 +172,7 @@ def test_a_run_that_rewound_is_the_run_without_the_data_of_the_spike(shards: Any
     settings = [*FLAT, "train.steps=8", "health.spike_window=4", "health.rewind_skip_steps=2"]
     # a spike is far above 6 deviations; what this tiny model does by itself must not be one
     settings += ["health.on_spike=rewind", "health.spike_sigma=60"]
+    settings += ["train.deepspeed=zero3", "train.recompute=selective", "model.num_hidden_layers=1"]
     rewound = overrides(tmp_path / "rewound", shards, *settings)
     without = overrides(tmp_path / "without", shards, *settings, "data.skip=[[32, 48]]")
     spike = {"overrides": rewound, "at": 6, "factor": 1e4}
