@@ -34,6 +34,7 @@ from ponder_scale.recompute import refuse_foreign_checkpointing
 from ponder_scale.speed import document_arguments
 from ponder_scale.train.console import folded
 from ponder_scale.train.deepspeed_config import deepspeed_config, read_sharding
+from ponder_scale.train.deepspeed_version import TESTED, is_tested, refuse_wrong_version
 from ponder_scale.train.gate import Accept, Gate
 from ponder_scale.train.launch import RANK_VARIABLES, free_port
 from ponder_scale.train.optim import parameter_groups
@@ -139,6 +140,12 @@ class Engine:
             sharding = settle_sharding(config, sharding, model.config, present_devices(config, self.world_size))
         sharding = from_first_rank(sharding)
         self.zero_stage: int = sharding["zero_optimization"]["stage"]
+        refuse_wrong_version(deepspeed.__version__, self.zero_stage, config.train.precision)
+        if self.rank == 0 and not is_tested(deepspeed.__version__):
+            logger.warning(
+                "deepspeed %s is not among the versions that were tested (%s); what is known to be wrong is refused",
+                *(deepspeed.__version__, ", ".join(TESTED)),
+            )
         shape = model_shape(model.config, config.data.seq_len)
         gathers = gathering(shape, sharding["zero_optimization"], config.train.recompute)
         if gathers is not None:
@@ -167,7 +174,7 @@ class Engine:
             self.deepspeed.basic_optimizer.state.clear()
         self.partition = Partition(self.deepspeed, self.zero_stage, self.rank, self.world_size)
         plain = self.zero_stage == 0 and config.train.precision == "fp32"
-        self._gate = Gate(self.deepspeed, self.zero_stage, plain=plain)
+        self._gate = Gate(self.deepspeed, self.zero_stage, deepspeed.__version__, plain=plain)
         self._micro_step = 0  # of the step under way; 0 once its last has been
         self._traces: TraceBank | None = None
         if self.zero_stage == 3:

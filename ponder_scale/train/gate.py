@@ -2,7 +2,8 @@
 
 DeepSpeed computes the norm in its `step` and updates at once. It can skip an update, for fp16's overflows, and then
 drops every gradient and accumulation buffer and touches neither weights nor moments. Where each of its optimizers
-takes that decision, it is made to ask here.
+takes that decision, it is made to ask here. A version of DeepSpeed that decides elsewhere would not ask, and train on
+unjudged: a step that was not asked about is the last.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 
 import torch
 
+from ponder_scale.errors import UserError
+from ponder_scale.train.deepspeed_version import TESTED
+
 Accept = Callable[[float], bool]
 
 
@@ -21,15 +25,47 @@ class Gate:
     """Before the update of a DeepSpeed engine.
 
     Args:
+        version: of DeepSpeed, for what is said about it.
         plain: it has neither a ZeRO nor a bf16 wrapper (stage 0 in fp32).
+
+    Raises:
+        UserError: this version of DeepSpeed has no such decision to ask at.
     """
 
-    def __init__(self, engine: Any, zero_stage: int, *, plain: bool) -> None:
+    def __init__(self, engine: Any, zero_stage: int, version: str, *, plain: bool) -> None:
         self.norm = 0.0  # of the last step's mean gradient, before clipping
         self.opened = True  # for the last step
         self._accept: Accept | None = None
+        self._asked = False  # in the last step
+        self._version, self._plain = version, plain
+        try:
+            self._guard(engine, zero_stage)
+        except AttributeError as error:
+            raise self._unknown(f"has no {error.name} at which to judge a gradient") from error
+
+    def step(self, engine: Any, accept: Accept | None) -> float:
+        """`engine.step()` at the end of a step, if its norm is accepted; returns the norm.
+
+        Args:
+            accept: told the norm of the mean gradient, which is the same on all ranks; None: any that is finite.
+
+        Raises:
+            UserError: DeepSpeed did not ask, or did otherwise than it was told. The step must not be saved.
+        """
+        self._accept, self._asked = accept, False
+        engine.step()
+        self._accept = None
+        if not self._asked:
+            raise self._unknown("updated the weights without asking whether the gradient is accepted")
+        # without a wrapper DeepSpeed knows of no refusal; the update itself is guarded then
+        if not self._plain and engine.was_step_applied() != self.opened:
+            did = "refused an update that was accepted" if self.opened else "made an update that was refused"
+            raise self._unknown(did)
+        return self.norm
+
+    def _guard(self, engine: Any, zero_stage: int) -> None:
         optimizer = engine.optimizer
-        if plain:
+        if self._plain:
             self._guard_plain(optimizer, engine)
         elif zero_stage == 0:
             self._guard_bf16(optimizer)
@@ -41,18 +77,14 @@ class Gate:
         else:
             self._guard_stages_1_and_2(optimizer)
 
-    def step(self, engine: Any, accept: Accept | None) -> float:
-        """`engine.step()` at the end of a step, if its norm is accepted; returns the norm.
-
-        Args:
-            accept: told the norm of the mean gradient, which is the same on all ranks; None: any that is finite.
-        """
-        self._accept = accept
-        engine.step()
-        self._accept = None
-        return self.norm
+    def _unknown(self, what: str) -> UserError:
+        return UserError(
+            f"deepspeed {self._version} {what}, unlike the versions that were tested; nothing was saved of it: install "
+            f"deepspeed=={TESTED[-1]} and start again"
+        )
 
     def _opens(self, norm: Any) -> bool:
+        self._asked = True
         self.norm = float(norm)
         if self.norm < 0:  # DeepSpeed's mark of a norm that is not a number
             self.norm = math.nan
@@ -61,19 +93,13 @@ class Gate:
         return self.opened
 
     def _guard_stage_3(self, optimizer: Any, device: torch.device, *, muon: bool) -> None:
-        groups_of, apply_muon = optimizer._get_norm_groups, optimizer._apply_muon_to_accumulated_grads
+        groups_of = optimizer._get_norm_groups
 
         def judge() -> list[Any]:
             groups = groups_of()  # one norm a parameter group, negative where it is not a number
             norms = torch.stack([torch.as_tensor(norm, dtype=torch.float32, device=device) for norm in groups])
             finite = bool((torch.isfinite(norms) & (norms >= 0)).all())
             return groups if self._opens(torch.linalg.vector_norm(norms) if finite else math.nan) else [-1.0]
-
-        def muon_updates() -> None:
-            # they advance the momentum, so the gradients are judged before they become updates
-            judge()
-            if self.opened:
-                apply_muon()
 
         def norm_groups() -> list[Any]:
             if not muon:
@@ -82,6 +108,14 @@ class Gate:
 
         optimizer._get_norm_groups = norm_groups
         if muon:
+            apply_muon = optimizer._apply_muon_to_accumulated_grads
+
+            def muon_updates() -> None:
+                # they advance the momentum, so the gradients are judged before they become updates
+                judge()
+                if self.opened:
+                    apply_muon()
+
             optimizer._apply_muon_to_accumulated_grads = muon_updates
 
     def _guard_stages_1_and_2(self, optimizer: Any) -> None:
@@ -136,6 +170,8 @@ class Gate:
         def step(*arguments: Any, **options: Any) -> Any:
             if not engine.gradient_clipping():
                 judge()
+            if not self._asked:
+                raise self._unknown("clipped the gradient without asking whether it is accepted")
             return update(*arguments, **options) if self.opened else None
 
         engine.clip_fp32_gradients = clip_fp32_gradients

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import json
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,8 @@ import torch
 
 from ponder_scale.errors import ConfigError
 from ponder_scale.train.deepspeed_config import read_sharding
-from tests.ranks import run_ranks
+from ponder_scale.train.deepspeed_version import is_tested, refuse_wrong_version
+from tests.ranks import REPOSITORY, run_ranks
 from tests.train.test_gradients import make_model, run_config, small_buckets
 
 SMALLEST = ["model.pondering_steps=1", "model.num_hidden_layers=1"]
@@ -108,3 +113,121 @@ def test_a_sharding_without_the_norm_is_refused(tmp_path: Path) -> None:
     path.write_text('{"zero_optimization": {"stage": 1, "compute_grad_norm": false}}')
     with pytest.raises(ConfigError, match=r"blind\.json: zero_optimization\.compute_grad_norm is refused"):
         read_sharding(str(path))
+
+
+STAGE_3 = "zero.stage3.DeepSpeedZeroOptimizer_Stage3.step"
+ASKS = [  # stage, precision, the method of DeepSpeed and the call in it that is our gate
+    (3, "bf16", STAGE_3, "self", "_get_norm_groups"),
+    (2, "bf16", "zero.stage_1_and_2.DeepSpeedZeroOptimizer.step", "self", "scaled_global_norm"),
+    (1, "fp32", "zero.stage_1_and_2.DeepSpeedZeroOptimizer.step", "self", "scaled_global_norm"),
+    (1, "fp32 gradients", "bf16_optimizer.BF16_Optimizer.step", "self", "get_grads_for_norm"),
+    (0, "bf16", "fp16.unfused_optimizer.FP16_UnfusedOptimizer.step", "self.overflow_checker", "check"),
+    (0, "fp32", "engine.DeepSpeedEngine._take_model_step", "self", "clip_fp32_gradients"),
+]
+
+
+def with_another_deepspeed(case: dict[str, Any]) -> str:
+    """Steps under a DeepSpeed one of whose methods reads otherwise."""
+    from ponder_scale.train import engine as module
+
+    module.init_distributed()
+    torch.set_num_threads(1)
+    path, kind, method = case["where"].rsplit(".", 2)
+    holder = importlib.import_module(f"deepspeed.runtime.{path}")
+    changed, made = getattr(holder, kind), {}
+    decorated = getattr(changed, method)  # by a decorator of DeepSpeed's that hides what it decorates
+    inner = [cell.cell_contents for cell in decorated.__closure__ or () if inspect.isfunction(cell.cell_contents)]
+    source = textwrap.dedent(inspect.getsource(inner[0] if inner else decorated))
+    assert case["line"] in source, f"{case['where']} is no longer what this test changes"
+    exec(source.replace(case["line"], case["instead"]), holder.__dict__, made)
+    setattr(changed, method, made[method])
+    if "gone" in case:
+        delattr(changed, case["gone"])
+    train(case, case["steps"])
+    return "went on"
+
+
+def test_a_deepspeed_that_does_not_ask_or_does_not_listen_is_told_at_once(tmp_path: Path) -> None:
+    cases = []
+    for number, (stage, precision, where, owner, name) in enumerate(ASKS):
+        accumulation = {"data_types": {"grad_accum_dtype": "fp32"}} if precision == "fp32 gradients" else {}
+        sharding = tmp_path / f"{number}.json"
+        sharding.write_text(json.dumps({"zero_optimization": {"stage": stage}, **accumulation}))
+        case = {"deepspeed": str(sharding), "policy": "none", "tied": False, "where": where, "steps": "g"}
+        case["precision"] = "fp32" if precision == "fp32" else "bf16"
+        # the method of the class, whatever the object was given: as if it had another name
+        cases.append({**case, "line": f"{owner}.{name}(", "instead": f"type({owner}).{name}({owner}, "})
+    unchanged = [{**case, "instead": case["line"]} for case in cases]
+    gone = {**unchanged[0], "gone": "_get_norm_groups"}
+    deaf = {**cases[0], "line": "is_invalid_grad_norm(scaled_global_grad_norm)", "instead": "False"}
+    results = run_ranks(with_another_deepspeed, [*cases, *unchanged, gone, {**deaf, "steps": "r"}, deaf], world_size=1)
+    errors = [rank["error"] if rank != "went on" else rank for (rank,) in results]
+    for case, error in zip(cases, errors, strict=False):
+        assert "UserError: deepspeed 0." in error and "without asking whether" in error, (case, error)
+    assert errors[len(cases) : 2 * len(cases)] == ["went on"] * len(cases)
+    assert "has no _get_norm_groups at which to judge" in errors[-3]
+    assert "made an update that was refused" in errors[-2]
+    assert errors[-1] == "went on"
+
+
+@pytest.mark.parametrize(
+    ("version", "wrong"),
+    [
+        ("0.17.6", {(0, "bf16"), (2, "fp32"), (2, "bf16")}),
+        ("0.18.2", {(0, "bf16"), (2, "fp32"), (2, "bf16")}),
+        ("0.18.3", {(0, "bf16"), (2, "bf16")}),
+        ("0.18.5+cu128", {(0, "bf16"), (2, "bf16")}),
+        ("0.18.6", {(2, "bf16")}),
+        ("0.19.3", {(2, "bf16")}),
+        ("0.19.3.post1", {(2, "bf16")}),
+        ("0.19.4", set()),
+        ("0.19.8", set()),
+        ("1.0", set()),
+    ],
+)
+def test_versions_that_are_known_to_be_wrong_are_refused_where_they_are(version: str, wrong: set[Any]) -> None:
+    refused = set()
+    for stage in range(4):
+        for precision in ("fp32", "bf16"):
+            try:
+                refuse_wrong_version(version, stage, precision)
+            except ConfigError as error:
+                refused.add((stage, precision))
+                assert str(error).startswith(f"deepspeed is {version}, which in silence") and "\n" not in str(error)
+                assert str(error).endswith("install deepspeed==0.19.8")
+    assert refused == wrong
+
+
+def start(version: str) -> list[str]:
+    """What an engine under this version says about it."""
+    import logging
+
+    import deepspeed
+
+    from ponder_scale.train import engine as module
+
+    module.init_distributed()
+    deepspeed.__version__ = version
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    module.logger.addHandler(handler)
+    config = run_config({"deepspeed": "zero2", "policy": "none", "tied": False, "precision": "bf16"})
+    module.Engine(make_model(config), config)
+    return [line for line in said if "deepspeed" in line]
+
+
+def test_an_untested_version_is_named_once_and_a_wrong_one_does_not_start() -> None:
+    assert is_tested("0.19.8+abc123") and not is_tested("0.19.80") and not is_tested("0.20.0rc1")
+    tested, untested, wrong = run_ranks(start, ["0.19.8", "0.20.0", "0.19.1"])
+    assert tested == [[], []]
+    ((line,), nothing) = untested
+    assert line.startswith("deepspeed 0.20.0 is not among the versions that were tested (0.19.8)") and nothing == []
+    assert all("ConfigError: deepspeed is 0.19.1, which in silence gets gradients" in rank["error"] for rank in wrong)
+
+
+def test_what_is_installed_is_what_was_tested() -> None:
+    locked = dict(
+        line.split("==") for line in (REPOSITORY / "requirements.lock").read_text().splitlines() if "==" in line
+    )
+    assert is_tested(locked["deepspeed"].split()[0])

@@ -201,6 +201,45 @@ def test_offloading_random_pondering_steps_and_looping_are_right_too(tmp_path: P
     check(cases)
 
 
+def in_mixed_precision(case: dict[str, Any]) -> dict[str, Any]:
+    """The first step in one process: the model in bf16, a sequence at a time as on the ranks, summed in fp32."""
+    config = run_config(case)
+    model = make_model(config).to(torch.bfloat16)
+    batch, losses = sequences(0, config), []
+    gradients = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
+    for sequence in batch.split(1):
+        loss = model(input_ids=sequence[:, :-1], shift_labels=sequence[:, 1:], pondering_steps=steps_of(0, config)).loss
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        for name, parameter in model.named_parameters():
+            gradients[name] += parameter.grad.float() / len(batch)
+    norm = torch.nn.utils.get_total_norm(gradients.values()).item()
+    return {
+        "loss": sum(losses) / len(losses),
+        "norm": norm,
+        "gradients": {name: gradient.flatten().tolist() for name, gradient in gradients.items()},
+    }
+
+
+def test_gradients_in_bf16_with_overlapping_communication_are_those_of_plain_mixed_precision(tmp_path: Path) -> None:
+    """Four sequences are summed in bf16, on the ranks and over micro-steps. Each of the three sums and the division
+    of each round by 2^-9 of what they round, so 1e-2 of the largest entry is the bound."""
+    engines = [(0, "layer"), (1, "none"), (2, "none"), (2, "selective"), (2, "pass"), (3, "selective"), (3, "pass")]
+    cases = [
+        {"deepspeed": small_buckets(tmp_path, stage, overlap_comm=True), "policy": policy, "tied": stage == 1}
+        for stage, policy in engines
+    ]
+    cases = [{**case, "precision": "bf16", "overrides": ["train.steps=1"]} for case in cases]
+    expected = {tied: in_mixed_precision({**cases[0], "tied": tied}) for tied in (False, True)}
+    for case, (rank, _) in zip(cases, run_ranks(on_a_rank, cases), strict=True):
+        assert "error" not in rank, (case, rank)
+        plain = expected[case["tied"]]
+        assert worst(rank["gradients"], plain["gradients"]) < 1e-2, case
+        assert rank["losses"][0] == pytest.approx(plain["loss"], rel=1e-5), case
+        assert rank["norms"][0] == pytest.approx(plain["norm"], rel=5e-3), case
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler: compiled layers are not tested under ZeRO")
 def test_compiled_layers_under_zero_give_the_gradients_of_plain_torch(tmp_path: Path) -> None:
     compiled = ["train.compile=true"]
