@@ -50,9 +50,9 @@ def drawn_model(draw: random.Random) -> dict[str, Any]:
         "scale_embeds": draw.choice(("true", "false")),
         "feedback": draw.choice(("embedding", "embedding", "hidden")),
         "residual": draw.choice(("accumulate", "restart", "replace")),
-        "pondering_temperature": draw.choice((1.0, 0.7)),
-        "pondering_top_k": draw.choice(("null", "null", 5)),
     }
+    if model["feedback"] == "embedding":
+        model |= {"pondering_temperature": draw.choice((1.0, 0.7)), "pondering_top_k": draw.choice(("null", "null", 5))}
     if architecture in ("llama", "olmo2"):
         model["num_key_value_heads"] = draw.choice(("null", 1))
     if architecture == "gpt2" and draw.random() < 0.4:
