@@ -139,7 +139,7 @@ def _for_muon(sharding: dict[str, Any]) -> dict[str, Any]:
         )
     if "offload_optimizer" in zero or "offload_param" in zero:
         raise ConfigError("optim.optimizer is muon with offload: not shown to train as without; use zero3 or zero0")
-    if any(zero.get(key) for key in ("zero_quantized_gradients", "zero_hpz_partition_size")):
+    if zero.get("zero_quantized_gradients") or zero.get("zero_hpz_partition_size", 1) != 1:  # groups of one are none
         raise ConfigError("optim.optimizer is muon with ZeRO++: it needs whole gradients; use zero3 or zero0")
     # with it a rank sees only its part of a gradient; stage 3 refuses it itself
     return {**sharding, "zero_optimization": {**zero, "reduce_scatter": False}}

@@ -162,6 +162,7 @@ def test_only_the_matrices_of_the_layers_are_muons() -> None:
         ({"stage": 2}, "muon with ZeRO stage 2"),
         ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, "muon with offload"),
         ({"stage": 3, "zero_quantized_gradients": True}, "needs whole gradients"),
+        ({"stage": 3, "zero_hpz_partition_size": 2}, "needs whole gradients"),
     ],
 )
 def test_what_muon_would_get_wrong_is_refused(zero: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -169,7 +170,15 @@ def test_what_muon_would_get_wrong_is_refused(zero: dict[str, Any], message: str
     path.write_text(json.dumps({"zero_optimization": zero}))
     config = run_config({**CASE, "deepspeed": str(path)})
     with pytest.raises(ConfigError, match=message):
-        deepspeed_config(read_sharding(str(path)), config.train, config.optim, world_size=1)
+        deepspeed_config(read_sharding(str(path)), config.train, config.optim, world_size=2)
+
+
+def test_a_sharding_that_says_the_default_of_zeropp_is_not_refused_with_muon(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1}}))
+    config = run_config({**CASE, "deepspeed": str(path)})
+    made = deepspeed_config(read_sharding(str(path)), config.train, config.optim, world_size=1)
+    assert made["zero_optimization"]["reduce_scatter"] is False
 
 
 def test_clipping_and_a_missing_learning_rate_are_refused_with_muon() -> None:
