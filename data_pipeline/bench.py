@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -55,11 +54,10 @@ def bench(corpus: Path, tokenizer: Path, rounds: int) -> str:
         for _ in range(rounds):
             for name, times in runs.items():
                 for path, into in ((one, times.one), (small, times.small), (corpus, times.whole)):
-                    out = Path(folder, "out")
-                    seconds, memory = _run(_command(name, path, tokenizer, out), folder)
-                    into.append(seconds)
-                    times.engines |= _engines(out)
-                    shutil.rmtree(out, ignore_errors=True)
+                    with tempfile.TemporaryDirectory(dir=folder) as place:
+                        seconds, memory = _run(_command(name, path, tokenizer, Path(place, "out")), folder)
+                        into.append(seconds)
+                        times.engines |= _engines(Path(place, "out"))
                 times.memory.append(memory)
         lines = list(_table(runs, text["small"] / 1e6, text["whole"] / 1e6))
         lines += _loader(corpus, tokenizer, Path(folder))

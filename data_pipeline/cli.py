@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import textwrap
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from data_pipeline.config import BuildConfig, SourceConfig, SourceKind
+from data_pipeline.config import BuildConfig, SourceConfig
 from data_pipeline.parallel import one_thread
 from data_pipeline.progress import Progress
 from ponder_scale.commandline import Parser, new_folder, number, outlive_readers, parse, path, whole
 from ponder_scale.errors import ConfigError, ShardError, UserError
 from ponder_scale.manifest import read_manifest, verify
-from ponder_scale.settings import find_recipe, load
+from ponder_scale.settings import MISSING, find_recipe, load
 
 KINDS = ("megatron", "datatrove", "raw")  # of token files that can be adopted
 RECIPES = Path(__file__).parent / "recipes"
@@ -23,19 +29,45 @@ MAX_BAD_FRACTION = 0.01  # of the records that one could learn from
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0, 2 for what the user can mend, 130 for an interruption."""
+    """Run one command; the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C, 143 for SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     outlive_readers()
     try:
         options = parse(_parser(), arguments, BuildConfig, "settings")
-        options.run(options, shlex.join(["ponder-data", *arguments]))
+        with _ended_in_order():
+            options.run(options, shlex.join(["ponder-data", *arguments]))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+    except _Terminated:
+        print("error: ended by SIGTERM; what is done is kept: the same command goes on", file=sys.stderr)
+        return 143
     return 0
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Within the block SIGTERM is an exception, so that workers are ended and claims given up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> Parser:
@@ -44,6 +76,7 @@ def _parser() -> Parser:
 
     command = commands.add_parser("build", help="make a folder of token shards")
     command.add_argument("settings", nargs="*", metavar="[RECIPE] key=value", help="a recipe, then overrides of it")
+    command.formatter_class, command.epilog = argparse.RawDescriptionHelpFormatter, "\n".join(_keys())
     command.set_defaults(run=_build)
 
     command = commands.add_parser("inspect", help="say what a folder of shards holds, with samples")
@@ -108,6 +141,18 @@ def _parser() -> Parser:
     return parser
 
 
+def _keys() -> Iterator[str]:
+    """The keys of a build, for its help text."""
+    yield "keys, with their defaults:"
+    for schema, prefix in ((BuildConfig, ""), (SourceConfig, "sources.NAME.")):
+        for item in dataclasses.fields(schema):
+            made = item.default_factory
+            default = item.default if made is dataclasses.MISSING else made()
+            shown = "required" if default == MISSING else json.dumps(default)
+            line = f"{prefix}{item.name} ({shown}): {item.metadata['help']}"
+            yield from textwrap.wrap(line, 100, initial_indent="  ", subsequent_indent="      ")
+
+
 def _config(settings: list[str]) -> BuildConfig:
     recipe = find_recipe(settings[0], RECIPES) if settings and "=" not in settings[0] else None
     return load(BuildConfig, recipe, settings[1:] if recipe else settings)
@@ -115,6 +160,7 @@ def _config(settings: list[str]) -> BuildConfig:
 
 def _build(options: argparse.Namespace, command: str) -> None:
     one_thread()
+    from data_pipeline.manifest import kept
     from data_pipeline.pipeline import build  # loads numpy, whose threads cost a small build a fifth of its time
 
     config = _config(options.settings)
@@ -124,6 +170,8 @@ def _build(options: argparse.Namespace, command: str) -> None:
     for split, shards in built.manifest.splits.items():
         documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
         print(f"{split}: {documents:,} documents, {tokens:,} tokens, shards: {len(shards)}")
+    for source, (documents, tokens) in kept(built.manifest).items():
+        print(f"kept of {source}: {documents:,} documents, {tokens:,} tokens")
     for source, counts in built.manifest.provenance["sources"].items():
         for reason, count in counts["drops"].items():
             print(f"dropped from {source}: {count:,} {reason}")
@@ -223,6 +271,8 @@ def _train_tokenizer(options: argparse.Namespace, command: str) -> None:
 
 def _to_learn_from(options: argparse.Namespace) -> BuildConfig:
     """The sources of a recipe with overrides, or of files and folders. Raises ConfigError for a mixture of both."""
+    from data_pipeline.sources import kind_of
+
     inputs, recipe = list(options.inputs), options.recipe
     if recipe is None and inputs and inputs[0].endswith((".yaml", ".yml")):
         recipe = inputs.pop(0)
@@ -240,7 +290,7 @@ def _to_learn_from(options: argparse.Namespace) -> BuildConfig:
     sources = {}
     for name in inputs:
         sources[name] = SourceConfig(
-            kind=_kind(name),
+            kind="folder" if Path(name).is_dir() else kind_of(name),
             path=name,
             field=options.field or "text",
             pattern=options.pattern or "**/*",
@@ -256,13 +306,6 @@ def _to_learn_from(options: argparse.Namespace) -> BuildConfig:
         max_document_bytes=MAX_TRAINING_BYTES,
         max_bad_fraction=bound,
     )
-
-
-def _kind(name: str) -> SourceKind:
-    if Path(name).is_dir():
-        return "folder"
-    stem = name.removesuffix(".gz").removesuffix(".zst")
-    return "parquet" if stem.endswith(".parquet") else "jsonl" if stem.endswith(".jsonl") else "text"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ SourceKind = Literal["jsonl", "parquet", "text", "folder", "dataset"]
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Where documents come from. Names that end in .gz or .zst are decompressed."""
+    """Where documents come from. Names that end in .gz, .zst, .bz2 or .xz are decompressed."""
 
     kind: SourceKind = knob(
         MISSING,
@@ -22,13 +22,16 @@ class SourceConfig:
     )
     path: str = knob(
         MISSING,
-        "jsonl, parquet, text: a file or a glob such as data/*.jsonl.gz; folder: the folder; dataset: its name on the "
-        "hub, or a folder written by save_to_disk",
+        "jsonl, parquet, text: a file or a glob such as data/**/*.jsonl.gz; folder: the folder; dataset: its name on "
+        "the hub, or a folder written by save_to_disk",
         path=True,
     )
-    field: str = knob("text", "jsonl, parquet, dataset: the key or column of the text")
+    field: str = knob(
+        "text", "jsonl, parquet, dataset: the key or column of the text; jsonl, parquet: in another, data.text"
+    )
+    repair: bool = knob(False, "jsonl: read lines with NaN or infinite numbers, and replace lone surrogates by U+FFFD")
     document: Literal["file", "paragraph"] = knob("file", "text: what one document is; blank lines end paragraphs")
-    pattern: str = knob("**/*", "folder: glob of the files to read")
+    pattern: str = knob("**/*", "folder: glob of the files to read; it names hidden ones only with the dot")
     exclude: list[str] = knob([], "folder: names of files and folders to leave out; globs")
     name: str | None = knob(None, "dataset: its configuration, such as wikitext-103-raw-v1")
     split: str = knob("train", "dataset: the split to read")
@@ -91,7 +94,12 @@ class BuildConfig:
         max=2**31 - 1,
     )
     max_bad_fraction: float = knob(0.001, "of the records; more bad ones fail the build", min=0, max=1)
-    max_damaged_files: int = knob(0, "compressed files that end in the middle; more fail the build", min=0, max=10**9)
+    max_damaged_files: int = knob(
+        0,
+        "compressed files that are cut off, damaged, empty or followed by something else; more fail the build",
+        min=0,
+        max=10**9,
+    )
     workers: int | None = knob(None, "processes of each rank; null: one for each core, under MPI one", min=1, max=4096)
     lease_seconds: float = knob(
         60.0, "silence after which a worker's unit is given to another", unit="seconds", min=1, max=10**7

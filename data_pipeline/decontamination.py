@@ -14,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from data_pipeline.config import SourceConfig, SourceKind
+from data_pipeline.config import SourceConfig
 from data_pipeline.dedup import n_gram_hashes, words_of
 from data_pipeline.document import Piece
 from data_pipeline.readers import read
-from data_pipeline.sources import files, split
+from data_pipeline.sources import LeftOut, files, kind_of, split
+from data_pipeline.walk import NOWHERE
 from ponder_scale.errors import ConfigError
 
 _MAX_TEXT_BYTES = 2**26
@@ -47,12 +48,12 @@ def evaluation_sets(paths: tuple[str, ...], field: str, n: int) -> EvaluationSet
 
     Raises ConfigError for a file that cannot be read whole, and for one in which no text is long enough.
     """
-    if n < 1:
-        raise ConfigError(f"decontaminate: n is {n}; expected at least 1 word")
+    if not isinstance(n, int) or n < 1:
+        raise ConfigError(f"decontaminate: n is {n}; expected at least 1 word, and a whole number")
     names: list[str] = []
     parts, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     for file in files_of(paths):
-        source = SourceConfig(kind=_kind(file.path), path=file.path, field=field)
+        source = SourceConfig(kind=kind_of(file.path), path=file.path, field=field)
         grams = []
         for piece in split(file, source, 2**62):
             for record in read(piece, source, _MAX_TEXT_BYTES, xxhash.xxh3_128()):
@@ -72,16 +73,13 @@ def evaluation_sets(paths: tuple[str, ...], field: str, n: int) -> EvaluationSet
 
 
 def files_of(paths: Iterable[str]) -> list[Piece]:
-    """The files that some paths and globs name. Raises ConfigError for one that names none."""
-    found = []
+    """The files that some paths and globs name. Raises ConfigError for one that names none, or a link to none."""
+    found, left_out = [], LeftOut()
     for path in paths:
         try:
-            found += files({path: SourceConfig(kind=_kind(path), path=path)})
+            found += files({path: SourceConfig(kind=kind_of(path), path=path)}, left_out)
         except ConfigError as error:
             raise ConfigError(f"decontaminate: {path}: no such file, and no file matches it as a glob") from error
+    for line in left_out.of(NOWHERE):
+        raise ConfigError(f"decontaminate: {line}; mend it, or name the files without it")
     return found
-
-
-def _kind(path: str) -> SourceKind:
-    stem = path.removesuffix(".gz").removesuffix(".zst")
-    return "parquet" if stem.endswith(".parquet") else "jsonl" if stem.endswith(".jsonl") else "text"

@@ -7,14 +7,22 @@ from typing import NamedTuple, Protocol
 
 EMPTY = "empty"  # nothing but white space: dropped and counted, but not the input's fault
 NOT_UTF8 = "not UTF-8"
+NOT_PLAIN = "compressed or packed under a name that does not say so"
 NOT_JSON = "malformed JSON"
+NOT_A_NUMBER = "NaN or an infinite number, which JSON has not"
+SURROGATE = "lone surrogate in a string"
+DEEP = "JSON nested too deeply"
 NOT_AN_OBJECT = "not a JSON object"
 NO_FIELD = "field missing"
 NOT_TEXT = "field is not a string"
 TOO_LONG = "longer than max_document_bytes"
+LONG_LINE = "line with more beside its text than is read"  # 1 MiB and 4 times max_document_bytes in all
 DAMAGED = "compressed data is damaged or cut off"
 
-BAD = (NOT_UTF8, NOT_JSON, NOT_AN_OBJECT, NO_FIELD, NOT_TEXT, TOO_LONG, DAMAGED)  # the input is at fault
+BAD = (  # the input is at fault
+    *(NOT_UTF8, NOT_PLAIN, NOT_JSON, NOT_A_NUMBER, SURROGATE, DEEP, NOT_AN_OBJECT, NO_FIELD, NOT_TEXT),
+    *(TOO_LONG, LONG_LINE, DAMAGED),
+)
 
 
 class Record(NamedTuple):

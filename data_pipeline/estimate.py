@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.backends import REFERENCE, Mismatch, checked, choose
+from data_pipeline.compressed import COMPRESSED
 from data_pipeline.config import BuildConfig, SourceConfig
 from data_pipeline.document import Piece, Unit
 from data_pipeline.filters import chosen, edits, sampled
+from data_pipeline.output import places
 from data_pipeline.readers import read
-from data_pipeline.sources import COMPRESSED
+from data_pipeline.sources import LeftOut
 from data_pipeline.tokenizer import Tokenizer, open_tokenizer
 from data_pipeline.units import units
 from ponder_scale.errors import ConfigError
@@ -51,7 +53,10 @@ def estimate(config: BuildConfig, sample_bytes: int) -> str:
 
     Raises a UserError for inputs and a tokenizer that cannot be used.
     """
-    found = list(units(config.sources, config.shard_bytes))
+    left_out = LeftOut()
+    found = list(units(config.sources, config.shard_bytes, left_out, places(Path(config.out).resolve())))
+    for line in left_out:
+        print(line, file=sys.stderr, flush=True)
     if not found:
         raise ConfigError(f"sources: {', '.join(config.sources)}: nothing in them")
     planned = [unit for unit in found if not config.sources[unit.source].streaming]
@@ -62,9 +67,9 @@ def estimate(config: BuildConfig, sample_bytes: int) -> str:
         )
     total = sum(unit.size for unit in planned)
     sample = _Sample()
-    places = [planned[i * len(planned) // SAMPLES] for i in range(min(SAMPLES, len(planned)))]
-    for unit in places:
-        _read(unit, config, sample_bytes // len(places), sample)
+    looked_at = [planned[i * len(planned) // SAMPLES] for i in range(min(SAMPLES, len(planned)))]
+    for unit in looked_at:
+        _read(unit, config, sample_bytes // len(looked_at), sample)
     engine = _tokenize(config, sample)
     factor = total / max(1, sample.input_bytes)
     documents, tokens = len(sample.texts) * factor, sample.tokens * factor
@@ -81,7 +86,7 @@ def estimate(config: BuildConfig, sample_bytes: int) -> str:
     return "\n".join(
         [
             f"input       {total / 1e9:,.3f} GB in {len(planned):,} units of up to {largest:,.1f} MB{note}",
-            f"sampled     {sample.input_bytes / 1e6:,.1f} MB at {len(places)} places, by {engine}",
+            f"sampled     {sample.input_bytes / 1e6:,.1f} MB at {len(looked_at)} places, by {engine}",
             f"documents   about {documents:,.0f}; dropped: {drops}",
             f"tokens      about {tokens / 1e6:,.1f} million, {tokens / max(total, 1):.3f} for each byte of input",
             f"disk        about {disk * (2 if config.shuffle else 1) / 1e9:,.3f} GB",

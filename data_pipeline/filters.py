@@ -165,8 +165,11 @@ def chosen(source: str, filters: Mapping[str, Any]) -> list[Filter]:
                 raise ConfigError(f"{key}.{threshold}: unknown threshold; expected one of: {', '.join(known)}")
             if ":" in name or threshold in ("against", "field") or (value is None and threshold == "max_characters"):
                 continue
-            if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-                raise ConfigError(f"{key}.{threshold} is {value!r}; expected a number, at least 0")
+            default = inspect.signature(function).parameters[threshold].default
+            several = isinstance(default, Sequence)
+            if not all(map(_is_bound, value if several and isinstance(value, Sequence) else [value])):
+                expected = f"a list of numbers, such as {list(default)}, each" if several else "a number,"
+                raise ConfigError(f"{key}.{threshold} is {value!r}; expected {expected} at least 0")
         screen = partial(function, **(thresholds or {}))
         if name == "decontaminate":
             against = screen.keywords.get("against")
@@ -175,6 +178,10 @@ def chosen(source: str, filters: Mapping[str, Any]) -> list[Filter]:
             screen("")  # reads them
         found.append(_guarded(key, screen) if ":" in name else screen)
     return found
+
+
+def _is_bound(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
 def identities(filters: Mapping[str, Any]) -> dict[str, str]:

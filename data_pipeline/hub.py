@@ -78,6 +78,11 @@ def record(number: int, value: Any, max_bytes: int) -> Record:
         text = value.as_py()
     except UnicodeDecodeError:
         return Record(number, 0, None, NOT_UTF8)
+    if isinstance(text, bytes):  # other programs write text so
+        try:
+            text = text.decode()
+        except UnicodeDecodeError:
+            return Record(number, len(text), None, NOT_UTF8)
     if not isinstance(text, str):
         return Record(number, 0, None, NOT_TEXT)
     size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))

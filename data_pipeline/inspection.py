@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from data_pipeline.lengths import Lengths
+from data_pipeline.manifest import kept
 from data_pipeline.tokenizer import Tokenizer, open_tokenizer
 from ponder_scale.manifest import PACKING_PREFIX
 from ponder_scale.packing import SEAL
@@ -30,11 +31,16 @@ def _counts(shards: ShardSet) -> Iterator[str]:
     seals = sorted(shards.folder.glob(f"{PACKING_PREFIX}*/{SEAL}"))
     packings = [seal.parent.name.removeprefix(PACKING_PREFIX) for seal in seals]
     yield f"packed for  sequences of {', '.join(packings)} tokens" if packings else "packed for  no sequences"
+    of_source = kept(manifest)
     for source, counts in manifest.provenance.get("sources", {}).items():
         drops = ", ".join(f"{count:,} {reason}" for reason, count in counts["drops"].items()) or "nothing"
         if "lines_left_out" in counts:
             drops += f"; {counts['lines_left_out']:,} lines of documents (c4: endless word)"
         yield f"source      {source}: {counts['files']:,} files, {counts['bytes']:,} bytes; dropped: {drops}"
+        documents, tokens = of_source.get(source, (0, 0))
+        yield f"{'':<12}{source}: kept {documents:,} documents, {tokens:,} tokens"
+    for source, reasons in manifest.provenance.get("left_out", {}).items():
+        yield f"left out    of {source}: {', '.join(f'{count:,} {reason}' for reason, count in reasons.items())}"
     if "command" in manifest.provenance:
         yield f"made by     {manifest.provenance['command']}"
     for split in manifest.splits:

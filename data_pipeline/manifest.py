@@ -25,7 +25,7 @@ DROPPED = "dropped.jsonl"  # a line for each document that was left out, if aske
 INPUTS = "inputs.jsonl"  # a line for each piece of input read
 # What builds did before there were these keys: an origin is without them where they say so, as in older folders.
 BEFORE = {"split_by": "text", "keep_dropped": False}
-BEFORE_OF_SOURCE = {"sample": None}
+BEFORE_OF_SOURCE = {"sample": None, "repair": False}
 CLEANING = 2  # raised when near duplicates or filters leave out others than before: no build mixes both
 PACKAGES = ("ponder-scale", "datasets", "isal", "numpy", "orjson", "pyarrow", "sentencepiece", "tokenizers", "xxhash")
 
@@ -119,22 +119,32 @@ def totals(results: Iterable[dict[str, Any]], config: BuildConfig) -> dict[str, 
 def _check(documents: int, drops: Counter[str], first_bad: list[Any] | None, config: BuildConfig) -> None:
     records = documents + drops.total()
     bad = sum(drops[reason] for reason in BAD)
-    if bad > config.max_bad_fraction * records or drops[DAMAGED] > config.max_damaged_files:
+    damaged_files = drops[DAMAGED]  # have a bound of their own
+    if bad - damaged_files > config.max_bad_fraction * records or damaged_files > config.max_damaged_files:
         assert first_bad is not None
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in drops.most_common() if reason in BAD)
         bound = f"max_bad_fraction {config.max_bad_fraction:g}"
-        if drops[DAMAGED] > config.max_damaged_files:
+        if damaged_files > config.max_damaged_files:
             bound = f"max_damaged_files {config.max_damaged_files}"
         raise ConfigError(
             f"{bad:,} of {records:,} records are bad ({reasons}), more than {bound}; the first is {first_bad[0]} at "
             f"{first_bad[1]:,}: {first_bad[2]}; see {config.out}.partial/work/quarantine; raise the bound to finish "
-            f"without reading again, or mend the input"
+            f"without reading again, or mend the input and start the same command again"
         )
     if not documents:
         raise ConfigError(
             f"sources: {', '.join(config.sources)}: no document in them, {drops[EMPTY]:,} empty ones, "
             f"{drops.total() - drops[EMPTY]:,} left out"
         )
+
+
+def kept(manifest: Manifest) -> dict[str, tuple[int, int]]:
+    """(documents, tokens) of each source in all splits together, by the shards; none of token files of others."""
+    found: dict[str, tuple[int, int]] = {}
+    for info in (info for infos in manifest.splits.values() for info in infos if info.source):
+        documents, tokens = found.get(info.source, (0, 0))
+        found[info.source] = (documents + info.documents, tokens + info.tokens)
+    return found
 
 
 def origin(config: BuildConfig, tokenizer: Tokenizer, plan: str) -> dict[str, Any]:

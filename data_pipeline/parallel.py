@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import shutil
 import socket
 import threading
 import time
@@ -23,6 +22,7 @@ import orjson
 
 from data_pipeline.units import share
 from ponder_scale.errors import ConfigError
+from ponder_scale.files import delete_contents, delete_file
 from ponder_scale.manifest import sync, sync_folder
 
 Report = Callable[[int, int, int], None]  # of bytes, documents and tokens that were worked off
@@ -57,7 +57,7 @@ def assemble(workers: int | None, prepare: Callable[[], bool]) -> tuple[Team, bo
     From then on ranks meet in files only, until `part`, so the loss of one does not stop the others.
     Raises ConfigError when the launcher started more ranks than MPI knows of, and where rank 0 could not prepare.
     """
-    announced = max([int(os.environ.get(name, "1") or 1) for name in _RANKS_OF])
+    announced = max(map(_ranks_announced, _RANKS_OF))
     if announced == 1:
         return Team(workers=workers or len(os.sched_getaffinity(0))), prepare()
     try:
@@ -86,6 +86,13 @@ def assemble(workers: int | None, prepare: Callable[[], bool]) -> tuple[Team, bo
     if found is None:
         raise ConfigError("rank 0 could not begin; its message says why")
     return team, found
+
+
+def _ranks_announced(name: str) -> int:
+    value = os.environ.get(name) or "1"
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"{name} is {value!r} in the environment; expected the number of ranks; unset it, or mend it")
+    return int(value)
 
 
 def _wait_until_all_ranks_have_started(mpi: Any) -> None:
@@ -163,8 +170,8 @@ class Stage:
         heartbeat = threading.Thread(target=self._keep_fresh, args=(task, stop), daemon=True)
         heartbeat.start()
         try:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-            self._scratch.mkdir()
+            self._scratch.mkdir(exist_ok=True)
+            delete_contents(self._scratch, lambda name: True)  # all of it is this process's own
             result = work(task, self._scratch)
             path = self._scratch / "journal.json"
             with path.open("wb") as stream:
@@ -173,7 +180,7 @@ class Stage:
             path.rename(self._journal(task))
             sync_folder(self.folder)
         except BaseException:
-            self._claim_file(task).unlink(missing_ok=True)
+            delete_file(self._claim_file(task))
             raise
         finally:
             stop.set()
@@ -184,12 +191,12 @@ class Stage:
         owner = f"{socket.gethostname()}-{pid}"
         for path in self._claims.iterdir():
             if path.read_text() == owner:
-                path.unlink(missing_ok=True)
+                delete_file(path)
 
     def _claim(self, task: int) -> bool:
         path = self._claim_file(task)
         if path.exists() and self._is_stale(path):
-            path.unlink(missing_ok=True)
+            delete_file(path)
         try:
             with path.open("x") as stream:
                 stream.write(self._scratch.name)

@@ -26,20 +26,23 @@ from data_pipeline.config import BuildConfig
 from data_pipeline.document import Unit
 from data_pipeline.filters import chosen
 from data_pipeline.manifest import DROPPED, INPUTS, QUARANTINE, compose, origin, totals, write_inputs
-from data_pipeline.output import WORK, check_replaceable, empty, publish, unfinished, workspace
+from data_pipeline.output import WORK, check_places, named_by_build, places, publish, unfinished, workspace
 from data_pipeline.parallel import Stage, assemble, part
 from data_pipeline.readers import read
+from data_pipeline.sources import LeftOut
 from data_pipeline.tasks import SPLITS
 from data_pipeline.tokenizer import Tokenizer, open_tokenizer, save
 from data_pipeline.units import PLAN, Plan, units, write_plan
 from data_pipeline.workers import run_stage
-from ponder_scale.errors import ConfigError
-from ponder_scale.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, seal, sync, sync_folder
+from ponder_scale.errors import ConfigError, UserError
+from ponder_scale.files import MARK, delete_contents, delete_file, delete_if_empty, delete_made
+from ponder_scale.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, seal, sync, sync_folder, unsealed
 from ponder_scale.places import check_folder
 from ponder_scale.shards import TOKENIZER, open_shards
 
 PARITY_DOCUMENTS, PARITY_CHARACTERS = 32, 2**16  # of the corpus at most, on which engines are compared at first
 _NEW_PLAN = "plan.new.jsonl"
+_FAILED = "failed"  # why a build could not be finished
 
 
 class Built(NamedTuple):
@@ -61,16 +64,21 @@ def build(config: BuildConfig, command: str) -> Built | None:
 
         def prepare() -> bool:
             check_folder(Path(config.out), "out")
-            check_replaceable(out)
+            check_places(out, config.sources, Path(config.tokenizer), config.overwrite)
             return _prepare(held.enter_context(workspace(out)), out, config, command)
 
         team, to_do = assemble(config.workers, prepare)
         if to_do:
-            for stage in _stages(config):
-                run_stage(folder, config, stage, team, "build" if stage in ("shards", "scatter") else stage)
-            part(team, folder / WORK, config.lease_seconds)
-            if team.rank == 0:
-                _finish(folder, out, config)
+            try:
+                for stage in _stages(config):
+                    run_stage(folder, config, stage, team, "build" if stage in ("shards", "scatter") else stage)
+                part(team, folder / WORK, config.lease_seconds)
+                if team.rank == 0:
+                    _finish(folder, out, config)
+            except UserError as error:  # the inputs may be mended: see _was_mended
+                if (folder / WORK).is_dir():
+                    (folder / WORK / _FAILED).write_text(f"{error}\n", encoding="utf-8")
+                raise
     return Built(read_manifest(out), to_do) if team.rank == 0 else None
 
 
@@ -83,53 +91,66 @@ def _stages(config: BuildConfig) -> Iterator[str]:
 def _prepare(folder: Path, out: Path, config: BuildConfig, command: str) -> bool:
     """Leave a plan and the tokenizer in `folder`; False where `out` is already what is asked for."""
     work = folder / WORK
-    new = not work.exists()
+    new = {path.name for path in folder.iterdir()} == {MARK}
+    left_out = LeftOut()
     try:
         tokenizer = _open_tokenizer(Path(config.tokenizer), config)
         for name, source in config.sources.items():
             chosen(name, source.filters)
         work.mkdir(exist_ok=True)
-        plan = write_plan(work / _NEW_PLAN, units(config.sources, config.shard_bytes), {})
-        made_from = origin(config, tokenizer, plan)
+        planned = units(config.sources, config.shard_bytes, left_out, places(out))
+        made_from = origin(config, tokenizer, write_plan(work / _NEW_PLAN, planned, {}))
+        for line in left_out:
+            print(line, file=sys.stderr, flush=True)
         if _is_built(out, made_from, config.overwrite):
-            (work / _NEW_PLAN).unlink()
-            if new:
-                work.rmdir()
             return False
-        if _was_sealed(folder, made_from):
+        if _was_sealed(folder, made_from, config.overwrite):
             publish(folder, out)
             return False
+        header = {"origin": made_from, "command": command, "left_out": left_out.counts}
         if _goes_on(folder, made_from, config.overwrite):
-            (work / _NEW_PLAN).unlink()
             for leftover in ("claims", "scratch", "ranks"):  # of workers that are gone
-                shutil.rmtree(work / leftover, ignore_errors=True)
-        else:
-            _begin(folder, tokenizer, config, {"origin": made_from, "command": command})
+                _delete_work(folder, leftover)
+        elif not _was_mended(folder, header, config):
+            _begin(folder, tokenizer, config, header)
         return True
     except BaseException:
         if new:
-            empty(folder)
+            delete_contents(folder, named_by_build, keep=[MARK])
         raise
+    finally:
+        delete_file(work / _NEW_PLAN)
+        delete_file(unsealed(work / _NEW_PLAN))
+        delete_if_empty(work)
+
+
+def _delete_work(folder: Path, name: str) -> None:
+    """Delete one of the folders of the work, if it is there."""
+    if (folder / WORK / name).is_dir():
+        delete_made(folder / WORK / name, lambda inside: named_by_build(f"{WORK}/{name}/{inside}"))
 
 
 def _begin(folder: Path, tokenizer: Tokenizer, config: BuildConfig, header: dict[str, Any]) -> None:
-    """Empty the folder but for the new plan, and give that its name when all else is there."""
+    """Empty the folder but for the new plan, and write the plan of this build when all else is there."""
 
     def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
     check_agreement(tokenizer, config.eod_token is None, warn)
-    plan = (folder / WORK / _NEW_PLAN).rename(folder.with_name(folder.name + ".plan"))
-    empty(folder)
-    (folder / WORK / "quarantine").mkdir(parents=True)
-    plan = plan.rename(folder / WORK / _NEW_PLAN)
+    work = folder / WORK
+    # without these two nothing takes what is half gone for a build
+    proofs = (MANIFEST, f"{WORK}/{PLAN}")
+    delete_contents(folder, named_by_build, first=proofs, keep=(MARK, f"{WORK}/{_NEW_PLAN}"))
+    (work / "quarantine").mkdir()
     save(tokenizer, folder / TOKENIZER)
-    planned = Plan(plan)
+    planned = Plan(work / _NEW_PLAN)
     samples = _first_documents(planned.unit(0), config) if len(planned) else []
     engine = choose(config.backend, tokenizer, samples, warn)
-    every = (planned.unit(number) for number in range(len(planned)))
-    write_plan(folder / WORK / PLAN, every, {**header, "engine": engine})
-    plan.unlink()
+    _write_plan(work, planned, {**header, "engine": engine})
+
+
+def _write_plan(work: Path, planned: Plan, header: dict[str, Any]) -> None:
+    write_plan(work / PLAN, (planned.unit(number) for number in range(len(planned))), header)
 
 
 def _first_documents(unit: Unit, config: BuildConfig) -> list[str]:
@@ -143,25 +164,64 @@ def _first_documents(unit: Unit, config: BuildConfig) -> list[str]:
     return texts
 
 
-def _was_sealed(folder: Path, made_from: dict[str, Any]) -> bool:
-    """Whether only the last step is missing: the folder is finished but has not got its name."""
-    return (folder / MANIFEST).is_file() and read_manifest(folder).provenance.get("origin") == made_from
+def _was_sealed(folder: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
+    """Whether only the last step is missing: the folder is finished but has not got its name.
+
+    Raises ConfigError when it is finished and is another build.
+    """
+    if not (folder / MANIFEST).is_file():
+        return False
+    other = read_manifest(folder).provenance.get("origin")
+    if other != made_from and not overwrite:
+        what = f"other {_difference(other, made_from)}" if other else "other token files"
+        raise ConfigError(
+            f"{folder} holds a finished build from {what}, which has not got its name yet; restore them to give it "
+            f"its name, or give overwrite=true to begin anew"
+        )
+    return bool(other == made_from)
 
 
 def _goes_on(folder: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
     """Whether the folder holds the beginning of this build. Raises ConfigError when it holds that of another one,
-    with units done."""
+    with units done, that did not fail by its inputs."""
     work = folder / WORK
     if (work / PLAN).is_file():
         other = Plan(work / PLAN).header["origin"]
         if other == made_from:
             return True
-        if any(any((work / stage).glob("*.json")) for stage in ("keys", "shards", "scatter")) and not overwrite:
+        begun = any(any((work / stage).glob("*.json")) for stage in ("keys", "shards", "scatter"))
+        mended = (work / _FAILED).is_file() and {**other, "plan": ""} == {**made_from, "plan": ""}
+        if begun and not overwrite and not mended:
             raise ConfigError(
                 f"{folder} holds an unfinished build from other {_difference(other, made_from)}; restore them to "
                 f"finish it, or give overwrite=true to begin anew"
             )
     return False
+
+
+def _was_mended(folder: Path, header: dict[str, Any], config: BuildConfig) -> bool:
+    """Go on with a build that failed and whose inputs have been changed since: the units of those that have not are
+    kept. False where there is no such build, and where units depend on each other.
+    """
+    work = folder / WORK
+    if not (work / PLAN).is_file() or config.deduplicate != "none" or config.shuffle or config.overwrite:
+        return False
+    old, new = Plan(work / PLAN), Plan(work / _NEW_PLAN)
+    if {**old.header["origin"], "plan": ""} != {**header["origin"], "plan": ""}:
+        return False
+    for number in range(len(old)):
+        if number >= len(new) or old.unit(number) != new.unit(number):
+            delete_file(work / "shards" / f"{number:06d}.json")
+            for suffix in ("jsonl", "dropped.jsonl"):
+                delete_file(work / "quarantine" / f"{number:06d}.{suffix}")
+            for split in SPLITS:
+                for path in (*folder.glob(f"{split}-{number:05d}.*"), *folder.glob(f"{split}-{number:05d}-*")):
+                    delete_file(path)
+    for leftover in ("claims", "scratch", "ranks"):
+        _delete_work(folder, leftover)
+    _write_plan(work, new, {**header, "engine": old.header["engine"]})
+    delete_file(work / _FAILED)
+    return True
 
 
 def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
@@ -216,6 +276,8 @@ def _finish(folder: Path, out: Path, config: BuildConfig) -> None:
         "sources": counts,
         "engines": {name: engines.count(name) for name in sorted(set(engines))},  # units done by each
     }
+    if plan.header["left_out"]:
+        provenance["left_out"] = plan.header["left_out"]  # files that sources name and nobody read
     files = [folder / INPUTS, *(folder / name for name in joined), *sorted((folder / TOKENIZER).iterdir())]
     tokenizer = _open_tokenizer(folder / TOKENIZER, config)
     seal(folder, compose(folder, config, tokenizer, splits, files, provenance))

@@ -14,6 +14,7 @@ import xxhash
 
 from data_pipeline import dedup, shuffle
 from data_pipeline.backends import REFERENCE, Encode, Mismatch, checked
+from data_pipeline.compressed import COMPRESSED
 from data_pipeline.config import BuildConfig
 from data_pipeline.document import Unit
 from data_pipeline.filters import Filter, chosen, edits, sampled
@@ -21,7 +22,6 @@ from data_pipeline.manifest import Ledger
 from data_pipeline.output import WORK, PartWriter
 from data_pipeline.parallel import Report, Stage
 from data_pipeline.readers import read
-from data_pipeline.sources import COMPRESSED
 from data_pipeline.tokenizer import Tokenizer, open_tokenizer
 from data_pipeline.units import PLAN, Plan, check_unchanged
 from ponder_scale.manifest import sync, sync_folder

@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from data_pipeline.compressed import COMPRESSED
 from data_pipeline.config import BuildConfig
 from data_pipeline.document import BAD
 from data_pipeline.filters import chosen, edits, sampled
 from data_pipeline.progress import Progress
 from data_pipeline.readers import read
-from data_pipeline.sources import COMPRESSED
+from data_pipeline.sources import LeftOut
 from data_pipeline.units import check_unchanged, units
 from ponder_scale.errors import ConfigError
 
@@ -100,7 +101,10 @@ def _documents(config: BuildConfig, counts: dict[str, Read], what: str) -> Itera
         if source.sample is not None:
             filters[name].insert(0, sampled(source.sample, config.seed))
     shorten = {name: edits(source.filters) for name, source in config.sources.items()}
-    planned = list(units(config.sources, config.shard_bytes))
+    left_out = LeftOut()
+    planned = list(units(config.sources, config.shard_bytes, left_out))
+    for line in left_out if what == "read" else ():
+        print(line, file=sys.stderr, flush=True)
     with Progress(what, sum(unit.size for unit in planned)) as progress:
         for piece in (piece for unit in planned for piece in unit.pieces):
             count, stored, told, consumed = counts[piece.source], _Stored(), 0, 0

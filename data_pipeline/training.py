@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 from ponder_scale.errors import ConfigError, TokenizerError
+from ponder_scale.files import MARK, delete_contents, delete_file, held
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256  # every byte has a token, so no text is unknown
 MAX_SENTENCE_BYTES = 2**16  # of SentencePiece training; longer lines are left out of it
 
 Kind = Literal["bpe", "sentencepiece"]
+_FILES = frozenset({MARK, "tokenizer.json", "tokenizer.model", "tokenizer_config.json"})  # of an unfinished folder
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: Kind, out: Path) -> int:
@@ -36,14 +37,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: Kind, out: Path
         raise ConfigError("the inputs hold no text to train on; give files with text in UTF-8")
     texts = chain([first], texts)
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        trained = _train_bpe(texts, vocab_size, partial) if kind == "bpe" else _train_pieces(texts, vocab_size, partial)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with held(partial, _FILES.__contains__):
+        delete_contents(partial, _FILES.__contains__, keep=[MARK])
+        try:
+            train = _train_bpe if kind == "bpe" else _train_pieces
+            trained = train(texts, vocab_size, partial)
+            delete_file(partial / MARK)
+            partial.rename(out)
+        except BaseException:
+            delete_contents(partial, _FILES.__contains__)
+            raise
     return trained
 
 

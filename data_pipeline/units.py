@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import xxhash
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.document import Piece, Unit
-from data_pipeline.sources import files, split
+from data_pipeline.sources import LeftOut, files, split
 from ponder_scale.errors import ConfigError
 from ponder_scale.manifest import sync, sync_folder, unsealed
 
@@ -28,12 +29,17 @@ MIN_SHARD_BYTES, MAX_SHARD_BYTES = 2**24, 2**30
 MAX_UNIT_PIECES = 20_000
 
 
-def units(sources: Mapping[str, SourceConfig], shard_bytes: int | None) -> Iterator[Unit]:
+def units(
+    sources: Mapping[str, SourceConfig],
+    shard_bytes: int | None,
+    left_out: LeftOut | None = None,
+    apart: Iterable[Path] = (),
+) -> Iterator[Unit]:
     """All units in reading order: consecutive pieces of one source, of about `shard_bytes` together.
 
-    Raises ConfigError for a source that names no file.
+    `left_out` and `apart`: as of `sources.files`. Raises ConfigError for a source that names no file.
     """
-    found = files(sources)
+    found = files(sources, left_out, apart)
     if shard_bytes is None:
         total = sum(file.size for file in found)
         shard_bytes = min(max(total // SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
@@ -57,7 +63,7 @@ def write_plan(path: Path, planned: Iterable[Unit], header: Mapping[str, Any]) -
     with unsealed(path).open("wb") as stream:
         stream.write(orjson.dumps(header) + b"\n")
         for unit in planned:
-            line = orjson.dumps([dataclasses.astuple(piece) for piece in unit.pieces]) + b"\n"
+            line = orjson.dumps([_stored(piece) for piece in unit.pieces]) + b"\n"
             whole.update(line)
             stream.write(line)
         sync(stream)
@@ -99,7 +105,8 @@ def check_unchanged(piece: Piece) -> None:
         raise ConfigError(f"sources.{piece.source}: {piece.path} cannot be read: {error.strerror}") from error
     if (about.st_size, about.st_mtime_ns) != (piece.file_size, piece.modified):
         raise ConfigError(
-            f"sources.{piece.source}: {piece.path} was changed while it was read; build again with overwrite=true"
+            f"sources.{piece.source}: {piece.path} was changed while it was read; when that is over, start the same "
+            f"command again"
         )
 
 
@@ -114,6 +121,19 @@ def share(sizes: Sequence[int], workers: int) -> list[list[int]]:
     return [sorted(tasks) for tasks in shares]
 
 
+def _stored(piece: Piece) -> tuple[Any, ...]:
+    """The values of a piece; a path that is no UTF-8 as a list of its bytes."""
+    path: Any = piece.path
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        path = list(os.fsencode(path))
+    return dataclasses.astuple(dataclasses.replace(piece, path=path))
+
+
 def _unit(line: bytes) -> Unit:
     pieces = [Piece(*values) for values in orjson.loads(line)]
+    for i, piece in enumerate(pieces):
+        if isinstance(piece.path, list):
+            pieces[i] = dataclasses.replace(piece, path=os.fsdecode(bytes(piece.path)))
     return Unit(pieces[0].source, pieces)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +77,8 @@ def _started(
             ours, theirs = context.Pipe(duplex=False)
             place = (team.rank * team.workers + worker, team.ranks * team.workers)
             process = context.Process(target=_work, args=(folder, config, name, place, theirs), daemon=True)
-            process.start()
+            with _ignoring_interrupts():
+                process.start()
             theirs.close()
             children[ours] = process
         yield children
@@ -139,10 +142,24 @@ def _work(folder: Path, config: BuildConfig, name: str, place: tuple[int, int], 
     try:
         tasks = Tasks(folder, config, lambda size, documents, tokens: pipe.send((size, documents, tokens)))
         work_off(tasks.stage(name), getattr(tasks, name), *place)
+    except BrokenPipeError:
+        sys.exit(1)  # the build that this worker belongs to is gone
     except (UserError, OSError) as error:
-        pipe.send(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        with suppress(BrokenPipeError):
+            pipe.send(error)
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Workers are started so that they ignore Ctrl-C, which a terminal sends to them too: the build ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _without_torch() -> None:

@@ -14,7 +14,7 @@ one shard, so that shards can be packed, read and removed apart from each other.
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +26,7 @@ import numpy as np
 import xxhash
 
 from ponder_scale.errors import ShardError
+from ponder_scale.files import MARK, check_ours, delete_contents, delete_file, delete_made, held
 from ponder_scale.manifest import PACKING_PREFIX, hash_file, hash_of_json, read_manifest, sync, sync_folder
 from ponder_scale.shards import Shard, ShardSet
 
@@ -34,6 +35,7 @@ SEAL = "packing.json"
 Progress = Callable[[int, int], None]
 
 _VERSION = 1
+_PACKED = re.compile(rf"{re.escape(MARK)}|{re.escape(SEAL)}|[^/]+\.(starts|pieces)")  # names in an unfinished folder
 _DOCUMENTS_AT_ONCE = 2**20  # are packed together: bounds the memory, and leaves few bins half full
 _LEAST = 2  # tokens of a piece: one to read and one to predict
 
@@ -118,8 +120,22 @@ def pack(shards: ShardSet, seq_len: int, progress: Progress = lambda size, docum
     """
     folder = packing_folder(shards.folder, seq_len)
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    if folder.exists():
+        if (folder / SEAL).is_file():
+            _read_seal(folder)  # says what to do where it is damaged
+        check_ours(folder, _names_of_seal(folder).__contains__, lambda folder: (folder / SEAL).is_file())
+    with held(partial, _named_by_pack):
+        delete_contents(partial, _named_by_pack, keep=[MARK])
+        content = _write_packing(shards, seq_len, partial, progress)
+        if folder.exists():
+            delete_made(folder, _names_of_seal(folder).__contains__, last=SEAL)
+        delete_file(partial / MARK)
+        partial.rename(folder)
+    sync_folder(shards.folder)
+    return content
+
+
+def _write_packing(shards: ShardSet, seq_len: int, partial: Path, progress: Progress) -> dict[str, Any]:
     packed = {}
     for shard in (shard for split in shards.manifest.splits for shard in shards.split(split)):
         packed[shard.info.name] = asdict(_pack_shard(shard, seq_len, partial, progress))
@@ -134,10 +150,36 @@ def pack(shards: ShardSet, seq_len: int, progress: Progress = lambda size, docum
         json.dump(content, stream, indent=1)
         sync(stream)
     sync_folder(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    sync_folder(shards.folder)
     return content
+
+
+def names_of_packings(shards: Path) -> set[str]:
+    """The paths, in a folder of shards, of all that its packings hold; names of folders end with a slash.
+
+    Of unfinished ones too; of one whose seal cannot be read, nothing.
+    """
+    found = set()
+    for folder in shards.glob(f"{PACKING_PREFIX}*"):
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        if (folder / MARK).is_file():
+            names = {path.name for path in folder.iterdir() if _named_by_pack(path.name)}
+        else:
+            names = _names_of_seal(folder)
+        found |= {f"{folder.name}/", *(f"{folder.name}/{name}" for name in names)} if names else set()
+    return found
+
+
+def _named_by_pack(name: str) -> bool:
+    return _PACKED.fullmatch(name) is not None
+
+
+def _names_of_seal(folder: Path) -> set[str]:
+    try:
+        content = _read_seal(folder)
+    except ShardError:
+        return set()
+    return {SEAL, *(f"{name}.{suffix}" for name in content["shards"] for suffix in ("starts", "pieces"))}
 
 
 def verify_packings(shards: Path) -> list[str]:

@@ -20,10 +20,12 @@ from ponder_scale.build import auto_map, model_class, model_code
 from ponder_scale.errors import CheckpointError
 from ponder_scale.export.tokenizer import bundle_tokenizer
 from ponder_scale.export.writer import write_safetensors
+from ponder_scale.files import MARK, delete_contents, delete_file, held
 from ponder_scale.manifest import sync_folder
 from ponder_scale.places import check_folder
 
 SUMS = "SHA256SUMS"
+_SUFFIXES = (".safetensors", ".json", ".py", ".md", ".model", ".txt", ".jinja", ".tmp")
 
 
 @contextmanager
@@ -37,24 +39,29 @@ def making(out: Path) -> Iterator[Path]:
         raise CheckpointError(f"{out}: exists already; remove it or give another folder")
     check_folder(out, "the folder to make")
     hidden = out.with_name(f".making-{out.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
-    try:
-        yield hidden
-        sums = "".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(hidden.iterdir()))
-        (hidden / SUMS).write_text(sums, encoding="utf-8")
-        mode = hidden.stat().st_mode & 0o666  # what new files get here; not all that write into it leave it at that
-        for path in hidden.iterdir():
-            path.chmod(mode)
-        sync_folder(hidden)
-        hidden.rename(out)
-        sync_folder(out.parent)
-    except OSError as error:  # the disk is full, for example
-        shutil.rmtree(hidden, ignore_errors=True)
-        raise CheckpointError(f"{out}: cannot be made: {error}; nothing of it is left") from error
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        raise
+    with held(hidden, _named_by_export):
+        delete_contents(hidden, _named_by_export, keep=[MARK])
+        try:
+            yield hidden
+            files = sorted(path for path in hidden.iterdir() if path.name != MARK)
+            sums = "".join(f"{_sha256(path)}  {path.name}\n" for path in files)
+            (hidden / SUMS).write_text(sums, encoding="utf-8")
+            mode = hidden.stat().st_mode & 0o666  # what new files get here; not all that write into it leave it at that
+            for path in hidden.iterdir():
+                path.chmod(mode)
+            sync_folder(hidden)
+            delete_file(hidden / MARK)
+            hidden.rename(out)
+            sync_folder(out.parent)
+        except BaseException:
+            if hidden.is_dir():
+                delete_contents(hidden, _named_by_export)
+            raise
+
+
+def _named_by_export(name: str) -> bool:
+    """Whether what makes such folders gives this name to something in one that is not finished."""
+    return "/" not in name and (name in (MARK, SUMS) or name.endswith(_SUFFIXES))
 
 
 def write_folder(

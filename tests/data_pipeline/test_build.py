@@ -205,7 +205,7 @@ def test_a_document_ends_as_asked_and_is_shown_so(corpus, tiny_tokenizer, tmp_pa
     content = (tiny_tokenizer / "tokenizer.json").read_text().replace("<|endoftext|>", "[END]")
     (tokenizer / "tokenizer.json").write_text(content)
     out = tmp_path / "out"
-    assert main(arguments(corpus, tokenizer, out, "eod_token='[END]'")) == 0
+    assert main(arguments(corpus, tokenizer, out, "eod_token=[END]")) == 0
     assert main(["inspect", str(out)]) == 0
     assert re.search(r"\|== document .*\n'.*\[END\]'", capsys.readouterr().out)
     adopt = ["adopt", str(out / "train-00000.bin"), "--kind", "megatron", "--tokenizer", str(tokenizer)]

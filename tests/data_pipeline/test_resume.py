@@ -183,6 +183,35 @@ def test_workers_end_with_the_process_that_started_them(corpus, tiny_tokenizer, 
     process.stdout.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_build_ends_quietly_when_it_is_told_to_and_goes_on(
+    corpus, tiny_tokenizer, tmp_path, expected, number, workers
+):
+    """Slurm and terminals send the signal to all processes at once."""
+    out = tmp_path / "out"
+    process = start(arguments(corpus, tiny_tokenizer, out, *SETTINGS, f"workers={workers}"))
+    wait_for(process, out, 1)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (143 if number == signal.SIGTERM else 130), output
+    assert "Traceback" not in output and output.count("error: ") == 1
+    assert main(arguments(corpus, tiny_tokenizer, out, *SETTINGS)) == 0
+    assert comparable(out) == expected
+
+
+def test_a_worker_that_is_told_to_end_does_so_quietly(corpus, tiny_tokenizer, tmp_path, expected):
+    out = tmp_path / "out"
+    process = start(arguments(corpus, tiny_tokenizer, out, *SETTINGS, "workers=2"))
+    wait_for(process, out, 1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(workers[0]), signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in output, output
+    assert comparable(out) == expected
+
+
 def _zombie(pid: str) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"

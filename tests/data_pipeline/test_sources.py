@@ -1,9 +1,12 @@
+import os
+from dataclasses import replace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.sources import files
+from data_pipeline.sources import LeftOut, files
 from data_pipeline.units import Plan, share, units, write_plan
 from ponder_scale.errors import ConfigError
 
@@ -40,12 +43,120 @@ def test_a_folder_yields_each_file_that_is_not_excluded(tmp_path):
         ({"kind": "folder", "path": "nothing"}, "sources.web.path is nothing; no such folder"),
         ({"kind": "folder", "path": ".", "pattern": "*.none"}, r"sources.web.pattern is \*.none; it matches no file"),
         ({"kind": "folder", "path": ".", "pattern": "/*"}, "expected a relative glob"),
+        ({"kind": "folder", "path": ".", "pattern": ""}, "expected a relative glob"),
+        ({"kind": "jsonl", "path": "."}, r"sources.web.path is ., which is a folder; name its files, such as \*.jsonl"),
+        ({"kind": "text", "path": "."}, r"which is a folder; name its files, such as \*.txt, or set kind=folder"),
+        ({"kind": "folder", "path": "/dev/null/x"}, "sources.web.path is /dev/null/x; no such folder"),
+        ({"kind": "folder", "path": __file__}, "which is a file; kind=text reads it"),
     ],
 )
 def test_a_source_that_names_no_file_is_refused(tmp_path, monkeypatch, config, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message):
         files({"web": SourceConfig(**config)})
+
+
+def tree(folder, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def found(config: SourceConfig) -> tuple[list[str], list[str]]:
+    """(names of the files relative to the folder of a source, what is said to be left out)."""
+    left_out = LeftOut()
+    pieces = files({"it": config}, left_out)
+    return [piece.name for piece in pieces], list(left_out)
+
+
+def test_linked_folders_are_entered_and_each_file_is_read_once(tmp_path):
+    tree(tmp_path / "disk", "far/b.txt", "far/deep/c.txt")
+    tree(tmp_path / "in", "a.txt", "sub/d.txt")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "disk" / "far")
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "disk" / "far")
+    (tmp_path / "in" / "circle").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "sub" / "up").symlink_to("..")
+    (tmp_path / "disk" / "far" / "deep" / "round").symlink_to(tmp_path / "disk")
+    expected = ["a.txt", "again/b.txt", "again/deep/c.txt", "sub/d.txt"]
+    assert found(SourceConfig(kind="folder", path=str(tmp_path / "in"), pattern="**/*.txt")) == (expected, [])
+    for pattern in ("**/*.txt", "**/**/*.txt"):
+        names, said = found(SourceConfig(kind="text", path=str(tmp_path / "in" / pattern)))
+        assert (names, said) == ([str(tmp_path / "in" / name) for name in expected], [])
+
+
+def test_a_file_that_is_named_twice_is_read_once_and_that_is_said(tmp_path):
+    tree(tmp_path, "b.txt", "c.txt")
+    (tmp_path / "a.txt").symlink_to("b.txt")
+    (tmp_path / "d.txt").symlink_to("nowhere.txt")
+    names, said = found(SourceConfig(kind="folder", path=str(tmp_path), pattern="*.txt"))
+    assert names == ["b.txt", "c.txt"]
+    assert said == [
+        f"left out of it: 1 files that are there by another name too, the first is {tmp_path / 'a.txt'}",
+        f"left out of it: 1 links that lead nowhere, the first is {tmp_path / 'd.txt'}",
+    ]
+
+
+def test_copies_and_hard_links_are_files_of_their_own(tmp_path):
+    tree(tmp_path, "a.txt")
+    (tmp_path / "b.txt").hardlink_to(tmp_path / "a.txt")
+    assert found(SourceConfig(kind="folder", path=str(tmp_path), pattern="*.txt")) == (["a.txt", "b.txt"], [])
+
+
+def test_hidden_files_are_left_out_counted_and_named(tmp_path):
+    tree(
+        tmp_path,
+        "a.jsonl",
+        "._a.jsonl",
+        ".git/config",
+        ".git/x/deep.jsonl",
+        "in/.ipynb_checkpoints/a.jsonl",
+        "in/b.jsonl",
+    )
+    folder = SourceConfig(kind="folder", path=str(tmp_path))
+    names, said = found(folder)
+    assert names == ["a.jsonl", "in/b.jsonl"]
+    first = f"left out of it: 4 hidden files, the first is {tmp_path / '._a.jsonl'}"
+    assert said == [f"{first}; a pattern that spells the dot reads them"]
+    names, said = found(SourceConfig(kind="jsonl", path=str(tmp_path / "**" / "*.jsonl")))
+    assert names == [str(tmp_path / "a.jsonl"), str(tmp_path / "in/b.jsonl")] and "3 hidden files" in said[0]
+    assert found(replace(folder, pattern=".git/*")) == ([".git/config"], [])
+    assert found(replace(folder, pattern="**/.*.jsonl")) == (["._a.jsonl"], [])
+    hidden = SourceConfig(kind="jsonl", path=str(tmp_path / ".git" / "x" / "*.jsonl"))
+    assert found(hidden) == ([str(tmp_path / ".git/x/deep.jsonl")], [])
+    assert found(replace(folder, exclude=["._*", ".git", ".ipynb*"])) == (["a.jsonl", "in/b.jsonl"], [])
+    with pytest.raises(ConfigError, match=r"all that .* names is left out: left out of it: 1 hidden files"):
+        found(SourceConfig(kind="jsonl", path=str(tmp_path / "*_a.jsonl")))
+
+
+def test_braces_stand_for_several_paths(tmp_path):
+    tree(tmp_path, "a/x.txt", "b/x.txt", "c/x.txt", "d{1}.txt", "e,f.txt")
+
+    def names(path: str) -> list[str]:
+        paths, _ = found(SourceConfig(kind="text", path=str(tmp_path / path)))
+        return [name.removeprefix(f"{tmp_path}/") for name in paths]
+
+    assert names("{b,a}/*.txt") == ["b/x.txt", "a/x.txt"]
+    assert names("{a,{c,b}}/x.txt") == ["a/x.txt", "c/x.txt", "b/x.txt"]
+    assert names("{a,*}/x.txt") == ["a/x.txt", "b/x.txt", "c/x.txt"]
+    assert names("d{1}.txt") == ["d{1}.txt"]
+    folder = SourceConfig(kind="folder", path=str(tmp_path), pattern="{c,a}/*.txt")
+    assert found(folder) == (["a/x.txt", "c/x.txt"], [])
+    with pytest.raises(ConfigError, match=r"nowhere/x.txt; no such file"):
+        names("{a,nowhere}/x.txt")
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    tree(tmp_path, "a.txt", "in/b.txt")
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("/in"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", closed)  # root may read everything
+    with pytest.raises(ConfigError, match=r"sources.it: .*/in cannot be read: Permission denied"):
+        files({"it": SourceConfig(kind="folder", path=str(tmp_path))})
 
 
 def corpus(tmp_path):

@@ -1,0 +1,270 @@
+"""The bytes of a file, decompressed as its name says, with all that can be had of a damaged one.
+
+A fast decompressor loses what it has in hand when it meets damage. So a damaged file is read a second time, by a
+patient one, up to the damage: what is whole before it is never lost.
+"""
+
+from __future__ import annotations
+
+import bz2
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from data_pipeline.document import Hasher, Piece
+
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+CHUNK = 2**17  # read at once; larger ones cost more, as each is new memory from the kernel
+_PATIENT_CHUNK = 2**12  # decompressed by the patient reader in one go: to a thousand times as much at most
+_MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
+_SKIPPABLE = b"\x2a\x4d\x18"  # ends the magic number of a frame without content
+
+
+class Damaged(Exception):
+    """Compressed data that ends too early, makes no sense or is followed by something else: then it is `whole`."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.whole = whole
+
+
+def open_piece(piece: Piece, hasher: Hasher) -> IO[bytes]:
+    """The bytes of a piece, decompressed; `hasher` is fed them as they are stored.
+
+    `read` raises Damaged after all that can be read of a damaged file.
+    """
+    stored = _Stored(piece.path, piece.begin, piece.end, hasher)
+    suffix = Path(piece.path).suffix
+    if suffix not in COMPRESSED:
+        return stored  # type: ignore[return-value]
+    reader = _Frames if suffix == ".zst" else _Members
+    return _Salvaging(reader(stored, suffix), stored, suffix)  # type: ignore[return-value]
+
+
+def _fast(suffix: str) -> Any:
+    if suffix == ".gz":
+        from isal import igzip_lib
+
+        return igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
+    return _patient(suffix)
+
+
+def _patient(suffix: str) -> Any:
+    if suffix == ".gz":
+        return zlib.decompressobj(31)
+    return bz2.BZ2Decompressor() if suffix == ".bz2" else lzma.LZMADecompressor()
+
+
+class _Stored(io.RawIOBase):
+    """Bytes [begin, end) of a file, hashed as they are read; from `slowly` on one by one."""
+
+    def __init__(self, path: str, begin: int, end: int, hasher: Hasher | None, slowly: int | None = None) -> None:
+        self._stream = Path(path).open("rb", buffering=0)  # noqa: SIM115 - closed by close
+        self._stream.seek(begin)
+        self.path, self.position, self.end = path, begin, end
+        self._hasher, self._slowly = hasher, end if slowly is None else slowly
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` from the file; the bytes read."""
+        left = self.end - self.position
+        if self.position + len(buffer) > self._slowly and self.position < self.end and self._slowly < self.end:
+            left = max(1, self._slowly - self.position)
+        view = memoryview(buffer)[:left]
+        count = self._stream.readinto(view) or 0
+        if self._hasher is not None:
+            self._hasher.update(view[:count])
+        self.position += count
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+class _Members:
+    """A file of one compressed stream after another, by a decompressor for each, as `cat` of such files makes."""
+
+    def __init__(self, stored: _Stored, suffix: str) -> None:
+        self._stored, self._suffix, self._magic = stored, suffix, _MAGIC[suffix]
+        self._current: Any = None
+        self._pending = b""
+        self._members = 0  # that are whole
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, none at the end. Raises Damaged, and what the decompressor does."""
+        while True:
+            if self._current is None and not self._begin():
+                return b""
+            if self._current.needs_input and not self._pending:
+                self._pending = self._stored.read(CHUNK) or b""
+                if not self._pending:
+                    raise Damaged(whole=False)
+            given, self._pending = (self._pending, b"") if self._current.needs_input else (b"", self._pending)
+            content: bytes = self._current.decompress(given, size)
+            if self._current.eof:
+                self._pending = self._current.unused_data + self._pending
+                self._current, self._members = None, self._members + 1
+            if content:
+                return content
+
+    def _begin(self) -> bool:
+        """Begin the next stream; False at the end of the file."""
+        while True:
+            if self._members and self._suffix in (".gz", ".xz"):
+                self._pending = self._pending.lstrip(b"\0")  # both formats take zeros for padding
+            if len(self._pending) >= len(self._magic) or not (more := self._stored.read(CHUNK)):
+                break
+            self._pending += more
+        if not self._pending and self._members:
+            return False
+        if not self._pending.startswith(self._magic):
+            raise Damaged(whole=self._members > 0 and not self._magic.startswith(self._pending))
+        self._current = _fast(self._suffix)
+        return True
+
+
+class _Frames:
+    """A file of zstd frames, by pyarrow."""
+
+    def __init__(self, stored: _Stored, suffix: str) -> None:
+        import pyarrow
+
+        self._stored = stored
+        self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(stored, "r"), suffix[1:].replace("zst", "zstd"))
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, none at the end. Raises Damaged for a file without a frame, and OSError."""
+        content: bytes = self._stream.read(size)
+        if not content and not self._stored.end:
+            raise Damaged(whole=False)
+        return content
+
+
+class _Salvaging:
+    """A decompressing stream that gives, of a damaged file, all that can be read before it raises Damaged."""
+
+    def __init__(self, stream: _Members | _Frames, stored: _Stored, suffix: str) -> None:
+        self._stream, self._stored, self._suffix = stream, stored, suffix
+        self._given = 0
+        self._rest: Iterator[bytes] | None = None
+
+    def __enter__(self) -> _Salvaging:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        while kind is None and self._stored.read(CHUNK):
+            pass  # what is left behind damage is part of the hash too
+        self._stored.close()
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, or some more of a damaged file; none at the end."""
+        if self._rest is None:
+            try:
+                content = self._stream.read(size)
+                self._given += len(content)
+                return content
+            except Damaged as error:
+                if error.whole:  # nothing is missing
+                    raise
+            except Exception as error:  # each library raises its own
+                _check_is_damage(error)
+            salvage = _salvage_frames if self._suffix == ".zst" else _salvage_members
+            self._rest = salvage(self._stored, self._suffix, self._given)
+        return next(self._rest)
+
+
+def _salvage_members(stored: _Stored, suffix: str, given: int) -> Iterator[bytes]:
+    """What a patient decompressor gets behind the first `given` bytes, in pieces; then raises Damaged."""
+    with _Stored(stored.path, 0, stored.end, None, slowly=max(0, stored.position - 2 * CHUNK)) as again:
+        try:
+            current = _patient(suffix)
+            for chunk in iter(lambda: again.read(_PATIENT_CHUNK), b""):
+                while chunk:
+                    content, current, chunk = _one_step(current, chunk, suffix)
+                    yield from _behind(content, given)
+                    given = max(0, given - len(content))
+        except Exception as error:
+            _check_is_damage(error)
+    raise Damaged(whole=False)
+
+
+def _one_step(current: Any, chunk: bytes, suffix: str) -> tuple[bytes, Any, bytes]:
+    """(what a chunk decompresses to, the decompressor for what follows, the rest of the chunk)."""
+    content: bytes = current.decompress(chunk)
+    if current.eof:
+        return content, _patient(suffix), current.unused_data
+    return content, current, b""
+
+
+def _salvage_frames(stored: _Stored, suffix: str, given: int) -> Iterator[bytes]:
+    """As `_salvage_members`, of zstd frames."""
+    end = _end_of_frames(stored.path)
+    with Path(stored.path).open("rb") as stream:
+        stream.seek(end)
+        rest = stream.read(4)
+    magic = _MAGIC[suffix]
+    whole = end > 0 and not (rest.startswith(magic) or magic.startswith(rest) or rest[1:] == _SKIPPABLE)
+    slowly = None if whole else max(0, stored.position - 2 * CHUNK)
+    with _Stored(stored.path, 0, end if whole else stored.end, None, slowly) as again:
+        frames = _Frames(again, suffix)
+        try:
+            while given:
+                given -= len(frames.read(min(given, CHUNK)))
+            while content := frames.read(CHUNK if whole else 1):
+                yield content
+        except Exception as error:
+            _check_is_damage(error)
+    raise Damaged(whole)
+
+
+def _check_is_damage(error: Exception) -> None:
+    """Raises an error that is the disk's or the machine's, and not the decompressor's."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+        raise error
+
+
+def _behind(content: bytes, given: int) -> Iterator[bytes]:
+    if len(content) > given:
+        yield content[given:]
+
+
+def _end_of_frames(path: str) -> int:
+    """Where the last whole frame ends of those that a zstd file begins with, by its blocks' headers (RFC 8878)."""
+    end = 0
+    with Path(path).open("rb") as stream:
+        size = stream.seek(0, 2)
+
+        def number(at: int, count: int) -> int:
+            stream.seek(at)
+            return int.from_bytes(stream.read(count), "little")
+
+        while end < size:
+            stream.seek(end)
+            head = stream.read(5)
+            if head[1:4] == _SKIPPABLE and head[0] >> 4 == 5:
+                position = end + 8 + number(end + 4, 4)
+            elif head[:4] == _MAGIC[".zst"] and len(head) == 5:
+                position = _end_of_frame(end + 5, head[4], number, size)
+            else:
+                break
+            if position > size:
+                break
+            end = position
+    return end
+
+
+def _end_of_frame(position: int, about: int, number: Callable[[int, int], int], size: int) -> int:
+    single, checksum = about >> 5 & 1, about >> 2 & 1
+    position += (0, 1, 2, 4)[about & 3] + (single, 2, 4, 8)[about >> 6] + (1 - single)
+    while position + 3 <= size:
+        block = number(position, 3)
+        position += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)
+        if block & 1:
+            return position + 4 * checksum
+    return size + 1
