@@ -166,8 +166,8 @@ def chosen(source: str, filters: Mapping[str, Any]) -> list[Filter]:
             if ":" in name or threshold in ("against", "field") or (value is None and threshold == "max_characters"):
                 continue
             default = inspect.signature(function).parameters[threshold].default
-            several = isinstance(default, Sequence)
-            if not all(map(_is_bound, value if several and isinstance(value, Sequence) else [value])):
+            several = isinstance(default, tuple)
+            if not (isinstance(value, list) and all(map(_is_bound, value)) if several else _is_bound(value)):
                 expected = f"a list of numbers, such as {list(default)}, each" if several else "a number,"
                 raise ConfigError(f"{key}.{threshold} is {value!r}; expected {expected} at least 0")
         screen = partial(function, **(thresholds or {}))

@@ -254,6 +254,28 @@ def test_lengths_and_thresholds_can_be_set():
         chosen("web", {"length": {"min_words": 1}})
 
 
+def test_thresholds_of_several_n_grams_are_lists():
+    text = "one two three four five six seven eight nine ten " * 2
+    (screen,) = chosen("web", {"gopher_repetition": {"max_duplicate_n_grams": [1, 1.0], "max_top_n_grams": [0.9]}})
+    assert screen(text) is None
+    (screen,) = chosen("web", {"gopher_repetition": {"max_duplicate_n_grams": [1, 0.1], "max_top_n_grams": []}})
+    assert screen(text) == "gopher_repetition: 6-grams"
+
+
+@pytest.mark.parametrize(
+    "value", [0.3, "0.3", None, [0.3, "0.2"], [0.3, -0.1], [float("nan")], [True], [[0.3]], {2: 0.3}]
+)
+def test_a_threshold_that_should_be_a_list_and_is_none_is_refused(value):
+    with pytest.raises(ConfigError, match=r"max_top_n_grams is .*; expected a list of numbers, such as \[0.2, 0.18"):
+        chosen("web", {"gopher_repetition": {"max_top_n_grams": value}})
+
+
+@pytest.mark.parametrize("value", [[0.3], "1", None, -1, True, float("inf")])
+def test_a_threshold_that_is_no_number_is_refused(value):
+    with pytest.raises(ConfigError, match=r"max_duplicate_lines is .*; expected a number, at least 0"):
+        chosen("web", {"gopher_repetition": {"max_duplicate_lines": value}})
+
+
 @pytest.mark.parametrize("name", FILTERS)
 @pytest.mark.parametrize("text", ["", " ", "\n\n", "x", "…", "# " * 100, "\U0001f600" * 1000])
 def test_no_filter_fails_on_odd_texts(name, text):

@@ -89,6 +89,35 @@ def test_when_the_input_is_mended_the_same_command_goes_on(tiny_tokenizer, tmp_p
         assert {name for name in one if one[name] != other.get(name)} == {"manifest.json"}  # the command
 
 
+def test_of_inputs_that_are_gone_when_a_build_goes_on_no_dropped_text_is_left(tiny_tokenizer, tmp_path, monkeypatch):
+    texts = make_texts(200)
+    write_jsonl(tmp_path / "0.jsonl", [*texts[:100], "short"])
+    write_jsonl(tmp_path / "1.jsonl", [*texts[100:], "tiny"])
+    with (tmp_path / "1.jsonl").open("a") as stream:
+        stream.write('{"text": 7}\n')
+    settings = ["sources.web.filters={length: {min_characters: 10}}", "keep_dropped=true", "shard_bytes=1000"]
+
+    def same(out: str) -> list[str]:
+        return arguments(tmp_path / "*.jsonl", tiny_tokenizer, tmp_path / out, *settings)
+
+    assert main(same("out")) == 2
+    (tmp_path / "1.jsonl").unlink()
+    assert main(same("out")) == 0
+    dropped = [json.loads(line)["text"] for line in (tmp_path / "out" / "dropped.jsonl").open()]
+    assert dropped == [text for text in [*texts[:100], "short"] if len(text) < 10]
+    assert verify(tmp_path / "out") == []
+
+    def stop(*values):
+        raise KeyboardInterrupt
+
+    other = [*same("out"), "seed=1", "overwrite=true"]
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipeline.pipeline.seal", stop)
+        assert main(other) == 130
+    assert (tmp_path / "out.partial" / "dropped.jsonl").is_file()
+    assert main(other) == 0  # it is the build's own
+
+
 def test_inputs_that_change_under_a_build_that_did_not_fail_are_not_taken_for_mended(
     corpus, tiny_tokenizer, tmp_path, capsys, monkeypatch
 ):

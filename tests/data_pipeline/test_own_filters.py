@@ -13,6 +13,7 @@ from ponder_scale.errors import ConfigError
 from ponder_scale.manifest import read_manifest, verify
 
 from .test_build import arguments, documents, make_texts, write_jsonl
+from .test_readers import SUFFIXES, stored
 
 OWN = '''
 def shouting(text, *, most=0.5):
@@ -175,6 +176,16 @@ def test_texts_with_a_stretch_of_an_evaluation_set_are_dropped_and_counted_by_se
     assert "settings (files that filters read) differ" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_evaluation_sets_and_texts_to_learn_from_are_read_compressed_in_every_way(tmp_path, capsys, suffix):
+    quiz = stored(tmp_path / f"quiz.jsonl{suffix}", (json.dumps({"text": QUESTION}) + "\n").encode())
+    (screen,) = chosen("web", {"decontaminate": {"against": [str(quiz)]}})
+    assert screen(QUESTION) == f"decontaminate: {quiz.name}"
+    learn = ["train-tokenizer", str(quiz), "--vocab-size", "260", "--out", str(tmp_path / "tokenizer")]
+    assert main(learn) == 0
+    assert f"1 documents, {len(QUESTION)} bytes of text" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("thresholds", "message"),
     [
@@ -183,6 +194,8 @@ def test_texts_with_a_stretch_of_an_evaluation_set_are_dropped_and_counted_by_se
         ("{against: [nothing.jsonl]}", "decontaminate: nothing.jsonl: no such file"),
         ("{SETS, n: 30}", "no text of .*quiz.jsonl has 30 words; lower n or leave it out"),
         ("{SETS, n: 0}", "n is 0; expected at least 1 word"),
+        ("{SETS, n: 1.5}", "n is 1.5; expected at least 1 word, and a whole number"),
+        ("{against: ['FOLDER/*.jsonl'], field: question}", "links that lead nowhere, the first is .*lost.jsonl; mend"),
         (
             "{SETS, field: text}",
             "quiz.jsonl at 0: field is not a string; an evaluation set is read whole or not at all",
@@ -193,6 +206,9 @@ def test_an_evaluation_set_that_cannot_be_read_whole_is_refused(
     tiny_tokenizer, tmp_path, sets, capsys, thresholds, message
 ):
     corpus = write_jsonl(tmp_path / "web.jsonl", ["some text"])
+    if "FOLDER" in thresholds:
+        (tmp_path / "lost.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+        thresholds = thresholds.replace("FOLDER", str(tmp_path))
     if "field: text" in thresholds:
         sets = sets.replace("field: question", "n: 13")
     settings = f"sources.web.filters={{decontaminate: {thresholds.replace('SETS', sets)}}}"
