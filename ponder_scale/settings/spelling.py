@@ -108,7 +108,10 @@ def _check(schema: type, kind: Any, tree: Tree, prefix: str) -> None:
     if isinstance(tree, Mapping) and kind is not Any:
         for name, entry in tree.entries.items():
             inner = _within(kind, name)
-            if inner is None and (dataclasses.is_dataclass(parts(kind)[0]) or not name):
+            if not name and typing.get_origin(parts(kind)[0]) is dict:
+                origin = entry.origin or tree.origin
+                raise ConfigError(f"{origin}: {prefix[:-1]} has an entry named ''; use letters, digits, - and _")
+            if inner is None and dataclasses.is_dataclass(parts(kind)[0]):
                 raise ConfigError(f"{entry.origin or tree.origin}: {_nested(schema, prefix + name)}")
             if inner is not None:
                 _check(schema, inner, entry, f"{prefix}{name}.")
