@@ -6,7 +6,6 @@ It is written under a hidden name beside its own and renamed at the end. SHA256S
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,9 +52,11 @@ def making(out: Path) -> Iterator[Path]:
             delete_file(hidden / MARK)
             hidden.rename(out)
             sync_folder(out.parent)
-        except BaseException:
+        except BaseException as error:
             if hidden.is_dir():
                 delete_contents(hidden, _named_by_export)
+            if isinstance(error, OSError):  # the disk is full, for example
+                raise CheckpointError(f"{out}: cannot be made: {error}; nothing of it is left") from error
             raise
 
 
