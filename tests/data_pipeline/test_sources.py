@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipeline.cli import main
 from data_pipeline.config import SourceConfig
 from data_pipeline.sources import LeftOut, files
 from data_pipeline.units import Plan, share, units, write_plan
@@ -126,6 +127,17 @@ def test_hidden_files_are_left_out_counted_and_named(tmp_path):
     assert found(replace(folder, exclude=["._*", ".git", ".ipynb*"])) == (["a.jsonl", "in/b.jsonl"], [])
     with pytest.raises(ConfigError, match=r"all that .* names is left out: left out of it: 1 hidden files"):
         found(SourceConfig(kind="jsonl", path=str(tmp_path / "*_a.jsonl")))
+
+
+def test_a_plan_and_the_training_of_a_tokenizer_say_what_they_leave_out(tiny_tokenizer, tmp_path, capsys):
+    for name in ("a.jsonl", ".hidden.jsonl"):
+        (tmp_path / name).write_text('{"text": "some text to learn from"}\n')
+    said = "left out of web: 1 hidden files, the first is"
+    source = ["sources.web.kind=jsonl", f"sources.web.path={tmp_path}/*.jsonl"]
+    assert main(["plan", *source, f"tokenizer={tiny_tokenizer}", f"out={tmp_path / 'out'}"]) == 0
+    assert capsys.readouterr().err.count(said) == 1
+    assert main(["train-tokenizer", *source, "--vocab-size", "260", "--out", str(tmp_path / "new")]) == 0
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_braces_stand_for_several_paths(tmp_path):
