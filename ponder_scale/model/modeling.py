@@ -252,6 +252,11 @@ def _loss(watch: Watch, hidden: Tensor, z_loss: float, num_items: Tensor | int |
     """The loss of hidden states (B, T, D), summed and divided by `num_items`, and the further fields of the output."""
     targets = watch.targets
     assert targets is not None
+    if hasattr(watch.causal, "_loss_function"):  # what transformers' setter leaves
+        raise ValueError(
+            "loss_function was set on this model, which would not call it: its loss is one op with the head; compute "
+            "yours from the logits, or give Trainer a compute_loss_func"
+        )
     total, last = watch.readout.cross_entropy(hidden, targets, z_loss)
     passes: list[Any] = [*watch.statistics, last]
     counted = (targets != IGNORE_INDEX).reshape(-1)

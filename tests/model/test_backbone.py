@@ -211,6 +211,14 @@ def test_a_field_is_checked_at_load_and_at_call(field: str, value: Any, tmp_path
             callee(TOKENS)
 
 
+def test_a_loss_function_that_would_not_be_called_is_refused() -> None:
+    model = make("llama", pondering_steps=1)
+    model.loss_function = lambda logits, labels, **_: logits.sum()
+    with pytest.raises(ValueError, match="loss_function was set on this model, which would not call it"):
+        model(TOKENS, labels=TOKENS)
+    assert model(TOKENS).logits.shape == (2, 9, VOCABULARY)
+
+
 def test_a_generation_config_can_say_the_pondering_steps(model: Any) -> None:
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(TOKENS)
