@@ -380,7 +380,7 @@ def test_a_closed_pipe_changes_no_exit_code_and_says_nothing(tmp_path: Path, tin
 def test_the_log_of_a_run_outlives_its_reader() -> None:
     script = (
         "import logging, sys\nfrom ponder_scale import cli\nfrom ponder_scale.commandline import outlive_readers\n"
-        "outlive_readers()\ncli._log_to_stdout(logging.INFO)\n"
+        "outlive_readers()\ncli._log_to_stdout(logging.INFO, cli.Timed())\n"
         "[logging.getLogger('ponder_scale').info('step %d', n) for n in range(9)]\nprint('done', file=sys.stderr)\n"
     )
     reader, writer = os.pipe()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ponder_scale.errors import CheckpointError
-from ponder_scale.parts import Parts, Stretch, part_name, read_metadata, selected, write_part
+from ponder_scale.parts import Parts, Stretch, part_name, selected, write_part
 from tests.faults import Fault
 from tests.sealing import seal
 
@@ -50,7 +50,6 @@ def use(path: Path) -> None:
         for stretch in stretches:
             assert stretch.length <= 1000, "memory would be taken"
             parts.read(kind, name, stretch.begin, torch.empty(stretch.length))
-    read_metadata(path)
 
 
 def refusal(path: Path) -> str:

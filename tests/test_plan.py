@@ -30,7 +30,7 @@ from ponder_scale.cost import (
     step_flops,
 )
 from ponder_scale.errors import ConfigError
-from ponder_scale.model import backends, modeling
+from ponder_scale.model import backends, readout
 from ponder_scale.model.pondering_embedding import Statistics, pondering_embedding
 from ponder_scale.plan import USABLE, Devices, plan_run, report, settle_sharding
 from ponder_scale.recompute import apply_recompute
@@ -67,8 +67,8 @@ def test_flops_are_those_that_torch_counts(architecture: str, policy: str, monke
     _, configuration = small(f"model.architecture={architecture}", "model.pondering_steps=2")
     configuration._attn_implementation = "eager"
     model = build_model(configuration, seed=0)
-    monkeypatch.setattr(modeling, "pondering_embedding", partial(pondering_embedding, backend="eager"))
-    monkeypatch.setattr(modeling, "cross_entropy", plain_cross_entropy)
+    monkeypatch.setattr(readout, "pondering_embedding", partial(pondering_embedding, backend="eager"))
+    monkeypatch.setattr(readout, "cross_entropy", plain_cross_entropy)
     apply_recompute(model, policy)
     tokens = torch.zeros(2, SEQUENCE, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
@@ -87,7 +87,7 @@ def test_hidden_feedback_costs_its_passes_and_a_product_for_statistics(monkeypat
     _, configuration = small("model.feedback=hidden", "model.residual=replace", "model.pondering_steps=2")
     configuration._attn_implementation = "eager"
     model = build_model(configuration, seed=0)
-    monkeypatch.setattr(modeling, "cross_entropy", plain_cross_entropy)
+    monkeypatch.setattr(readout, "cross_entropy", plain_cross_entropy)
     tokens = torch.zeros(2, SEQUENCE, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=tokens, shift_labels=tokens, skip_logits=True).loss.backward()

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from ponder_scale.build import model_configuration
-from ponder_scale.cli import _parse as parse
+from ponder_scale.cli import _parser
+from ponder_scale.commandline import parse
 from ponder_scale.compare.findings import Result, Verdict, half_width, read_result, verdicts
 from ponder_scale.compare.members import EXTRAS, Member, Run, plan_runs
 from ponder_scale.compare.report import write_report
@@ -194,7 +195,7 @@ def test_a_comparison_trains_what_is_missing_and_reports(
 
     def compare_here(*more: str) -> str:
         """Where nothing is trained."""
-        options = parse(["compare", str(recipe), *settings, *more])
+        options = parse(_parser(), ["compare", str(recipe), *settings, *more], RunConfig, "overrides")
         options.run(options, [])
         return capsys.readouterr().out
 

@@ -276,7 +276,7 @@ def test_a_global_batch_that_does_not_divide_is_refused() -> None:
 def test_gradient_checkpointing_of_transformers_is_refused() -> None:
     config = run_config({"policy": "pass", "tied": False, "deepspeed": "zero3"})
     model = make_model(config)
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.gradient_checkpointing_enable()
     with pytest.raises(ConfigError, match="gradient_checkpointing_disable"):
         apply_recompute(model, "pass")
 
