@@ -168,7 +168,7 @@ def test_a_run_whose_batch_was_changed_is_compared_by_what_it_trained(tmp_path: 
         results.append(found)
     text = write_report(tmp_path, results, [])
     assert [verdict.ahead_from for verdict in verdicts(results)] == [560]
-    assert text.count("| 0.00 M | 2.4e+10 |") == 2
+    assert text.count("| 560 | 2.4e+10 |") == 2
     content = json.loads((tmp_path / "compare.json").read_text())
     assert content["members"][0]["runs"][0]["trained"]["8"] == {"tokens": 560, "flops": 2.4e10}
 
