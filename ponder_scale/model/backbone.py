@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from .backends import Statistics
+from .backends import Statistics, is_fake
 from .cache import PassView, SharedView, check_growing, check_shared, copy_newest, grow
 from .changes import ChangeTracker, PassChanges
 from .compat import (
+    DOCUMENT_BOUNDS,
     by_position,
     cache_name,
     known_arguments,
@@ -130,7 +131,7 @@ class PonderBackbone(Checkpointing):
         Raises:
             TypeError: an argument that the stock backbone does not know.
             ValueError: arguments that exclude each other, a field of the configuration that is out of its range, a
-                cache that another setting filled.
+                cache that another setting filled, documents in one row that attention would not keep apart.
         """
         options = only_known(options, self._known)
         if (input_ids is None) == (inputs_embeds is None):
@@ -139,6 +140,8 @@ class PonderBackbone(Checkpointing):
         found = one_cache(past_key_values, cache)
         if use_cache and found is None:
             found = DynamicCache()
+        check_documents(found, **options)
+        options.pop("seq_idx", None)  # for layers that these architectures do not have
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         output = _Passes(watch, pondering_steps, found, share_cache, exit_kl).run(inputs_embeds, **options)
@@ -246,6 +249,37 @@ class _Passes:
             return True
 
         return settled
+
+
+def check_documents(
+    cache: Cache | None, attention_mask: Any = None, position_ids: Tensor | None = None, **options: Any
+) -> None:
+    """Raise ValueError where a row holds several documents, and transformers would let them see each other.
+
+    It tells them apart by positions (B, T) that start again, and only without a mask (B, T) and without a cache.
+    """
+    if position_ids is None:
+        said = sorted(name for name in DOCUMENT_BOUNDS & options.keys() if options[name] is not None)
+        if said:
+            raise ValueError(
+                f"{said[0]} without position_ids is obeyed by flash attention alone, elsewhere the documents would "
+                "see each other; give position_ids that start at 0 with each document"
+            )
+        return
+    masked = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+    unseen = cache is not None and attention_mask is None
+    if not (masked or unseen) or position_ids.shape[-1] < 2 or torch.compiler.is_compiling() or is_fake(position_ids):
+        return
+    starts = position_ids.diff(dim=-1) <= 0  # (B, T - 1)
+    if masked:  # what is masked has any positions
+        seen = attention_mask[:, -position_ids.shape[-1] :].bool()
+        starts = starts & seen[:, 1:] & seen[:, :-1]
+    if starts.any():
+        given = "an attention_mask of (B, T)" if masked else "a cache"
+        raise ValueError(
+            f"position_ids start again within a row, so it holds several documents, which {given} hides from "
+            "transformers: they would see each other; leave it out"
+        )
 
 
 def checked_steps(steps: Any) -> int:

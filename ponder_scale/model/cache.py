@@ -148,7 +148,8 @@ def grow(cache: Cache, passes: int, layers: int) -> None:
             if cache.get_seq_length() > 0:
                 raise ValueError(
                     f"the cache holds {len(cache.layers) // layers} passes, {passes} are needed; continue with the "
-                    "pondering_steps it was filled with, or start an empty cache"
+                    "pondering_steps it was filled with, or start an empty cache (prefix tuning, which fills a cache "
+                    "for one pass, needs pondering_steps=0)"
                 )
             # any of them, since they are empty and alike; there are fewer than L in a draft that exits early
             cache.layers.append(copy.deepcopy(cache.layers[0]))

@@ -19,11 +19,10 @@ OLDEST, NEWEST = "4.56", "5.24"
 CACHE_NAMES = ("past_key_values", "cache")  # of the same argument: before transformers 5.24, and from it on
 # arguments that decorators of transformers take off before a backbone's `forward` sees them
 TAKEN_OFF = frozenset({"return_dict", "debug_io", "debug_io_dir", "prune_layers"})
+# what collators of transformers and TRL say of the documents of a row, beside their positions
+DOCUMENT_BOUNDS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 # what `TransformersKwargs` says in the versions that have it, for those that do not
-NAMES_OF_TRANSFORMERS = frozenset(
-    {"output_attentions", "output_hidden_states", "is_causal", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q"}
-    | {"max_length_k"}
-)
+NAMES_OF_TRANSFORMERS = frozenset({"output_attentions", "output_hidden_states", "is_causal"})
 
 
 def parameters(forward: Any) -> tuple[str, ...]:
@@ -42,7 +41,7 @@ def known_arguments(forward: Any) -> frozenset[str]:
     """The names that a stock backbone's `forward` and its layers do something with."""
     shared = getattr(utils, "TransformersKwargs", None)
     names = NAMES_OF_TRANSFORMERS if shared is None else frozenset(shared.__annotations__)
-    return frozenset(parameters(forward)) | names | TAKEN_OFF
+    return frozenset(parameters(forward)) | names | TAKEN_OFF | DOCUMENT_BOUNDS
 
 
 def only_known(arguments: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:

@@ -109,6 +109,47 @@ def test_a_backbone_is_not_built_alone(tmp_path: Path) -> None:
         AutoModel.from_pretrained(folder, trust_remote_code=True)
 
 
+LENGTHS = (4, 1, 6)  # of the documents in a row
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_documents_in_one_row_are_as_if_each_were_alone(model: Any, attention: str) -> None:
+    model.set_attn_implementation(attention)
+    tokens = TOKENS.reshape(1, -1)[:, : sum(LENGTHS)]
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    bounds = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
+    said = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 6, "max_length_k": 6}
+    said["seq_idx"] = torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS))[None]
+    with torch.no_grad():
+        expected = torch.cat([model(part).logits for part in tokens.split(LENGTHS, 1)], 1)
+        for options in ({}, said, {"use_cache": False}):
+            found = model(tokens, position_ids=positions, **options).logits
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        joined = model(tokens).logits
+        assert (joined - expected).abs().max() > 1e-2
+        for name, value in said.items():
+            with pytest.raises(ValueError, match=f"{name} without position_ids is obeyed by flash attention alone"):
+                model(tokens, **{name: value})
+        for given, options in (
+            ("a cache", {"use_cache": True}),
+            ("a cache", {"past_key_values": DynamicCache()}),
+            (r"an attention_mask of \(B, T\)", {"attention_mask": torch.ones_like(tokens)}),
+        ):
+            with pytest.raises(ValueError, match=f"several documents, which {given} hides from transformers"):
+                model(tokens, position_ids=positions, **options)
+
+
+def test_positions_of_padding_are_no_documents(model: Any) -> None:
+    mask = torch.ones_like(TOKENS)
+    mask[0, :3] = 0
+    mask[1, 7:] = 0
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    with torch.no_grad():
+        found = model(TOKENS, attention_mask=mask, position_ids=positions, use_cache=True).logits
+        alone = model(TOKENS[:1, 3:]).logits
+    torch.testing.assert_close(found[:1, 3:], alone, atol=1e-4, rtol=1e-4)
+
+
 @ARCHITECTURES
 def test_positions_mean_what_they_do_in_the_stock_class(architecture: str) -> None:
     tiny = TINY[architecture]
