@@ -8,6 +8,7 @@ from typing import Any
 from ponder_scale.build import configuration_from_dict
 from ponder_scale.checkpoint import average_since
 from ponder_scale.figures import perplexity, shown
+from ponder_scale.model.compat import NEWEST, OLDEST
 
 _CARD = """---
 library_name: transformers
@@ -37,7 +38,39 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 gives the same text, drafted by the same weights without pondering. `generate(exit_kl=0.01)` stops pondering on a token
 when a pass changed its prediction by less. Continuous batching (`generate_batch`) is refused: its cache has one slot a
 layer, and a pondering model needs one for each pass. `SHA256SUMS` is for `sha256sum -c`.
+
+## In other tools
+
+Tested with {tested}.
+
+Raises an error, because it would be silently wrong:
+
+{refused}
+
+Cannot be noticed, so do not do it: a stock class named in place of the model's own, by `LlamaForCausalLM` and its like
+or by an override of `architectures` (as vLLM's `--hf-overrides`), reads the same weights and never ponders.
 """
+
+# What the tests run this code in; tests/export/test_finetuning.py compares these versions with those that ran.
+TESTED = {
+    "transformers": f"{OLDEST} to {NEWEST}",
+    "trl": "1.16.0",
+    "peft": "0.21.2",
+    "accelerate": "1.15.0",
+    "lm_eval": "0.4.13",
+}
+_TESTED_FOR = {
+    "trl": " (SFT with packing and padding-free, DPO, KTO, GRPO)",
+    "peft": " (LoRA, DoRA, IA3, VeRA, OFT, trained tokens, prompt tuning)",
+    "accelerate": " (offloading)",
+}
+REFUSED = (
+    "`AutoModel`, and servers that build the bare backbone: one key-value slot a layer is too few",
+    "a cache that this model did not fill with as many pondering steps; so prefix tuning, too",
+    "an argument that neither this model nor its backbone knows",
+    "`use_reentrant=True` in gradient checkpointing: under ZeRO-3 it loses the gradients of all but one pass",
+    "several documents in one row with a cache or an `attention_mask`, or without `position_ids` that start again",
+)
 
 _FEEDBACK = {
     "embedding": "after each of the first {steps} passes the probability-weighted sum of all token embeddings is fed\n"
@@ -67,7 +100,9 @@ def model_card(
         steps=configuration.pondering_steps,
         feedback=_FEEDBACK[configuration.feedback].format(steps=configuration.pondering_steps),
         licence=f"license: {licence}\n" if licence else "",
-        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        rows=_table(rows),
+        tested=", ".join(f"{name} {version}{_TESTED_FOR.get(name, '')}" for name, version in TESTED.items()),
+        refused="\n".join(f"- {way}" for way in REFUSED),
     )
 
 
@@ -83,6 +118,29 @@ def _trained_on(state: Mapping[str, Any]) -> str:
         counts = (f"{count:,} of S = {ponder}" for ponder, count in done["steps_by_pondering_steps"].items())
         text += f"; steps: {', '.join(counts)}"
     return text + (f"; updates skipped: {done['skipped_steps']:,}" if done["skipped_steps"] else "")
+
+
+def tuned_card(
+    before: str | None, names: tuple[str, str], configuration: Any, parameters: int, facts: Mapping[str, str]
+) -> str:
+    """The card of a folder whose weights another was trained from: the one before, and how it was tuned.
+
+    Args:
+        before: the README of that folder, kept as it is but for the name; None: it has none.
+        names: of the folder before, and of this one.
+    """
+    source, name = names
+    if before is None:
+        before = model_card(name, configuration, parameters, {})
+    text = before.replace(f"# {source}\n", f"# {name}\n").replace(
+        f'from_pretrained("{source}"', f'from_pretrained("{name}"'
+    )
+    said = "What is said above of data, losses and pondering steps is of the model before."
+    return f"{text.rstrip()}\n\n## Tuned from {source}\n\n{said}\n\n| | |\n|---|---|\n{_table(facts)}\n"
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(f"| {key} | {value} |" for key, value in rows.items())
 
 
 def trained_card(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -138,15 +139,24 @@ def newest() -> str:
     return found[1]
 
 
+def install(target: Path, *arguments: str) -> None:
+    """Let pip fill a folder of CACHE, unless it is full; processes that test at the same time wait for each other."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (target / "done").is_file():
+            pip("install", "--quiet", "--no-compile", f"--target={target}", *arguments)
+            (target / "done").touch()
+
+
 def environment(version: str, requirements: tuple[str, ...]) -> dict[str, str]:
     """Variables under which Python finds this version of transformers; installed once, and kept."""
     number = newest() if version == "newest" else version
     target = CACHE / f"transformers-{number}"
-    if version != "installed" and not (target / "done").is_file():
+    if version != "installed":
         # a release that is new to us brings what it needs, the others are known to do with what is here
-        options = ["--quiet", "--no-compile", f"--target={target}", *(["--no-deps"] if version != "newest" else [])]
-        pip("install", *options, f"transformers=={number}", *requirements)
-        (target / "done").touch()
+        options = ["--no-deps"] if version != "newest" else []
+        install(target, *options, f"transformers=={number}", *requirements)
     # reading datasets without torch switches it off for this process; older transformers would obey that
     dropped = ("PYTHONPATH", "USE_TORCH", "USE_TF", "USE_JAX")
     variables = {key: value for key, value in os.environ.items() if key not in dropped}
