@@ -16,6 +16,7 @@ import torch
 from ponder_scale.errors import ConfigError
 from ponder_scale.train.deepspeed_config import read_sharding
 from ponder_scale.train.deepspeed_version import is_tested, refuse_wrong_version
+from tests.faults import Fault
 from tests.ranks import REPOSITORY, run_ranks
 from tests.train.test_gradients import make_model, run_config, small_buckets
 
@@ -147,7 +148,8 @@ def with_another_deepspeed(case: dict[str, Any]) -> str:
     return "went on"
 
 
-def test_a_deepspeed_that_does_not_ask_or_does_not_listen_is_told_at_once(tmp_path: Path) -> None:
+@pytest.mark.faults
+def test_a_deepspeed_that_does_not_ask_or_does_not_listen_is_told_at_once(tmp_path: Path, fault: Fault) -> None:
     cases = []
     for number, (stage, precision, where, owner, name) in enumerate(ASKS):
         accumulation = {"data_types": {"grad_accum_dtype": "fp32"}} if precision == "fp32 gradients" else {}
@@ -168,6 +170,7 @@ def test_a_deepspeed_that_does_not_ask_or_does_not_listen_is_told_at_once(tmp_pa
     assert "has no _get_norm_groups at which to judge" in errors[-3]
     assert "made an update that was refused" in errors[-2]
     assert errors[-1] == "went on"
+    fault("a DeepSpeed that does not ask at the gate", "step", detected="in the step", after="ended", lost="that step")
 
 
 @pytest.mark.parametrize(
