@@ -79,6 +79,22 @@ def check(folder, expected):
         except TypeError:
             continue
         raise AssertionError(unknown + " vanished")
+    gradients = []
+    model.train()
+    for enabled in (False, True):  # the default of transformers 4 is reentrant
+        if enabled:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    found.append((gradients[1] - gradients[0]).abs().max() / gradients[0].abs().max())
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        raise AssertionError("reentrant checkpointing is not refused")
+    except ValueError:
+        model.gradient_checkpointing_disable()
+    model.zero_grad()
+    model.eval()
     same = all(torch.equal(some, expected["greedy"]) for some in decoded) and torch.equal(by_config, by_name)
     return model, [max(found).item(), same]
 
