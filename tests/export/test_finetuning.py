@@ -32,7 +32,7 @@ from tests.model.architectures import TINY, make_confident
 from tests.ranks import REPOSITORY, run_ranks
 
 EXTRA = {name: TESTED[name] for name in ("trl", "peft")}
-LIGER = "0.8.5"
+BESIDES = {"liger-kernel": "0.8.5", "torchao": "0.18.0", "bitsandbytes": "0.50.2"}
 SCRIPT = Path(__file__).with_name("in_hands.py")
 CHECKS = re.findall(r"^def check_(\w+)", SCRIPT.read_text(), flags=re.MULTILINE)
 # of a release of transformers that is new to us
@@ -43,8 +43,8 @@ MODULES = dict.fromkeys(CHECKS, "installed") | {f"{name}-on-the-newest": "newest
 @functools.cache
 def target() -> Path:
     """The folder with TRL and PEFT; what else they need is in this environment."""
-    named = [f"{name}=={number}" for name, number in {**EXTRA, "liger-kernel": LIGER}.items()]
-    folder = CACHE / "-".join(["finetune", *EXTRA.values(), LIGER])
+    named = [f"{name}=={number}" for name, number in {**EXTRA, **BESIDES}.items()]
+    folder = CACHE / "-".join(["finetune", *EXTRA.values(), *BESIDES.values()])
     install(folder, "--no-deps", *named)
     return folder
 
