@@ -25,7 +25,7 @@ from ponder_scale.checkpoint import Index, Ranks, Retention, average_since
 from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import Loader
 from ponder_scale.errors import CheckpointError, FencedError, SaveError
-from ponder_scale.index import part_files, read_index
+from ponder_scale.index import INDEX, part_files, read_index
 from ponder_scale.parts import (
     WEIGHT,
     Parts,
@@ -266,7 +266,7 @@ class RunState:
         saving.recorded = True
         folder, seconds = saving.job.result()
         self.save_seconds = max(self.save_seconds, saving.copied - saving.began + seconds)
-        size = sum(size for size, _ in read_index(folder).values())
+        size = sum(size for size, _ in read_index(folder).values()) + (folder / INDEX).stat().st_size
         stall = saving.copied - saving.began + saving.waited
         self.record("save", saving.step, reason=saving.reason, stall_seconds=stall, write_seconds=seconds, bytes=size)
         logger.info(

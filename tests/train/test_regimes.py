@@ -71,7 +71,8 @@ def sentences(case: dict[str, Any]) -> list[str]:
     module.logger.setLevel(logging.INFO)
     config = run_config(case)
     engine = module.Engine(make_model(config), config)
-    return [*said, str(engine.deepspeed.config["zero_optimization"].get("stage3_max_reuse_distance"))]
+    sentence = " ".join(line.strip() for line in said)  # a long one is folded into the width of a log
+    return [sentence, str(engine.deepspeed.config["zero_optimization"].get("stage3_max_reuse_distance"))]
 
 
 def test_the_log_says_which_regime_the_size_of_the_model_implies_and_quantization_needs_cuda(tmp_path: Path) -> None:
