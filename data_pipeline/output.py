@@ -77,6 +77,7 @@ def check_places(out: Path, sources: Mapping[str, SourceConfig], tokenizer: Path
 
 
 def places(out: Path) -> list[Path]:
+    """The folders that a build of `out` makes, replaces and removes."""
     return [out, unfinished(out), out.with_name(out.name + REPLACED)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from ponder_scale.report.series import read_run
 from ponder_scale.settings import load
 from ponder_scale.status import status
 from tests.ranks import run_ranks
+from tests.train.test_changed_settings import log_of_training
 from tests.train.test_health import FLAT, train_with_an_incident
 from tests.train.test_loop import overrides, train_on_a_rank
 
@@ -136,13 +136,7 @@ def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None
 
 
 def load_an_old_checkpoint(case: dict[str, Any]) -> list[str]:
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("ponder_scale").addHandler(handler)
-    logging.getLogger("ponder_scale").setLevel(logging.INFO)
-    train_on_a_rank(case)
-    return [message for message in messages if "does not say" in message]
+    return [message for message in log_of_training(case) if "does not say" in message]
 
 
 def test_an_older_checkpoint_is_counted_by_its_loader_and_its_own_recipe(shards: Any, tmp_path: Path) -> None:
