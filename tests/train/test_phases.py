@@ -34,7 +34,7 @@ def train_to_a_phase(case: dict[str, Any]) -> int:
 
     torch.set_num_threads(1)
     signals.install()
-    watchdog.GRACE_SECONDS = 0.5
+    watchdog.GRACE_SECONDS = 3.0  # on a busy machine the other rank finds out so much later
     if "phase" in case and os.environ["RANK"] == "1":
         happen, enter = _once(case["what"]), watchdog.Watch.enter
 
@@ -96,6 +96,11 @@ def last_start(run_dir: Path) -> int | None:
     return None if folder is None else int(folder[-8:])
 
 
+def whole_step(phase: str) -> int | None:
+    """The last step that is saved when a rank is lost in the phase; a step is saved before it is evaluated."""
+    return {"start": None, "evaluate": STEP}.get(phase, STEP - 1)
+
+
 def test_a_rank_killed_in_any_phase_costs_at_most_the_step_under_way(
     shards: Any, whole: Path, tmp_path: Path, fault: Fault
 ) -> None:
@@ -103,8 +108,8 @@ def test_a_rank_killed_in_any_phase_costs_at_most_the_step_under_way(
         assert ranks[1] == KILLED and ranks[0] != 0, (phase, ranks)
         assert_same_run(tmp_path / phase, whole)
         last = last_start(tmp_path / phase)
-        assert last == (None if phase == "start" else STEP - 1), (phase, last)
-        after = "begins anew" if phase == "start" else "from the checkpoint of the step before"
+        assert last == whole_step(phase), (phase, last)
+        after = "begins anew" if last is None else f"from the checkpoint of the step{' before' * (last < STEP)}"
         fault("SIGKILL of rank 1", phase, detected="by the launcher", after=after, lost="nothing saved")
 
 
@@ -125,7 +130,7 @@ def test_a_rank_that_hangs_in_any_phase_ends_all(shards: Any, whole: Path, tmp_p
     for phase, ranks in injured("hang", phases, tmp_path, shards, "health.hang_seconds=4").items():
         assert ranks == [{"error": f"exit code {HUNG}"}] * 2, (phase, ranks)
         assert_same_run(tmp_path / phase, whole)
-        assert last_start(tmp_path / phase) == STEP - 1, phase
+        assert last_start(tmp_path / phase) == whole_step(phase), phase
     said = capfd.readouterr().out
     for phase in phases:
         assert "rank 1: no progress for " in said and f"s in {phase} of step {STEP}; stacks:" in said, phase
