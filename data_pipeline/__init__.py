@@ -1,0 +1,1 @@
+"""`ponder-data`: corpora to token shards. Never imports torch."""

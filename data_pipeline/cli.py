@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_pipeline.build.parallel import one_thread
 from data_pipeline.config import BuildConfig, SourceConfig
-from data_pipeline.parallel import one_thread
 from data_pipeline.progress import Progress
-from ponder_scale.commandline import Parser, new_folder, number, outlive_readers, parse, path, whole
 from ponder_scale.errors import ConfigError, ShardError, UserError
-from ponder_scale.manifest import read_manifest, verify
 from ponder_scale.settings import MISSING, find_recipe, load
+from ponder_scale.settings.commandline import Parser, new_folder, number, outlive_readers, parse, path, whole
+from ponder_scale.shards.manifest import read_manifest, verify
 
 KINDS = ("megatron", "datatrove", "raw")  # of token files that can be adopted
 RECIPES = Path(__file__).parent / "recipes"
@@ -112,12 +112,6 @@ def _parser() -> Parser:
     command.add_argument("--eod-token", help="ends each document (default: the tokenizer's own)")
     command.set_defaults(run=_adopt)
 
-    command = commands.add_parser("bench", help="measure tokenization and loading against what others do")
-    command.add_argument("corpus", type=path, help="a .jsonl file; some 50 MB or more give steady numbers")
-    command.add_argument("--tokenizer", type=path, required=True, help="a folder with tokenizer.json")
-    command.add_argument("--rounds", type=whole(1), default=3)
-    command.set_defaults(run=_bench)
-
     command = commands.add_parser("train-tokenizer", help="make a tokenizer from texts")
     command.add_argument(
         "inputs",
@@ -160,8 +154,8 @@ def _config(settings: list[str]) -> BuildConfig:
 
 def _build(options: argparse.Namespace, command: str) -> None:
     one_thread()
-    from data_pipeline.manifest import kept
-    from data_pipeline.pipeline import build  # loads numpy, whose threads cost a small build a fifth of its time
+    from data_pipeline.build.pipeline import build  # loads numpy, whose threads cost a small build a fifth of its time
+    from data_pipeline.write.manifest import kept
 
     config = _config(options.settings)
     built = build(config, command)
@@ -182,13 +176,13 @@ def _build(options: argparse.Namespace, command: str) -> None:
 
 def _plan(options: argparse.Namespace, command: str) -> None:
     one_thread()
-    from data_pipeline.estimate import estimate
+    from data_pipeline.commands.estimate import estimate
 
     print(estimate(_config(options.settings), int(options.sample_mb * 1e6)))
 
 
 def _adopt(options: argparse.Namespace, command: str) -> None:
-    from data_pipeline.adopt import adopt
+    from data_pipeline.commands.adopt import adopt
 
     manifest = adopt(
         options.files,
@@ -208,23 +202,17 @@ def _adopt(options: argparse.Namespace, command: str) -> None:
     )
 
 
-def _bench(options: argparse.Namespace, command: str) -> None:
-    from data_pipeline.bench import bench
-
-    print(bench(options.corpus, options.tokenizer, options.rounds))
-
-
 def _inspect(options: argparse.Namespace, command: str) -> None:
-    from data_pipeline.inspection import describe
-    from ponder_scale.shards import open_shards
+    from data_pipeline.commands.inspection import describe
+    from ponder_scale.shards.format import open_shards
 
     for line in describe(open_shards(options.folder), options.samples):
         print(line)
 
 
 def _pack(options: argparse.Namespace, command: str) -> None:
-    from ponder_scale.packing import pack
-    from ponder_scale.shards import open_shards
+    from ponder_scale.shards.format import open_shards
+    from ponder_scale.shards.packing import pack
 
     shards = open_shards(options.folder)
     infos = [info for infos in shards.manifest.splits.values() for info in infos]
@@ -241,7 +229,7 @@ def _pack(options: argparse.Namespace, command: str) -> None:
 
 
 def _verify(options: argparse.Namespace, command: str) -> None:
-    from ponder_scale.packing import verify_packings
+    from ponder_scale.shards.packing import verify_packings
 
     manifest = read_manifest(options.folder)
     size = sum(shard.bytes for shards in manifest.splits.values() for shard in shards)
@@ -255,8 +243,8 @@ def _verify(options: argparse.Namespace, command: str) -> None:
 
 
 def _train_tokenizer(options: argparse.Namespace, command: str) -> None:
-    from data_pipeline.texts import Read, texts_to_learn
-    from data_pipeline.training import train_tokenizer
+    from data_pipeline.tokenize.texts import Read, texts_to_learn
+    from data_pipeline.tokenize.training import train_tokenizer
 
     config, counts = _to_learn_from(options), dict[str, Read]()
     size = train_tokenizer(texts_to_learn(config, counts), options.vocab_size, options.kind, options.out)
@@ -271,7 +259,7 @@ def _train_tokenizer(options: argparse.Namespace, command: str) -> None:
 
 def _to_learn_from(options: argparse.Namespace) -> BuildConfig:
     """The sources of a recipe with overrides, or of files and folders. Raises ConfigError for a mixture of both."""
-    from data_pipeline.sources import kind_of
+    from data_pipeline.read.sources import kind_of
 
     inputs, recipe = list(options.inputs), options.recipe
     if recipe is None and inputs and inputs[0].endswith((".yaml", ".yml")):

@@ -198,8 +198,8 @@ def load(folder: Path, pondering_steps: int | None) -> tuple[Any, Any]:
     """
     from transformers import AutoTokenizer
 
-    from ponder_scale.build import model_class
-    from ponder_scale.foreign import folder_configuration, warm_start
+    from ponder_scale.setup.build import model_class
+    from ponder_scale.setup.warm_start import folder_configuration, warm_start
 
     configuration = folder_configuration(folder)
     if pondering_steps is not None:
@@ -228,10 +228,10 @@ def adapter(rank: int) -> Any:
 
 def write(trainer: Any, options: argparse.Namespace, configuration: dict[str, Any], facts: dict[str, str]) -> None:
     """Make the folder: merged weights, the code of the model, configuration, tokenizer, card and sums."""
-    from ponder_scale.build import configuration_from_dict
     from ponder_scale.export.card import tuned_card
     from ponder_scale.export.folder import write_folder
-    from ponder_scale.foreign import read_configuration
+    from ponder_scale.setup.build import configuration_from_dict
+    from ponder_scale.setup.warm_start import read_configuration
 
     model = trainer.accelerator.unwrap_model(trainer.model)
     if options.lora is not None:

@@ -9,10 +9,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from ponder_scale.commandline import Parser, outlive_readers, parse
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import INTERRUPTED, SignalledError, UserError
-from ponder_scale.train import signals
+from ponder_scale.settings.commandline import Parser, outlive_readers, parse
+from ponder_scale.train.survive import signals
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,11 +68,11 @@ def _log_to_stdout(level: int, formatter: logging.Formatter) -> None:
 
 def _parser() -> Parser:
     # slow, so after the signal handlers
-    from ponder_scale.commands import bench, cluster, compare, evaluation, folders, runs, training
+    from ponder_scale.commands import cluster, compare, evaluation, folders, runs, training
 
     parser = Parser(prog="ponder-scale", description="Pretraining of pondering language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (training, cluster, compare, runs, bench, folders, evaluation):
+    for group in (training, cluster, compare, runs, folders, evaluation):
         group.add_commands(commands)
     return parser
 

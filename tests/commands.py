@@ -1,7 +1,7 @@
-"""`ponder-scale` as a user types it, in a process forked from one that has imported torch and transformers.
+"""`ponder-scale` and `python -m benchmarks` as a user types them, forked from a process that has loaded the libraries.
 
-That import is most of what a small command costs. The ranks that a command starts are forked too; those of a training
-that starts over, and of torchrun, import it all again.
+The import of torch and transformers is most of what a small command costs. The ranks that a command starts are forked
+too. Those of a training that starts over, and of torchrun, import it all again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ponder_scale.train.launch import RANK_VARIABLES
 from tests.ranks import PLAIN, REPOSITORY, run_ranks
 
 LEAVE = os._exit
+BENCHMARKS = ["python", "-m", "benchmarks"]
 CLIENT = """\
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
@@ -44,7 +45,7 @@ def run_command(
 ) -> subprocess.CompletedProcess[str]:
     """What a command printed in a folder, and its exit code; one of another program runs in a new process."""
     command = [str(word) for word in words]
-    if command[0] != "ponder-scale":
+    if command[0] != "ponder-scale" and command[:3] != BENCHMARKS:
         variables = {**_variables(), **environment}
         return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout)
     with tempfile.TemporaryDirectory() as printed:
@@ -90,7 +91,10 @@ def _serve(server: socket.socket) -> None:
 
 
 def _ponder_scale(case: dict[str, Any]) -> int:
-    from ponder_scale.cli import main
+    if case["command"][0] == "ponder-scale":
+        from ponder_scale.cli import main
+    else:
+        from benchmarks.__main__ import main  # type: ignore[assignment]
 
     for name in RANK_VARIABLES:
         del os.environ[name]
@@ -98,17 +102,17 @@ def _ponder_scale(case: dict[str, Any]) -> int:
     os.chdir(case["folder"])
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(case["printed"], name), os.O_WRONLY | os.O_CREAT), stream)
-    sys.argv = case["command"]
+    command = case["command"]
+    sys.argv = command[2:] if command[:3] == BENCHMARKS else command
     launch.subprocess = SimpleNamespace(Popen=ForkedRank)  # type: ignore[assignment]
     # by which the command leaves where torch is loaded; the code is wanted here
     os._exit = sys.exit  # type: ignore[assignment]
     try:
-        main()
+        return main() or 0  # type: ignore[func-returns-value]
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     finally:
         os._exit = LEAVE
-    return 0
 
 
 class ForkedRank:

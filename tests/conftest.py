@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.training import train_tokenizer
-from ponder_scale.manifest import Manifest, seal
-from ponder_scale.shards import ShardSet, ShardWriter, dtype_for, open_shards
+from data_pipeline.tokenize.training import train_tokenizer
+from ponder_scale.shards.format import ShardSet, ShardWriter, dtype_for, open_shards
+from ponder_scale.shards.manifest import Manifest, seal
 from tests.faults import fault, print_fault_matrix
 
 __all__ = ["fault"]  # a fixture of the whole suite

@@ -19,15 +19,16 @@ DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"
 SMALL = ["model.hidden_size=32", "model.intermediate_size=64", "train.steps=4", "optim.warmup_steps=1"]
 SMALL += ["evaluate.sequences=8"]
 AGAIN = [*SMALL, "train.steps=5", "train.sanity_step=false"]
+SMALL_STEP = "--batch 1 --seq-len 16 --hidden 64 --layers 1 --vocab 100 --policies pass"
 # what makes a command quick where the documents measure; the last value of a flag counts
 QUICK = {
     "ponder-scale train": "--nproc 1",  # the quick start and torchrun train on two
     "ponder-scale evaluate decoding": "--sequences 1 --prompt-tokens 8 --new-tokens 4",
-    "ponder-scale bench op": "--tokens 64 --hidden 32 --vocab 100 --runs 1",
-    "ponder-scale bench step": "--batch 1 --seq-len 16 --hidden 64 --layers 1 --vocab 100 --runs 1 --policies pass",
-    "ponder-scale bench memory": "--batch 1 --seq-len 16 --hidden 64 --layers 1 --vocab 100 --steps 1 --policies pass",
-    "ponder-scale bench decode": "--hidden 64 --layers 1 --vocab 100 --runs 1 --context 8",
-    "ponder-scale bench comm": "--regimes zero3_bounded --policies pass --pondering-steps 1"
+    "python -m benchmarks op": "--tokens 64 --hidden 32 --vocab 100 --runs 1",
+    "python -m benchmarks step": f"--runs 1 {SMALL_STEP}",
+    "python -m benchmarks memory": f"--steps 1 {SMALL_STEP}",
+    "python -m benchmarks decode": "--hidden 64 --layers 1 --vocab 100 --runs 1 --context 8",
+    "python -m benchmarks comm": "--regimes zero3_bounded --policies pass --pondering-steps 1"
     " model.hidden_size=96 model.num_hidden_layers=1",
 }
 
@@ -71,7 +72,10 @@ def test_the_readme_names_what_continuous_integration_runs() -> None:
     assert "make test test-slurm\n" in (REPOSITORY / ".ci/run").read_text()
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith(("ponder-", "torchrun", "mpiexec"))])
+RUNNABLE = ("ponder-", "torchrun", "mpiexec", "python -m benchmarks")
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith(RUNNABLE)])
 def test_a_command_of_the_documents_runs(command: str, workplace: tuple[Path, str]) -> None:
     command += "".join(f" {words}" for start, words in QUICK.items() if command.startswith(start))
     if " train " in command:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from ponder_scale.data.heldout import HeldOut
 from ponder_scale.evaluate.plot import line_chart
 from ponder_scale.export.card import trained_card
-from ponder_scale.figures import json_text, perplexity, shown
-from ponder_scale.heldout import HeldOut
+from ponder_scale.figures import count, json_text, perplexity, rate, shown, size, span
 
 LARGEST = 709.78  # whose exp a float holds
 
@@ -61,3 +61,39 @@ def test_a_card_tells_a_loss_that_has_no_perplexity(monkeypatch: pytest.MonkeyPa
     state = {"config": config, "tokens": 8, "step": 1, "loader": {"shards": "a"}, "versions": {}, "model": {}}
     trained_card("name", state, {"losses": [800.0, None], "step": 1}, 5, None)
     assert rows["held-out loss (perplexity)"] == "pass 0: 800.0000 (inf), pass 1: not finite, at step 1"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (2304, "2,304"),
+        (999_999, "999,999"),
+        (1.3e6, "1.300M"),
+        (999_999_900, "1.000B"),
+        (3e13, "30.000T"),
+    ],
+)
+def test_counts_keep_every_digit_until_there_are_millions(number: float, text: str) -> None:
+    assert count(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(12, "12 bytes"), (2048, "2.00 KiB"), (33e6, "31.5 MiB"), (61.25 * 2**30, "61.2 GiB"), (2**41, "2.00 TiB")],
+)
+def test_sizes_have_three_digits(number: float, text: str) -> None:
+    assert size(number) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0 s"), (0.00042, "0.42 ms"), (1.5, "1.5 s"), (900, "15.0 min"), (7200, "2.0 h"), (2.6e6, "30.1 days")],
+)
+def test_times_have_one_unit(seconds: float, text: str) -> None:
+    assert span(seconds) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0.25, "0.25"), (42.4, "42"), (512_000.4, "512,000"), (5.12e6, "5.120M")])
+def test_rates_are_whole_where_they_are_large(number: float, text: str) -> None:
+    assert rate(number) == text

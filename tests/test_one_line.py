@@ -13,18 +13,18 @@ import torch
 
 from data_pipeline import cli as data_cli
 from ponder_scale import cli
-from ponder_scale.build import build_model, model_configuration
-from ponder_scale.commandline import outlive_readers
 from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import Loader, open_sources
 from ponder_scale.errors import CheckpointError, ConfigError, UserError
 from ponder_scale.export.folder import making
-from ponder_scale.places import check_file, check_folder, write_whole
-from ponder_scale.report.page import report
+from ponder_scale.files.places import check_file, check_folder, write_whole
+from ponder_scale.runs.attempts import owner
+from ponder_scale.runs.report import report
+from ponder_scale.runs.status import status
+from ponder_scale.runs.submit import Resources, Submission, SubmitError, stop
 from ponder_scale.settings import load
-from ponder_scale.status import status
-from ponder_scale.submit import Resources, Submission, SubmitError, stop
-from ponder_scale.train.attempts import owner
+from ponder_scale.settings.commandline import outlive_readers
+from ponder_scale.setup.build import build_model, model_configuration
 from tests.commands import run_command
 from tests.conftest import TinyShards
 
@@ -379,7 +379,8 @@ def test_a_closed_pipe_changes_no_exit_code_and_says_nothing(tmp_path: Path, tin
 
 def test_the_log_of_a_run_outlives_its_reader() -> None:
     script = (
-        "import logging, sys\nfrom ponder_scale import cli\nfrom ponder_scale.commandline import outlive_readers\n"
+        "import logging, sys\nfrom ponder_scale import cli\n"
+        "from ponder_scale.settings.commandline import outlive_readers\n"
         "outlive_readers()\ncli._log_to_stdout(logging.INFO, cli.Timed())\n"
         "[logging.getLogger('ponder_scale').info('step %d', n) for n in range(9)]\nprint('done', file=sys.stderr)\n"
     )

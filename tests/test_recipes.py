@@ -13,11 +13,11 @@ import torch
 import data_pipeline
 import ponder_scale
 from data_pipeline.config import BuildConfig
-from ponder_scale.build import model_class, model_configuration
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings import find_recipe, load, to_yaml
-from ponder_scale.train.deepspeed_config import deepspeed_config, read_sharding
+from ponder_scale.setup.build import model_class, model_configuration
+from ponder_scale.train.zero.deepspeed_config import deepspeed_config, read_sharding
 
 TRAINING = Path(ponder_scale.__path__[0]) / "recipes"
 DATA = Path(data_pipeline.__path__[0]) / "recipes"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ponder_scale.submit import HOME
+from ponder_scale.runs.submit import HOME
 
 
 def sourced(

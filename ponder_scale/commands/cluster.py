@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.commandline import number, path, whole
 from ponder_scale.commands.training import RECIPES
 from ponder_scale.config import RunConfig
-from ponder_scale.cost import DEVICES
 from ponder_scale.errors import ConfigError
-from ponder_scale.places import check_folder
+from ponder_scale.files.places import check_folder
+from ponder_scale.planning.cost import DEVICES
 from ponder_scale.settings import find_recipe, flat, load, meant, to_dict, to_yaml
+from ponder_scale.settings.commandline import number, path, whole
 
 
 def add_commands(commands: Any) -> None:
@@ -74,8 +74,8 @@ def _config(options: argparse.Namespace, _: list[str]) -> None:
 
 def _submit(options: argparse.Namespace, _: list[str]) -> None:
     from ponder_scale.commands.training import check_run, print_plan
-    from ponder_scale.submit import Resources, Submission
-    from ponder_scale.train.deepspeed_config import find_sharding
+    from ponder_scale.runs.submit import Resources, Submission
+    from ponder_scale.train.zero.deepspeed_config import find_sharding
 
     config = load(RunConfig, find_recipe(options.recipe, RECIPES), options.overrides)
     resources = Resources(options.nodes, options.gpus_per_node, options.spares, options.time, tuple(options.sbatch))
@@ -96,18 +96,18 @@ def _submit(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _stop(options: argparse.Namespace, _: list[str]) -> None:
-    from ponder_scale.submit import stop
+    from ponder_scale.runs.submit import stop
 
     print(stop(options.run_dir, save=not options.now))
 
 
 def _save(options: argparse.Namespace, _: list[str]) -> None:
-    from ponder_scale.submit import save
+    from ponder_scale.runs.submit import save
 
     print(save(options.run_dir))
 
 
 def _requeue(options: argparse.Namespace, _: list[str]) -> None:
-    from ponder_scale.submit import requeue
+    from ponder_scale.runs.submit import requeue
 
     print(requeue(options.run_dir))

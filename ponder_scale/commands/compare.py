@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.commandline import whole
 from ponder_scale.commands.training import RECIPES, open_data
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import ConfigError
-from ponder_scale.places import check_folder
+from ponder_scale.files.places import check_folder
 from ponder_scale.settings import find_recipe, load
+from ponder_scale.settings.commandline import whole
 
 
 def add_commands(commands: Any) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ponder_scale.commandline import new_file, new_folder, number, path, whole
 from ponder_scale.errors import ConfigError
+from ponder_scale.settings.commandline import new_file, new_folder, number, path, whole
 
 
 def add_commands(commands: Any) -> None:

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.commandline import path
 from ponder_scale.errors import ConfigError
+from ponder_scale.settings.commandline import path
 
 
 def add_commands(commands: Any) -> None:
@@ -23,7 +23,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _status(options: argparse.Namespace, _: list[str]) -> None:
-    from ponder_scale.status import status
+    from ponder_scale.runs.status import status
 
     try:
         lines = status(options.run_dir)
@@ -33,7 +33,7 @@ def _status(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> None:
-    from ponder_scale.report.page import report
+    from ponder_scale.runs.report import report
 
     default = options.run_dirs[0] / "report.html" if len(options.run_dirs) == 1 else Path("report.html")
     try:

@@ -7,15 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.commandline import number, whole
 from ponder_scale.config import RunConfig
-from ponder_scale.cost import DEVICES
 from ponder_scale.errors import REWOUND, ConfigError
-from ponder_scale.failures import DEVICE_HOURS, Failures
-from ponder_scale.failures import report as failures_report
-from ponder_scale.places import check_file, check_folder
+from ponder_scale.files.places import check_file, check_folder
+from ponder_scale.planning.cost import DEVICES
+from ponder_scale.planning.failures import DEVICE_HOURS, Failures
+from ponder_scale.planning.failures import report as failures_report
 from ponder_scale.settings import find_recipe, load
-from ponder_scale.shards import ShardSet, check_vocabulary, open_all
+from ponder_scale.settings.commandline import number, whole
+from ponder_scale.shards.format import ShardSet, check_vocabulary, open_all
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -60,9 +60,9 @@ def add_commands(commands: Any) -> None:
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load(RunConfig, find_recipe(options.recipe, RECIPES), options.overrides)
-    from ponder_scale.train.control import check_time_limit
-    from ponder_scale.train.deepspeed_config import check_ranks, read_sharding
     from ponder_scale.train.launch import default_processes, launch
+    from ponder_scale.train.survive.control import check_time_limit
+    from ponder_scale.train.zero.deepspeed_config import check_ranks, read_sharding
 
     check_time_limit(config.train.time_limit)
 
@@ -79,8 +79,8 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
-    from ponder_scale.train import signals
     from ponder_scale.train.loop import train
+    from ponder_scale.train.survive import signals
 
     code = train(config)
     if code == REWOUND:  # all ranks are here: the way on is that of any resumed run, so it is taken by a fresh start
@@ -98,8 +98,8 @@ def _plan(options: argparse.Namespace, _: list[str]) -> None:
 
 def check_run(config: RunConfig, ranks: int) -> None:
     """Raise for what can be known to be wrong with a run before a device is touched: its data, its batch sizes."""
-    from ponder_scale.train.control import check_time_limit
-    from ponder_scale.train.deepspeed_config import check_ranks, read_sharding
+    from ponder_scale.train.survive.control import check_time_limit
+    from ponder_scale.train.zero.deepspeed_config import check_ranks, read_sharding
 
     check_time_limit(config.train.time_limit)
     _check_data(config)
@@ -112,10 +112,10 @@ def print_plan(config: RunConfig, ranks: int, *, device: str, utilization: float
     Raises:
         ConfigError: the devices are no whole number of nodes, or the batch does not divide over them.
     """
-    from ponder_scale.auto import settle
-    from ponder_scale.build import model_configuration
-    from ponder_scale.plan import Devices, plan_run, report, settle_sharding, training_seconds
-    from ponder_scale.train.deepspeed_config import check_ranks, read_sharding
+    from ponder_scale.planning.auto import settle
+    from ponder_scale.planning.plan import Devices, plan_run, report, settle_sharding, training_seconds
+    from ponder_scale.setup.build import model_configuration
+    from ponder_scale.train.zero.deepspeed_config import check_ranks, read_sharding
 
     in_a_node = min(per_node, ranks)
     if in_a_node < 1 or ranks % in_a_node:

@@ -1,0 +1,1 @@
+"""Pondering against its baselines, from one recipe."""

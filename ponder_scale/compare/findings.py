@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ponder_scale import records
 from ponder_scale.compare.members import Member, Run
+from ponder_scale.runs import records
 
 # Two-sided 95% quantiles of Student's t by degrees of freedom; beyond nine the last one, which is wider than need be.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.build import model_configuration, model_shape
 from ponder_scale.config import ModelConfig, RunConfig, TrainConfig
-from ponder_scale.cost import flops_per_token, steps_to_tokens
 from ponder_scale.errors import ConfigError
-from ponder_scale.plan import mean_steps
+from ponder_scale.planning.cost import flops_per_token, steps_to_tokens
+from ponder_scale.planning.plan import mean_steps
+from ponder_scale.planning.shape import model_shape
+from ponder_scale.setup.build import model_configuration
 
 VANILLA = "vanilla"
 TWICE = "vanilla-twice"

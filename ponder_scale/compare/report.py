@@ -10,9 +10,8 @@ from typing import Any
 
 from ponder_scale.compare.findings import Result, half_width, members_of, verdicts
 from ponder_scale.evaluate.plot import line_chart
-from ponder_scale.figures import json_text, perplexity, shown
+from ponder_scale.figures import count, json_text, perplexity, shown, span
 from ponder_scale.settings import to_dict
-from ponder_scale.units import count, span
 
 COLUMNS = ("model", "what it is", "parameters", "tokens", "FLOPs", "time", "held-out loss", "perplexity", "seeds")
 AXES = {"step": "training step", "tokens": "training tokens", "flops": "training FLOPs"}

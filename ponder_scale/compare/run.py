@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from ponder_scale import settings
-from ponder_scale.checkpoint import CHECKPOINTS
+from ponder_scale.checkpoint.save import CHECKPOINTS
 from ponder_scale.compare.findings import read_result
 from ponder_scale.compare.members import LoadConfig, Run
 from ponder_scale.config import RunConfig

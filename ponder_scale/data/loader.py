@@ -24,8 +24,8 @@ from ponder_scale.data.mixture import describe, mixture, not_skipped, run_order
 from ponder_scale.data.order import Order, Places
 from ponder_scale.data.sequences import IGNORE_INDEX, MicroBatch, Reader, sequences_of
 from ponder_scale.errors import ConfigError, ShardError
-from ponder_scale.packing import Packing, open_packing
-from ponder_scale.shards import ShardSet, open_all
+from ponder_scale.shards.format import ShardSet, open_all
+from ponder_scale.shards.packing import Packing, open_packing
 
 _Ahead = tuple[int, Future[tuple[list[MicroBatch], int]]]  # the sequences of a step, and what will be read of it
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ponder_scale.config import DataConfig
 from ponder_scale.data.order import Order, Phase
 from ponder_scale.errors import ConfigError
-from ponder_scale.shards import Shard, ShardSet
+from ponder_scale.shards.format import Shard, ShardSet
 
 
 class Stream(NamedTuple):

@@ -3,7 +3,7 @@
 concat: sequence j of a shard is its tokens [j L, j L + L], L = seq_len: neighbours share one token, so that each
 token is predicted exactly once. Documents are cut wherever a sequence ends.
 
-best-fit: sequence j of a shard is bin j of its packing, see `ponder_scale/packing.py`: whole documents, or what is
+best-fit: sequence j of a shard is bin j of its packing (`ponder_scale/shards/packing.py`): whole documents, or what is
 left of long ones. No label counts where the next token is not what follows in the text: at the first token of such
 a rest, and in what no document fills at the end of a bin. A whole document's first token is predicted from the end
 of the one before it, as under concat.
@@ -21,8 +21,8 @@ import torch
 
 from ponder_scale.config import DataConfig
 from ponder_scale.data.order import Places
-from ponder_scale.packing import Bins, Packing
-from ponder_scale.shards import Shard
+from ponder_scale.shards.format import Shard
+from ponder_scale.shards.packing import Bins, Packing
 
 IGNORE_INDEX = -100
 

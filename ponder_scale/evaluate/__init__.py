@@ -1,0 +1,1 @@
+"""An exported model, measured, generating, explained."""

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from ponder_scale.build import model_class
 from ponder_scale.errors import CheckpointError, ConfigError
 from ponder_scale.evaluate.trust import installed_configuration
+from ponder_scale.setup.build import model_class
 
 
 def load_folder(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:

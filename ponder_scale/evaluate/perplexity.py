@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ponder_scale.build import configuration_from_dict, model_class
-from ponder_scale.checkpoint import CHECKPOINTS, check, read_state, saved_steps
+from ponder_scale.checkpoint.save import CHECKPOINTS, check, read_state, saved_steps
+from ponder_scale.checkpoint.weights import read_weights
 from ponder_scale.config import DataConfig, SourceConfig
+from ponder_scale.data.heldout import HeldOut, heldout_losses, mean_over
 from ponder_scale.data.loader import heldout_batches, open_sources
 from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.errors import CheckpointError, ConfigError, ShardError, TokenizerError
 from ponder_scale.evaluate.generate import default_device, load_folder
 from ponder_scale.evaluate.plot import line_chart
 from ponder_scale.figures import json_text, shown
-from ponder_scale.heldout import HeldOut, heldout_losses, mean_over
-from ponder_scale.manifest import tokenizer_identity
 from ponder_scale.settings import expand_path
-from ponder_scale.shards import ShardSet
-from ponder_scale.weights import read_weights
+from ponder_scale.setup.build import configuration_from_dict, model_class
+from ponder_scale.shards.format import ShardSet
+from ponder_scale.shards.manifest import tokenizer_identity
 
 MICRO_BATCH = 8
 _READING = ("seq_len", "packing", "document_mask")  # what a sequence of a run is

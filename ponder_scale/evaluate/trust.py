@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.build import ARCHITECTURES, auto_map, configuration_from_dict, model_code
 from ponder_scale.errors import CheckpointError, ConfigError
+from ponder_scale.setup.build import ARCHITECTURES, auto_map, configuration_from_dict, model_code
 
 FLAG = "--trust-remote-code"
 

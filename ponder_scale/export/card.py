@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ponder_scale.build import configuration_from_dict
-from ponder_scale.checkpoint import average_since
+from ponder_scale.checkpoint.save import average_since
 from ponder_scale.figures import perplexity, shown
 from ponder_scale.model.compat import NEWEST, OLDEST
+from ponder_scale.setup.build import configuration_from_dict
 
 _CARD = """---
 library_name: transformers

@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ponder_scale import checkpoint
-from ponder_scale.build import configuration_from_dict
+from ponder_scale.checkpoint import save as checkpoint
+from ponder_scale.checkpoint.weights import read_weights
 from ponder_scale.export.card import trained_card
 from ponder_scale.export.folder import write_folder
-from ponder_scale.records import METRICS, read
-from ponder_scale.weights import read_weights
+from ponder_scale.runs.records import METRICS, read
+from ponder_scale.setup.build import configuration_from_dict
 
 logger = logging.getLogger(__name__)
 

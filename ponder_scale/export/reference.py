@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ponder_scale.build import ARCHITECTURES, configuration_from_dict
+from ponder_scale.checkpoint.weights import model_weights
 from ponder_scale.errors import CheckpointError
 from ponder_scale.export.card import model_card
 from ponder_scale.export.folder import making, meta_model, write_folder
 from ponder_scale.export.tokenizer import copy_file, read_json, tokenizer_config, write_config
 from ponder_scale.export.writer import write_safetensors
-from ponder_scale.foreign import NOT_THE_MODEL, folder_configuration, read_configuration
 from ponder_scale.model.configuration import PONDERING_FIELDS
-from ponder_scale.weights import model_weights
+from ponder_scale.setup.build import ARCHITECTURES, configuration_from_dict
+from ponder_scale.setup.warm_start import NOT_THE_MODEL, folder_configuration, read_configuration
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ponder_scale.errors import TokenizerError
-from ponder_scale.links import resolved
+from ponder_scale.files.links import resolved
 
 FILES = (
     "tokenizer.json",

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ponder_scale.checkpoint.weights import model_weights
 from ponder_scale.export.card import model_card
 from ponder_scale.export.folder import meta_model, write_folder
-from ponder_scale.foreign import folder_configuration
-from ponder_scale.manifest import tokenizer_identity
-from ponder_scale.weights import model_weights
+from ponder_scale.setup.warm_start import folder_configuration
+from ponder_scale.shards.manifest import tokenizer_identity
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ponder_scale import checkpoint
-from ponder_scale.build import configuration_from_dict, model_class
+from ponder_scale.checkpoint import save as checkpoint
+from ponder_scale.checkpoint.weights import read_weights
 from ponder_scale.errors import CheckpointError
 from ponder_scale.export.universal import read_universal
-from ponder_scale.weights import read_weights
+from ponder_scale.setup.build import configuration_from_dict, model_class
 
 logger = logging.getLogger(__name__)
 

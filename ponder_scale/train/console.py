@@ -9,8 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from ponder_scale.records import duration
-from ponder_scale.units import rate, size
+from ponder_scale.figures import duration, rate, size
 
 COLUMNS = 120 - len("12:34:56 ")  # the command line puts the time of day before each line
 PASSES = 4  # that a line names: of more, the first two and the last

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ponder_scale.errors import AGAIN, INTERRUPTED
-from ponder_scale.train import signals
+from ponder_scale.train.survive import signals
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # that every launcher sets
 GRACE_SECONDS = 30.0  # for the other ranks to end after one has failed

@@ -17,34 +17,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ponder_scale.auto import as_before, is_auto, settle
-from ponder_scale.build import build_model, model_configuration, model_shape
-from ponder_scale.checkpoint import saved_steps
+from ponder_scale.checkpoint.save import saved_steps
 from ponder_scale.config import RunConfig
+from ponder_scale.data.heldout import loss_sums, of_sums
 from ponder_scale.data.loader import Loader, damaged_shard, heldout_batches, open_sources
 from ponder_scale.data.sequences import IGNORE_INDEX, MicroBatch
 from ponder_scale.errors import ConfigError, ShardError
-from ponder_scale.foreign import warm_start
-from ponder_scale.heldout import loss_sums, of_sums
-from ponder_scale.places import write_whole
-from ponder_scale.plan import present_devices
-from ponder_scale.recompute import apply_recompute
+from ponder_scale.files.places import write_whole
+from ponder_scale.planning.auto import as_before, is_auto, settle
+from ponder_scale.planning.plan import present_devices
+from ponder_scale.planning.shape import model_shape
 from ponder_scale.settings import load, to_yaml
-from ponder_scale.shards import ShardSet
-from ponder_scale.speed import apply_speed
+from ponder_scale.setup.build import build_model, model_configuration
+from ponder_scale.setup.recompute import apply_recompute
+from ponder_scale.setup.speed import apply_speed
+from ponder_scale.setup.warm_start import warm_start
+from ponder_scale.shards.format import ShardSet
 from ponder_scale.train import generators
-from ponder_scale.train.control import Control, Orders
-from ponder_scale.train.deepspeed_config import check_ranks, read_sharding
-from ponder_scale.train.engine import Engine, from_first_rank, init_distributed
-from ponder_scale.train.health import Health
-from ponder_scale.train.incidents import REWIND, Incidents, left_out
-from ponder_scale.train.metrics import Metrics, StepTally
-from ponder_scale.train.profiling import Profiler
-from ponder_scale.train.sanity import rehearse, trial_save
+from ponder_scale.train.measure.metrics import Metrics, StepTally
+from ponder_scale.train.measure.profiling import Profiler
+from ponder_scale.train.measure.work import Work
 from ponder_scale.train.schedules import learning_rate, pondering_steps
 from ponder_scale.train.state import RunState
-from ponder_scale.train.watchdog import Watch, forget_ranks
-from ponder_scale.train.work import Work
+from ponder_scale.train.survive.control import Control, Orders
+from ponder_scale.train.survive.health import Health
+from ponder_scale.train.survive.incidents import REWIND, Incidents, left_out
+from ponder_scale.train.survive.sanity import rehearse, trial_save
+from ponder_scale.train.survive.watchdog import Watch, forget_ranks
+from ponder_scale.train.zero.deepspeed_config import check_ranks, read_sharding
+from ponder_scale.train.zero.engine import Engine, from_first_rank, init_distributed
 
 logger = logging.getLogger(__name__)
 

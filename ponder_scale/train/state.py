@@ -20,13 +20,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ponder_scale import checkpoint, units
-from ponder_scale.checkpoint import Index, Ranks, Retention, average_since
-from ponder_scale.config import RunConfig
-from ponder_scale.data.loader import Loader
-from ponder_scale.errors import CheckpointError, FencedError, SaveError
-from ponder_scale.index import INDEX, part_files, read_index
-from ponder_scale.parts import (
+from ponder_scale import figures
+from ponder_scale.checkpoint import save as checkpoint
+from ponder_scale.checkpoint.index import INDEX, part_files, read_index
+from ponder_scale.checkpoint.parts import (
     WEIGHT,
     Parts,
     Table,
@@ -35,12 +32,16 @@ from ponder_scale.parts import (
     shares,
     write_part,
 )
+from ponder_scale.checkpoint.save import Index, Ranks, Retention, average_since
+from ponder_scale.config import RunConfig
+from ponder_scale.data.loader import Loader
+from ponder_scale.errors import CheckpointError, FencedError, SaveError
+from ponder_scale.runs import attempts
 from ponder_scale.settings import to_dict
-from ponder_scale.train import attempts
 from ponder_scale.train.changes import Change, between
-from ponder_scale.train.engine import Engine, code_commit, versions
-from ponder_scale.train.health import Health
-from ponder_scale.train.work import Work
+from ponder_scale.train.measure.work import Work
+from ponder_scale.train.survive.health import Health
+from ponder_scale.train.zero.engine import Engine, code_commit, versions
 
 logger = logging.getLogger(__name__)
 
@@ -271,7 +272,7 @@ class RunState:
         self.record("save", saving.step, reason=saving.reason, stall_seconds=stall, write_seconds=seconds, bytes=size)
         logger.info(
             "saved %s (%s): %s, training waited %.2f s, writing took %.2f s",
-            *(folder.name, saving.reason, units.size(size), stall, seconds),
+            *(folder.name, saving.reason, figures.size(size), stall, seconds),
         )
 
     def _state(self, step: int) -> dict[str, Any]:

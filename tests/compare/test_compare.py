@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from ponder_scale.build import model_configuration
 from ponder_scale.cli import _parser
-from ponder_scale.commandline import parse
 from ponder_scale.compare.findings import Result, Verdict, half_width, read_result, verdicts
 from ponder_scale.compare.members import EXTRAS, Member, Run, plan_runs
 from ponder_scale.compare.report import write_report
 from ponder_scale.config import RunConfig, TrainConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings import load
+from ponder_scale.settings.commandline import parse
+from ponder_scale.setup.build import model_configuration
 from tests.commands import run_command
 
 VOCABULARY = 300

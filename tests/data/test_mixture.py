@@ -11,10 +11,10 @@ from ponder_scale.data.mixture import not_skipped
 from ponder_scale.data.order import Mixture, Order, Phase
 from ponder_scale.data.sequences import IGNORE_INDEX
 from ponder_scale.errors import ConfigError
-from ponder_scale.manifest import Manifest, seal
-from ponder_scale.packing import pack
 from ponder_scale.settings import load
-from ponder_scale.shards import ShardWriter, open_shards
+from ponder_scale.shards.format import ShardWriter, open_shards
+from ponder_scale.shards.manifest import Manifest, seal
+from ponder_scale.shards.packing import pack
 
 SEQ_LEN = 16
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from ponder_scale import packing
 from ponder_scale.config import DataConfig, SourceConfig
 from ponder_scale.data.loader import Loader, heldout_batches, open_sources
 from ponder_scale.errors import ConfigError, ShardError
-from ponder_scale.manifest import Manifest, seal
-from ponder_scale.packing import PIECE, best_fit_decreasing, open_packing, pack, verify_packings
-from ponder_scale.shards import ShardWriter, open_shards
+from ponder_scale.shards import packing
+from ponder_scale.shards.format import ShardWriter, open_shards
+from ponder_scale.shards.manifest import Manifest, seal
+from ponder_scale.shards.packing import PIECE, best_fit_decreasing, open_packing, pack, verify_packings
 
 SEQ_LEN = 16
 FILLER = 59_999

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from data_pipeline.cli import main
-from data_pipeline.tokenizer import open_tokenizer
+from data_pipeline.tokenize.tokenizer import open_tokenizer
 from ponder_scale.config import DataConfig, SourceConfig
 from ponder_scale.data.loader import Loader, open_sources
-from ponder_scale.manifest import read_manifest, verify
-from ponder_scale.shards import open_shards
+from ponder_scale.shards.format import open_shards
+from ponder_scale.shards.manifest import read_manifest, verify
 
 from .test_build import arguments, make_texts, write_jsonl
 
@@ -221,7 +221,7 @@ def lengths_of(folder) -> list[int]:
 def test_the_documents_of_a_headerless_dump_end_at_the_end_token(
     tiny_tokenizer, tmp_path, documents, dtype, name, monkeypatch
 ):
-    monkeypatch.setattr("data_pipeline.dumps._BLOCK", 64)
+    monkeypatch.setattr("data_pipeline.commands.dumps._BLOCK", 64)
     five, eod = documents[:5], open_tokenizer(tiny_tokenizer).eod_id
     out = tmp_path / "ended"
     path = write(tmp_path / "ended.bin", flat(five), dtype)
@@ -368,6 +368,6 @@ def test_an_output_that_is_not_empty_and_an_odd_name_are_refused(tiny_tokenizer,
 
 @pytest.mark.parametrize("vocab_size", [65_499, 65_500, 65_535, 65_536, 65_537])
 def test_the_type_of_the_tokens_follows_the_vocabulary_where_megatrons_reader_and_writer_disagree(vocab_size):
-    from ponder_scale.shards import dtype_for
+    from ponder_scale.shards.format import dtype_for
 
     assert dtype_for(vocab_size).name == ("uint16" if vocab_size < 65_500 else "int32")

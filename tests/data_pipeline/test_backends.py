@@ -4,13 +4,13 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipeline import backends
-from data_pipeline.backends import PROBES, Checked, Mismatch, checked, choose, first_difference, open_engine
 from data_pipeline.cli import main
-from data_pipeline.tokenizer import open_tokenizer
-from data_pipeline.training import train_tokenizer
+from data_pipeline.tokenize import backends
+from data_pipeline.tokenize.backends import PROBES, Checked, Mismatch, checked, choose, first_difference, open_engine
+from data_pipeline.tokenize.tokenizer import open_tokenizer
+from data_pipeline.tokenize.training import train_tokenizer
 from ponder_scale.errors import TokenizerError
-from ponder_scale.manifest import read_manifest
+from ponder_scale.shards.manifest import read_manifest
 
 from .test_build import arguments, documents, make_texts, write_jsonl
 from .test_tokenizer import bare
@@ -105,7 +105,7 @@ def test_a_difference_during_a_build_does_the_unit_again_by_the_reference(
     corpus = write_jsonl(tmp_path / "web.jsonl", make_texts(600))
     same = ["shard_bytes=20000", "workers=1"]
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "reference", *same, "backend=reference")) == 0
-    monkeypatch.setattr("data_pipeline.backends.SAMPLE_EVERY", 3)
+    monkeypatch.setattr("data_pipeline.tokenize.backends.SAMPLE_EVERY", 3)
     drift(monkeypatch, 333)
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "fast", *same)) == 0
     assert "the unit is done again by the reference" in capsys.readouterr().err
@@ -158,7 +158,7 @@ def test_the_check_before_a_build_is_of_little_text_of_the_corpus(tiny_tokenizer
     """The reference is slow: what it is asked for is most of the time a build takes to start."""
     corpus = write_jsonl(tmp_path / "web.jsonl", ["word " * 8000] * 30 + ["short"])
     asked = []
-    monkeypatch.setattr("data_pipeline.pipeline.choose", lambda *values: asked.extend(values[2]) or "reference")
+    monkeypatch.setattr("data_pipeline.build.pipeline.choose", lambda *values: asked.extend(values[2]) or "reference")
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out", "workers=1")) == 0
     assert asked == ["word " * 8000, "short"]
 

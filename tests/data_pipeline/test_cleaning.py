@@ -8,13 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from data_pipeline import dedup, shuffle
+from data_pipeline.clean import dedup
+from data_pipeline.clean.filters import FILTERS, c4, chosen, gopher_quality, gopher_repetition, length
 from data_pipeline.cli import main
-from data_pipeline.filters import FILTERS, c4, chosen, gopher_quality, gopher_repetition, length
-from data_pipeline.tokenizer import open_tokenizer
+from data_pipeline.tokenize.tokenizer import open_tokenizer
+from data_pipeline.write import shuffle
 from ponder_scale.errors import ConfigError
-from ponder_scale.manifest import read_manifest, verify
-from ponder_scale.shards import open_shards
+from ponder_scale.shards.format import open_shards
+from ponder_scale.shards.manifest import read_manifest, verify
 
 from .test_build import arguments, documents, make_texts, write_jsonl
 
@@ -581,8 +582,8 @@ def test_a_build_never_mixes_two_versions_of_the_rules(tiny_tokenizer, tmp_path,
     corpus = write_jsonl(tmp_path / "web.jsonl", ["One. Two. Three. Four. Five."] * 3 + [""] * 3)
     settings = arguments(corpus, tiny_tokenizer, tmp_path / "out", setting, "workers=1", "max_bad_fraction=0")
     with monkeypatch.context() as older:
-        older.setattr("data_pipeline.manifest.CLEANING", 1)
-        older.setattr("data_pipeline.pipeline._finish", lambda *_: exit(9))
+        older.setattr("data_pipeline.write.manifest.CLEANING", 1)
+        older.setattr("data_pipeline.build.pipeline._finish", lambda *_: exit(9))
         with pytest.raises(SystemExit):
             main(settings)
     capsys.readouterr()

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_pipeline.clean.filters import FILTERS, chosen
 from data_pipeline.config import BuildConfig
-from data_pipeline.filters import FILTERS, chosen
 from ponder_scale.config import RunConfig
 from ponder_scale.settings import load
 

@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipeline.lengths import Lengths
-from data_pipeline.training import train_tokenizer
-from ponder_scale.manifest import Manifest, seal, tokenizer_sha256
-from ponder_scale.shards import ShardWriter
+from data_pipeline.tokenize.training import train_tokenizer
+from data_pipeline.write.lengths import Lengths
+from ponder_scale.shards.format import ShardWriter
+from ponder_scale.shards.manifest import Manifest, seal, tokenizer_sha256
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.cli import main
 from ponder_scale.errors import ShardError
-from ponder_scale.manifest import verify
+from ponder_scale.shards.manifest import verify
 
 from .test_build import arguments, make_texts, write_jsonl
 

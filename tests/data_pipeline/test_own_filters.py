@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
+from data_pipeline.clean.filters import chosen
 from data_pipeline.cli import main
-from data_pipeline.filters import chosen
-from data_pipeline.tokenizer import open_tokenizer
+from data_pipeline.tokenize.tokenizer import open_tokenizer
 from ponder_scale.errors import ConfigError
-from ponder_scale.manifest import read_manifest, verify
+from ponder_scale.shards.manifest import read_manifest, verify
 
 from .test_build import arguments, documents, make_texts, write_jsonl
 from .test_readers import SUFFIXES, stored

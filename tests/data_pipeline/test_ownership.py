@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.cli import main
-from data_pipeline.output import publish
-from ponder_scale.files import MARK, delete_made
-from ponder_scale.manifest import verify
+from data_pipeline.write.output import publish
+from ponder_scale.files.delete import MARK, delete_made
+from ponder_scale.shards.manifest import verify
 
 from .test_build import arguments, contents, make_texts, write_jsonl
 
@@ -137,7 +137,7 @@ def test_a_replacement_that_was_killed_between_its_steps_is_finished(build, tmp_
     assert build() == 0
     for name in ("mark", "delete_file", "_delete_replaced"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"data_pipeline.output.{name}", stop)
+            patch.setattr(f"data_pipeline.write.output.{name}", stop)
             with pytest.raises(Stop):
                 build("overwrite=true", "seed=1")
         assert build("seed=1") == 0
@@ -241,7 +241,9 @@ def test_a_build_that_lacks_its_name_only_is_not_emptied_by_another_recipe(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_pipeline.pipeline.publish" if with_work else "data_pipeline.output.delete_file", killed)
+        patch.setattr(
+            "data_pipeline.build.pipeline.publish" if with_work else "data_pipeline.write.output.delete_file", killed
+        )
         assert build() == 130
     before = everything(tmp_path)
     assert build(*recipe) == 2
@@ -269,7 +271,7 @@ def test_what_comes_into_the_folders_while_a_build_runs_is_kept(build, tmp_path,
         publish(partial, out)
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_pipeline.pipeline.publish", publish_later)
+        patch.setattr("data_pipeline.build.pipeline.publish", publish_later)
         assert build("overwrite=true", "seed=1") == 2
     assert "notes.txt" in capsys.readouterr().err
     assert (tmp_path / "web" / "notes.txt").read_text() == "years of work"
@@ -330,10 +332,10 @@ def test_a_folder_is_deleted_name_by_name_or_not_at_all(tmp_path):
 
 DELETING = {"unlink", "rmdir", "rmtree", "remove", "removedirs", "move"}
 ELSEWHERE = {  # single files of a run, and of a probe
-    "ponder_scale/places.py",
-    "ponder_scale/train/baton.py",
-    "ponder_scale/train/control.py",
-    "ponder_scale/train/watchdog.py",
+    "ponder_scale/files/places.py",
+    "ponder_scale/train/survive/baton.py",
+    "ponder_scale/train/survive/control.py",
+    "ponder_scale/train/survive/watchdog.py",
 }
 
 
@@ -345,4 +347,4 @@ def test_one_place_deletes():
                 if node.func.attr in ("remove", "move") and ast.unparse(node.func.value) not in ("os", "shutil"):
                     continue
                 found.add(path.relative_to(ROOT).as_posix())
-    assert found - ELSEWHERE == {"ponder_scale/files.py"}
+    assert found - ELSEWHERE == {"ponder_scale/files/delete.py"}

@@ -14,8 +14,8 @@ import pytest
 
 from data_pipeline.cli import RECIPES, main
 from data_pipeline.config import BuildConfig
-from ponder_scale.manifest import read_manifest
 from ponder_scale.settings import load
+from ponder_scale.shards.manifest import read_manifest
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 import zstandard
 
 from data_pipeline import progress
+from data_pipeline.build.parallel import Team
 from data_pipeline.cli import main
-from data_pipeline.parallel import Team
 from data_pipeline.progress import Progress
-from ponder_scale.manifest import read_manifest
+from ponder_scale.shards.manifest import read_manifest
 
 from .test_build import arguments, make_texts, write_jsonl
 
@@ -53,7 +53,7 @@ def test_progress_within_a_file_that_cannot_be_cut_is_by_its_stored_bytes(
     assert sizes[-1] == size and documents[-1] == 60_000 and len(sizes) > 20
     for done, of_documents in zip(sizes, documents, strict=True):
         assert done / size == pytest.approx(of_documents / 60_000, abs=0.25)  # a decompressor reads ahead
-    monkeypatch.setattr("data_pipeline.estimate.WORTH_SPLITTING", 1000)
+    monkeypatch.setattr("data_pipeline.commands.estimate.WORTH_SPLITTING", 1000)
     assert main(["plan", *settings, "sources.web.kind=jsonl", f"sources.web.path={path}"]) == 0
     note = "; 1 compressed files cannot be cut: split them to use all cores"
     assert (note in capsys.readouterr().out) == bool(suffix)
@@ -73,7 +73,7 @@ def test_every_stage_reports_all_of_its_work(tiny_tokenizer, tmp_path, monkeypat
             counts = stages[self._what][-1]
             counts[1:] = [counts[1] + size, counts[2] + documents, counts[3] + tokens]
 
-    monkeypatch.setattr("data_pipeline.workers.Progress", Counting)
+    monkeypatch.setattr("data_pipeline.build.workers.Progress", Counting)
     same = arguments(corpus, tiny_tokenizer, tmp_path / "out", "shard_bytes=60000", f"workers={workers}")
     assert main([*same, "deduplicate=exact", "shuffle=true"]) == 0
     assert list(stages) == ["keys", "duplicates", "build", "gather"]
@@ -105,7 +105,7 @@ def test_a_restarted_build_begins_where_the_killed_one_ended(tiny_tokenizer, tmp
             super().__init__(what, total_bytes, **more)
             begun.append((total_bytes, more["done"]))
 
-    monkeypatch.setattr("data_pipeline.workers.Progress", Noted)
+    monkeypatch.setattr("data_pipeline.build.workers.Progress", Noted)
     assert main(same) == 0
     ((total, done),) = begun
     assert total == corpus.stat().st_size and 60_000 <= done <= sum(told)
@@ -123,8 +123,8 @@ def test_what_an_engine_did_in_vain_is_taken_back(tiny_tokenizer, tmp_path, monk
 def test_a_rank_of_several_workers_sees_what_all_ranks_have_done(tiny_tokenizer, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(Progress, "add", lambda self, *news: told.append(news))
-    monkeypatch.setattr("data_pipeline.workers.SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr("data_pipeline.pipeline.assemble", lambda workers, prepare: (Team(0, 2, 2), prepare()))
+    monkeypatch.setattr("data_pipeline.build.workers.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("data_pipeline.build.pipeline.assemble", lambda workers, prepare: (Team(0, 2, 2), prepare()))
     corpus = write_jsonl(tmp_path / "web.jsonl", make_texts(3000))
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out", "shard_bytes=60000")) == 0
     size, documents, tokens = (sum(column) for column in zip(*told, strict=True))

@@ -20,8 +20,8 @@ import zstandard
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.document import LONG_LINE
-from data_pipeline.readers import read
-from data_pipeline.sources import files, split
+from data_pipeline.read.readers import read
+from data_pipeline.read.sources import files, split
 from ponder_scale.errors import ConfigError
 
 LIMIT = 2**16
@@ -241,8 +241,8 @@ def test_a_row_group_is_read_piece_by_piece(tmp_path):
     program = (
         "import sys, xxhash\n"
         "from data_pipeline.config import SourceConfig\n"
-        "from data_pipeline.readers import read\n"
-        "from data_pipeline.sources import files, split\n"
+        "from data_pipeline.read.readers import read\n"
+        "from data_pipeline.read.sources import files, split\n"
         "for path in sys.argv[1:]:\n"
         "    config = SourceConfig(kind='parquet', path=path, field='body')\n"
         "    (piece,) = split(files({'it': config})[0], config, 2**60)\n"

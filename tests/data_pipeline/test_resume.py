@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.build.parallel import Stage
 from data_pipeline.cli import main
-from data_pipeline.output import WORK
-from data_pipeline.parallel import Stage
-from data_pipeline.units import PLAN, Plan
-from ponder_scale.manifest import verify
+from data_pipeline.read.units import PLAN, Plan
+from data_pipeline.write.output import WORK
+from ponder_scale.shards.manifest import verify
 
 from .test_build import arguments, contents, make_texts, write_jsonl
 
@@ -123,19 +123,19 @@ def test_every_state_that_a_kill_can_leave_is_gone_on_from(corpus, tiny_tokenize
         return stop
 
     for name, after in [
-        ("data_pipeline.pipeline.save", False),
-        ("data_pipeline.pipeline.choose", False),
-        ("data_pipeline.pipeline.Plan", False),
-        ("data_pipeline.parallel.sync_folder", False),
-        ("data_pipeline.output.sync_folder", True),
-        ("data_pipeline.manifest.Ledger.close", True),
-        ("data_pipeline.pipeline.write_inputs", True),
-        ("data_pipeline.pipeline.seal", False),
-        ("data_pipeline.pipeline.seal", True),
-        ("data_pipeline.pipeline.publish", False),
+        ("data_pipeline.build.pipeline.save", False),
+        ("data_pipeline.build.pipeline.choose", False),
+        ("data_pipeline.build.pipeline.Plan", False),
+        ("data_pipeline.build.parallel.sync_folder", False),
+        ("data_pipeline.write.output.sync_folder", True),
+        ("data_pipeline.write.manifest.Ledger.close", True),
+        ("data_pipeline.build.pipeline.write_inputs", True),
+        ("data_pipeline.build.pipeline.seal", False),
+        ("data_pipeline.build.pipeline.seal", True),
+        ("data_pipeline.build.pipeline.publish", False),
     ]:
         module, _, attribute = name.rpartition(".")
-        target = sys.modules.get(module) or sys.modules["data_pipeline.manifest"].Ledger
+        target = sys.modules.get(module) or sys.modules["data_pipeline.write.manifest"].Ledger
         with monkeypatch.context() as patch:
             patch.setattr(target, attribute, stopping(getattr(target, attribute), after))
             with pytest.raises(Stop):

@@ -7,8 +7,8 @@ import pytest
 
 from data_pipeline.cli import main
 from data_pipeline.config import SourceConfig
-from data_pipeline.sources import LeftOut, files
-from data_pipeline.units import Plan, share, units, write_plan
+from data_pipeline.read.sources import LeftOut, files
+from data_pipeline.read.units import Plan, share, units, write_plan
 from ponder_scale.errors import ConfigError
 
 

@@ -7,12 +7,12 @@ import sys
 import pytest
 from tokenizers import Tokenizer, models
 
-from data_pipeline import autotokenizer
 from data_pipeline.cli import main
-from data_pipeline.tokenizer import open_tokenizer, save
-from data_pipeline.training import train_tokenizer
+from data_pipeline.tokenize import autotokenizer
+from data_pipeline.tokenize.tokenizer import open_tokenizer, save
+from data_pipeline.tokenize.training import train_tokenizer
 from ponder_scale.errors import ConfigError, TokenizerError
-from ponder_scale.shards import open_shards
+from ponder_scale.shards.format import open_shards
 
 TEXTS = [
     "A plain sentence.",
@@ -293,9 +293,9 @@ def test_a_tokenizer_that_transformers_reads_alike_is_taken_and_no_torch_is_load
     folder = with_settings(tiny_tokenizer, tmp_path / "gpt2", tokenizer_class="GPT2TokenizerFast")
     assert build(folder, tmp_path) == 0
     assert "warning" not in capsys.readouterr().err
-    code = "import sys, data_pipeline.autotokenizer as a; print(a.__name__, 'torch' in sys.modules)"
+    code = "import sys, data_pipeline.tokenize.autotokenizer as a; print(a.__name__, 'torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout == "data_pipeline.autotokenizer False\n"
+    assert found.stdout == "data_pipeline.tokenize.autotokenizer False\n"
 
 
 def test_transformers_is_not_asked_where_the_settings_change_nothing(tiny_tokenizer, tmp_path, monkeypatch):

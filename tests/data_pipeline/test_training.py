@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline import texts
 from data_pipeline.cli import main
 from data_pipeline.progress import Progress
-from data_pipeline.tokenizer import open_tokenizer
+from data_pipeline.tokenize import texts
+from data_pipeline.tokenize.tokenizer import open_tokenizer
 
 from .test_build import make_texts, write_jsonl
 
@@ -29,7 +29,7 @@ def learned(monkeypatch):
         found.extend(texts)
         return 300
 
-    monkeypatch.setattr("data_pipeline.training._train_bpe", take)
+    monkeypatch.setattr("data_pipeline.tokenize.training._train_bpe", take)
     return found
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ponder_scale.export.folder import write_folder
-from ponder_scale.manifest import tokenizer_sha256
-from ponder_scale.shards import ShardSet
+from ponder_scale.shards.format import ShardSet
+from ponder_scale.shards.manifest import tokenizer_sha256
 from tests.model.architectures import make_confident
 
 VOCABULARY, POSITIONS = 300, 32

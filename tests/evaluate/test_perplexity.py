@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from ponder_scale.config import DataConfig, SourceConfig
+from ponder_scale.data.heldout import HeldOut
 from ponder_scale.data.loader import heldout_batches, open_sources
 from ponder_scale.errors import CheckpointError, ConfigError, ShardError, TokenizerError
 from ponder_scale.evaluate import perplexity
 from ponder_scale.evaluate.perplexity import Sweep, evaluate, parse_sources, trajectory
-from ponder_scale.heldout import HeldOut
-from ponder_scale.packing import pack
+from ponder_scale.shards.packing import pack
 from tests.commands import run_command
 from tests.evaluate.conftest import POSITIONS
 
@@ -103,7 +103,7 @@ def test_sources_are_named_by_their_folder_or_as_asked() -> None:
 @pytest.fixture(scope="module")
 def trained(tiny_shards: Any, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run that has evaluated itself and kept its checkpoints, and its shards."""
-    from ponder_scale.manifest import tokenizer_sha256
+    from ponder_scale.shards.manifest import tokenizer_sha256
 
     tmp_path = tmp_path_factory.mktemp("trained")
     made = tiny_shards(vocab_size=300, tokenizer=tokenizer_sha256([tiny_tokenizer / "tokenizer.json"]))

@@ -21,13 +21,13 @@ def save_checkpoint(case: dict[str, Any]) -> dict[str, Any]:
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from ponder_scale import checkpoint
-    from ponder_scale.build import build_model, model_configuration
-    from ponder_scale.foreign import warm_start
-    from ponder_scale.parts import part_name, write_part
+    from ponder_scale.checkpoint import save as checkpoint
+    from ponder_scale.checkpoint.parts import part_name, write_part
     from ponder_scale.settings import to_dict
-    from ponder_scale.train.engine import Engine, init_distributed, versions
-    from tests.train.test_gradients import run_config
+    from ponder_scale.setup.build import build_model, model_configuration
+    from ponder_scale.setup.warm_start import warm_start
+    from ponder_scale.train.zero.engine import Engine, init_distributed, versions
+    from tests.train.zero.test_gradients import run_config
 
     torch.set_num_threads(1)
     init_distributed()

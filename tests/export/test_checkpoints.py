@@ -17,8 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ponder_scale.build import ARCHITECTURES
-from ponder_scale.checkpoint import find
+from ponder_scale.checkpoint.parts import Parts
+from ponder_scale.checkpoint.save import find
+from ponder_scale.checkpoint.weights import read_weights
 from ponder_scale.errors import CheckpointError
 from ponder_scale.export.card import trained_card
 from ponder_scale.export.folder import write_folder
@@ -26,14 +27,13 @@ from ponder_scale.export.huggingface import export
 from ponder_scale.export.tokenizer import bundle_tokenizer
 from ponder_scale.export.universal import export_universal
 from ponder_scale.export.verify import verify_in_fresh_process
-from ponder_scale.parts import Parts
-from ponder_scale.weights import read_weights
+from ponder_scale.setup.build import ARCHITECTURES
+from tests.checkpoint.sealing import seal
 from tests.commands import run_command
 from tests.export.checkpoints import save_checkpoint
 from tests.model.architectures import TINY, make
 from tests.ranks import run_ranks
-from tests.sealing import seal
-from tests.train.test_gradients import small_buckets
+from tests.train.zero.test_gradients import small_buckets
 
 MODELS = {  # one for each stage, so that every architecture and tying is met
     0: ("gpt2", True, "fp32"),
@@ -198,7 +198,7 @@ def test_hugging_face_to_training_and_back_is_bit_exact(tiny_tokenizer: Path, tm
 
 def stock_folder(settings: dict[str, Any], folder: Path) -> Path:
     """A folder of the stock class that the run's model is made over, with other weights than it starts with."""
-    from tests.train.test_gradients import make_model, run_config
+    from tests.train.zero.test_gradients import make_model, run_config
 
     ours = make_model(run_config(settings))
     tiny = next(tiny for tiny in TINY.values() if isinstance(ours, tiny.model))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ponder_scale.errors import CheckpointError
 from ponder_scale.export.reference import export_reference, import_reference
-from ponder_scale.foreign import pondering_fields
+from ponder_scale.setup.warm_start import pondering_fields
 from tests.commands import run_command
 from tests.model.test_oracle import CASES, CONTENT, ORACLE
 

@@ -11,15 +11,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from data_pipeline.tokenizer import open_tokenizer, save
-from data_pipeline.training import train_tokenizer
-from ponder_scale import checkpoint
-from ponder_scale.build import ARCHITECTURES, auto_map, configuration_from_dict
-from ponder_scale.checkpoint import Ranks
+from data_pipeline.tokenize.tokenizer import open_tokenizer, save
+from data_pipeline.tokenize.training import train_tokenizer
+from ponder_scale.checkpoint import save as checkpoint
+from ponder_scale.checkpoint.save import Ranks
+from ponder_scale.checkpoint.weights import read_folder
 from ponder_scale.errors import CheckpointError, ConfigError, SaveError, TokenizerError
 from ponder_scale.export.reference import export_reference, import_reference
 from ponder_scale.export.tokenizer import bundle_tokenizer
-from ponder_scale.weights import read_folder
+from ponder_scale.setup.build import ARCHITECTURES, auto_map, configuration_from_dict
 from tests.conftest import TEXTS
 from tests.export.test_reference import NAMES, published_folder
 from tests.faults import Fault

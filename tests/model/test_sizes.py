@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import ponder_scale
-from ponder_scale.build import model_class, model_configuration
 from ponder_scale.config import ModelConfig, RunConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings import load
+from ponder_scale.setup.build import model_class, model_configuration
 
 RECIPES = Path(ponder_scale.__path__[0]) / "recipes"
 PUBLISHED = {  # of the checkpoints on the hub without pondering, which adds none

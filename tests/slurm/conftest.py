@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.build.pipeline import build
 from data_pipeline.config import BuildConfig
-from data_pipeline.pipeline import build
 from ponder_scale.settings import load
 from tests.conftest import TEXTS
 from tests.slurm.lab import Lab, missing

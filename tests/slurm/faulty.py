@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.train import signals
+from ponder_scale.train.survive import signals
 
 
 def main() -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from ponder_scale.checkpoint import read_state
+from ponder_scale.checkpoint.parts import AVERAGE, Parts
+from ponder_scale.checkpoint.save import read_state
+from ponder_scale.checkpoint.weights import read_weights
 from ponder_scale.errors import CheckpointError
 from ponder_scale.export.card import trained_card
 from ponder_scale.export.huggingface import export
-from ponder_scale.parts import AVERAGE, Parts
-from ponder_scale.weights import read_weights
 from tests.ranks import run_ranks
+from tests.train.measure.test_work import rewrite_state
 from tests.train.test_loop import STEPS, overrides, train_on_a_rank
-from tests.train.test_work import rewrite_state
 
 
 def saved(run_dir: Path, step: int, *, average: bool = False) -> dict[str, torch.Tensor]:

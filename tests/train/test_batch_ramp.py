@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from ponder_scale.build import build_model, model_configuration
 from ponder_scale.config import RunConfig, TrainConfig
 from ponder_scale.data.loader import Loader, open_sources
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings import load
-from ponder_scale.train.deepspeed_config import check_ranks
+from ponder_scale.setup.build import build_model, model_configuration
 from ponder_scale.train.optim import parameter_groups
 from ponder_scale.train.schedules import learning_rate
+from ponder_scale.train.zero.deepspeed_config import check_ranks
 from tests.ranks import run_ranks
-from tests.train.test_gradients import check, small_buckets
 from tests.train.test_loop import overrides, records, train_on_a_rank, weights
+from tests.train.zero.test_gradients import check, small_buckets
 
 RAMP = ["train.micro_batch=1", "train.batch_ramp_from=2", "train.batch_ramp_steps=4"]
 

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.packing import pack
-from ponder_scale.records import METRICS, read
-from ponder_scale.status import status
+from ponder_scale.runs.records import METRICS, read
+from ponder_scale.runs.status import status
+from ponder_scale.shards.packing import pack
 from ponder_scale.train.changes import Change, between
 from tests.conftest import make_shards
 from tests.ranks import run_ranks

@@ -15,9 +15,9 @@ import torch
 
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import ConfigError
-from ponder_scale.manifest import Manifest, seal
 from ponder_scale.settings import load
-from ponder_scale.shards import ShardWriter
+from ponder_scale.shards.format import ShardWriter
+from ponder_scale.shards.manifest import Manifest, seal
 from ponder_scale.train import generators
 from tests.ranks import run_ranks
 from tests.train.test_loop import assert_same_run, overrides, records, train_on_a_rank
@@ -129,8 +129,8 @@ def test_the_random_numbers_of_a_step_are_those_of_its_seed_step_and_rank() -> N
 )
 def test_selective_recomputation_of_attention_with_dropout_is_refused(architecture: str, key: str) -> None:
     """The kernel that is kept draws no random numbers again, so every later mask of the layer would be another one."""
-    from ponder_scale.build import build_model, model_configuration
-    from ponder_scale.recompute import apply_recompute
+    from ponder_scale.setup.build import build_model, model_configuration
+    from ponder_scale.setup.recompute import apply_recompute
 
     def model(extra: str) -> Any:
         shape = ["model.hidden_size=16", "model.num_hidden_layers=1", "model.num_attention_heads=2"]
@@ -146,8 +146,8 @@ def test_selective_recomputation_of_attention_with_dropout_is_refused(architectu
 
 
 def test_auto_does_not_choose_what_is_refused(shards: Any) -> None:
-    from ponder_scale.auto import BY_TIME, _Search
-    from ponder_scale.build import model_configuration
+    from ponder_scale.planning.auto import BY_TIME, _Search
+    from ponder_scale.setup.build import model_configuration
 
     def policies(*more: str) -> tuple[str, ...]:
         config = load(RunConfig, None, overrides(Path("x"), shards, *more, "train.recompute=auto"))

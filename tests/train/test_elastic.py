@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from ponder_scale.checkpoint import find
+from ponder_scale.checkpoint.parts import Parts, write_part
+from ponder_scale.checkpoint.save import find
 from ponder_scale.errors import CheckpointError
-from ponder_scale.parts import Parts, write_part
+from tests.checkpoint.sealing import seal
 from tests.ranks import KILLED, run_ranks
-from tests.sealing import seal
 from tests.train.test_exact_resume import assert_same_state
 from tests.train.test_loop import overrides, records, train_on_a_rank, weights
 
@@ -48,11 +48,11 @@ def test_a_run_goes_from_1_to_2_to_4_to_1_ranks_across_stages(shards: Any, tmp_p
 
 def take_over_and_save(case: dict[str, Any]) -> float:
     """Load the run's checkpoint into an engine, save it again in case["out"]; the loss on fixed tokens."""
-    from ponder_scale.build import build_model, model_configuration
+    from ponder_scale.checkpoint.parts import part_name
     from ponder_scale.config import RunConfig
-    from ponder_scale.parts import part_name
     from ponder_scale.settings import load
-    from ponder_scale.train.engine import Engine, init_distributed
+    from ponder_scale.setup.build import build_model, model_configuration
+    from ponder_scale.train.zero.engine import Engine, init_distributed
 
     torch.set_num_threads(1)
     init_distributed()

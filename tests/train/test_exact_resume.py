@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from ponder_scale.checkpoint import find
-from ponder_scale.parts import Parts
+from ponder_scale.checkpoint.parts import Parts
+from ponder_scale.checkpoint.save import find
 from tests.ranks import run_ranks
-from tests.train.test_gradients import POLICIES
 from tests.train.test_loop import STEPS, assert_same_run, overrides, records, train_on_a_rank
+from tests.train.zero.test_gradients import POLICIES
 
 HALF = STEPS // 2
 SMALL = ["train.global_batch=4", "model.num_hidden_layers=1", "checkpoint.every_steps=2", "evaluate.sequences=2"]

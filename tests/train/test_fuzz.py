@@ -19,18 +19,18 @@ from typing import Any
 import pytest
 import torch
 
-from ponder_scale.build import build_model, model_configuration
-from ponder_scale.checkpoint import find
+from ponder_scale.checkpoint.save import find
 from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import Loader, open_sources
-from ponder_scale.packing import pack
 from ponder_scale.settings import load
+from ponder_scale.setup.build import build_model, model_configuration
+from ponder_scale.shards.packing import pack
 from ponder_scale.train.optim import parameter_groups
 from ponder_scale.train.schedules import learning_rate, pondering_steps
 from tests.ranks import run_ranks
 from tests.train.test_exact_resume import assert_same_state, resumed_from
-from tests.train.test_gradients import POLICIES
 from tests.train.test_loop import assert_same_run, records, train_on_a_rank
+from tests.train.zero.test_gradients import POLICIES
 
 SEED = int(os.environ.get("FUZZ_SEED") or datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d"))
 COUNT = int(os.environ.get("FUZZ_COUNT") or 3)

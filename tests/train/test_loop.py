@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from ponder_scale.checkpoint import find
+from ponder_scale.checkpoint.save import find
+from ponder_scale.checkpoint.weights import read_weights
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import UserError
-from ponder_scale.packing import pack
-from ponder_scale.records import COMPUTED
+from ponder_scale.runs.records import COMPUTED
+from ponder_scale.runs.status import status
 from ponder_scale.settings import load
-from ponder_scale.status import status
+from ponder_scale.shards.packing import pack
 from ponder_scale.train.console import COLUMNS
-from ponder_scale.weights import read_weights
 from tests.ranks import run_ranks
 
 STEPS = 4
@@ -54,7 +54,8 @@ def train_on_a_rank(case: dict[str, Any]) -> str:
     "kill" and "stop" (SIGKILL and SIGSTOP to this process) before the call, "kill after" it, or "full": during it,
     the system refuses to let any file grow.
     """
-    from ponder_scale import checkpoint, parts
+    from ponder_scale.checkpoint import parts
+    from ponder_scale.checkpoint import save as checkpoint
     from ponder_scale.train import loop, state
 
     torch.set_num_threads(1)

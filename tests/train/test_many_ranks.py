@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from ponder_scale.checkpoint import find, verify
+from ponder_scale.checkpoint.index import part_files
+from ponder_scale.checkpoint.save import find, verify
 from ponder_scale.errors import ShardError
-from ponder_scale.index import part_files
-from ponder_scale.shards import open_shards
-from ponder_scale.status import STALE_SECONDS
-from ponder_scale.train.watchdog import HEARTBEAT_SECONDS, heartbeat_seconds
+from ponder_scale.runs.status import STALE_SECONDS
+from ponder_scale.shards.format import open_shards
+from ponder_scale.train.survive.watchdog import HEARTBEAT_SECONDS, heartbeat_seconds
 from tests.faults import Fault
 from tests.ranks import run_ranks
 from tests.train.test_loop import overrides, records, train_on_a_rank, weights

@@ -1,0 +1,158 @@
+"""`python -m benchmarks WHAT`, in a clone: ratios against named baselines, measured in one run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ponder_scale.commands.training import RECIPES
+from ponder_scale.config import RunConfig
+from ponder_scale.errors import UserError
+from ponder_scale.planning.cost import RECOMPUTED_FORWARDS
+from ponder_scale.settings import find_recipe, load
+from ponder_scale.settings.commandline import Parser, outlive_readers, parse, path, whole
+
+POLICIES = tuple(RECOMPUTED_FORWARDS)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one benchmark; the exit code: 0, 2 for what the user can mend."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    outlive_readers()
+    try:
+        options = parse(_parser(), arguments, RunConfig, "overrides")
+        options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks", description="Ratios against named baselines, measured in one run.")
+    bench = parser.add_subparsers(required=True, metavar="WHAT")
+    op = bench.add_parser("op", help="the pondering embedding by backend, against the published way")
+    op.add_argument("--tokens", type=whole(1), default=2048)
+    op.add_argument("--runs", type=whole(1), default=5)
+    op.set_defaults(run=_bench_op)
+    step = bench.add_parser("step", help="time and memory of a training step by recomputation policy, against it")
+    step.add_argument("--runs", type=whole(1), default=3)
+    step.add_argument("--largest", action="store_true", help="on a GPU: each way by the largest batch that it can hold")
+    step.set_defaults(run=_bench_step)
+    memory = bench.add_parser("memory", help="peak memory of a step as the pondering steps grow, by policy, against it")
+    memory.add_argument("--steps", type=whole(0), nargs="+", default=[0, 1, 3, 7], help="numbers of pondering steps")
+    memory.set_defaults(run=_bench_memory)
+    comm = bench.add_parser("comm", help="all-gathers of a micro-step under ZeRO-3, by regime and recomputation policy")
+    comm.add_argument(
+        "--regimes", nargs="+", help="files of deepspeed_configs/; default: the two that are for any device"
+    )
+    comm.add_argument("--pondering-steps", type=whole(0), default=3)
+    comm.add_argument("overrides", nargs="*", metavar="key=value", help="of the small model that runs")
+    comm.set_defaults(run=_bench_comm)
+    decode = bench.add_parser("decode", help="a token from the key-value caches, against running the prefix again")
+    decode.add_argument("--context", type=whole(1), nargs="+", default=[128, 512], help="tokens before it")
+    decode.add_argument("--runs", type=whole(1), default=5)
+    decode.add_argument("--compile", action="store_true", help="also a step that torch compiles, in half a minute")
+    decode.set_defaults(run=_bench_decode)
+    scale = bench.add_parser(
+        "scale", help="what a start, a step and a save cost as ranks and shard files grow: counted"
+    )
+    scale.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="forked ranks of this machine")
+    scale.add_argument(
+        "--shards", type=int, nargs="+", default=[1, 10, 100], help="training shards, on the fewest ranks"
+    )
+    scale.add_argument("--stage", type=int, choices=range(4), default=3, help="of ZeRO")
+    scale.set_defaults(run=_bench_scale)
+    data = bench.add_parser("data", help="tokenization and loading, against what others do")
+    data.add_argument("corpus", type=path, help="a .jsonl file; some 50 MB or more give steady numbers")
+    data.add_argument("--tokenizer", type=path, required=True, help="a folder with tokenizer.json")
+    data.add_argument("--rounds", type=whole(1), default=3)
+    data.set_defaults(run=_bench_data)
+    for kind in (op, step, memory, decode):
+        kind.add_argument("--hidden", type=whole(1), default=256, help="width D")
+        kind.add_argument("--vocab", type=whole(1), default=32000)
+        kind.add_argument("--dtype", default="float32")
+        kind.add_argument("--threads", type=whole(1), default=1, help="of torch, on a CPU")
+    for kind in (step, memory, decode):
+        kind.add_argument("--recipe", help="its model and sequence length, in place of the shape given here")
+        kind.add_argument("--layers", type=whole(1), default=8)
+        kind.add_argument("--pondering-steps", type=whole(0), default=3)
+    for kind in (step, memory, comm):
+        kind.add_argument("--policies", nargs="+", choices=POLICIES, help="of train.recompute; default: all")
+    for kind in (step, memory):
+        kind.add_argument("--batch", type=whole(1), default=4, help="sequences of a micro-batch")
+        kind.add_argument("--seq-len", type=whole(1), default=512)
+    return parser
+
+
+def _bench_op(options: argparse.Namespace) -> None:
+    from benchmarks.op import run
+
+    run(options.tokens, options.hidden, options.vocab, options.dtype, options.runs, threads=options.threads)
+
+
+def _bench_step(options: argparse.Namespace) -> None:
+    from benchmarks.step import run
+
+    work = _workload(options, options.batch, options.seq_len)
+    run(work, runs=options.runs, threads=options.threads, policies=options.policies, largest=options.largest)
+
+
+def _bench_memory(options: argparse.Namespace) -> None:
+    from benchmarks.step import memory
+
+    work = _workload(options, options.batch, options.seq_len)
+    memory(work, steps=options.steps, threads=options.threads, policies=options.policies)
+
+
+def _bench_comm(options: argparse.Namespace) -> None:
+    from benchmarks.communication import run
+
+    run(
+        regimes=options.regimes,
+        policies=options.policies,
+        pondering_steps=options.pondering_steps,
+        overrides=options.overrides,
+    )
+
+
+def _bench_decode(options: argparse.Namespace) -> None:
+    from benchmarks.decode import run
+
+    work = _workload(options, 1, max(options.context))
+    run(work, contexts=options.context, runs=options.runs, threads=options.threads, compiled=options.compile)
+
+
+def _workload(options: argparse.Namespace, batch: int, seq_len: int) -> Any:
+    from benchmarks.measure import default_device
+    from benchmarks.workload import workload
+
+    return workload(
+        recipe=load(RunConfig, find_recipe(options.recipe, RECIPES)) if options.recipe else None,
+        batch=batch,
+        seq_len=seq_len,
+        hidden=options.hidden,
+        layers=options.layers,
+        vocab=options.vocab,
+        pondering_steps=options.pondering_steps,
+        dtype=options.dtype,
+        device=default_device(),
+    )
+
+
+def _bench_scale(options: argparse.Namespace) -> None:
+    from benchmarks.scale import measure
+
+    print(measure(options.ranks, options.shards, stage=options.stage))
+
+
+def _bench_data(options: argparse.Namespace) -> None:
+    from benchmarks.data import bench
+
+    print(bench(options.corpus, options.tokenizer, options.rounds))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

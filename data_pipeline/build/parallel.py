@@ -1,0 +1,261 @@
+"""Tasks to processes: on one machine, and over MPI ranks on many.
+
+Nothing is sent between workers. A task is claimed by creating a file, and done when its journal has its name;
+workers keep their claims fresh, and a claim that nobody keeps fresh is anybody's. What a task writes depends on the
+task alone and gets its name in one step, so two workers that do the same one write the same bytes: claims save
+work, correctness does not hang on them.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from data_pipeline.read.units import share
+from ponder_scale.errors import ConfigError
+from ponder_scale.files.delete import delete_contents, delete_file
+from ponder_scale.shards.manifest import sync, sync_folder
+
+Report = Callable[[int, int, int], None]  # of bytes, documents and tokens that were worked off
+_RANKS_OF = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # set by srun, MPICH and Open MPI
+_LEAST_WAIT, _MOST_WAIT = 0.05, 2.0  # seconds between looks for work
+_SEALING_SECONDS = 3600.0
+_ARRIVAL_SECONDS = 600.0  # thousands of ranks import from one file system
+_TRIES = 32  # tasks of others tried at each look: file servers are shared
+
+
+@dataclass(frozen=True)
+class Team:
+    """Who works on a build: this rank among all ranks, each with as many worker processes."""
+
+    rank: int = 0
+    ranks: int = 1
+    workers: int = 1
+    world: Any = None  # MPI's communicator of the ranks, where there is more than one
+
+
+def one_thread() -> None:
+    """Workers are processes, so libraries need no threads of their own; to be called before they are loaded."""
+    for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def assemble(workers: int | None, prepare: Callable[[], bool]) -> tuple[Team, bool]:
+    """The team this process belongs to, by the environment of mpirun or srun, and what `prepare` returned, which
+    only rank 0 calls and all others wait for.
+
+    From then on ranks meet in files only, until `part`, so the loss of one does not stop the others.
+    Raises ConfigError when the launcher started more ranks than MPI knows of, and where rank 0 could not prepare.
+    """
+    announced = max(map(_ranks_announced, _RANKS_OF))
+    if announced == 1:
+        return Team(workers=workers or len(os.sched_getaffinity(0))), prepare()
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(f"{announced} ranks were started, but MPI cannot be loaded: {error}") from error
+    _wait_until_all_ranks_have_started(MPI)
+    world = MPI.COMM_WORLD
+    team = Team(world.rank, world.size, workers or 1, world)
+    if team.ranks != announced:
+        raise ConfigError(
+            f"{announced} ranks were started, but MPI sees {team.ranks}: the launcher and the MPI library do not fit; "
+            f"use srun --mpi=pmi2 with MPICH, srun --mpi=pmix with Open MPI, or the mpirun of the library"
+        )
+    found = None
+    try:
+        if team.rank == 0:
+            found = prepare()
+    finally:
+        found = world.bcast(found)
+        if not found:  # there is no work
+            MPI.Finalize()
+    if found is None:
+        raise ConfigError("rank 0 could not begin; its message says why")
+    return team, found
+
+
+def _ranks_announced(name: str) -> int:
+    value = os.environ.get(name) or "1"
+    if not value.isdecimal() or int(value) < 1:
+        raise ConfigError(f"{name} is {value!r} in the environment; expected the number of ranks; unset it, or mend it")
+    return int(value)
+
+
+def _wait_until_all_ranks_have_started(mpi: Any) -> None:
+    """MPI.Init, which waits for ever for a rank whose node is lost, and holds the interpreter: only a thread outside
+    it can end this process, and what it writes is a stack with the name of this function.
+    """
+    faulthandler.dump_traceback_later(_ARRIVAL_SECONDS, exit=True)
+    mpi.Init()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def part(team: Team, work: Path, lease_seconds: float) -> None:
+    """Leave MPI together, as launchers expect, or without that when a rank has been lost: it would wait for ever.
+
+    Every rank calls it when it has found all work done. Those that stay behind a lost one wait until rank 0 has
+    finished, since launchers end what runs when others leave. Raises ConfigError when rank 0 itself is lost.
+    """
+    if team.world is None:
+        return
+    here = work / "ranks"
+    here.mkdir(exist_ok=True)
+    (here / str(team.rank)).touch()
+    if _until(lambda: len(list(here.glob("*"))) == team.ranks, lease_seconds):
+        from mpi4py import MPI
+
+        team.world.barrier()
+        MPI.Finalize()
+    elif team.rank > 0:
+        if work.is_dir() and not (here / "0").exists():
+            raise ConfigError("rank 0 was lost; all units are done: the same command again seals them")
+        _until(lambda: not work.is_dir(), _SEALING_SECONDS)
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether the condition came true in time."""
+    patience = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < patience:
+        time.sleep(_LEAST_WAIT)
+    return met
+
+
+class Stage:
+    """Tasks 0 ... n - 1, each of which leaves a journal in `folder` when it is done."""
+
+    def __init__(self, work: Path, name: str, sizes: Sequence[int], lease_seconds: float) -> None:
+        """`sizes` are those of the tasks, in any unit: they balance the work."""
+        self.name, self.sizes = name, sizes
+        self.folder, self._claims = work / name, work / "claims" / name
+        self._scratch = work / "scratch" / f"{socket.gethostname()}-{os.getpid()}"
+        self._lease = lease_seconds
+        for folder in (self.folder, self._claims, self._scratch):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def unfinished(self) -> list[int]:
+        """The tasks without a journal; none when the folder is gone because the build is finished."""
+        if not self.folder.is_dir():
+            return []
+        done = {path.name for path in self.folder.glob("*.json")}
+        return [task for task in range(len(self.sizes)) if self._journal(task).name not in done]
+
+    def result(self, task: int) -> dict[str, Any]:
+        """What a finished task left."""
+        content: dict[str, Any] = orjson.loads(self._journal(task).read_bytes())
+        return content
+
+    def free(self, tasks: list[int]) -> Iterator[int]:
+        """Those of `tasks` that are claimed by nobody who is alive; each is claimed as it is taken."""
+        for task in tasks:
+            if self._claim(task) and not self._journal(task).exists():
+                yield task
+
+    def perform(self, task: int, work: Callable[[int, Path], dict[str, Any]]) -> None:
+        """Do a claimed task in an empty folder and write its journal."""
+        stop = threading.Event()
+        heartbeat = threading.Thread(target=self._keep_fresh, args=(task, stop), daemon=True)
+        heartbeat.start()
+        try:
+            self._scratch.mkdir(exist_ok=True)
+            delete_contents(self._scratch, lambda name: True)  # all of it is this process's own
+            result = work(task, self._scratch)
+            path = self._scratch / "journal.json"
+            with path.open("wb") as stream:
+                stream.write(orjson.dumps(result))
+                sync(stream)
+            path.rename(self._journal(task))
+            sync_folder(self.folder)
+        except BaseException:
+            delete_file(self._claim_file(task))
+            raise
+        finally:
+            stop.set()
+            heartbeat.join()
+
+    def release(self, pid: int) -> None:
+        """Give up the claims of a worker of this machine that died."""
+        owner = f"{socket.gethostname()}-{pid}"
+        for path in self._claims.iterdir():
+            if path.read_text() == owner:
+                delete_file(path)
+
+    def _claim(self, task: int) -> bool:
+        path = self._claim_file(task)
+        if path.exists() and self._is_stale(path):
+            delete_file(path)
+        try:
+            with path.open("x") as stream:
+                stream.write(self._scratch.name)
+        except FileExistsError:
+            return False
+        return True
+
+    def _is_stale(self, path: Path) -> bool:
+        probe = self._scratch / "now"  # on the same file system, so that clocks of machines do not matter
+        probe.touch()
+        try:
+            return probe.stat().st_mtime - path.stat().st_mtime > self._lease
+        except FileNotFoundError:
+            return False
+
+    def _keep_fresh(self, task: int, stop: threading.Event) -> None:
+        while not stop.wait(min(self._lease / 6, 5.0)):
+            from multiprocessing import parent_process  # not loaded for what takes no longer than this
+
+            if (parent := parent_process()) is not None and not parent.is_alive():
+                os._exit(1)  # the build that this worker belongs to is gone, and may have been started again
+            try:
+                os.utime(self._claim_file(task))
+            except FileNotFoundError:
+                return
+
+    def _claim_file(self, task: int) -> Path:
+        return self._claims / f"{task:06d}"
+
+    def _journal(self, task: int) -> Path:
+        return self.folder / f"{task:06d}.json"
+
+
+def work_off(
+    stage: Stage,
+    work: Callable[[int, Path], dict[str, Any]],
+    worker: int,
+    workers: int,
+    watch: Callable[[list[int]], None] = lambda left: None,
+) -> None:
+    """Do the tasks of this worker's share, then those that others have not begun, then those of the lost.
+
+    Returns when every task of the stage is done, by whomever. `watch` is told what is left now and then.
+    """
+    mine = share(stage.sizes, workers)[worker]
+    looks, wait = 0, _LEAST_WAIT
+    try:
+        while left := stage.unfinished():
+            watch(left)
+            waiting = set(left)
+            begin = (len(left) * worker // workers + looks * _TRIES) % len(left)  # so that not all try the same ones
+            others = (left[begin:] + left[:begin])[:_TRIES]
+            task = next(stage.free([task for task in mine if task in waiting] + others), None)
+            if task is not None:
+                stage.perform(task, work)
+                looks, wait = 0, _LEAST_WAIT
+            else:
+                time.sleep(wait)
+                looks, wait = looks + 1, min(2 * wait, _MOST_WAIT)
+    except FileNotFoundError:
+        if stage.folder.is_dir():  # else rank 0 has found everything done and given the folder its name
+            raise

@@ -1,0 +1,298 @@
+"""A build, from inputs to a sealed folder of shards: plan, read, clean, tokenize, write, seal.
+
+    OUT.partial/work/plan.jsonl        units of work, written first; they depend on the inputs alone
+    OUT.partial/work/STAGE/*.json      the journal of each task that is done
+    OUT.partial/train-00012.bin, .idx  the shards of unit 12, given their names whole and never copied again
+    OUT.partial/manifest.json          written last; then the folder becomes OUT
+
+Killed anywhere, the same command goes on, with any number of workers or ranks, and makes the same bytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from data_pipeline.build.parallel import Stage, assemble, part
+from data_pipeline.build.tasks import SPLITS
+from data_pipeline.build.workers import run_stage
+from data_pipeline.clean.filters import chosen
+from data_pipeline.config import BuildConfig
+from data_pipeline.document import Unit
+from data_pipeline.read.readers import read
+from data_pipeline.read.sources import LeftOut
+from data_pipeline.read.units import PLAN, Plan, units, write_plan
+from data_pipeline.tokenize.autotokenizer import check_agreement
+from data_pipeline.tokenize.backends import choose
+from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer, save
+from data_pipeline.write.manifest import DROPPED, INPUTS, QUARANTINE, compose, origin, totals, write_inputs
+from data_pipeline.write.output import WORK, check_places, named_by_build, places, publish, unfinished, workspace
+from ponder_scale.errors import ConfigError, UserError
+from ponder_scale.files.delete import MARK, delete_contents, delete_file, delete_if_empty, delete_made
+from ponder_scale.files.places import check_folder
+from ponder_scale.shards.format import TOKENIZER, open_shards
+from ponder_scale.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, seal, sync, sync_folder, unsealed
+
+PARITY_DOCUMENTS, PARITY_CHARACTERS = 32, 2**16  # of the corpus at most, on which engines are compared at first
+_NEW_PLAN = "plan.new.jsonl"
+_FAILED = "failed"  # why a build could not be finished
+
+
+class Built(NamedTuple):
+    """What a build made, or found made."""
+
+    manifest: Manifest
+    new: bool
+
+
+def build(config: BuildConfig, command: str) -> Built | None:
+    """Make the folder `config.out`; what it holds. Under MPI every rank calls it and rank 0 gets the answer.
+
+    Raises a UserError when an input, the tokenizer or `out` cannot be used; what is done by then is kept, and
+    used when the same build is started again.
+    """
+    out = Path(config.out).resolve()
+    folder = unfinished(out)
+    with ExitStack() as held:
+
+        def prepare() -> bool:
+            check_folder(Path(config.out), "out")
+            check_places(out, config.sources, Path(config.tokenizer), config.overwrite)
+            return _prepare(held.enter_context(workspace(out)), out, config, command)
+
+        team, to_do = assemble(config.workers, prepare)
+        if to_do:
+            try:
+                for stage in _stages(config):
+                    run_stage(folder, config, stage, team, "build" if stage in ("shards", "scatter") else stage)
+                part(team, folder / WORK, config.lease_seconds)
+                if team.rank == 0:
+                    _finish(folder, out, config)
+            except UserError as error:  # the inputs may be mended: see _was_mended
+                if (folder / WORK).is_dir():
+                    (folder / WORK / _FAILED).write_text(f"{error}\n", encoding="utf-8")
+                raise
+    return Built(read_manifest(out), to_do) if team.rank == 0 else None
+
+
+def _stages(config: BuildConfig) -> Iterator[str]:
+    if config.deduplicate != "none":
+        yield from ("keys", "duplicates")
+    yield from ("scatter", "gather") if config.shuffle else ("shards",)
+
+
+def _prepare(folder: Path, out: Path, config: BuildConfig, command: str) -> bool:
+    """Leave a plan and the tokenizer in `folder`; False where `out` is already what is asked for."""
+    work = folder / WORK
+    new = {path.name for path in folder.iterdir()} == {MARK}
+    left_out = LeftOut()
+    try:
+        tokenizer = _open_tokenizer(Path(config.tokenizer), config)
+        for name, source in config.sources.items():
+            chosen(name, source.filters)
+        work.mkdir(exist_ok=True)
+        planned = units(config.sources, config.shard_bytes, left_out, places(out))
+        made_from = origin(config, tokenizer, write_plan(work / _NEW_PLAN, planned, {}))
+        for line in left_out:
+            print(line, file=sys.stderr, flush=True)
+        if _is_built(out, made_from, config.overwrite):
+            return False
+        if _was_sealed(folder, made_from, config.overwrite):
+            publish(folder, out)
+            return False
+        header = {"origin": made_from, "command": command, "left_out": left_out.counts}
+        if _goes_on(folder, made_from, config.overwrite):
+            for leftover in ("claims", "scratch", "ranks"):  # of workers that are gone
+                _delete_work(folder, leftover)
+        elif not _was_mended(folder, header, config):
+            _begin(folder, tokenizer, config, header)
+        return True
+    except BaseException:
+        if new:
+            delete_contents(folder, named_by_build, keep=[MARK])
+        raise
+    finally:
+        delete_file(work / _NEW_PLAN)
+        delete_file(unsealed(work / _NEW_PLAN))
+        delete_if_empty(work)
+
+
+def _delete_work(folder: Path, name: str) -> None:
+    """Delete one of the folders of the work, if it is there."""
+    if (folder / WORK / name).is_dir():
+        delete_made(folder / WORK / name, lambda inside: named_by_build(f"{WORK}/{name}/{inside}"))
+
+
+def _begin(folder: Path, tokenizer: Tokenizer, config: BuildConfig, header: dict[str, Any]) -> None:
+    """Empty the folder but for the new plan, and write the plan of this build when all else is there."""
+
+    def warn(message: str) -> None:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    check_agreement(tokenizer, config.eod_token is None, warn)
+    work = folder / WORK
+    # without these two nothing takes what is half gone for a build
+    proofs = (MANIFEST, f"{WORK}/{PLAN}")
+    delete_contents(folder, named_by_build, first=proofs, keep=(MARK, f"{WORK}/{_NEW_PLAN}"))
+    (work / "quarantine").mkdir()
+    save(tokenizer, folder / TOKENIZER)
+    planned = Plan(work / _NEW_PLAN)
+    samples = _first_documents(planned.unit(0), config) if len(planned) else []
+    engine = choose(config.backend, tokenizer, samples, warn)
+    _write_plan(work, planned, {**header, "engine": engine})
+
+
+def _write_plan(work: Path, planned: Plan, header: dict[str, Any]) -> None:
+    write_plan(work / PLAN, (planned.unit(number) for number in range(len(planned))), header)
+
+
+def _first_documents(unit: Unit, config: BuildConfig) -> list[str]:
+    records = read(unit.pieces[0], config.sources[unit.source], config.max_document_bytes, xxhash.xxh3_128())
+    texts, left = [], PARITY_CHARACTERS  # the reference is slow, and samples of each unit follow
+    for record in islice(records, PARITY_DOCUMENTS):
+        text = record.text or ""
+        if len(text) <= left:
+            texts.append(text)
+            left -= len(text)
+    return texts
+
+
+def _was_sealed(folder: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
+    """Whether only the last step is missing: the folder is finished but has not got its name.
+
+    Raises ConfigError when it is finished and is another build.
+    """
+    if not (folder / MANIFEST).is_file():
+        return False
+    other = read_manifest(folder).provenance.get("origin")
+    if other != made_from and not overwrite:
+        what = f"other {_difference(other, made_from)}" if other else "other token files"
+        raise ConfigError(
+            f"{folder} holds a finished build from {what}, which has not got its name yet; restore them to give it "
+            f"its name, or give overwrite=true to begin anew"
+        )
+    return bool(other == made_from)
+
+
+def _goes_on(folder: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the folder holds the beginning of this build. Raises ConfigError when it holds that of another one,
+    with units done, that did not fail by its inputs."""
+    work = folder / WORK
+    if (work / PLAN).is_file():
+        other = Plan(work / PLAN).header["origin"]
+        if other == made_from:
+            return True
+        begun = any(any((work / stage).glob("*.json")) for stage in ("keys", "shards", "scatter"))
+        mended = (work / _FAILED).is_file() and {**other, "plan": ""} == {**made_from, "plan": ""}
+        if begun and not overwrite and not mended:
+            raise ConfigError(
+                f"{folder} holds an unfinished build from other {_difference(other, made_from)}; restore them to "
+                f"finish it, or give overwrite=true to begin anew"
+            )
+    return False
+
+
+def _was_mended(folder: Path, header: dict[str, Any], config: BuildConfig) -> bool:
+    """Go on with a build that failed and whose inputs have been changed since: the units of those that have not are
+    kept. False where there is no such build, and where units depend on each other.
+    """
+    work = folder / WORK
+    if not (work / PLAN).is_file() or config.deduplicate != "none" or config.shuffle or config.overwrite:
+        return False
+    old, new = Plan(work / PLAN), Plan(work / _NEW_PLAN)
+    if {**old.header["origin"], "plan": ""} != {**header["origin"], "plan": ""}:
+        return False
+    for number in range(len(old)):
+        if number >= len(new) or old.unit(number) != new.unit(number):
+            delete_file(work / "shards" / f"{number:06d}.json")
+            for suffix in ("jsonl", "dropped.jsonl"):
+                delete_file(work / "quarantine" / f"{number:06d}.{suffix}")
+            for split in SPLITS:
+                for path in (*folder.glob(f"{split}-{number:05d}.*"), *folder.glob(f"{split}-{number:05d}-*")):
+                    delete_file(path)
+    for leftover in ("claims", "scratch", "ranks"):
+        _delete_work(folder, leftover)
+    _write_plan(work, new, {**header, "engine": old.header["engine"]})
+    delete_file(work / _FAILED)
+    return True
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
+    known = {**one["config"], **other["config"]}
+    keys = [key for key in known if one["config"].get(key) != other["config"].get(key)]
+    if one.get("cleaning") != other.get("cleaning"):
+        keys.append("the rules of filters and near duplicates of another version of this program")
+    if one["tokenizer"] != other["tokenizer"]:
+        keys.append("tokenizer files")
+    if one["ends"] != other["ends"]:
+        keys.append("tokens that begin and end documents")
+    if one.get("filters") != other.get("filters"):
+        keys.append("files that filters read")
+    return f"settings ({', '.join(keys)})" if keys else "inputs"
+
+
+def _is_built(out: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
+    """Whether `out` is the result already. Raises ConfigError when it is something else that must not go."""
+    if overwrite or not (out / MANIFEST).is_file():
+        return False
+    made = open_shards(out).manifest.provenance.get("origin")
+    if made != made_from:
+        differs = f": {_difference(made, made_from)} differ" if made else ""
+        raise ConfigError(
+            f"out is {out}, which was made from other inputs, settings or another tokenizer{differs}; give "
+            f"overwrite=true to replace it, or choose another out"
+        )
+    return True
+
+
+def _finish(folder: Path, out: Path, config: BuildConfig) -> None:
+    """Seal the manifest from the journals of all tasks and give the folder its name."""
+    plan = Plan(folder / WORK / PLAN)
+
+    def results(name: str) -> Iterator[dict[str, Any]]:
+        stage = Stage(folder / WORK, name, plan.sizes, config.lease_seconds)
+        return map(stage.result, range(len(list(stage.folder.glob("*.json")))))
+
+    read_by, made_by = ("scatter", "gather") if config.shuffle else ("shards", "shards")
+    counts = totals(results(read_by), config)
+    write_inputs(results(read_by), folder / INPUTS)
+    joined = {QUARANTINE: "*[0-9].jsonl", **({DROPPED: "*.dropped.jsonl"} if config.keep_dropped else {})}
+    for name, parts in joined.items():
+        _join(sorted((folder / WORK / "quarantine").glob(parts)), folder / name)
+    splits: dict[str, list[ShardInfo]] = {split: [] for split in SPLITS}
+    for result in results(made_by):
+        for split in SPLITS:
+            splits[split] += [ShardInfo(**info) for info in result["shards"][split]]
+    engines = [result["engine"] for result in results(read_by)]
+    provenance = {
+        **{key: plan.header[key] for key in ("command", "origin")},
+        "sources": counts,
+        "engines": {name: engines.count(name) for name in sorted(set(engines))},  # units done by each
+    }
+    if plan.header["left_out"]:
+        provenance["left_out"] = plan.header["left_out"]  # files that sources name and nobody read
+    files = [folder / INPUTS, *(folder / name for name in joined), *sorted((folder / TOKENIZER).iterdir())]
+    tokenizer = _open_tokenizer(folder / TOKENIZER, config)
+    seal(folder, compose(folder, config, tokenizer, splits, files, provenance))
+    open_shards(folder)
+    publish(folder, out)
+
+
+def _join(parts: list[Path], whole: Path) -> None:
+    with whole.open("wb") as stream:
+        for part in parts:
+            with part.open("rb") as content:
+                shutil.copyfileobj(content, stream)
+        sync(stream)
+    sync_folder(whole.parent)
+
+
+def _open_tokenizer(path: Path, config: BuildConfig) -> Tokenizer:
+    return open_tokenizer(path, config.eod_token, config.bos_token, config.special_tokens_in_text == "tokens")

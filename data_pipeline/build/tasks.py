@@ -1,0 +1,320 @@
+"""What one worker does with one task of a build: a unit to a shard, a unit to keys, a bucket to its duplicates."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from data_pipeline.build.parallel import Report, Stage
+from data_pipeline.clean import dedup
+from data_pipeline.clean.filters import Filter, chosen, edits, sampled
+from data_pipeline.config import BuildConfig
+from data_pipeline.document import Unit
+from data_pipeline.read.compressed import COMPRESSED
+from data_pipeline.read.readers import read
+from data_pipeline.read.units import PLAN, Plan, check_unchanged
+from data_pipeline.tokenize.backends import REFERENCE, Encode, Mismatch, checked
+from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer
+from data_pipeline.write import shuffle
+from data_pipeline.write.manifest import Ledger
+from data_pipeline.write.output import WORK, PartWriter
+from ponder_scale.shards.format import TOKENIZER, dtype_for
+from ponder_scale.shards.manifest import sync, sync_folder
+
+SPLITS = ("train", "heldout")
+BATCH_DOCUMENTS = 1024
+BATCH_BYTES = 2**21  # of text
+DUPLICATE = "duplicate"
+
+Writer = PartWriter | shuffle.Scatter
+
+
+class _Bucket(NamedTuple):
+    """The documents that one task of the gather stage puts in order."""
+
+    source: str
+    number: int  # in the source
+    size: int  # bytes of input
+
+
+class _Stored:
+    """The hash and the number of the stored bytes that were read: of compressed files, not those of the records."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._hash = xxhash.xxh3_128()
+
+    def update(self, content: bytes | memoryview, /) -> None:
+        """Take the next bytes."""
+        self.bytes += len(content)
+        self._hash.update(content)
+
+    def hexdigest(self) -> str:
+        """The hash of all."""
+        return self._hash.hexdigest()
+
+
+class Tasks:
+    """The tasks of the build in `folder`: a method for each stage, which does one task and returns its journal."""
+
+    def __init__(self, folder: Path, config: BuildConfig, report: Report) -> None:
+        self.folder, self.work, self.config = folder, folder / WORK, config
+        self.plan = Plan(self.work / PLAN)
+        self._report = report
+
+    def stage(self, name: str) -> Stage:
+        """The tasks of a stage. Those before it must be done."""
+        sizes: Any = self.plan.sizes
+        if name == "duplicates":
+            sizes = [dedup.KEY_BYTES * self._keys // self._key_buckets] * self._key_buckets
+        elif name == "gather":
+            sizes = [bucket.size for bucket in self._buckets]
+        return Stage(self.work, name, sizes, self.config.lease_seconds)
+
+    def keys(self, number: int, scratch: Path) -> dict[str, Any]:
+        """The keys of the documents of a unit, for deduplication; of none that a filter leaves out anyway, or it would
+        take its equals of other sources with it."""
+        unit, documents = self.plan.unit(number), 0
+        filters = self._filters(unit.source)
+        keys_of = dedup.minhash_keys if self.config.deduplicate == "minhash" else dedup.exact_keys
+        writer = dedup.KeyWriter(scratch, self.work / "keys", number)
+        for text in self._texts(unit, None):
+            if not any(screen(text) for screen in filters):
+                writer.add(documents, keys_of(text))
+            documents += 1
+            if documents % BATCH_DOCUMENTS == 0:
+                self._tell(min(self._consumed, unit.size), BATCH_DOCUMENTS, 0)
+        self._tell(unit.size, documents % BATCH_DOCUMENTS, 0)
+        return writer.close()
+
+    def duplicates(self, bucket: int, scratch: Path) -> dict[str, Any]:
+        """The duplicates whose key lies in a bucket."""
+        units, numbers = dedup.find_duplicates(self.work / "keys", self._key_runs, bucket, self._key_buckets)
+        for name, values in (("units", units), ("numbers", numbers)):
+            with (scratch / f"{name}.npy").open("wb") as stream:
+                np.save(stream, values)
+                sync(stream)
+            (scratch / f"{name}.npy").rename(self.work / "duplicates" / f"{bucket:06d}.{name}.npy")
+        self._report(dedup.KEY_BYTES * self._keys // self._key_buckets, 0, 0)
+        return {}
+
+    def shards(self, number: int, scratch: Path) -> dict[str, Any]:
+        """A unit as its shard of each split."""
+        unit = self.plan.unit(number)
+
+        def writer(split: str) -> Writer:
+            name = f"{split}-{number:05d}"
+            return PartWriter(scratch, name, unit.source, self.config.shard_tokens, self._tokenizer.vocab_size)
+
+        result, writers = self._tokenize(number, unit, scratch, writer)
+        return {**result, "shards": self._place(writers)}
+
+    def scatter(self, number: int, scratch: Path) -> dict[str, Any]:
+        """A unit as documents sorted by the bucket that each is to go to."""
+        unit = self.plan.unit(number)
+        own = sum(bucket.source == unit.source for bucket in self._buckets)
+
+        def writer(split: str) -> Writer:
+            seed = [self.config.seed, number, SPLITS.index(split)]
+            return shuffle.Scatter(scratch / f"{number:06d}-{split}", own, self._dtype, seed)
+
+        result, writers = self._tokenize(number, unit, scratch, writer)
+        for some in writers.values():
+            some.close()
+        for path in scratch.glob(f"{number:06d}-*"):
+            path.rename(self.work / "scatter" / path.name)
+        sync_folder(self.work / "scatter")
+        return result
+
+    def gather(self, number: int, scratch: Path) -> dict[str, Any]:
+        """A bucket as its shard of each split, documents in random order."""
+        source, bucket, size = self._buckets[number]
+        documents = tokens_written = 0
+        units = [i for i in range(len(self.plan)) if self._sources[i] == source]
+        writers = {}
+        for split in SPLITS:
+            name = f"{split}-{number:05d}"
+            writers[split] = PartWriter(scratch, name, source, self.config.shard_tokens, self._tokenizer.vocab_size)
+            prefixes = [self.work / "scatter" / f"{unit:06d}-{split}" for unit in units]
+            seed = [self.config.seed, number, SPLITS.index(split), 1]
+            for tokens, lengths in shuffle.gather(prefixes, bucket, self._dtype, seed):
+                writers[split].add(tokens, lengths)
+                documents, tokens_written = documents + len(lengths), tokens_written + len(tokens)
+        self._report(size, documents, tokens_written)
+        return {"source": source, "shards": self._place(writers)}
+
+    def _place(self, writers: dict[str, Any]) -> dict[str, Any]:
+        return {split: [asdict(info) for info in writer.close(self.folder)] for split, writer in writers.items()}
+
+    def _tokenize(self, number: int, unit: Unit, scratch: Path, writer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(the journal, the writer of each split, not closed), by the fast engine while it agrees."""
+        for name in (self._engine, REFERENCE):
+            self._told = 0
+            try:
+                encode = checked(name, self._tokenizer)
+                writers = {split: writer(split) for split in SPLITS}
+                return {**self._fill(number, unit, scratch, encode, writers), "engine": name}, writers
+            except Mismatch as error:
+                self._tell(0, 0, 0)  # takes back what it had done
+                print(
+                    f"warning: unit {number}: {name} {error}; the unit is done again by the reference",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        raise AssertionError("the reference agrees with itself")
+
+    def _fill(self, number: int, unit: Unit, scratch: Path, encode: Encode, writers: dict[str, Any]) -> dict[str, Any]:
+        """Read, clean and tokenize a unit into the writers of its splits; the journal."""
+        dropped = scratch / f"{number:06d}.dropped.jsonl" if self.config.keep_dropped else None
+        ledger = Ledger(unit.source, scratch / "quarantine", dropped)
+        wanted = self._wanted(number, unit, ledger)
+        documents, size, tokens_written = 0, 0, 0
+        batch: dict[str, list[str]] = {split: [] for split in SPLITS}
+        bound = int(self.config.heldout_fraction * 2**64)
+        for text in wanted:
+            batch["heldout" if bound and self._side(text) < bound else "train"].append(text)
+            documents += 1
+            size += len(text)
+            if documents % BATCH_DOCUMENTS == 0 or size >= BATCH_BYTES:
+                tokens_written += self._write(batch, encode, writers)
+                self._tell(min(self._consumed, unit.size), documents - ledger.documents, tokens_written)
+                size, tokens_written = 0, 0
+                ledger.documents = documents
+        tokens_written += self._write(batch, encode, writers)
+        self._tell(unit.size, documents - ledger.documents, tokens_written)
+        ledger.documents = documents
+        result = ledger.close()
+        if dropped is not None:
+            dropped.rename(self.work / "quarantine" / dropped.name)
+        (scratch / "quarantine").rename(self.work / "quarantine" / f"{number:06d}.jsonl")
+        return result
+
+    def _side(self, text: str) -> int:
+        """The hash that decides a document's split."""
+        decides = text.strip() if self.config.split_by == "stripped" else text
+        return xxhash.xxh3_64_intdigest(decides.encode(), seed=self.config.seed)
+
+    def _write(self, batch: dict[str, list[str]], encode: Encode, writers: dict[str, Any]) -> int:
+        count = 0
+        for split, texts in batch.items():
+            if texts:
+                tokens, lengths = encode(texts)
+                tokens, lengths = self._framed(tokens, lengths)
+                writers[split].add(tokens, lengths)
+                count += len(tokens)
+                texts.clear()
+        return count
+
+    def _framed(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The documents with their first and last token, where asked for."""
+        if self._tokenizer.bos_id is not None:
+            tokens = np.insert(tokens, np.cumsum(lengths) - lengths, self._tokenizer.bos_id)
+            lengths = lengths + 1
+        if self.config.append_eod:
+            tokens = np.insert(tokens, np.cumsum(lengths), self._tokenizer.eod_id)
+            lengths = lengths + 1
+        return tokens, lengths
+
+    def _wanted(self, number: int, unit: Unit, ledger: Ledger) -> Iterator[str]:
+        """The texts of a unit that are to be kept; what is left out is counted."""
+        filters = self._filters(unit.source)
+        if self.config.deduplicate == "none":
+            duplicates: Any = ()
+        else:
+            duplicates = dedup.Duplicates(self.work / "duplicates", self._key_buckets, number)
+        for count, text in enumerate(self._texts(unit, ledger)):
+            if duplicates and count in duplicates:
+                ledger.reject(DUPLICATE, text)
+                continue
+            reason = next(filter(None, (screen(text) for screen in filters)), None) if filters else None
+            if reason is None:
+                yield text
+            else:
+                ledger.reject(reason, text)
+
+    def _filters(self, source: str) -> list[Filter]:
+        config = self.config.sources[source]
+        sample = [] if config.sample is None else [sampled(config.sample, self.config.seed)]
+        return [*sample, *chosen(source, config.filters)]
+
+    def _texts(self, unit: Unit, ledger: Ledger | None) -> Iterator[str]:
+        """The texts of all documents of a unit; `_consumed` counts the bytes of input read for them."""
+        config = self.config.sources[unit.source]
+        shorten = edits(config.filters)
+        self._consumed = self._told = done = 0
+        for piece in unit.pieces:
+            hasher, compressed = _Stored(), piece.path.endswith(COMPRESSED)
+            for record in read(piece, config, self.config.max_document_bytes, hasher):
+                self._consumed = done + hasher.bytes if compressed else self._consumed + record.size
+                if record.text is not None:
+                    text = record.text
+                    for edit in shorten:
+                        text, lines = edit(text)
+                        if lines and ledger is not None:
+                            ledger.shorten(lines)
+                    yield text
+                elif ledger is not None:
+                    ledger.drop(piece, record)
+            check_unchanged(piece)
+            if ledger is not None:
+                ledger.was_read(piece, hasher.hexdigest())
+            done += piece.size
+
+    def _tell(self, size: int, documents: int, tokens: int) -> None:
+        """Report `size` bytes of the unit in hand as done, with the documents and tokens since the last report."""
+        self._report(size - self._told, documents, tokens)
+        self._told = size
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return open_tokenizer(
+            self.folder / TOKENIZER,
+            self.config.eod_token,
+            self.config.bos_token,
+            self.config.special_tokens_in_text == "tokens",
+        )
+
+    @property
+    def _engine(self) -> str:
+        return str(self.plan.header["engine"])
+
+    @cached_property
+    def _dtype(self) -> np.dtype:
+        return dtype_for(self._tokenizer.vocab_size)
+
+    @cached_property
+    def _sources(self) -> list[str]:
+        return [self.plan.unit(i).source for i in range(len(self.plan))]
+
+    @cached_property
+    def _key_runs(self) -> list[int]:
+        stage = self.stage("keys")
+        return [stage.result(i)["runs"] for i in range(len(self.plan))]
+
+    @cached_property
+    def _key_buckets(self) -> int:
+        return dedup.buckets(self._keys)
+
+    @cached_property
+    def _keys(self) -> int:
+        stage = self.stage("keys")
+        return sum(stage.result(i)["keys"] for i in range(len(self.plan)))
+
+    @cached_property
+    def _buckets(self) -> list[_Bucket]:
+        """Those of the shuffle."""
+        found = []
+        for source in self.config.sources:
+            sizes = [size for size, name in zip(self.plan.sizes, self._sources, strict=True) if name == source]
+            count = max(1, -(-sum(sizes) // shuffle.BUCKET_BYTES))
+            if self.config.sources[source].streaming:  # of unknown size
+                count = len(sizes)
+            found += [_Bucket(source, i, sum(sizes) // count) for i in range(count)]
+        return found

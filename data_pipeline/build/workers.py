@@ -1,0 +1,167 @@
+"""The worker processes of one machine: started, listened to, and replaced by each other when one dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_pipeline.build.parallel import Stage, Team, one_thread, work_off
+from data_pipeline.build.tasks import Tasks
+from data_pipeline.config import BuildConfig
+from data_pipeline.progress import SECONDS_BETWEEN_LINES, Progress
+from ponder_scale.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from multiprocessing import connection
+    from multiprocessing.context import SpawnProcess
+
+
+def run_stage(folder: Path, config: BuildConfig, name: str, team: Team, what: str) -> None:
+    """Do every task of a stage, this rank with its workers and all other ranks with theirs.
+
+    Raises the UserError that stopped a worker, and ConfigError when all workers of this rank were killed.
+    """
+    one_thread()
+    if team.ranks > 1:
+        _without_torch()
+    tasks = Tasks(folder, config, lambda size, documents, tokens: None)
+    stage = tasks.stage(name)
+    waiting = set(stage.unfinished())
+    done = sum(stage.sizes) - sum(stage.sizes[task] for task in waiting)
+    with Progress(what, sum(stage.sizes), quiet=team.rank > 0, done=done) as progress:
+
+        def watch(left: list[int]) -> None:
+            if team.ranks > 1 and team.rank == 0:
+                progress.add(*_news(stage, waiting, left))
+
+        if team.workers == 1 or len(stage.unfinished()) <= 1:
+            alone = Tasks(folder, config, progress.add if team.ranks == 1 else lambda size, documents, tokens: None)
+            work_off(stage, getattr(alone, name), team.rank, team.ranks, watch)
+        else:
+            with _started(folder, config, name, team) as children:
+                _listen(stage, children, progress, team, watch)
+        watch([])
+
+
+def _news(stage: Stage, waiting: set[int], left: list[int]) -> tuple[int, int, int]:
+    """Bytes, documents and tokens of the tasks that `waiting` has and that are done now, by their journals; they
+    leave it."""
+    new = waiting.difference(left)
+    waiting -= new
+    documents = tokens = 0
+    for result in map(stage.result, new):
+        shards = [info for infos in result.get("shards", {}).values() for info in infos]
+        documents += sum(info["documents"] for info in shards) if shards else result.get("documents", 0)
+        tokens += sum(info["tokens"] for info in shards)
+    return sum(stage.sizes[task] for task in new), documents, tokens
+
+
+@contextmanager
+def _started(
+    folder: Path, config: BuildConfig, name: str, team: Team
+) -> Iterator[dict[connection.Connection, SpawnProcess]]:
+    """A process for each worker, by the pipe it reports through; they are ended with the block."""
+    from multiprocessing import get_context
+
+    context = get_context("spawn")  # threads of libraries do not survive a fork
+    children = {}
+    try:
+        for worker in range(team.workers):
+            ours, theirs = context.Pipe(duplex=False)
+            place = (team.rank * team.workers + worker, team.ranks * team.workers)
+            process = context.Process(target=_work, args=(folder, config, name, place, theirs), daemon=True)
+            with _ignoring_interrupts():
+                process.start()
+            theirs.close()
+            children[ours] = process
+        yield children
+    finally:
+        for process in children.values():
+            process.terminate()
+            process.join()
+
+
+def _listen(
+    stage: Stage,
+    children: dict[connection.Connection, SpawnProcess],
+    progress: Progress,
+    team: Team,
+    watch: Callable[[list[int]], None],
+) -> None:
+    """Pass on what the workers report, until each has found everything done, or one reports an error.
+
+    Of what other ranks do there is no report, so `watch` is told what is left.
+    """
+    from multiprocessing import connection
+
+    alive, last_look = dict(children), time.monotonic()
+    while alive:
+        if team.ranks > 1 and time.monotonic() - last_look >= SECONDS_BETWEEN_LINES:
+            watch(stage.unfinished())
+            last_look = time.monotonic()
+        ready: Any = connection.wait(list(alive), timeout=1.0)
+        for pipe in ready:
+            try:
+                message = pipe.recv()
+            except EOFError:
+                process = alive.pop(pipe)
+                process.join()
+                if process.exitcode:
+                    _lost(stage, process, bool(alive))
+                continue
+            if isinstance(message, BaseException):
+                raise message
+            if team.ranks == 1:
+                progress.add(*message)
+
+
+def _lost(stage: Stage, process: SpawnProcess, others: bool) -> None:
+    code = process.exitcode or 0
+    what = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    if process.pid is not None:
+        stage.release(process.pid)
+    print(f"warning: worker {process.pid} {what}; its unit goes to another", file=sys.stderr, flush=True)
+    if not others and stage.unfinished():
+        raise ConfigError(
+            f"all workers are gone, the last one {what}; if it was signal 9 the machine may lack memory: lower "
+            f"workers or max_document_bytes; the same command goes on from the units that are done"
+        )
+
+
+def _work(folder: Path, config: BuildConfig, name: str, place: tuple[int, int], pipe: connection.Connection) -> None:
+    """One worker process. What it cannot do it reports as the error that stopped it."""
+    one_thread()
+    _without_torch()
+    try:
+        tasks = Tasks(folder, config, lambda size, documents, tokens: pipe.send((size, documents, tokens)))
+        work_off(tasks.stage(name), getattr(tasks, name), *place)
+    except BrokenPipeError:
+        sys.exit(1)  # the build that this worker belongs to is gone
+    except (UserError, OSError) as error:
+        with suppress(BrokenPipeError):
+            pipe.send(error)
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """Workers are started so that they ignore Ctrl-C, which a terminal sends to them too: the build ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _without_torch() -> None:
+    """For processes that are nothing but workers: `datasets` would load torch to read rows, for memory's worth only."""
+    os.environ["USE_TORCH"] = "0"

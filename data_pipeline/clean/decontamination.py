@@ -1,0 +1,85 @@
+"""Which evaluation set a text has n words in a row in common with. GPT-3 (Brown et al. 2020, appendix C) took 13.
+
+Words are those of `dedup`: neither case, punctuation nor white space counts. An n-gram is kept as 64 bits, so a text of
+a million words meets one of a set of a million by chance once in 10^7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from data_pipeline.clean.dedup import n_gram_hashes, words_of
+from data_pipeline.config import SourceConfig
+from data_pipeline.document import Piece
+from data_pipeline.read.readers import read
+from data_pipeline.read.sources import LeftOut, files, kind_of, split
+from data_pipeline.read.walk import NOWHERE
+from ponder_scale.errors import ConfigError
+
+_MAX_TEXT_BYTES = 2**26
+
+
+class EvaluationSets(NamedTuple):
+    """The n-grams of all sets."""
+
+    names: list[str]
+    grams: np.ndarray  # (n,) uint64, ascending
+    sets: np.ndarray  # (n,) the first set that has each
+
+    def hit(self, text: str, n: int) -> str | None:
+        """The set that the first n-gram of a text that is in any is of."""
+        grams = n_gram_hashes(words_of(text), n)
+        if not len(grams):
+            return None
+        places = np.minimum(np.searchsorted(self.grams, grams), len(self.grams) - 1)
+        found = np.flatnonzero(self.grams[places] == grams)
+        return self.names[int(self.sets[places[found[0]]])] if len(found) else None
+
+
+@lru_cache(maxsize=4)
+def evaluation_sets(paths: tuple[str, ...], field: str, n: int) -> EvaluationSets:
+    """The n-grams of the texts in some files, named by them. Texts of fewer than n words have none.
+
+    Raises ConfigError for a file that cannot be read whole, and for one in which no text is long enough.
+    """
+    if not isinstance(n, int) or n < 1:
+        raise ConfigError(f"decontaminate: n is {n}; expected at least 1 word, and a whole number")
+    names: list[str] = []
+    parts, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+    for file in files_of(paths):
+        source = SourceConfig(kind=kind_of(file.path), path=file.path, field=field)
+        grams = []
+        for piece in split(file, source, 2**62):
+            for record in read(piece, source, _MAX_TEXT_BYTES, xxhash.xxh3_128()):
+                if record.text is None:
+                    raise ConfigError(
+                        f"decontaminate: {file.name} at {record.offset:,}: {record.reason}; an evaluation set is read "
+                        f"whole or not at all: mend it, or name the right field"
+                    )
+                grams.append(n_gram_hashes(words_of(record.text), n))
+        if not sum(map(len, grams)):
+            raise ConfigError(f"decontaminate: no text of {file.name} has {n} words; lower n or leave it out")
+        parts.append(np.concatenate(grams))
+        owners.append(np.full(len(parts[-1]), len(names)))
+        names.append(Path(file.path).name)
+    every, first = np.unique(np.concatenate(parts), return_index=True)
+    return EvaluationSets(names, every, np.concatenate(owners)[first])
+
+
+def files_of(paths: Iterable[str]) -> list[Piece]:
+    """The files that some paths and globs name. Raises ConfigError for one that names none, or a link to none."""
+    found, left_out = [], LeftOut()
+    for path in paths:
+        try:
+            found += files({path: SourceConfig(kind=kind_of(path), path=path)}, left_out)
+        except ConfigError as error:
+            raise ConfigError(f"decontaminate: {path}: no such file, and no file matches it as a glob") from error
+    for line in left_out.of(NOWHERE):
+        raise ConfigError(f"decontaminate: {line}; mend it, or name the files without it")
+    return found

@@ -1,0 +1,278 @@
+"""Filters: a function of a text that returns the reason to drop it, or None. Thresholds are arguments.
+
+Gopher is Rae et al. 2021, "Scaling Language Models: Methods, Analysis & Insights from Training Gopher", appendix
+A.1.1 (quality) and table A1 (repetition), its shares counted as datatrove counts them, with words split at white
+space. C4 is Raffel et al. 2020, "Exploring the Limits of Transfer Learning", section 2.2; of its rules that delete
+lines only that of endless words is here, the others are left to the preparation of a corpus.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from data_pipeline.clean.decontamination import evaluation_sets, files_of
+from ponder_scale.errors import ConfigError
+from ponder_scale.shards.manifest import hash_file
+
+Filter = Callable[[str], str | None]
+Edit = Callable[[str], tuple[str, int]]  # (what is left of a text, the lines left out of it)
+
+_GOPHER_STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
+_SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019)]*(?:\s|$)")
+NOT_SAMPLED = "not in the sample"
+_BLANK_LINES = re.compile(r"\n\s*\n")
+
+
+def length(text: str, *, min_characters: int = 1, max_characters: int | None = None) -> str | None:
+    """Too short or too long, in characters."""
+    if len(text) < min_characters:
+        return "length: too short"
+    return "length: too long" if max_characters is not None and len(text) > max_characters else None
+
+
+def gopher_quality(
+    text: str,
+    *,
+    min_words: int = 50,
+    max_words: int = 100_000,
+    min_mean_word: float = 3.0,
+    max_mean_word: float = 10.0,
+    max_symbols_per_word: float = 0.1,
+    max_bullet_lines: float = 0.9,
+    max_ellipsis_lines: float = 0.3,
+    min_alphabetic_words: float = 0.8,
+    min_stop_words: int = 2,
+) -> str | None:
+    """Gopher's quality rules: words, their mean length, symbols, bullets, ellipses, alphabetic and stop words."""
+    words = text.split()
+    if not min_words <= len(words) <= max_words:
+        return "gopher_quality: number of words"
+    if not min_mean_word <= sum(map(len, words)) / len(words) <= max_mean_word:
+        return "gopher_quality: mean length of words"
+    ellipses = text.count("...") + text.count("…")
+    if max(text.count("#"), ellipses) > max_symbols_per_word * len(words):
+        return "gopher_quality: symbols"
+    lines = [line for line in text.splitlines() if line.strip()]
+    if sum(line.lstrip().startswith(("•", "-", "*", "‣")) for line in lines) > max_bullet_lines * len(lines):
+        return "gopher_quality: bullets"
+    if sum(line.rstrip().endswith(("...", "…")) for line in lines) > max_ellipsis_lines * len(lines):
+        return "gopher_quality: ellipses"
+    if sum(any(map(str.isalpha, word)) for word in words) < min_alphabetic_words * len(words):
+        return "gopher_quality: words without letters"
+    if len(_GOPHER_STOP_WORDS.intersection(map(str.lower, words))) < min_stop_words:
+        return "gopher_quality: stop words"
+    return None
+
+
+def gopher_repetition(
+    text: str,
+    *,
+    max_duplicate_lines: float = 0.3,
+    max_duplicate_paragraphs: float = 0.3,
+    max_duplicate_line_characters: float = 0.2,
+    max_duplicate_paragraph_characters: float = 0.2,
+    max_top_n_grams: Sequence[float] = (0.2, 0.18, 0.16),
+    max_duplicate_n_grams: Sequence[float] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10),
+) -> str | None:
+    """Gopher's repetition rules: repeated lines and paragraphs, the most frequent 2- to 4-gram, and repeated 5- to
+    10-grams, as shares of the lines, the paragraphs and all characters. Line ends of any kind are alike."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    for name, pieces, count_bound, character_bound in (
+        ("lines", [line.strip() for line in text.split("\n")], max_duplicate_lines, max_duplicate_line_characters),
+        ("paragraphs", _BLANK_LINES.split(text.strip()), max_duplicate_paragraphs, max_duplicate_paragraph_characters),
+    ):
+        repeated, characters = _repeated([piece for piece in pieces if piece.strip()])
+        if repeated > count_bound or characters > character_bound * len(text):
+            return f"gopher_repetition: {name}"
+    words = text.split()
+    for n, bound in enumerate(max_top_n_grams, start=2):
+        if _top_n_gram(words, n) > bound * len(text):
+            return f"gopher_repetition: most frequent {n}-gram"
+    for n, bound in enumerate(max_duplicate_n_grams, start=5):
+        if _in_repeated_n_grams(words, n) > bound * len(text):
+            return f"gopher_repetition: {n}-grams"
+    return None
+
+
+def c4(
+    text: str, *, min_sentences: int = 5, max_lorem_ipsum: int = 0, max_braces: int = 0, max_word: int = 1000
+) -> str | None:
+    """C4's rules for whole pages: sentences, placeholder text, braces as a sign of code; of what `c4_lines` leaves."""
+    text, _ = c4_lines(text, max_word=max_word)
+    lowered = text.lower()
+    if lowered.count("lorem ipsum") > max_lorem_ipsum:
+        return "c4: lorem ipsum"
+    if text.count("{") > max_braces:
+        return "c4: braces"
+    if not text.strip() or sum(1 for _ in _SENTENCE_END.finditer(text)) < min_sentences:
+        return "c4: number of sentences"
+    return None
+
+
+def c4_lines(text: str, *, max_word: int = 1000, **of_pages: int) -> tuple[str, int]:
+    """C4's rule for lines that is used here: one with an endless word goes, the page stays."""
+    if max(map(len, text.split()), default=0) <= max_word:
+        return text, 0
+    lines = text.splitlines(keepends=True)
+    kept = [line for line in lines if max(map(len, line.split()), default=0) <= max_word]
+    return "".join(kept), len(lines) - len(kept)
+
+
+def decontaminate(text: str, *, against: Sequence[str] = (), field: str = "text", n: int = 13) -> str | None:
+    """Has n words in a row in common with a text of an evaluation set: files of jsonl, parquet or text, by path."""
+    if not against:
+        return None
+    name = evaluation_sets(tuple(against), field, n).hit(text, n)
+    return f"decontaminate: {name}" if name else None
+
+
+FILTERS: dict[str, Callable[..., str | None]] = {
+    "length": length,
+    "gopher_quality": gopher_quality,
+    "gopher_repetition": gopher_repetition,
+    "c4": c4,
+    "decontaminate": decontaminate,
+}
+EDITS: dict[str, Callable[..., tuple[str, int]]] = {"c4": c4_lines}  # before any filter looks at a text
+
+
+def chosen(source: str, filters: Mapping[str, Any]) -> list[Filter]:
+    """The filters of a source, with their thresholds, in the order given.
+
+    Raises ConfigError for an unknown filter or threshold.
+    """
+    found: list[Filter] = []
+    for name, thresholds in filters.items():
+        key = f"sources.{source}.filters.{name}"
+        if ":" not in name and name not in FILTERS:
+            raise ConfigError(f"{key}: no such filter; expected one of: {', '.join(FILTERS)}, or MODULE:FUNCTION")
+        function = _imported(key, name) if ":" in name else FILTERS[name]
+        known = list(inspect.signature(function).parameters)[1:]
+        if not isinstance(thresholds or {}, Mapping):
+            raise ConfigError(f"{key} is {thresholds!r}; expected thresholds by name: {{{known[0]}: NUMBER}}")
+        for threshold, value in (thresholds or {}).items():
+            if threshold not in known:
+                raise ConfigError(f"{key}.{threshold}: unknown threshold; expected one of: {', '.join(known)}")
+            if ":" in name or threshold in ("against", "field") or (value is None and threshold == "max_characters"):
+                continue
+            default = inspect.signature(function).parameters[threshold].default
+            several = isinstance(default, tuple)
+            if not (isinstance(value, list) and all(map(_is_bound, value)) if several else _is_bound(value)):
+                expected = f"a list of numbers, such as {list(default)}, each" if several else "a number,"
+                raise ConfigError(f"{key}.{threshold} is {value!r}; expected {expected} at least 0")
+        screen = partial(function, **(thresholds or {}))
+        if name == "decontaminate":
+            against = screen.keywords.get("against")
+            if not against or isinstance(against, str):
+                raise ConfigError(f"{key}.against names no evaluation set; give a list of files")
+            screen("")  # reads them
+        found.append(_guarded(key, screen) if ":" in name else screen)
+    return found
+
+
+def _is_bound(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def identities(filters: Mapping[str, Any]) -> dict[str, str]:
+    """What besides its settings decides what the filters of a source drop: the hash of the file of each function of the
+    user's own, and of each evaluation set."""
+    found = {}
+    for name, thresholds in filters.items():
+        if ":" in name:
+            file = inspect.getsourcefile(_imported(name, name))
+            found[name] = hash_file(Path(file)) if file else ""
+        if name == "decontaminate":
+            found |= {file.name: hash_file(Path(file.path)) for file in files_of((thresholds or {}).get("against", ()))}
+    return found
+
+
+def _imported(key: str, name: str) -> Callable[..., str | None]:
+    """A filter of the user's own, MODULE:FUNCTION."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+        inspect.signature(found)
+    except Exception as error:  # a module may raise anything as it is loaded
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"{key}: {name} cannot be used ({reason}); expected MODULE:FUNCTION, with the module's folder in PYTHONPATH"
+        ) from error
+    return found
+
+
+def _guarded(key: str, screen: Filter) -> Filter:
+    """A filter of the user's own whose errors are one line."""
+
+    def guarded(text: str) -> str | None:
+        try:
+            reason = screen(text)
+        except Exception as error:
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(f"{key} failed ({what}) for a text that begins with {text[:60]!r}") from error
+        if reason is not None and not (isinstance(reason, str) and reason):
+            raise ConfigError(f"{key} returned {reason!r}; expected the reason to drop a text, or None to keep it")
+        return reason
+
+    return guarded
+
+
+def sampled(share: float, seed: int) -> Filter:
+    """Keeps a share of the documents, by a hash of their stripped text that is not the one of the held-out split."""
+    bound = int(share * 2**64)
+
+    def screen(text: str) -> str | None:
+        return None if xxhash.xxh3_64_intdigest(text.strip().encode(), seed=2**32 + seed) < bound else NOT_SAMPLED
+
+    return screen
+
+
+def edits(filters: Mapping[str, Any]) -> list[Edit]:
+    """What the filters of a source leave out of texts that they keep; `chosen` has checked their thresholds."""
+    return [partial(EDITS[name], **(thresholds or {})) for name, thresholds in filters.items() if name in EDITS]
+
+
+def _repeated(pieces: list[str]) -> tuple[float, int]:
+    """(share of the pieces that stood there before, characters of those)."""
+    seen: set[str] = set()
+    count = characters = 0
+    for piece in pieces:
+        if piece in seen:
+            count, characters = count + 1, characters + len(piece)
+        seen.add(piece)
+    return count / max(1, len(pieces)), characters
+
+
+def _top_n_gram(words: list[str], n: int) -> int:
+    """Characters, with the spaces between its words, in all occurrences of the most frequent n-gram; 0 when none occurs
+    twice."""
+    counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+    if not counts:
+        return 0
+    gram, count = counts.most_common(1)[0]
+    return count * len(" ".join(gram)) if count > 1 else 0
+
+
+def _in_repeated_n_grams(words: list[str], n: int) -> int:
+    """Characters of the words in n-grams that occurred before; the next one is looked for behind the one that did."""
+    seen: set[tuple[str, ...]] = set()
+    begin = characters = 0
+    while begin <= len(words) - n:
+        gram = tuple(words[begin : begin + n])
+        if gram in seen:
+            characters += sum(map(len, gram))
+            begin += n
+        else:
+            seen.add(gram)
+            begin += 1
+    return characters

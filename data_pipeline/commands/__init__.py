@@ -1,0 +1,1 @@
+"""What else the command does: adopt, plan, inspect."""

@@ -1,0 +1,97 @@
+"""Tokens that other programs wrote, made a folder of shards where they lie: their data is read and never changed.
+
+Megatron-LM, NeMo and GPT-NeoX (.bin/.idx) need a manifest only. datatrove (.ds, .ds.index) and headerless dumps
+(nanoGPT's, dolma's and others' uint16 or uint32) get an index in Megatron's format and a .bin that is a symbolic
+link. What the formats do not say, the tokenizer and the type of the tokens, the user says, and `dumps` checks it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from data_pipeline.commands.dumps import Dump, Kind, open_dump, pieces
+from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer, save
+from ponder_scale.errors import ShardError
+from ponder_scale.shards.format import TOKENIZER, index_pieces
+from ponder_scale.shards.manifest import BlockHashes, Manifest, ShardInfo, hash_file, seal, sync, unsealed
+
+
+def adopt(
+    files: list[Path],
+    kind: Kind,
+    tokenizer_path: Path,
+    out: Path,
+    dtype: str | None,
+    heldout_files: int,
+    eod_token: str | None,
+    command: str,
+) -> Manifest:
+    """Make `out` a folder of shards of these files, the last `heldout_files` of them held out.
+
+    dtype: of headerless tokens, uint16 or uint32; None for formats that say it. eod_token: None: the tokenizer's own.
+    Raises ShardError when a file is not what it is said to be, or holds token ids that the tokenizer does not have.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ShardError(f"--out is {out}, which is not empty; choose another folder")
+    if not 0 <= heldout_files < len(files):
+        raise ShardError(f"--heldout-files is {heldout_files}, of {len(files)} files; expected 0 to {len(files) - 1}")
+    tokenizer = open_tokenizer(tokenizer_path, eod_token)
+    dumps = [open_dump(path, kind, dtype, tokenizer) for path in files]
+    if len({dump.dtype for dump in dumps}) > 1:
+        raise ShardError(
+            f"tokens of different types: {', '.join(f'{d.path} {d.dtype.name}' for d in dumps)}; adopt apart"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    splits: dict[str, list[ShardInfo]] = {"train": [], "heldout": []}
+    for number, dump in enumerate(dumps):
+        split = "heldout" if number >= len(dumps) - heldout_files else "train"
+        splits[split].append(_place(dump, out, f"{split}-{len(splits[split]):05d}", tokenizer))
+    copies = save(tokenizer, out / TOKENIZER)
+    marked = {dump.marked for dump in dumps}
+    for dump in dumps:
+        if kind == "raw" and not dump.marked and len(dump.lengths) == 1:
+            print(
+                f"warning: {dump.path}: no end token ({tokenizer.eod_id}) in it, so it is one document; --eod-token "
+                f"names the one that it was made with",
+                file=sys.stderr,
+            )
+    about = {"kind": kind, "files": [str(path.resolve()) for path in files], "eod_token": eod_token}
+    manifest = Manifest(
+        dtype=dumps[0].dtype.name.replace("uint32", "int32"),
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id if marked == {"end"} else None,
+        bos_id=tokenizer.eod_id if marked == {"begin"} else None,
+        tokenizer=tokenizer.sha256,
+        splits=splits,
+        files={path.relative_to(out).as_posix(): hash_file(path) for path in copies},
+        provenance={"command": command, "adopted": about},
+    )
+    seal(out, manifest)
+    return manifest
+
+
+def _place(dump: Dump, out: Path, name: str, tokenizer: Tokenizer) -> ShardInfo:
+    """Links and an index in `out`; what the shard holds."""
+    target, index = out / f"{name}.bin", out / f"{name}.idx"
+    target.symlink_to(dump.path.resolve())
+    if dump.indexed:
+        index.symlink_to(dump.path.with_suffix(".idx").resolve())
+        index_hash = hash_file(index)
+    else:
+        whole = xxhash.xxh3_128()
+        with unsealed(index).open("wb") as stream:
+            for piece in index_pieces(dump.lengths, dump.dtype):
+                stream.write(piece)
+                whole.update(piece)
+            sync(stream)
+        unsealed(index).rename(index)
+        index_hash = whole.hexdigest()
+    hashes = BlockHashes()
+    for _, tokens in pieces(dump):
+        hashes.update(np.ascontiguousarray(tokens).view(np.uint8).data)
+    size = int(dump.lengths.sum())
+    return ShardInfo(name, len(dump.lengths), size, size * dump.dtype.itemsize, hashes.finish(), index_hash)

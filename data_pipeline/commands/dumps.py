@@ -1,0 +1,239 @@
+"""Token files of other programs: where their documents end, and whether their tokens are what they are said to be.
+
+A width or a byte order that is not the right one gives tokens that are all in the vocabulary more often than not, so
+both are looked for in the tokens themselves, over the whole file.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import struct
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data_pipeline.tokenize.tokenizer import Tokenizer
+from ponder_scale.errors import ShardError
+from ponder_scale.shards.format import check_index
+
+Kind = Literal["megatron", "datatrove", "raw"]
+SUFFIXES: dict[Kind, str] = {"megatron": ".bin", "datatrove": ".ds"}  # raw has any: dolma's end in .npy
+WIDTHS = ("uint16", "uint32")
+DOLMA_BOUNDARIES = ".csv.gz"  # beside dolma's .npy: a row of start, end, id, source, place for each document
+_HEADERS = {
+    b"\x93NUMPY": "numpy.save; write its tokens alone: array.tofile",
+    b"MMIDIDX": "Megatron's index; give the .bin beside it, with --kind megatron",
+    struct.pack("<i", 20240520): "llm.c, of 1,024 bytes; write its tokens alone: tail -c +1025",
+    struct.pack("<i", 20240801): "llm.c, of 1,024 bytes; write its tokens alone: tail -c +1025",
+    b"\x28\xb5\x2f\xfd": "zstd; decompress it",
+}
+_BLOCK = 2**23  # tokens looked at together; even, so that the first of each has an even place
+_MAX_DOCUMENT = 2**30  # tokens; what is longer without an end is cut into such "documents"
+_NEARLY_ALL, _MANY = 0.95, 0.75
+
+
+@dataclass(frozen=True)
+class Dump:
+    """One file of tokens and where its documents end."""
+
+    path: Path
+    dtype: np.dtype
+    lengths: np.ndarray  # (documents,) in tokens
+    indexed: bool = False  # it has Megatron's index beside it, whose sequences are the documents
+    marked: Literal["", "end", "begin"] = ""  # where the end token stands in each document
+
+
+def open_dump(path: Path, kind: Kind, dtype: str | None, tokenizer: Tokenizer) -> Dump:
+    """One file of tokens, all of them checked.
+
+    dtype: as the user gives it. Raises ShardError when the file is not what it is said to be, holds token ids that the
+    tokenizer does not have, or looks like tokens of another width or byte order.
+    """
+    if kind in SUFFIXES and path.suffix != SUFFIXES[kind]:
+        raise ShardError(f"{path}: expected a file that ends in {SUFFIXES[kind]} for --kind {kind}")
+    if kind == "megatron":
+        dump = _megatron(path, dtype)
+    elif kind == "datatrove":
+        dump = _datatrove(path, dtype)
+    else:
+        dump = _raw(path, dtype)
+    if dump.dtype.itemsize == 2 and tokenizer.vocab_size > 2**16:
+        raise ShardError(
+            f"{path}: {tokenizer.path} has {tokenizer.vocab_size:,} tokens, and uint16 holds ids below 65,536; give "
+            f"--dtype uint32, or the tokenizer that the tokens were made with"
+        )
+    _check(dump, tokenizer)
+    if kind == "raw" and not path.with_suffix(DOLMA_BOUNDARIES).is_file():
+        return _by_end_token(dump, tokenizer.eod_id)
+    if kind == "raw":
+        dump = replace(dump, lengths=_dolma_lengths(dump))
+    return replace(dump, marked="end") if _last_token(dump) == tokenizer.eod_id else dump
+
+
+def pieces(dump: Dump) -> Iterator[tuple[int, np.ndarray]]:
+    """(place of the first, tokens) of each part of a dump, in order."""
+    if not dump.path.stat().st_size:
+        return
+    tokens = np.memmap(dump.path, dtype=dump.dtype, mode="r")
+    for begin in range(0, len(tokens), _BLOCK):
+        yield begin, tokens[begin : begin + _BLOCK]
+
+
+def _megatron(path: Path, dtype: str | None) -> Dump:
+    """By Megatron's index; a document of several sequences is one document."""
+    index = path.with_suffix(".idx")
+    if not index.is_file():
+        raise ShardError(f"{path}: no {index.name} beside it; expected Megatron's pair of files")
+    found, lengths, documents = check_index(index, path)
+    if dtype is not None and np.dtype(dtype).itemsize != found.itemsize:
+        raise ShardError(f"--dtype is {dtype}; {index} says {found.name}; leave it out for --kind megatron")
+    if len(documents) == len(lengths) + 1:
+        return Dump(path, found, lengths, indexed=True)
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[documents]
+    whole = np.diff(ends)
+    if len(whole) and int(whole.max()) >= 2**31:
+        raise ShardError(f"{index}: a document of {int(whole.max()):,} tokens; an index here holds 2,147,483,647")
+    return Dump(path, found, whole[whole > 0])
+
+
+def _datatrove(path: Path, dtype: str | None) -> Dump:
+    """By datatrove's index, whose last number says how wide the tokens are."""
+    index = path.with_name(path.name + ".index")
+    if not index.is_file():
+        raise ShardError(f"{path}: no {index.name} beside it; expected the ends of its documents")
+    ends = np.fromfile(index, dtype="<u8").astype(np.int64)
+    size = path.stat().st_size
+    fitting = [name for name in WIDTHS if len(ends) and int(ends[-1]) * np.dtype(name).itemsize == size]
+    name = dtype or (fitting[0] if fitting else WIDTHS[0])
+    if name not in fitting or (np.diff(ends) < 0).any():
+        last = f"{ends[-1]:,}" if len(ends) else "none"
+        raise ShardError(
+            f"{index}: its last document ends at {last}; {path.name} holds {size / np.dtype(name).itemsize:,g} tokens "
+            f"of {name}; is dtype right?"
+        )
+    return Dump(path, np.dtype(name).newbyteorder("<"), np.diff(ends, prepend=0))
+
+
+def _raw(path: Path, dtype: str | None) -> Dump:
+    """A headerless dump; its documents are found when its tokens are known to be right."""
+    if dtype is None:
+        raise ShardError(f"{path}: nothing in it says how wide its tokens are; give --dtype uint16 or --dtype uint32")
+    with path.open("rb") as stream:
+        head = stream.read(max(map(len, _HEADERS)))
+    for magic, what in _HEADERS.items():
+        if head.startswith(magic):
+            raise ShardError(f"{path}: begins with the header of {what}")
+    if path.suffix in (".gz", ".zst", ".bz2", ".xz", ".npz"):
+        raise ShardError(f"{path}: is compressed; decompress it")
+    width = np.dtype(dtype).newbyteorder("<")
+    size, rest = divmod(path.stat().st_size, width.itemsize)
+    if rest:
+        raise ShardError(f"{path}: its size is no multiple of {width.itemsize}; are its tokens really {dtype}?")
+    return Dump(path, width, np.array([size] if size else [], dtype=np.int64))
+
+
+def _by_end_token(dump: Dump, eod_id: int) -> Dump:
+    """The dump with the documents that an end token stands behind, or before where it is the first token and not the
+    last."""
+    size = int(dump.lengths.sum())
+    found = [np.flatnonzero(tokens == eod_id) + begin for begin, tokens in pieces(dump)]
+    places = np.concatenate([np.empty(0, np.int64), *found])
+    before = len(places) and places[0] == 0 and places[-1] != size - 1
+    ends = places[1:] if before else places + 1
+    if size and (not len(ends) or ends[-1] != size):
+        ends = np.append(ends, size)
+    lengths = np.diff(ends, prepend=0)
+    if len(lengths) and int(lengths.max()) > _MAX_DOCUMENT:
+        cuts = [np.arange(begin, end, _MAX_DOCUMENT) for begin, end in zip(ends - lengths, ends, strict=True)]
+        lengths = np.diff(np.append(np.concatenate(cuts), size))
+    return replace(dump, lengths=lengths, marked="begin" if before else "end" if len(places) else "")
+
+
+def _dolma_lengths(dump: Dump) -> np.ndarray:
+    """Of the documents in dolma's file of boundaries."""
+    file, data, size = dump.path.with_suffix(DOLMA_BOUNDARIES), dump.path, int(dump.lengths.sum())
+    starts, ends = array("q"), array("q")
+    try:
+        with gzip.open(file, "rt", encoding="utf-8", newline="") as stream:
+            for row in csv.reader(stream):
+                # some versions name the document before the numbers
+                first, last = row[:2] if row[0].isdecimal() and row[1].isdecimal() else row[-2:]
+                starts.append(int(first))
+                ends.append(int(last))
+    except (OSError, EOFError, ValueError, IndexError, csv.Error) as error:
+        raise ShardError(f"{file}: not dolma's boundaries of documents ({error}); {_WITHOUT}") from error
+    begin, end = np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)
+    whole = len(end) and end[-1] == size and begin[0] == 0 and (begin[1:] == end[:-1]).all() and (begin <= end).all()
+    if not whole and (size or len(end)):
+        last_end = f"{end[-1]:,}" if len(end) else "none"
+        raise ShardError(
+            f"{file}: its documents do not follow one another to the end of {data.name}: the last one ends at "
+            f"{last_end}, and there are {size:,} tokens; is --dtype right? {_WITHOUT}"
+        )
+    return (end - begin)[end > begin]
+
+
+_WITHOUT = "move it away to have documents end at the end token"
+
+
+def _last_token(dump: Dump) -> int:
+    """The last token of a dump, or -1."""
+    if not dump.path.stat().st_size:
+        return -1
+    return int(np.memmap(dump.path, dtype=dump.dtype, mode="r")[-1])
+
+
+def _check(dump: Dump, tokenizer: Tokenizer) -> None:
+    """Raises ShardError for token ids that the tokenizer does not have, and for the marks of another width or byte
+    order."""
+    places = even = odd = low = high = 0
+    for begin, tokens in pieces(dump):
+        largest = int(tokens.max())
+        if largest >= tokenizer.vocab_size or (tokens.dtype.kind == "i" and int(tokens.min()) < 0):
+            where = begin + int(tokens.argmax())
+            raise ShardError(
+                f"{dump.path}: token {where:,} is {largest:,}; {tokenizer.path} has ids 0 to "
+                f"{tokenizer.vocab_size - 1:,}; {_remedy(dump, tokenizer)}"
+            )
+        pairs = tokens[: len(tokens) // 2 * 2].reshape(-1, 2)
+        places += len(pairs)
+        even += int((pairs[:, 0] == 0).sum())
+        odd += int((pairs[:, 1] == 0).sum())
+        if dump.dtype.itemsize == 2:
+            low += int(((tokens & 0xFF) < 4).sum())
+            high += int(((tokens >> 8) < 4).sum())
+    wider = "uint32" if dump.dtype.itemsize == 2 else "64 bits, which have to be written anew"
+    zeros, others = max(odd, even), min(odd, even)
+    if places > 1 and zeros >= _NEARLY_ALL * places and (others <= _MANY * places or others < zeros == places):
+        raise ShardError(
+            f"{dump.path}: of every two tokens of {dump.dtype.name} one is 0: they are halves of tokens of {wider}; "
+            f"{_remedy(dump, tokenizer)}"
+        )
+    if low > 3 * high + 0.1 * dump.lengths.sum():
+        raise ShardError(
+            f"{dump.path}: its tokens look like big-endian ones, whose bytes are the other way round; write them anew: "
+            f"array.byteswap().tofile"
+        )
+
+
+def _remedy(dump: Dump, tokenizer: Tokenizer) -> str:
+    """What to do about tokens that are not right, with the width or byte order in which the first ones would be."""
+    asked = "give the tokenizer and the dtype that it was made with"
+    others = [np.dtype(name).newbyteorder("<") for name in WIDTHS]
+    others = [other for other in others if other.itemsize != dump.dtype.itemsize]
+    with dump.path.open("rb") as stream:
+        head = stream.read(2**16)
+    for other in (*others, dump.dtype.newbyteorder(">")):
+        if dump.path.stat().st_size % other.itemsize or tokenizer.vocab_size > 2 ** (8 * other.itemsize):
+            continue
+        tokens = np.frombuffer(head, other)
+        if int(tokens.min()) >= 0 and int(tokens.max()) < tokenizer.vocab_size:
+            if other.itemsize != dump.dtype.itemsize:
+                return f"{asked}: its first tokens fit --dtype {other.name}"
+            return f"{asked}: its bytes seem to be the other way round (big-endian); array.byteswap().tofile turns them"
+    return asked

@@ -1,0 +1,261 @@
+"""Pieces of input to records. Every reader is one pass in bounded memory, however long a line or a file is.
+
+A record that yields no document is a counted reason, never silence; a file that cannot be read at all ends the
+build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.document import (
+    DAMAGED,
+    EMPTY,
+    LONG_LINE,
+    NO_FIELD,
+    NOT_AN_OBJECT,
+    NOT_PLAIN,
+    NOT_TEXT,
+    NOT_UTF8,
+    TOO_LONG,
+    Hasher,
+    Piece,
+    Record,
+)
+from data_pipeline.read import hub
+from data_pipeline.read.badjson import REPAIRABLE, is_cut_at, is_packed, repaired, why_not
+from data_pipeline.read.compressed import CHUNK, Damaged, open_piece
+from ponder_scale.errors import ConfigError
+
+_BOM = b"\xef\xbb\xbf"
+_JSON_BYTES, _OTHER_FIELDS = 4, 2**20  # a line may be so many times max_document_bytes, for escapes and other fields
+
+
+def read(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
+    """The records of one piece; `hasher` is fed every byte of it that decides them.
+
+    Documents of more than `max_bytes` bytes in UTF-8 become bad records without being held in memory.
+    Raises ConfigError when the file cannot be read.
+    """
+    try:
+        if config.kind == "dataset":
+            yield from hub.read(piece, config, max_bytes, hasher)
+        elif config.kind == "parquet":
+            yield from _read_parquet(piece, config.field, max_bytes, hasher)
+        elif config.kind == "jsonl":
+            yield from _read_jsonl(piece, config, max_bytes, hasher)
+        elif config.kind == "text" and config.document == "paragraph":
+            yield from _read_paragraphs(piece, max_bytes, hasher)
+        else:
+            yield from _read_whole(piece, max_bytes, hasher)
+    except OSError as error:
+        raise ConfigError(f"sources.{piece.source}: {piece.path} cannot be read: {error.strerror or error}") from error
+
+
+def _read_jsonl(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
+    field, plain = config.field, "." not in config.field
+    limit = _JSON_BYTES * max_bytes + _OTHER_FIELDS
+    with open_piece(piece, hasher) as stream:
+        for offset, line, size, cut in _lines(stream, piece.begin, limit):
+            if size < 0:
+                yield Record(offset, 0, None, DAMAGED)
+                continue
+            if cut:
+                yield Record(offset, size, None, TOO_LONG if is_cut_at(line, field) else LONG_LINE)
+                continue
+            try:
+                value = orjson.loads(line)
+                text = value[field] if plain else _at(value, field)
+            except (orjson.JSONDecodeError, KeyError, TypeError):
+                yield _unusual_line(offset, line, size, config, max_bytes)
+                continue
+            yield _record(offset, size, text, max_bytes)
+
+
+def _unusual_line(offset: int, line: bytes, size: int, config: SourceConfig, max_bytes: int) -> Record:
+    """What a line is that does not simply hold the field: blank, begun by a byte order mark, nested, or bad."""
+    if not line or line.isspace():
+        return Record(offset, size, None, EMPTY)
+    try:
+        value = orjson.loads(line.removeprefix(_BOM))
+    except orjson.JSONDecodeError:
+        reason = why_not(line)
+        if not config.repair or reason not in REPAIRABLE:
+            return Record(offset, size, None, reason)
+        value = repaired(line)
+    if not isinstance(value, dict):
+        return Record(offset, size, None, NOT_AN_OBJECT)
+    try:
+        return _record(offset, size, _at(value, config.field), max_bytes)
+    except KeyError:
+        return Record(offset, size, None, NO_FIELD)
+
+
+def _at(value: Any, field: str) -> Any:
+    """The value of a field: of a key as it is, or of one in another, `data.text`. Raises KeyError."""
+    if isinstance(value, dict):
+        if field in value:
+            return value[field]
+        for end in (i for i, character in enumerate(field) if character == "."):
+            with suppress(KeyError):
+                return _at(value.get(field[:end]), field[end + 1 :])
+    raise KeyError(field)
+
+
+def _read_paragraphs(piece: Piece, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
+    """Blocks of lines with something on them; the blank lines between belong to none."""
+    begin, block, size, long = piece.begin, bytearray(), 0, False
+
+    def record() -> Record:
+        return Record(begin, size, None, TOO_LONG) if long else _text(begin, bytes(block), max_bytes)
+
+    with open_piece(piece, hasher) as stream:
+        for offset, line, line_size, cut in _lines(stream, piece.begin, max_bytes):
+            if line_size < 0:
+                if size and not cut:
+                    yield record()
+                yield Record(offset, 0, None, DAMAGED)
+                return
+            if not cut and not line.strip():
+                if size:
+                    yield record()
+                begin, size, long = offset + line_size, 0, False
+                block.clear()
+                continue
+            size += line_size
+            long = long or cut or size > max_bytes
+            if long:
+                block.clear()
+            else:
+                block += line if len(line) == line_size else line + b"\n"
+        if size:
+            yield record()
+
+
+def _read_whole(piece: Piece, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
+    with open_piece(piece, hasher) as stream:
+        content, size = bytearray(), 0
+        try:
+            while chunk := stream.read(CHUNK):
+                size += len(chunk)
+                content += chunk[: max(0, max_bytes + len(_BOM) + 1 - len(content))]
+        except Damaged as error:
+            if error.whole:
+                yield _text(0, bytes(content), max_bytes, size)
+            yield Record(0, 0, None, DAMAGED)
+            return
+    yield _text(0, bytes(content), max_bytes, size)
+
+
+def _read_parquet(piece: Piece, field: str, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(piece.path, pre_buffer=False, buffer_size=CHUNK, page_checksum_verification=True) as file:
+            number = sum(file.metadata.row_group(i).num_rows for i in range(piece.begin))
+            groups = list(range(piece.begin, piece.end))
+            for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=[field], use_threads=False):
+                for value in _leaf(batch.column(0), field):
+                    yield hub.record(number, value, max_bytes)
+                    number += 1
+            _hash_column(piece, file.metadata, field, hasher)  # last: who wants some rows pays for no more
+    except ArrowException as error:
+        raise ConfigError(
+            f"sources.{piece.source}: {piece.path} cannot be read: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _leaf(column: Any, field: str) -> Any:
+    """The values of a column, or of a field in it."""
+    import pyarrow.compute
+
+    for name in field.split(".")[1:] if pyarrow.types.is_struct(column.type) else []:
+        column = pyarrow.compute.struct_field(column, name)
+    return column
+
+
+def _hash_column(piece: Piece, metadata: Any, field: str, hasher: Hasher) -> None:
+    """Feed `hasher` the stored bytes of one column in the row groups of a piece."""
+    with Path(piece.path).open("rb") as stream:
+        for group in (metadata.row_group(i) for i in range(piece.begin, piece.end)):
+            for column in (group.column(i) for i in range(group.num_columns)):
+                if f"{column.path_in_schema}.".startswith(f"{field}."):
+                    begin = column.dictionary_page_offset or column.data_page_offset
+                    stream.seek(begin)
+                    left = column.total_compressed_size
+                    while left and (chunk := stream.read(min(left, CHUNK))):
+                        hasher.update(chunk)
+                        left -= len(chunk)
+
+
+def _lines(stream: IO[bytes], offset: int, limit: int) -> Iterator[tuple[int, bytes, int, bool]]:
+    """(offset, line without its end, bytes it took, whether it is cut): of lines of more than `limit` bytes only so
+    many are kept. Where compressed data is damaged, behind all whole lines: (offset, b"", -1, whether a line is lost).
+    """
+    tail, begin, skipped = b"", offset, 0  # of the line that is not complete yet
+    damage: Damaged | None = None
+    while True:
+        try:
+            chunk = stream.read(CHUNK)
+        except Damaged as error:
+            chunk, damage = b"", error
+        if not chunk:
+            break
+        first, newline, rest = chunk.partition(b"\n")
+        tail, skipped = _begun(tail, first, skipped, limit)
+        if not newline:
+            continue
+        size = len(tail) + skipped + 1
+        yield begin, tail, size, skipped > 0
+        begin += size
+        *lines, rest = rest.split(b"\n")
+        for line in lines:
+            size = len(line) + 1
+            yield begin, line[:limit], size, size > limit + 1
+            begin += size
+        tail, skipped = _begun(b"", rest, 0, limit)
+    size = len(tail) + skipped
+    if size and (damage is None or damage.whole):
+        yield begin, tail, size, skipped > 0
+        begin += size
+    if damage is not None:
+        yield begin, b"", -1, not damage.whole
+
+
+def _begun(tail: bytes, more: bytes, skipped: int, limit: int) -> tuple[bytes, int]:
+    """(the beginning of a line, of `limit` bytes at most, bytes of it that are not kept) with more of it read."""
+    kept = tail + more if len(tail) + len(more) <= limit else tail + more[: limit - len(tail)]
+    return kept, skipped + len(tail) + len(more) - len(kept)
+
+
+def _record(offset: int, size: int, text: Any, max_bytes: int) -> Record:
+    if type(text) is not str:
+        return Record(offset, size, None, NOT_TEXT)
+    # No character takes more than four bytes, so short texts need no count.
+    if len(text) * 4 > max_bytes and len(text.encode()) > max_bytes:
+        return Record(offset, size, None, TOO_LONG)
+    return Record(offset, size, None, EMPTY) if not text or text.isspace() else Record(offset, size, text, "")
+
+
+def _text(offset: int, content: bytes, max_bytes: int, size: int | None = None) -> Record:
+    size = len(content) if size is None else size
+    if size > max_bytes + len(_BOM) or len(content.removeprefix(_BOM)) > max_bytes:
+        return Record(offset, size, None, TOO_LONG)
+    text = _decode(content)
+    if text is None:
+        return Record(offset, size, None, NOT_PLAIN if is_packed(content) else NOT_UTF8)
+    return _record(offset, size, text, max_bytes)
+
+
+def _decode(content: bytes) -> str | None:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None

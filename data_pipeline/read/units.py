@@ -1,0 +1,139 @@
+"""The plan: units of work that depend on the inputs alone, never on how many workers there will be.
+
+`plan.jsonl` has a line of settings and a line for each unit. It is whole or not there, and is the first thing a
+build writes; what a build resumes is decided by comparing plans.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.document import Piece, Unit
+from data_pipeline.read.sources import LeftOut, files, split
+from ponder_scale.errors import ConfigError
+from ponder_scale.shards.manifest import sync, sync_folder, unsealed
+
+PLAN = "plan.jsonl"
+SHARDS = 32  # a corpus has about as many, within these bounds of the input of one
+MIN_SHARD_BYTES, MAX_SHARD_BYTES = 2**24, 2**30
+MAX_UNIT_PIECES = 20_000
+
+
+def units(
+    sources: Mapping[str, SourceConfig],
+    shard_bytes: int | None,
+    left_out: LeftOut | None = None,
+    apart: Iterable[Path] = (),
+) -> Iterator[Unit]:
+    """All units in reading order: consecutive pieces of one source, of about `shard_bytes` together.
+
+    `left_out` and `apart`: as of `sources.files`. Raises ConfigError for a source that names no file.
+    """
+    found = files(sources, left_out, apart)
+    if shard_bytes is None:
+        total = sum(file.size for file in found)
+        shard_bytes = min(max(total // SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
+    pieces: list[Piece] = []
+    filled = 0
+    for piece in (piece for file in found for piece in split(file, sources[file.source], shard_bytes)):
+        # how large a shard of a stream is nobody knows before it is read: each is a unit
+        full = filled >= shard_bytes or len(pieces) == MAX_UNIT_PIECES or sources[piece.source].streaming
+        if pieces and (full or pieces[0].source != piece.source):
+            yield Unit(pieces[0].source, pieces)
+            pieces, filled = [], 0
+        pieces.append(piece)
+        filled += piece.size
+    if pieces:
+        yield Unit(pieces[0].source, pieces)
+
+
+def write_plan(path: Path, planned: Iterable[Unit], header: Mapping[str, Any]) -> str:
+    """Write the plan; the hash of its units."""
+    whole = xxhash.xxh3_128()
+    with unsealed(path).open("wb") as stream:
+        stream.write(orjson.dumps(header) + b"\n")
+        for unit in planned:
+            line = orjson.dumps([_stored(piece) for piece in unit.pieces]) + b"\n"
+            whole.update(line)
+            stream.write(line)
+        sync(stream)
+    unsealed(path).rename(path)
+    sync_folder(path.parent)
+    return whole.hexdigest()
+
+
+class Plan:
+    """A written plan. Of the units it keeps in memory only where they are and how large."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offsets, self.sizes = array("q"), array("q")
+        with path.open("rb") as stream:
+            self.header: dict[str, Any] = orjson.loads(stream.readline())
+            self._offsets.append(stream.tell())
+            for line in stream:
+                self._offsets.append(self._offsets[-1] + len(line))
+                self.sizes.append(_unit(line).size)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def unit(self, number: int) -> Unit:
+        """One unit."""
+        with self._path.open("rb") as stream:
+            stream.seek(self._offsets[number])
+            return _unit(stream.read(self._offsets[number + 1] - self._offsets[number]))
+
+
+def check_unchanged(piece: Piece) -> None:
+    """Raises ConfigError when the file of a piece is not any more the one that was planned."""
+    if piece.file_size < 0:
+        return
+    try:
+        about = Path(piece.path).stat()
+    except OSError as error:
+        raise ConfigError(f"sources.{piece.source}: {piece.path} cannot be read: {error.strerror}") from error
+    if (about.st_size, about.st_mtime_ns) != (piece.file_size, piece.modified):
+        raise ConfigError(
+            f"sources.{piece.source}: {piece.path} was changed while it was read; when that is over, start the same "
+            f"command again"
+        )
+
+
+def share(sizes: Sequence[int], workers: int) -> list[list[int]]:
+    """The tasks of each worker, balanced by size: the largest first, each to the one with least."""
+    shares: list[list[int]] = [[] for _ in range(workers)]
+    loads = [(0, worker) for worker in range(workers)]
+    for task in sorted(range(len(sizes)), key=lambda task: (-sizes[task], task)):
+        load, worker = heapq.heappop(loads)
+        shares[worker].append(task)
+        heapq.heappush(loads, (load + max(1, sizes[task]), worker))
+    return [sorted(tasks) for tasks in shares]
+
+
+def _stored(piece: Piece) -> tuple[Any, ...]:
+    """The values of a piece; a path that is no UTF-8 as a list of its bytes."""
+    path: Any = piece.path
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        path = list(os.fsencode(path))
+    return dataclasses.astuple(dataclasses.replace(piece, path=path))
+
+
+def _unit(line: bytes) -> Unit:
+    pieces = [Piece(*values) for values in orjson.loads(line)]
+    for i, piece in enumerate(pieces):
+        if isinstance(piece.path, list):
+            pieces[i] = dataclasses.replace(piece, path=os.fsdecode(bytes(piece.path)))
+    return Unit(pieces[0].source, pieces)

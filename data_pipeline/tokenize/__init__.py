@@ -1,0 +1,1 @@
+"""From texts to tokens, and from texts to a tokenizer."""

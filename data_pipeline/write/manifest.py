@@ -1,0 +1,203 @@
+"""What made the shards: inputs with their hashes, drops by reason, tokenizer, versions, command, configuration."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from data_pipeline.clean.filters import NOT_SAMPLED, identities
+from data_pipeline.config import RUNNING, BuildConfig
+from data_pipeline.document import BAD, DAMAGED, EMPTY, Piece, Record
+from data_pipeline.tokenize.tokenizer import Tokenizer
+from ponder_scale.errors import ConfigError
+from ponder_scale.settings import to_dict
+from ponder_scale.shards.format import dtype_for
+from ponder_scale.shards.manifest import Manifest, ShardInfo, hash_file, sync
+
+QUARANTINE = "quarantine.jsonl"  # a line for each bad record
+DROPPED = "dropped.jsonl"  # a line for each document that was left out, if asked for
+INPUTS = "inputs.jsonl"  # a line for each piece of input read
+# What builds did before there were these keys: an origin is without them where they say so, as in older folders.
+BEFORE = {"split_by": "text", "keep_dropped": False}
+BEFORE_OF_SOURCE = {"sample": None, "repair": False}
+CLEANING = 2  # raised when near duplicates or filters leave out others than before: no build mixes both
+PACKAGES = ("ponder-scale", "datasets", "isal", "numpy", "orjson", "pyarrow", "sentencepiece", "tokenizers", "xxhash")
+
+
+class Ledger:
+    """What became of the records of one unit; bad ones are written down."""
+
+    def __init__(self, source: str, quarantine: Path, dropped: Path | None = None) -> None:
+        """`dropped`: where the texts go that are left out, if they are to be kept."""
+        self.documents = 0
+        self._source = source
+        self._drops: Counter[str] = Counter()
+        self._lines = 0
+        self._inputs: list[dict[str, Any]] = []
+        self._first_bad: list[Any] | None = None
+        self._path = quarantine
+        self._stream = quarantine.open("wb")
+        self._dropped = None if dropped is None else dropped.open("wb")
+
+    def drop(self, piece: Piece, record: Record) -> None:
+        """Count a record that is no document; quarantine it when the input is at fault."""
+        self._drops[record.reason] += 1
+        if record.reason != EMPTY:
+            self._first_bad = self._first_bad or [piece.name, record.offset, record.reason]
+            line = {"source": self._source, "file": piece.name, "offset": record.offset, "reason": record.reason}
+            self._stream.write(orjson.dumps(line) + b"\n")
+
+    def reject(self, reason: str, text: str) -> None:
+        """Count a document that a filter or deduplication leaves out."""
+        self._drops[reason] += 1
+        if self._dropped is not None and reason != NOT_SAMPLED:
+            self._dropped.write(orjson.dumps({"source": self._source, "reason": reason, "text": text}) + b"\n")
+
+    def shorten(self, lines: int) -> None:
+        """Count lines that a filter leaves out of a document."""
+        self._lines += lines
+
+    def was_read(self, piece: Piece, digest: str) -> None:
+        """Note a piece that was read to its end, with the xxh3-128 of its bytes."""
+        line = {"source": self._source, "file": piece.name, "begin": piece.begin, "end": piece.end}
+        self._inputs.append({**line, "bytes": piece.size, "xxh3": digest})
+
+    def close(self) -> dict[str, Any]:
+        """All of it, for the journal."""
+        for stream in filter(None, (self._stream, self._dropped)):
+            with stream:
+                sync(stream)
+        return {
+            "source": self._source,
+            "documents": self.documents,
+            "drops": dict(sorted(self._drops.items())),
+            "lines": self._lines,
+            "inputs": self._inputs,
+            "first_bad": self._first_bad,
+        }
+
+
+def write_inputs(results: Iterable[dict[str, Any]], path: Path) -> None:
+    """The inputs of all units in order, a line each."""
+    with path.open("wb") as stream:
+        for result in results:
+            stream.writelines(orjson.dumps(line) + b"\n" for line in result["inputs"])
+        sync(stream)
+
+
+def totals(results: Iterable[dict[str, Any]], config: BuildConfig) -> dict[str, Any]:
+    """The counts of each source, for the manifest, from the journals of all units in order.
+
+    Raises ConfigError when there are more bad records or damaged files than allowed, or no document at all.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    drops: dict[str, Counter[str]] = defaultdict(Counter)
+    files: dict[str, set[str]] = defaultdict(set)
+    first_bad = None
+    for result in results:
+        source = result["source"]
+        counts[source].update(documents=result["documents"], bytes=sum(line["bytes"] for line in result["inputs"]))
+        files[source].update(line["file"] for line in result["inputs"])
+        drops[source].update(result["drops"])
+        if result.get("lines"):
+            counts[source].update(lines_left_out=result["lines"])
+        first_bad = first_bad or result["first_bad"]
+    documents = sum(count["documents"] for count in counts.values())
+    _check(documents, sum(drops.values(), Counter[str]()), first_bad, config)
+    return {
+        source: {**count, "files": len(files[source]), "drops": dict(sorted(drops[source].items()))}
+        for source, count in counts.items()
+    }
+
+
+def _check(documents: int, drops: Counter[str], first_bad: list[Any] | None, config: BuildConfig) -> None:
+    records = documents + drops.total()
+    bad = sum(drops[reason] for reason in BAD)
+    damaged_files = drops[DAMAGED]  # have a bound of their own
+    if bad - damaged_files > config.max_bad_fraction * records or damaged_files > config.max_damaged_files:
+        assert first_bad is not None
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in drops.most_common() if reason in BAD)
+        bound = f"max_bad_fraction {config.max_bad_fraction:g}"
+        if damaged_files > config.max_damaged_files:
+            bound = f"max_damaged_files {config.max_damaged_files}"
+        raise ConfigError(
+            f"{bad:,} of {records:,} records are bad ({reasons}), more than {bound}; the first is {first_bad[0]} at "
+            f"{first_bad[1]:,}: {first_bad[2]}; see {config.out}.partial/work/quarantine; raise the bound to finish "
+            f"without reading again, or mend the input and start the same command again"
+        )
+    if not documents:
+        raise ConfigError(
+            f"sources: {', '.join(config.sources)}: no document in them, {drops[EMPTY]:,} empty ones, "
+            f"{drops.total() - drops[EMPTY]:,} left out"
+        )
+
+
+def kept(manifest: Manifest) -> dict[str, tuple[int, int]]:
+    """(documents, tokens) of each source in all splits together, by the shards; none of token files of others."""
+    found: dict[str, tuple[int, int]] = {}
+    for info in (info for infos in manifest.splits.values() for info in infos if info.source):
+        documents, tokens = found.get(info.source, (0, 0))
+        found[info.source] = (documents + info.documents, tokens + info.tokens)
+    return found
+
+
+def origin(config: BuildConfig, tokenizer: Tokenizer, plan: str) -> dict[str, Any]:
+    """All that decides the bytes of the shards, as plain values: equal origins need no second build.
+
+    plan: the hash of the units, with names, sizes and times of all files.
+    """
+    settings = {key: value for key, value in to_dict(config).items() if key not in RUNNING}
+    for key, value in BEFORE.items():
+        if settings[key] == value:
+            del settings[key]
+    for source in settings["sources"].values():
+        for key, value in BEFORE_OF_SOURCE.items():
+            if source[key] == value:
+                del source[key]
+    # files beside the tokenizer's may change these
+    ends = [tokenizer.bos_id, tokenizer.eod_id]
+    made: dict[str, Any] = {"config": settings, "tokenizer": tokenizer.sha256, "ends": ends, "plan": plan}
+    used = {name for source in config.sources.values() for name in source.filters}
+    if config.deduplicate == "minhash" or used & {"gopher_repetition", "c4"}:
+        made["cleaning"] = CLEANING
+    if read := {name: what for name, source in config.sources.items() if (what := identities(source.filters))}:
+        made["filters"] = read
+    return made
+
+
+def compose(
+    folder: Path,
+    config: BuildConfig,
+    tokenizer: Tokenizer,
+    splits: dict[str, list[ShardInfo]],
+    files: list[Path],
+    provenance: dict[str, Any],
+) -> Manifest:
+    """The manifest of a build in `folder`, whose shards are `splits` and whose other files are `files`."""
+    environment = {"python": platform.python_version(), "packages": {name: _version(name) for name in PACKAGES}}
+    weights = {name: source.weight for name, source in config.sources.items() if source.weight is not None}
+    return Manifest(
+        dtype=dtype_for(tokenizer.vocab_size).name,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id if config.append_eod else None,
+        bos_id=tokenizer.bos_id,
+        tokenizer=tokenizer.sha256,
+        splits=splits,
+        weights=weights,
+        files={path.relative_to(folder).as_posix(): hash_file(path) for path in files},
+        provenance={**provenance, **environment},
+    )
+
+
+def _version(package: str) -> str:
+    """That of an installed package; importlib's own reads its whole description as an e-mail, at ten times the cost."""
+    found = distribution(package)
+    # a checkout that is installed in place has an egg-info, whose file has the older name
+    lines = (found.read_text("METADATA") or found.read_text("PKG-INFO") or "").splitlines()
+    return next(line.removeprefix("Version: ") for line in lines if line.startswith("Version: "))

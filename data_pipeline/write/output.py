@@ -1,0 +1,193 @@
+"""The folder that a build writes: apart until it is whole, then given its name in one step."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.read.sources import root
+from ponder_scale.errors import ConfigError, ShardError
+from ponder_scale.files.delete import MARK, Ours, check_ours, delete_file, delete_made, held, is_unfinished, mark
+from ponder_scale.shards.format import ShardWriter
+from ponder_scale.shards.manifest import MANIFEST, ShardInfo, read_manifest, sync_folder
+from ponder_scale.shards.packing import names_of_packings
+
+WORK = "work"  # in the unfinished folder: the plan, claims, journals, and what is not whole yet
+MAX_SHARD_DOCUMENTS = 2**24  # bounds the memory that a shard's index takes
+PARTIAL, REPLACED = ".partial", ".replaced"  # ends of the names that `out` has before and after its time
+
+_STAGES = "keys|duplicates|scatter|gather|shards"
+_UNFINISHED = re.compile(
+    rf"{re.escape(MARK)}|manifest\.json(\.tmp)?|(inputs|quarantine|dropped)\.jsonl"
+    r"|(train|heldout)-\d{5,}(-\d+)?\.(bin|idx)|tokenizer/|tokenizer/[^/]+\.(json|model|jinja)"
+    r"|work/|work/plan(\.new)?\.jsonl(\.tmp)?|work/failed"
+    rf"|work/({_STAGES}|quarantine|claims|scratch|ranks)/|work/({_STAGES}|quarantine)/\d{{6,}}[-.][^/]+"
+    rf"|work/claims/({_STAGES})/|work/claims/({_STAGES})/\d{{6,}}|work/ranks/\d+"
+    r"|work/scratch/[^/]+-\d+/|work/scratch/[^/]+-\d+/(now|journal\.json|quarantine|(train|heldout|\d{6,})[-.][^/]+)"
+)
+
+
+def unfinished(out: Path) -> Path:
+    """Where `out` is made."""
+    return out.with_name(out.name + PARTIAL)
+
+
+def named_by_build(name: str) -> bool:
+    """Whether a build gives this name to something in its unfinished folder; names of folders end with a slash."""
+    return _UNFINISHED.fullmatch(name) is not None
+
+
+@contextmanager
+def workspace(out: Path) -> Iterator[Path]:
+    """The folder beside `out` that is to become `out`, with what an earlier, killed build did there.
+
+    It is left as it is at the end of the block, or removed if it holds nothing. Raises ConfigError while another
+    build of this machine writes there, and when it holds anything that no build has made.
+    """
+    with held(unfinished(out), named_by_build, lambda folder: is_unfinished(folder) or _is_sealed(folder)):
+        yield unfinished(out)
+
+
+def check_places(out: Path, sources: Mapping[str, SourceConfig], tokenizer: Path, overwrite: bool) -> None:
+    """Raises ConfigError when what a build writes, moves and deletes for `out` is not its own to take.
+
+    Nothing is touched. `out` is an absolute path without links.
+    """
+    if out.name.endswith((PARTIAL, REPLACED)):
+        raise ConfigError(f"out is {out}; names that end so are those of unfinished builds; choose another out")
+    for place in places(out):
+        if Path.cwd().is_relative_to(place):
+            raise ConfigError(f"out is {out}, where this program runs ({place}); choose another folder")
+    for name, source in sources.items():
+        path = root(source)
+        if path is not None and (within := _holds(places(out), path)):
+            raise ConfigError(
+                f"sources.{name}.path is {source.path}, which lies in {within}, where the build of {out} writes and "
+                f"deletes; move it, or choose another out"
+            )
+    if within := _holds(places(out)[1:], tokenizer.resolve()):
+        raise ConfigError(f"tokenizer is {tokenizer}, which lies in {within}, where the build of {out} writes; move it")
+    check_replaceable(out, overwrite)
+
+
+def places(out: Path) -> list[Path]:
+    """The folders that a build of `out` makes, replaces and removes."""
+    return [out, unfinished(out), out.with_name(out.name + REPLACED)]
+
+
+def _holds(taken: list[Path], path: Path) -> Path | None:
+    return next((place for place in taken if path.is_relative_to(place)), None)
+
+
+def check_replaceable(out: Path, replaces: bool) -> None:
+    """Raises ConfigError when something stands at `out` that no build has made, or if `replaces`, in it.
+
+    What stands under the name that the old folder gets is looked at too.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / MANIFEST).is_file():
+        raise ConfigError(f"out is {out}, which exists and is no finished folder of shards; choose another out")
+    if not _is_sealed(out):
+        raise ConfigError(f"out is {out}, whose {MANIFEST} no build has made; choose another out")
+    if replaces:
+        check_ours(out, _named_by_manifest(out), _is_sealed)
+        replaced = out.with_name(out.name + REPLACED)
+        if replaced.is_symlink() or replaced.exists():
+            check_ours(replaced, _named_by_manifest(replaced), is_unfinished)
+
+
+def _is_sealed(folder: Path) -> bool:
+    try:
+        read_manifest(folder)
+    except ShardError:
+        return False
+    return True
+
+
+def _named_by_manifest(folder: Path) -> Ours:
+    """Of a path in a finished folder, whether it belongs to the shards, as their manifest and the seals of packings
+    say; nothing does where there is no manifest."""
+    known = {MANIFEST, MARK}
+    if _is_sealed(folder):
+        manifest = read_manifest(folder)
+        known |= set(manifest.files) | {f"{Path(name).parent.as_posix()}/" for name in manifest.files}
+        shards = [info.name for infos in manifest.splits.values() for info in infos]
+        known |= {f"{name}.{suffix}" for name in shards for suffix in ("bin", "idx")}
+        known |= names_of_packings(folder)
+    return known.__contains__
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Give the finished folder its name, in place of what is there.
+
+    Raises ConfigError, with all of it kept, when something in it or in its place is none of a build's.
+    """
+    if (partial / WORK).is_dir():
+        delete_made(partial / WORK, lambda name: named_by_build(f"{WORK}/{name}"))
+    replaced = out.with_name(out.name + REPLACED)
+    if out.exists() and any(out.iterdir()):
+        check_replaceable(out, replaces=True)
+        if replaced.exists():
+            _delete_replaced(replaced)
+        out.rename(replaced)
+        mark(replaced)
+    delete_file(partial / MARK)
+    partial.rename(out)
+    sync_folder(out.parent)
+    if (replaced / MARK).is_file():
+        try:
+            _delete_replaced(replaced)
+        except (ConfigError, OSError) as error:  # the build is done all the same
+            print(f"warning: what {out} was before is left: {error}", file=sys.stderr, flush=True)
+
+
+def _delete_replaced(replaced: Path) -> None:
+    delete_made(replaced, _named_by_manifest(replaced), last=MARK)
+
+
+class PartWriter:
+    """The documents of one unit and split as one shard, or as several when they are many; none when there are none.
+
+    They are written in `scratch` and given to `folder` whole.
+    """
+
+    def __init__(self, scratch: Path, name: str, source: str, shard_tokens: int, vocab_size: int) -> None:
+        self._scratch, self._name, self._source = scratch, name, source
+        self._shard_tokens, self._vocab_size = shard_tokens, vocab_size
+        self._current: ShardWriter | None = None
+        self._done: list[ShardInfo] = []
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents, as `ShardWriter.add`; where a shard ends depends on the documents alone."""
+        while len(lengths):
+            if self._current is None:
+                name = f"{self._name}-{len(self._done)}" if self._done else self._name
+                self._current = ShardWriter(self._scratch, name, self._vocab_size)
+            ends = np.cumsum(lengths)
+            room = self._shard_tokens - self._current.tokens
+            count = min(len(lengths), int(np.searchsorted(ends, room)) + 1)
+            self._current.add(tokens[: ends[count - 1]], lengths[:count])
+            tokens, lengths = tokens[ends[count - 1] :], lengths[count:]
+            if self._current.tokens >= self._shard_tokens or self._current.documents >= MAX_SHARD_DOCUMENTS:
+                self._finish()
+
+    def close(self, folder: Path) -> list[ShardInfo]:
+        """Give all shards their place in `folder`; what they hold."""
+        self._finish()
+        for info in self._done:
+            for name in (f"{info.name}.bin", f"{info.name}.idx"):
+                (self._scratch / name).rename(folder / name)
+        sync_folder(folder)
+        return self._done
+
+    def _finish(self) -> None:
+        if self._current is not None:
+            self._done.append(self._current.close(self._source))
+            self._current = None

@@ -1,0 +1,104 @@
+"""A random order of documents over all shards of a source, with bounded memory, in two passes.
+
+Scatter: each unit writes its documents sorted by random bucket, in runs of bounded size. Gather: each bucket is read
+from all runs, permuted, and becomes a shard. Both draws depend on (seed, unit or bucket) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ponder_scale.shards.manifest import sync
+
+BUCKET_BYTES = 2**27  # of input
+RUN_TOKENS = 2**24
+_DOCUMENTS_AT_ONCE = 1024
+
+
+class Run(NamedTuple):
+    """The documents of one bucket in one run of one unit."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+class Scatter:
+    """The documents of one unit and split on disk, sorted by bucket within each run."""
+
+    def __init__(self, prefix: Path, buckets: int, dtype: np.dtype, seed: list[int]) -> None:
+        self._prefix, self._buckets, self._dtype, self._seed = prefix, buckets, dtype, seed
+        self._held: list[tuple[np.ndarray, np.ndarray]] = []
+        self._held_tokens = self._documents = self._tokens = 0
+        self._index: list[np.ndarray] = []
+        self._streams = [prefix.with_suffix(f".{kind}").open("wb") for kind in ("tokens", "lengths")]
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents, as `ShardWriter.add`."""
+        self._held.append((tokens.astype(self._dtype), lengths))
+        self._held_tokens += len(tokens)
+        if self._held_tokens >= RUN_TOKENS:
+            self._write()
+
+    def close(self) -> None:
+        """Write what is held, and the index: (runs, buckets + 1, 2) int64, the first document and token of each
+        bucket and, last, of what follows."""
+        if self._held:
+            self._write()
+        for stream in self._streams:
+            with stream:
+                sync(stream)
+        index = np.stack(self._index) if self._index else np.zeros((0, self._buckets + 1, 2), dtype=np.int64)
+        with self._prefix.with_suffix(".npy").open("wb") as stream:
+            np.save(stream, index)
+            sync(stream)
+
+    def _write(self) -> None:
+        tokens, lengths = (np.concatenate(parts) for parts in zip(*self._held, strict=True))
+        bucket = np.random.default_rng([*self._seed, len(self._index)]).integers(self._buckets, size=len(lengths))
+        order = np.argsort(bucket, kind="stable")
+        ends = np.cumsum(lengths)
+        for begin in range(0, len(order), _DOCUMENTS_AT_ONCE):
+            some = order[begin : begin + _DOCUMENTS_AT_ONCE]
+            self._streams[0].write(b"".join(tokens[ends[i] - lengths[i] : ends[i]].tobytes() for i in some))
+        self._streams[1].write(lengths[order].astype(np.int32).tobytes())
+        index = np.zeros((self._buckets + 1, 2), dtype=np.int64)
+        index[1:, 0] = np.cumsum(np.bincount(bucket, minlength=self._buckets))
+        np.cumsum(np.bincount(bucket, weights=lengths, minlength=self._buckets).astype(np.int64), out=index[1:, 1])
+        self._index.append(index + np.array([self._documents, self._tokens]))
+        self._documents += len(lengths)
+        self._tokens += len(tokens)
+        self._held, self._held_tokens = [], 0
+
+
+def gather(prefixes: list[Path], bucket: int, dtype: np.dtype, seed: list[int]) -> Iterator[Run]:
+    """The documents of one bucket, of all units, in random order, some at a time."""
+    runs = [run for prefix in prefixes for run in _runs(prefix, bucket, dtype)]
+    if not runs:
+        return
+    of_run = np.repeat(np.arange(len(runs)), [len(run.lengths) for run in runs])
+    lengths = np.concatenate([run.lengths for run in runs])
+    ends = np.concatenate([np.cumsum(run.lengths, dtype=np.int64) for run in runs])
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    for begin in range(0, len(order), _DOCUMENTS_AT_ONCE):
+        some = order[begin : begin + _DOCUMENTS_AT_ONCE]
+        parts = [runs[of_run[i]].tokens[ends[i] - lengths[i] : ends[i]] for i in some]
+        yield Run(np.concatenate(parts), lengths[some].astype(np.int64))
+
+
+def _runs(prefix: Path, bucket: int, dtype: np.dtype) -> Iterator[Run]:
+    """Memory maps of what one unit holds of a bucket."""
+    index = np.load(prefix.with_suffix(".npy"), mmap_mode="r")
+    # once for all runs: the kernel lets a process have 65,530 maps
+    tokens = _mapped(prefix.with_suffix(".tokens"), dtype)
+    lengths = _mapped(prefix.with_suffix(".lengths"), np.dtype(np.int32))
+    for (document, token), (document_end, token_end) in zip(index[:, bucket], index[:, bucket + 1], strict=True):
+        if document < document_end:
+            yield Run(tokens[token:token_end], lengths[document:document_end])
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)

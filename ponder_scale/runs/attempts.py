@@ -1,0 +1,71 @@
+"""Who owns a run: each start of it is an attempt with a number, and the highest number owns it.
+
+RUN/attempt holds the number of the owner, RUN/attempts.jsonl a line for each start. An older process that still
+writes, on a node that was cut off or was started by mistake, finds a higher number there and must stop.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ponder_scale.errors import CheckpointError, FencedError
+from ponder_scale.shards.manifest import sync
+
+OWNER, RECORD = "attempt", "attempts.jsonl"
+
+
+def owner(run_dir: Path) -> int:
+    """The number of the attempt that owns the run; 0 before the first."""
+    try:
+        return int((run_dir / OWNER).read_text())
+    except FileNotFoundError:
+        return 0
+    except ValueError as error:
+        raise CheckpointError(
+            f"{run_dir / OWNER}: expected the number of an attempt; write the last one of {RECORD} into it"
+        ) from error
+
+
+def claim(run_dir: Path, **facts: Any) -> int:
+    """Take the run over and return this attempt's number, from 1. `facts` go into its line of attempts.jsonl."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(run_dir / f".{OWNER}.lock"):
+        number = owner(run_dir) + 1
+        temporary = run_dir / f".{OWNER}.tmp"
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(f"{number}\n")
+            sync(stream)
+        temporary.replace(run_dir / OWNER)
+        line = {"attempt": number, "time": time.time(), "job_id": os.environ.get("SLURM_JOB_ID"), **facts}
+        with (run_dir / RECORD).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+            sync(stream)
+    return number
+
+
+def check_owned(run_dir: Path, number: int) -> None:
+    """Raise FencedError unless attempt `number` still owns the run."""
+    now = owner(run_dir)
+    if now != number:
+        raise FencedError(
+            f"{run_dir}: attempt {now} has taken the run over; this process (attempt {number} on "
+            f"{socket.gethostname()}) ends here and writes nothing more"
+        )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as stream:
+        with suppress(
+            OSError
+        ):  # some file systems have no locks; two starts in the same instant are then not told apart
+            fcntl.lockf(stream, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,186 @@
+"""metrics.jsonl, the record of a run: one JSON object a line, {"event", "step", "attempt", "time", ...}.
+
+Lines of steps and evaluations are what a run computed: one a step, in order, whatever number of attempts it took. What
+an attempt computed after the step from which the next one went on is computed anew, so these lines move to
+metrics.superseded.jsonl. All other events are history: they stay, in the order in which they happened.
+No torch here: the record is also read on login nodes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+logger = logging.getLogger(__name__)
+
+METRICS, SUPERSEDED = "metrics.jsonl", "metrics.superseded.jsonl"
+COMPUTED = ("step", "evaluation")
+ENDED, REFUSED, FAILED = "ended", "refused", "failed"  # last phases of a rank's heartbeat; the second before any step
+HISTORY = ("resume", "change", "save", "skip", "alarm", "rewind", "straggler", "end")
+
+
+class Recorder:
+    """Appends to the record of a run; one process at a time.
+
+    Args:
+        start_step: the step from which the run goes on.
+        attempt: which start of the run this is, counted from 1; it is in every line.
+        check_owned: asked before each line; raises where another process has taken the run over. An older one, on a
+            node that was cut off from its cluster, would go on with a record that is no longer its own.
+
+    Attributes:
+        reached: the last step of which an earlier attempt has a line, superseded ones included; 0 for none.
+        evaluations: the steps of which one has an evaluation, superseded ones included.
+        evaluated: the last step of which there is an evaluation, up to `start_step`; 0 for none.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, start_step: int, attempt: int, check_owned: Callable[[], None] = lambda: None
+    ) -> None:
+        self._attempt, self._check_owned = attempt, check_owned
+        path = run_dir / METRICS
+        seen, self.evaluated = _keep_until(path, start_step)
+        self.reached, self.evaluations = seen.reached, seen.evaluations
+        # unbuffered and in append mode: a line is one write, which another writer's line cannot split
+        self._file = path.open("ab", buffering=0)
+        self._pending = bytearray()  # lines, or the rest of one, that a full disk has not taken yet
+        self._refused = False
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """Append a line. Numbers that are not finite become null. What is not a step is on disk on return."""
+        assert event in COMPUTED + HISTORY, event
+        self._check_owned()
+        head = {"event": event, "step": step, "attempt": self._attempt, "time": round(time.time(), 3)}
+        self._pending += orjson.dumps(head | values, option=orjson.OPT_APPEND_NEWLINE)
+        if event == "step":
+            self._flush()
+        else:
+            self.sync()
+
+    def sync(self) -> None:
+        """Wait until all lines are on disk. Before a checkpoint is sealed, so that no line before it can be lost."""
+        if self._flush():
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and close."""
+        self.sync()
+        self._file.close()
+
+    def _flush(self) -> bool:
+        """Whether the disk has taken all lines. A full one ends no run: what it refuses is offered again."""
+        try:
+            while self._pending:
+                del self._pending[: self._file.write(self._pending)]
+            self._refused = False
+        except OSError as error:
+            if not self._refused:
+                logger.error("%s: %s; lines are kept in memory until there is room", self._file.name, error)
+            self._refused = True
+        return not self._pending
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a record, in order; damaged ones are passed over."""
+    with path.open("rb") as lines:
+        for line in lines:
+            record = _parse(line)
+            if record is not None:
+                yield record
+
+
+def read_end(path: Path, size: int) -> list[dict[str, Any]]:
+    """The lines within the last `size` bytes of a record."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - size))
+        lines = file.read().splitlines(keepends=True)
+    found = [_parse(line) for line in (lines if end <= size else lines[1:])]
+    return [record for record in found if record is not None]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line as it was written, or None where a crash has cut it off."""
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    whole = line.endswith(b"\n") and isinstance(record, dict)
+    return record if whole and isinstance(record.get("event"), str) and isinstance(record.get("step"), int) else None
+
+
+@dataclass
+class _Seen:
+    """What lines of steps and evaluations there are."""
+
+    reached: int = 0
+    evaluations: set[int] = field(default_factory=set)
+
+    def add(self, record: dict[str, Any]) -> None:
+        if record["event"] == "step":
+            self.reached = max(self.reached, record["step"])
+        elif record["event"] == "evaluation":
+            self.evaluations.add(record["step"])
+
+
+def _keep_until(path: Path, step: int) -> tuple[_Seen, int]:
+    """Move what was computed after `step` out of the record.
+
+    Returns what any attempt has recorded, and the last step of which the record keeps an evaluation.
+    """
+    superseded, seen = path.with_name(SUPERSEDED), _Seen()
+    for moved_before in read(superseded) if superseded.is_file() else ():
+        seen.add(moved_before)
+    if not path.is_file():
+        return seen, 0
+    kept: list[bytes] = []
+    moved: list[bytes] = []
+    damaged = evaluated = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            record = _parse(line)
+            if record is None:
+                damaged += 1
+                continue
+            seen.add(record)
+            if record["event"] in COMPUTED and record["step"] > step:
+                moved.append(line)
+                continue
+            kept.append(line)
+            if record["event"] == "evaluation":
+                evaluated = record["step"]
+    if damaged:
+        logger.warning("%s: %d damaged lines, as a crash leaves them, are left out", path, damaged)
+    if moved:
+        _append_new(superseded, moved)
+    if moved or damaged:
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("wb") as file:
+            file.writelines(kept)
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    return seen, evaluated
+
+
+def _append_new(path: Path, lines: list[bytes]) -> None:
+    """Append lines that are not there yet: a start that died after it and before the record was replaced comes again.
+
+    Each line has its attempt and time, so equal ones are the same.
+    """
+    with path.open("a+b") as file:
+        file.seek(0)
+        there, last = set(), b"\n"
+        for last in file:
+            there.add(last)
+        if not last.endswith(b"\n"):  # it died in the middle of a line, which nothing may join
+            file.write(b"\n")
+        file.writelines(line for line in lines if line not in there)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,210 @@
+"""A run's record as the few numbers that a page can draw. numpy, no torch: reports are also made on login nodes."""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ponder_scale.errors import ConfigError
+from ponder_scale.runs.records import HISTORY, METRICS, read
+
+POINTS = 800  # drawn of a curve; each stands for as many logged steps as it takes
+EVENTS = 2000  # drawn of a run: all but the oldest saves
+AXES = ("step", "tokens", "flops", "hours")
+NOT_DRAWN = ("event", "attempt")
+
+
+def read_run(run_dir: Path, name: str) -> dict[str, Any]:
+    """What the page shows of a run, as JSON values.
+
+    Returns:
+        name, config (flat), summary, x (the points' step, tokens, FLOPs and hours), series (by key the points' mean,
+        and in `low` and `high` their extremes where a point stands for several steps), evaluations, events.
+
+    Raises:
+        ConfigError: it is no run folder, or no step was recorded in it.
+    """
+    path = run_dir / METRICS
+    if not path.is_file():
+        raise ConfigError(f"{run_dir}: no {METRICS} in it; expected the run_dir of a run")
+    table = _Table()
+    evaluations, events = [], []
+    for record in read(path):
+        if record["event"] == "step":
+            table.add(record)
+        elif record["event"] == "evaluation":
+            evaluations.append({key: value for key, value in record.items() if key not in NOT_DRAWN})
+        elif record["event"] in HISTORY:
+            events.append(record)
+    if not len(table):
+        raise ConfigError(f"{path}: no step is recorded in it yet")
+    columns = table.columns()
+    columns["hours"] = (columns.pop("time") - columns_begin(columns, table.begin)) / 3600.0
+    x, series, low, high = thin(columns, POINTS)
+    return {
+        "name": name,
+        "config": _config(run_dir),
+        "summary": _summary(columns, evaluations, events, table.last),
+        "x": x,
+        "series": series,
+        "low": low,
+        "high": high,
+        "evaluations": _thin_list(evaluations, POINTS),
+        "events": _fewer_events(events),
+    }
+
+
+def columns_begin(columns: dict[str, np.ndarray], first_time: float) -> float:
+    """When the first recorded step began, in seconds since the epoch."""
+    took = columns.get("seconds_per_step")
+    return first_time - (float(took[0]) if took is not None and math.isfinite(took[0]) else 0.0)
+
+
+def thin(
+    columns: dict[str, np.ndarray], points: int
+) -> tuple[dict[str, list[Any]], dict[str, list[Any]], dict[str, list[Any]], dict[str, list[Any]]]:
+    """Curves of at most `points` points: the axes at the end of each stretch, and per curve mean, lowest, highest.
+
+    Lowest and highest are given where a stretch has several steps, so that a spike of one step stays visible.
+    """
+    count = len(columns["step"])
+    width = -(-count // points)
+    starts = np.arange(0, count, width)
+    ends = np.minimum(starts + width, count) - 1
+    x = {axis: _numbers(columns[axis][ends]) for axis in AXES if axis in columns}
+    series, low, high = {}, {}, {}
+    for key, values in columns.items():
+        if key in AXES:
+            continue
+        known = np.isfinite(values)
+        counts = np.add.reduceat(known, starts, dtype=np.int64)
+        sums = np.add.reduceat(np.where(known, values, 0.0), starts)
+        empty = counts == 0
+        series[key] = _numbers(np.where(empty, np.nan, sums / np.maximum(counts, 1)))
+        if width > 1:
+            lowest = np.minimum.reduceat(np.where(known, values, np.inf), starts)
+            highest = np.maximum.reduceat(np.where(known, values, -np.inf), starts)
+            low[key], high[key] = _numbers(lowest), _numbers(highest)
+    return x, series, low, high
+
+
+class _Table:
+    """The numbers of the steps, a column each; lists become columns `name/index`."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, array[float]] = {}
+        self._count = 0
+        self.begin = 0.0
+        self.last: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if isinstance(value, list):
+                for index, entry in enumerate(value):
+                    self._put(f"{key}/{index}", entry)
+            elif key not in NOT_DRAWN:
+                self._put(key, value)
+        self.begin = self.begin or record["time"]
+        self._count += 1
+        self.last = record
+
+    def _put(self, key: str, value: Any) -> None:
+        if not isinstance(value, (int, float)):
+            return
+        column = self._columns.setdefault(key, array("d"))
+        if len(column) < self._count:
+            column.extend([math.nan] * (self._count - len(column)))
+        column.append(value)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        for column in self._columns.values():
+            column.extend([math.nan] * (self._count - len(column)))
+        return {key: np.frombuffer(column) for key, column in self._columns.items()}
+
+
+def _summary(
+    columns: dict[str, np.ndarray], evaluations: list[Any], events: list[dict[str, Any]], last: dict[str, Any]
+) -> dict[str, Any]:
+    def middle(key: str) -> float | None:
+        values = columns.get(key, np.empty(0))
+        values = values[np.isfinite(values)]
+        return float(np.median(values)) if len(values) else None
+
+    counts = Counter(record["event"] for record in events)
+    ended = events[-1].get("reason") if events and events[-1]["event"] == "end" else None
+    return {
+        **{key: last.get(key) for key in ("step", "tokens", "flops", "loss")},
+        "hours": float(columns["hours"][-1]),
+        "held_out": evaluations[-1]["losses"][-1] if evaluations else None,
+        **{key: middle(key) for key in ("tokens_per_second", "mfu", "hfu")},
+        "memory_gib": float(np.nanmax(columns["memory_gib"])) if "memory_gib" in columns else None,
+        "attempts": last.get("attempt", 1),
+        **{event: counts[event] for event in ("save", "resume", "skip", "rewind", "straggler", "alarm")},
+        "ended": ended,
+    }
+
+
+def _config(run_dir: Path) -> dict[str, str]:
+    """The run's settings by their full key, as text."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path}: empty or damaged; expected the settings of the run, which its next start writes anew"
+        )
+    return dict(_flat(values, ""))
+
+
+def _flat(values: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value if isinstance(value, str) else json.dumps(value)
+
+
+def _fewer_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All but saves, and as many of the newest saves as there is room for."""
+    others = sum(record["event"] != "save" for record in events)
+    surplus = max(0, sum(record["event"] == "save" for record in events) - max(0, EVENTS - others))
+    kept = []
+    for record in events:
+        if record["event"] == "save" and surplus:
+            surplus -= 1
+            continue
+        kept.append(record)
+    return kept[-EVENTS:]
+
+
+def _thin_list(values: list[Any], points: int) -> list[Any]:
+    """Every n-th, so that at most `points` + 1 remain, and the last."""
+    stride = -(-len(values) // points) or 1
+    return values[::stride] + (values[-1:] if values and (len(values) - 1) % stride else [])
+
+
+def _numbers(values: np.ndarray) -> list[Any]:
+    """To six digits, whole numbers whole; null where there is none."""
+    return [
+        None
+        if not math.isfinite(value)
+        else int(value)
+        if value == int(value) and abs(value) < 2**53
+        else float(f"{value:.6g}")
+        for value in values.tolist()
+    ]

@@ -1,0 +1,296 @@
+"""Runs and Slurm: hand one over with its code and configuration, and send word to one that is there.
+
+RUN/submissions/0001/
+    code/           the files of this project as they were: what the job runs, now and after each requeue
+    commit.txt      the commit they come from
+    diff.patch      how they differ from it
+    config.yaml     the resolved configuration
+    deepspeed.json  how to shard
+    command.txt     the call of sbatch
+RUN/job             number of the newest job
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from ponder_scale.config import RunConfig
+from ponder_scale.errors import UserError
+from ponder_scale.figures import seconds_of
+from ponder_scale.files.delete import copy_file
+from ponder_scale.settings import to_dict
+
+HOME = Path(__file__).parents[2]
+PARTS = ("ponder_scale", "data_pipeline", "deepspeed_configs", "slurm")  # what a job needs of the project
+TEMPLATE = Path("slurm", "train.sbatch")
+WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED")
+ENDED = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("REVOKED", "SPECIAL_EXIT", "TIMEOUT"),
+)
+SIGNAL_SECONDS = 60  # before the end, where --signal names none
+START_SECONDS = 60  # until the first step, at least; and Slurm may signal up to a minute early
+COMPLETING_SECONDS = 30  # that a job may take to leave its nodes, before it waits again or has ended
+
+
+class SubmitError(UserError):
+    """Slurm is not there, or refuses."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job asks of Slurm."""
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    spares: int = 0  # nodes besides
+    time: str | None = None  # None: the template's
+    options: tuple[str, ...] = ()  # further ones of sbatch
+
+    def __post_init__(self) -> None:
+        for name, least in (("nodes", 1), ("gpus_per_node", 1), ("spares", 0)):
+            if getattr(self, name) < least:
+                flag = "--" + name.replace("_", "-")
+                raise SubmitError(f"{flag} is {getattr(self, name)}; expected at least {least}")
+
+    @property
+    def ranks(self) -> int:
+        """One on each GPU that trains."""
+        return self.nodes * self.gpus_per_node
+
+
+class Submission:
+    """A run that can be described, asked for, and submitted."""
+
+    def __init__(self, config: RunConfig, sharding: Path, resources: Resources) -> None:
+        """`sharding` is the file that `train.deepspeed` names."""
+        self._config, self._sharding, self._resources = config, sharding, resources
+        self._run_dir = Path(config.run_dir).absolute()
+        number = 1 + max(
+            (int(path.name) for path in self._run_dir.glob("submissions/*") if path.name.isdecimal()), default=0
+        )
+        self.folder = self._run_dir / "submissions" / f"{number:04d}"
+
+    def describe(self) -> str:
+        """What would be kept and called."""
+        return f"would keep code and configuration in {self.folder}, and call\n{self._shown(self._command())}"
+
+    def ask(self) -> str:
+        """Slurm's own answer: when and where the job could start. Raises SubmitError where it never could."""
+        *options, _, configuration = self._command()
+        # this project's template in place of the copy that would be made of it: only its head matters
+        words = [*options, "--test-only", str(HOME / TEMPLATE), configuration]
+        return _slurm(words, self._environment()).stderr.strip()
+
+    def check_free(self) -> None:
+        """Raise SubmitError while a job trains this run."""
+        active = state_of(self._run_dir)
+        if active is not None and active[1]:
+            raise SubmitError(
+                f"{self._run_dir} is being trained by job {active[0]} ({active[1]}); "
+                f"end it first: ponder-scale stop {shlex.quote(str(self._run_dir))}"
+            )
+
+    def check_time(self) -> None:
+        """Raise SubmitError where Slurm's signal before the time limit leaves no time for a step."""
+        template = (HOME / TEMPLATE).read_text(encoding="utf-8")
+        limit, lead = (self._option(name, template) for name in ("time", "signal"))
+        seconds, before = _slurm_seconds(limit), int(lead.partition("@")[2] or SIGNAL_SECONDS)
+        if seconds is not None and seconds < before + START_SECONDS:
+            raise SubmitError(
+                f"--time is {limit}: Slurm signals its end {before} s before ({lead}), so that no step would be done; "
+                f"expected at least {before + START_SECONDS} s, or a shorter lead by --sbatch=--signal=B:USR2@SECONDS"
+            )
+
+    def _option(self, name: str, template: str) -> str:
+        """What sbatch goes by: the last on its command line, its environment, the head of the template."""
+        words = [f"--time={self._resources.time}"] if self._resources.time else []
+        words += self._resources.options
+        given = [word.partition("=")[2] for word in words if word.startswith(f"--{name}=")]
+        if name == "time":
+            given = given or [word[2:] for word in words if word.startswith("-t")]
+        inside = re.findall(rf"^#SBATCH --{name}=(\S+)", template, re.MULTILINE)
+        variable = {"time": "SBATCH_TIMELIMIT", "signal": "SBATCH_SIGNAL"}[name]
+        return given[-1] if given else os.environ.get(variable) or (inside[-1] if inside else "")
+
+    def submit(self) -> str:
+        """Keep code and configuration, submit, and tell how to watch. Raises SubmitError."""
+        self.check_free()
+        command = self._command()
+        self._keep(command)
+        job = _slurm(command, self._environment()).stdout.strip().split(";")[0]
+        (self._run_dir / "job").write_text(job + "\n", encoding="utf-8")
+        run = shlex.quote(str(self._run_dir))
+        return (
+            f"job {job} trains {run}\n"
+            f"  ponder-scale status {run}     how it is going\n"
+            f"  tail -F {run}/log             what its first rank says\n"
+            f"  ponder-scale stop {run}       saves and ends it"
+        )
+
+    def _command(self) -> list[str]:
+        resources, log = self._resources, str(self._run_dir / "slurm-%j.log")
+        prefix = log[: -len("%j.log")].replace("%", "%%")  # of the path, not a pattern
+        command = ["sbatch", "--parsable", f"--job-name=ponder-{_plain(self._run_dir.name)}"]
+        command += [f"--output={prefix}%j.log", f"--nodes={resources.nodes + resources.spares}"]
+        command += [f"--ntasks-per-node={resources.gpus_per_node}", f"--gpus-per-node={resources.gpus_per_node}"]
+        command += ["--no-kill"] if resources.spares else []
+        command += [f"--time={resources.time}"] if resources.time else []
+        command += [*resources.options, *self._exported()]
+        return [*command, str(self.folder / "code" / TEMPLATE), str(self.folder / "config.yaml")]
+
+    def _exported(self) -> list[str]:
+        """An option that gives the job what is ours where the user, or the site, keeps the environment from it."""
+        given = [option.partition("=")[2] for option in self._resources.options if option.startswith("--export=")]
+        names = (given[-1] if given else os.environ.get("SBATCH_EXPORT", "ALL")).split(",")
+        if "ALL" in names:
+            return []
+        return ["--export=" + ",".join([*(name for name in names if name not in ("NONE", "NIL")), *self._ours()])]
+
+    def _ours(self) -> dict[str, str]:
+        return {"PONDER_HOME": str(self.folder / "code"), "SPARES": str(self._resources.spares)}
+
+    def _environment(self) -> dict[str, str]:
+        # secrets such as WANDB_API_KEY reach the job this way: in no file, and on no command line, which all can read
+        return {**os.environ, **self._ours()}
+
+    def _shown(self, command: list[str]) -> str:
+        ours = [f"{key}={shlex.quote(value)}" for key, value in self._ours().items()]
+        return " ".join([*ours, shlex.join(command)])
+
+    def _keep(self, command: list[str]) -> None:
+        self.folder.mkdir(parents=True)
+        keep_code(self.folder)
+        values = to_dict(self._config)
+        shutil.copyfile(self._sharding, self.folder / "deepspeed.json")
+        values["train"]["deepspeed"] = str(self.folder / "deepspeed.json")
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        (self.folder / "command.txt").write_text(self._shown(command) + "\n", encoding="utf-8")
+
+
+def keep_code(folder: Path) -> None:
+    """Copy the project's files to folder/code, and note their commit and how they differ from it."""
+    files = _git("ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *PARTS)
+    if files is None:
+        names = [path.relative_to(HOME) for part in PARTS for path in (HOME / part).rglob("*") if path.suffix != ".pyc"]
+        commit, diff = "unknown: not a git checkout\n", ""
+    else:
+        names = [Path(name) for name in files.split("\0") if name]
+        commit, diff = (
+            _git("rev-parse", "HEAD") or "no commit yet\n",
+            _git("diff", "--binary", "HEAD", "--", *PARTS) or "",
+        )
+    for name in names:
+        if (HOME / name).is_file():
+            (folder / "code" / name).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(HOME / name, folder / "code" / name)
+    (folder / "commit.txt").write_text(commit, encoding="utf-8")
+    (folder / "diff.patch").write_text(diff, encoding="utf-8")
+
+
+def state_of(run_dir: Path) -> tuple[str, str] | None:
+    """The newest job of a run and its state in Slurm's queue ("" when it has left it); None when it never had one.
+
+    Raises SubmitError where there is no Slurm.
+    """
+    try:
+        job = (run_dir / "job").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    words = ["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T"]
+    for _ in range(COMPLETING_SECONDS):
+        done = _call(words)
+        state = done.stdout.strip() if done.returncode == 0 else ""  # squeue fails for a job it has forgotten
+        if state != "COMPLETING":
+            break
+        time.sleep(1)  # for its nodes, after which it waits in the queue again, or has ended
+    return job, "" if state in ENDED else state
+
+
+def stop(run_dir: Path, *, save: bool) -> str:
+    """End a run: at its next step when it trains, at once when it waits. Returns what was done."""
+    job, state = _active(run_dir)
+    if state in WAITING:
+        _slurm(["scancel", job])
+        return f"job {job} was waiting and has been cancelled; what the run has saved is in {run_dir}/checkpoints"
+    return _request(run_dir, "SAVE_AND_STOP" if save else "STOP", "saves and ends" if save else "ends without saving")
+
+
+def save(run_dir: Path) -> str:
+    """Have a run save at its next step. Returns what was done."""
+    job, state = _active(run_dir)
+    if state in WAITING:
+        raise SubmitError(f"job {job} of {run_dir} waits in the queue: there is nothing new to save")
+    return _request(run_dir, "SAVE", "saves and goes on")
+
+
+def requeue(run_dir: Path) -> str:
+    """Have a run save and its job wait in the queue again. Returns what was done."""
+    job, state = _active(run_dir)
+    if not job or state != "RUNNING":
+        raise SubmitError(f"{run_dir}: expected a running job of Slurm, found {state or 'none'}")
+    _slurm(["scancel", "--batch", "--signal=USR2", job])  # what Slurm itself sends before the time limit
+    return f"job {job} saves and goes back to the queue"
+
+
+def _active(run_dir: Path) -> tuple[str, str]:
+    """Job and state of a run that can take orders; both are "" for one that was not started by Slurm."""
+    if not (run_dir / "config.yaml").is_file() and not (run_dir / "job").is_file():
+        raise SubmitError(f"{run_dir} is no run folder: it has no config.yaml")
+    found = state_of(run_dir)
+    if found is None:
+        return "", ""
+    if not found[1]:
+        raise SubmitError(f"job {found[0]} of {run_dir} is not in Slurm's queue any more: nothing to do")
+    return found
+
+
+def _request(run_dir: Path, name: str, what: str) -> str:
+    try:
+        (run_dir / name).touch()
+    except OSError as error:
+        raise SubmitError(f"{run_dir / name} cannot be written: {error.strerror}; ask the owner of the run") from error
+    return f"wrote {run_dir / name}: the run {what} at its next step"
+
+
+def _slurm_seconds(limit: str) -> float | None:
+    """Seconds of a time limit as sbatch takes it, a plain number being minutes; None for none, and what it refuses."""
+    minutes = limit.isdigit()
+    seconds = seconds_of(limit)
+    return seconds * 60 if seconds and minutes else seconds or None
+
+
+def _plain(name: str) -> str:
+    """A job name that no tool has to quote."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+
+
+def _git(*words: str) -> str | None:
+    done = _call(["git", "-C", str(HOME), *words])
+    return done.stdout if done.returncode == 0 else None
+
+
+def _slurm(words: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    done = _call(words, environment)
+    if done.returncode:
+        problem = " ".join((done.stderr or done.stdout).split())
+        raise SubmitError(f"{words[0]} refused: {problem}")
+    return done
+
+
+def _call(words: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    except FileNotFoundError:
+        if words[0] == "git":
+            return subprocess.CompletedProcess(words, 1, "", "")
+        raise SubmitError(f"{words[0]} is not here; submit from a login node of the cluster") from None

@@ -1,0 +1,131 @@
+"""Hugging Face folders that others made: what their configuration means here, and their weights as a start.
+
+Stock folders of transformers, folders of ours, and those of the published code (LUMIA-Group/PonderingLM and, for
+LLaMA, its follow-up): stock ones with further keys in config.json. There `ponderinglm` (for GPT-2 `recurrent_model`)
+turns pondering on, with `pondering_steps`, `scale_embeds`, `softmax_temperature` and `mutiply_pondering_steps` [sic],
+which multiplies e_0 by S. The follow-up's variant of the same recurrence has `recurrent_model`, `num_latent_thoughts`
+for S and `residual_interpolated_embeds`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ponder_scale.checkpoint.weights import model_weights
+from ponder_scale.errors import CheckpointError
+from ponder_scale.model.configuration import PONDERING_FIELDS
+from ponder_scale.setup.build import ARCHITECTURES, REFUSALS, own_fields
+from ponder_scale.shards.manifest import tokenizer_identity
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED_KEYS = (
+    *("ponderinglm", "recurrent_model", "pondering_steps", "scale_embeds", "mutiply_pondering_steps"),
+    *("softmax_temperature", "num_latent_thoughts", "residual_interpolated_embeds", "checkpoint_num_layers"),
+)
+NOT_THE_MODEL = ("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype")
+# What a continued model may have otherwise; shapes are compared with the weights themselves.
+_FREE = {
+    *NOT_THE_MODEL,
+    *(name for name in PONDERING_FIELDS if name not in ("scale_embeds", "initial_scale")),
+    *("vocab_size", "max_position_embeddings", "n_positions", "n_inner", "initializer_range", "use_cache"),
+    *("_name_or_path", "pretraining_tp"),
+}
+_FREE_ENDS = ("_token_id", "dropout", "_drop", "_pdrop")
+
+
+@torch.no_grad()
+def warm_start(model: Any, folder: Path, *, tokenizer: str | None = None) -> None:
+    """Give a model on the CPU the weights of a Hugging Face folder, with pondering or without.
+
+    Args:
+        tokenizer: hash of the one that will be trained with; where the folder has another, that is warned of.
+
+    Raises:
+        CheckpointError: the weights are of another model, or would compute something else under this configuration:
+            another rotary base, activation or scale of the embeddings, for example.
+    """
+    theirs, ours = folder_configuration(folder).to_dict(), model.config.to_dict()
+    if theirs["model_type"] != ours["model_type"]:
+        names = [values["model_type"].removeprefix("ponder_") for values in (theirs, ours)]
+        raise CheckpointError(f"{folder}: is a {names[0]}, model.architecture is {names[1]}; set it to {names[0]}")
+    for key in sorted(ours.keys() & theirs.keys() - _FREE):
+        if ours[key] != theirs[key] and not key.endswith(_FREE_ENDS):
+            raise CheckpointError(
+                f"{folder}: its weights were trained with {key} {theirs[key]}, this run has {ours[key]}; "
+                "set it as there (in the recipe's model section, or under model.extra)"
+            )
+    parameters = dict(model.named_parameters())
+    for name, tensor in model_weights(model, folder):
+        parameters[name].copy_(tensor)
+    if tokenizer is not None and tokenizer_identity(folder) not in (None, tokenizer):
+        logger.warning("%s has another tokenizer file than the shards were made with", folder)
+
+
+def folder_configuration(folder: Path) -> Any:
+    """The configuration of ours that a folder's config.json means; one without pondering has 0 pondering steps.
+
+    Raises:
+        CheckpointError: no config.json, an architecture that is not ours, or settings that mean another model.
+    """
+    path = folder / "config.json"
+    values = read_configuration(folder)
+    name = str(values.get("model_type"))
+    architecture = name.removeprefix("ponder_")
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(f"{path}: model_type is {name!r}; expected one of {', '.join(ARCHITECTURES)}")
+    try:
+        own = name != architecture
+        fields = {key: values[key] for key in PONDERING_FIELDS if key in values} if own else pondering_fields(values)
+        dropped = {*PUBLISHED_KEYS, *NOT_THE_MODEL, *PONDERING_FIELDS}
+        configuration = ARCHITECTURES[architecture].configuration
+        stock = {key: value for key, value in own_fields(configuration, values).items() if key not in dropped}
+        return configuration(**stock, **fields)
+    except (*REFUSALS, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def pondering_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Our fields for the keys of a published config.json.
+
+    Raises:
+        ValueError: the keys mean a model that is not this recurrence.
+    """
+    latent = "num_latent_thoughts" in values
+    if not (values.get("recurrent_model") or (values.get("ponderinglm") and not latent)):
+        if latent:
+            raise ValueError(
+                "num_latent_thoughts without recurrent_model: latent thoughts as extra positions are another model, "
+                "which cannot be imported"
+            )
+        return {"pondering_steps": 0}
+    steps = int(values["num_latent_thoughts" if latent else "pondering_steps"])
+    multiplied = bool(values.get("mutiply_pondering_steps"))
+    if multiplied and steps == 0:
+        raise ValueError("mutiply_pondering_steps with 0 steps multiplies the embeddings by 0; set it to false")
+    # the published GPT-NeoX never reads its temperature
+    reads_temperature = values["model_type"] != "gpt_neox"
+    return {
+        "pondering_steps": steps,
+        "scale_embeds": bool(values.get("scale_embeds")),
+        "initial_scale": float(steps) if multiplied else 1.0,
+        "pondering_temperature": float(values.get("softmax_temperature") or 1.0) if reads_temperature else 1.0,
+        "residual": "restart" if latent and not values.get("residual_interpolated_embeds") else "accumulate",
+    }
+
+
+def read_configuration(folder: Path) -> dict[str, Any]:
+    """The content of a folder's config.json. Raises CheckpointError where there is none."""
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; expected a Hugging Face folder") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected keys and values")
+    return content

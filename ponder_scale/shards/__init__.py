@@ -1,0 +1,1 @@
+"""Token shards: their format, manifest and packing. numpy only."""

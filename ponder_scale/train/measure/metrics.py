@@ -1,0 +1,187 @@
+"""What is measured while training: metrics.jsonl always, a console line, and trackers where asked for.
+
+metrics.jsonl is the record of the run; `records` says what is in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ponder_scale.config import RunConfig
+from ponder_scale.data.heldout import HeldOut, mean_over
+from ponder_scale.runs.records import Recorder
+from ponder_scale.train.console import evaluation_lines, folded, step_line
+from ponder_scale.train.measure.throughput import Throughput
+from ponder_scale.train.measure.trackers import open_trackers
+from ponder_scale.train.measure.work import Work
+from ponder_scale.train.survive.alarms import CollapseAlarms
+
+logger = logging.getLogger(__name__)
+
+
+class StepTally:
+    """What the micro-batches of one step on one rank report, added up without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, int] = {}
+        self._sums: Tensor | None = None
+        self._weight = 0.0
+
+    def add(self, output: Any, weight: float = 1.0) -> None:
+        """Count a model output whose means are over so many labels, or so many micro-batches of as many labels."""
+        named = {"pass_losses": output.pass_losses, "pass_entropies": output.pass_entropies}
+        if output.z_loss is not None:
+            named["z_loss"] = output.z_loss.reshape(1)
+        if output.changes is not None:
+            named |= output.changes._asdict()
+        self._sizes = {name: values.numel() for name, values in named.items()}
+        values = torch.cat(list(named.values())) * weight
+        self._sums = values if self._sums is None else self._sums + values
+        self._weight += weight
+
+    def sums(self) -> Tensor:
+        """All sums and, last, the weights: one flat tensor of the same length on every rank."""
+        assert self._sums is not None
+        return torch.cat([self._sums, torch.full((1,), self._weight, device=self._sums.device)])
+
+    def means(self, total: Tensor) -> dict[str, list[float]]:
+        """The means by name, of the sums added up over all ranks."""
+        values = (total[:-1] / total[-1]).split(list(self._sizes.values()))
+        return {name: part.tolist() for name, part in zip(self._sizes, values, strict=True)}
+
+
+class Metrics:
+    """The metrics of a run. Rank 0 writes; on other ranks every method does nothing.
+
+    Args:
+        start_step: steps done before; what an earlier attempt computed after it leaves metrics.jsonl.
+        attempt: which start of the run this is, counted from 1.
+        check_owned: raises where another process has taken the run over; asked before anything is recorded.
+        work: what the run has done.
+        vocabulary: of the model.
+        peak: dense bf16 FLOP/s of all devices; None where it is not known, and then MFU and HFU are not either.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        *,
+        start_step: int,
+        active: bool,
+        attempt: int = 1,
+        check_owned: Callable[[], None] = lambda: None,
+        work: Work,
+        vocabulary: int,
+        peak: float | None,
+    ) -> None:
+        self._config, self._active, self._work = config, active, work
+        if not active:
+            return
+        self._throughput = Throughput(config, work, peak=peak)
+        self._alarms = CollapseAlarms(config, vocabulary)
+        self._recorder = Recorder(run_dir, start_step=start_step, attempt=attempt, check_owned=check_owned)
+        self._trackers = open_trackers(config, run_dir, self._recorder, start_step=start_step)
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether earlier attempts have recorded the evaluation of a step; True on ranks that record nothing."""
+        return not self._active or self._recorder.evaluated == step
+
+    def log_event(self, event: str, step: int, **values: Any) -> None:
+        """Record that something happened: one of `records.HISTORY`, with plain values. On disk on return."""
+        if self._active:
+            self._recorder.write(event, step, **values)
+
+    def log_step(
+        self,
+        step: int,
+        means: dict[str, list[float]],
+        *,
+        labels: int,
+        grad_norm: float,
+        lr: float,
+        data_wait: float,
+        communication: float | None = None,
+    ) -> None:
+        """Record a step.
+
+        Args:
+            means: those of `StepTally`, over all ranks.
+            labels: that the means are over; fewer than the tokens where packed sequences are not full.
+            data_wait: seconds that rank 0 has waited for data in all, of this attempt.
+            communication: share of the step's time in collectives, where it was measured.
+        """
+        if not self._active:
+            return
+        speed = self._throughput.since_last(step, data_wait)
+        values: dict[str, Any] = {
+            "pondering_steps": len(means["pass_losses"]) - 1,
+            "loss": means["pass_losses"][-1],
+            **{name: mean[0] if name == "z_loss" else mean for name, mean in means.items()},
+            "labels": labels,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            **speed,
+            "communication_share": communication,
+            **memory(),
+        }
+        self._write("step", step, values)
+        for alarm in self._alarms.of(step, means):
+            self.log_event("alarm", step, **alarm)
+            for line in folded(f"step {step}: {alarm['message']}"):
+                logger.warning("%s", line)
+        logger.info("%s", step_line(step, self._config.train.steps, values))
+
+    def log_evaluation(self, step: int, sources: Mapping[str, HeldOut]) -> None:
+        """Record held-out losses by source."""
+        if not self._active or not sources:
+            return
+        mean = mean_over(sources.values())
+        by_source = {name: {"losses": found.losses, "tokens": found.tokens} for name, found in sources.items()}
+        trained = {"trained_tokens": self._work.tokens, "trained_flops": self._work.flops}
+        values = {"losses": mean.losses, "tokens": mean.tokens, **trained, "sources": by_source}
+        self._write("evaluation", step, values)
+        for name, found in [*sources.items(), *([("all", mean)] if len(sources) > 1 else [])]:
+            for line in evaluation_lines(step, self._config.train.steps, name, found.tokens, found.perplexities):
+                logger.info("%s", line)
+
+    def resume_clock(self, data_wait: float) -> None:
+        """Leave out the time since the last record, after something else than training; `data_wait` as above."""
+        if self._active:
+            self._throughput.restart(data_wait)
+
+    def sync(self) -> None:
+        """Wait until the record is on disk; before a save, so that a checkpoint is never ahead of it."""
+        if self._active:
+            self._recorder.sync()
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._active:
+            self._recorder.close()
+            for tracker in self._trackers:
+                tracker.close()
+
+    def _write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        self._recorder.write(event, step, **values)
+        for tracker in self._trackers:
+            tracker.log(event, step, values)
+
+
+def memory() -> dict[str, float]:
+    """Memory of this process now and at its peak, in GiB: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        resident = Path("/proc/self/statm")  # in pages; Linux has it
+        now = int(resident.read_text().split()[1]) * resource.getpagesize() if resident.is_file() else peak
+    return {"memory_now_gib": now / 2**30, "memory_gib": peak / 2**30}

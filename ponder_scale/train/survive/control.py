@@ -1,0 +1,209 @@
+"""Who may end or save a run from outside, and how all ranks come to do the same at the same step.
+
+Each rank has its own signals; rank 0 alone looks at the clock and at the request files STOP, SAVE and SAVE_AND_STOP
+in the run folder. What they want is a row of numbers that is added up over the ranks together with the losses
+of the step, so agreement costs no collective of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ponder_scale.errors import AGAIN, INTERRUPTED, ConfigError
+from ponder_scale.figures import duration, seconds_of
+from ponder_scale.train.survive import signals
+
+logger = logging.getLogger(__name__)
+
+REQUESTS = ("STOP", "SAVE_AND_STOP", "SAVE")
+LOOK_SECONDS = 1.0  # between two looks for request files
+SHORTEST_SECONDS = 30.0  # of a time limit: torch alone takes a third of it to load
+UNKNOWN_SAVE_SECONDS = 60.0  # until a save or a load has been measured; a tenth of limits under ten minutes
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What all ranks do at a step boundary."""
+
+    save: bool = False
+    exit_code: int | None = None  # None: go on
+    reason: str = ""
+    request: str | None = None  # the request file that is honoured by it
+
+    @property
+    def stop(self) -> bool:
+        """Whether the run ends here."""
+        return self.exit_code is not None
+
+
+# in order of precedence: a person's wish before that of a scheduler
+ORDERS = (
+    Orders(exit_code=0, reason="the file STOP", request="STOP"),
+    Orders(save=True, exit_code=0, reason="the file SAVE_AND_STOP", request="SAVE_AND_STOP"),
+    Orders(save=True, exit_code=INTERRUPTED, reason="an interrupt"),
+    Orders(save=True, exit_code=AGAIN, reason="a signal"),
+    Orders(save=True, exit_code=AGAIN, reason="the time limit"),
+    Orders(save=True, reason="the file SAVE", request="SAVE"),
+    Orders(save=True, reason="checkpoint.every_minutes"),
+)
+
+
+class Control:
+    """Requests to a run, as this rank sees them.
+
+    Args:
+        time_limit: of `train.time_limit`; only rank 0 reads it.
+    """
+
+    def __init__(self, run_dir: Path, time_limit: str | None, *, rank: int) -> None:
+        self._run_dir, self._first = run_dir, rank == 0
+        self._slurm = time_limit == "slurm"
+        self._limit, self._deadline = _limit(time_limit) if self._first else (float("inf"), None)
+        self._looked, self._files = -LOOK_SECONDS, dict.fromkeys(REQUESTS, False)
+        self._step_seconds: list[float] = []
+        self._save_seconds, self._save_known = min(UNKNOWN_SAVE_SECONDS, 0.1 * self._limit), False
+        self._evaluation_seconds = 0.0
+        if self._deadline is not None:
+            logger.info("time limit: saves and ends in time for %s from now", duration(self.seconds_left()))
+
+    def seconds_left(self) -> float:
+        """Seconds until this attempt is ended from outside."""
+        return float("inf") if self._deadline is None else self._deadline - time.monotonic()
+
+    def took(
+        self,
+        *,
+        step: float | None = None,
+        save: float | None = None,
+        load: float | None = None,
+        evaluation: float | None = None,
+    ) -> None:
+        """Note the seconds of something, to end in time. A load stands for a save until one has been measured."""
+        if step is not None:
+            self._step_seconds = [*self._step_seconds[-9:], step]
+        if save is not None:
+            self._save_seconds = max(self._save_seconds, save) if self._save_known else save
+            self._save_known = True
+        if load is not None:
+            self._save_seconds = max(self._save_seconds, load)
+        if evaluation is not None:
+            self._evaluation_seconds = max(self._evaluation_seconds, evaluation)
+
+    def refusal(self) -> str | None:
+        """Why no attempt of this time limit can do a step, asked before the first one; None where one can."""
+        started = time.monotonic() - signals.imported
+        if not self._out_of_time():
+            return None
+        if self._limit - started >= self._reserve():
+            logger.warning("the time limit is in %s: too near for a step", duration(self.seconds_left()))
+            return None
+        what = f"train.time_limit is {self._limit:.0f} s"
+        if self._slurm:
+            what = f"the time limit of Slurm job {os.environ.get('SLURM_JOB_ID')} is {self._limit:.0f} s"
+        return (
+            f"{what}: this start took {started:.0f} s of it and saving in time needs {self._reserve():.0f} s, which "
+            f"leaves none for a step; give it at least {2 * (started + self._reserve()):.0f} s"
+        )
+
+    def wishes(self, *, save: bool = False) -> list[float]:
+        """1 for each of `ORDERS` that this rank wants, else 0; `save`: time for a save by the clock, of rank 0."""
+        files = self._look() if self._first else dict.fromkeys(REQUESTS, False)
+        wanted = (
+            files["STOP"],
+            files["SAVE_AND_STOP"],
+            signals.received.interrupt,
+            signals.received.again,
+            self._first and self._out_of_time(),
+            files["SAVE"],
+            self._first and save,
+        )
+        return [float(wish) for wish in wanted]
+
+    def orders(self, wishes: Sequence[float]) -> Orders:
+        """What to do, from the wishes of all ranks added up."""
+        return next((orders for orders, wish in zip(ORDERS, wishes, strict=True) if wish), Orders())
+
+    def done(self, orders: Orders) -> None:
+        """Remove the request file that has been honoured."""
+        if self._first and orders.request:
+            (self._run_dir / orders.request).unlink(missing_ok=True)
+            self._files[orders.request] = False
+
+    def _look(self) -> dict[str, bool]:
+        if time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._files = {name: (self._run_dir / name).exists() for name in REQUESTS}
+        return self._files
+
+    def _out_of_time(self) -> bool:
+        """Whether an evaluation, a scheduled save, a step and the save after it might not end in time."""
+        return self._deadline is not None and self.seconds_left() < self._reserve()
+
+    def _reserve(self) -> float:
+        """Seconds that are kept free to end in time."""
+        margin = min(60.0, 0.1 * self._limit)
+        steps, saves = 2 * max(self._step_seconds, default=0.0), 2.5 * self._save_seconds
+        return margin + self._evaluation_seconds + steps + saves
+
+
+def parse_time_limit(value: str) -> float:
+    """Seconds of "90", "30:00" (minutes), "12:00:00" or Slurm's "1-12:00:00", "1-12:00" and "1-12" (hours).
+
+    Raises ConfigError for anything else.
+    """
+    seconds = seconds_of(value)
+    if seconds is None:
+        raise ConfigError(f"train.time_limit is {value}; expected seconds, HH:MM:SS, D-HH:MM:SS, slurm or null")
+    return seconds
+
+
+def check_time_limit(value: str | None) -> None:
+    """Raise ConfigError where `train.time_limit` cannot be read, or nothing could be done in it."""
+    if value not in (None, "slurm") and parse_time_limit(value) < SHORTEST_SECONDS:
+        raise ConfigError(
+            f"train.time_limit is {value}; expected at least {SHORTEST_SECONDS:.0f} s, as a start takes that long; "
+            "null: no limit"
+        )
+
+
+def _limit(time_limit: str | None) -> tuple[float, float | None]:
+    """Seconds of an attempt in all, and when this one must have ended, on the monotonic clock."""
+    if time_limit is None:
+        return float("inf"), None
+    if time_limit != "slurm":
+        limit = parse_time_limit(time_limit)
+        return limit, signals.started + limit
+    left = _slurm_seconds_left()
+    if left is None:
+        return float("inf"), None
+    deadline = time.monotonic() + left
+    begin, end = (os.environ.get(f"SLURM_JOB_{moment}_TIME") for moment in ("START", "END"))
+    # of the job, which may have trained before on these nodes; else as if this start were its first
+    return float(end) - float(begin) if begin and end else deadline - signals.started, deadline
+
+
+def _slurm_seconds_left() -> float | None:
+    """Seconds until Slurm ends this job; None outside a job, without a limit, or when Slurm does not say."""
+    job, end = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_END_TIME")
+    if not job:
+        return None
+    if end:
+        return float(end) - time.time()
+    try:  # Slurm before 23.02 does not set SLURM_JOB_END_TIME
+        command = ["squeue", "--noheader", "--jobs", job, "--format", "%L"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        if answer == "UNLIMITED":
+            return None
+        left = seconds_of(answer)
+        if left is None:
+            raise ConfigError(f"it says {answer}")
+        return left
+    except (OSError, subprocess.SubprocessError, ConfigError) as error:
+        logger.warning("the time limit of Slurm job %s is not known (%s); set train.time_limit", job, error)
+        return None

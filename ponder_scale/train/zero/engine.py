@@ -1,0 +1,425 @@
+"""The DeepSpeed engine behind the training loop: the only importer of deepspeed.
+
+What DeepSpeed gets wrong with one transformer that runs S + 1 times a step is cured here, each cure beside its
+reason and under a test.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+import os
+import resource
+import subprocess
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import parameter_offload
+from torch import Tensor
+
+from ponder_scale.checkpoint.parts import Parts
+from ponder_scale.config import RunConfig
+from ponder_scale.errors import ConfigError
+from ponder_scale.planning.cost import gathering, peak_flops
+from ponder_scale.planning.plan import present_devices, settle_sharding
+from ponder_scale.planning.shape import model_shape
+from ponder_scale.setup.recompute import refuse_foreign_checkpointing
+from ponder_scale.setup.speed import document_arguments
+from ponder_scale.train.console import folded
+from ponder_scale.train.launch import RANK_VARIABLES, free_port
+from ponder_scale.train.optim import parameter_groups
+from ponder_scale.train.zero.deepspeed_config import deepspeed_config, read_sharding
+from ponder_scale.train.zero.deepspeed_version import TESTED, is_tested, refuse_wrong_version
+from ponder_scale.train.zero.gate import Accept, Gate
+from ponder_scale.train.zero.partition import Partition, Scalars
+from ponder_scale.train.zero.traces import TraceBank
+
+logger = logging.getLogger(__name__)
+
+
+def init_distributed(timeout: timedelta | None = None) -> None:
+    """Join the process group that the environment describes, or become the only rank of a new one.
+
+    Args:
+        timeout: of a collective; default: that of torch, half an hour.
+
+    Raises:
+        ConfigError: some of the rank variables are set and others are not. DeepSpeed would then ask MPI, and train
+            as rank 0 of 1 on every process.
+    """
+    present = [name for name in RANK_VARIABLES if name in os.environ]
+    if not present:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    elif len(present) < len(RANK_VARIABLES):
+        missing = ", ".join(name for name in RANK_VARIABLES if name not in present)
+        raise ConfigError(f"environment: {', '.join(present)} set but not {missing}; set all five or none")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(_is_no_refusal)
+    # DeepSpeed calls collectives by names that torch 2.13 renames; one warning for each call of each step
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    # Its shared-memory all-reduce is for CPU inference; compiling it costs 20 s.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:  # where it is not set, ZeRO-3 starts `numactl` for each bucket that it reduces, to count processors
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    _allow_connections()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    patience = {} if timeout is None else {"timeout": timeout}
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, **patience)
+
+
+def _allow_connections() -> None:
+    """Let this process have as many connections as the system lets it: gloo's groups connect every rank with every
+    other, and the usual limit of 1,024 open files ends with a thousand ranks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _is_no_refusal(record: logging.LogRecord) -> bool:
+    # a step that is refused at the gate, as in the rehearsal, looks to DeepSpeed like an overflow; we say what it was
+    return "overflow!" not in record.getMessage().lower()
+
+
+def from_first_rank(value: Any) -> Any:
+    """Rank 0's value, on every rank. Collective."""
+    box = [value]
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    dist.broadcast_object_list(box, src=0, device=device)
+    return box[0]
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of what computes, for the record in a checkpoint."""
+    names = ("ponder-scale", "torch", "deepspeed", "transformers")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+@functools.cache
+def code_commit() -> str | None:
+    """The git commit of this code, with -dirty where files were changed; None where it is not a checkout."""
+    package = Path(__file__).parents[2]
+    kept = package.parents[1] / "commit.txt"  # beside the copy of the code that `ponder-scale submit` makes
+    if package.parent.name == "code" and kept.is_file():
+        return kept.read_text(encoding="utf-8").strip()
+    # a package installed into a folder of another project's checkout is not among that project's files
+    tracked = ["ls-files", "--error-unmatch", "cli.py"]
+    for command in (tracked, ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]):
+        try:
+            done = subprocess.run(["git", *command], cwd=package, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode:
+            return None
+    return done.stdout.strip()
+
+
+class Engine:
+    """A model under ZeRO: forward, backward, step, save, load.
+
+    Args:
+        model: a pondering model in fp32 on the CPU, equal on all ranks, recomputation already applied.
+        config: of the run. The process group must exist.
+    """
+
+    def __init__(self, model: Any, config: RunConfig) -> None:
+        refuse_foreign_checkpointing(model)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        sharding = self.sharding = read_sharding(config.train.deepspeed)  # as the file has it
+        _refuse_without_cuda(sharding["zero_optimization"], config.train.deepspeed)
+        if self.rank == 0:
+            sharding = settle_sharding(config, sharding, model.config, present_devices(config, self.world_size))
+        sharding = from_first_rank(sharding)
+        self.zero_stage: int = sharding["zero_optimization"]["stage"]
+        refuse_wrong_version(deepspeed.__version__, self.zero_stage, config.train.precision)
+        if self.rank == 0 and not is_tested(deepspeed.__version__):
+            logger.warning(
+                "deepspeed %s is not among the versions that were tested (%s); what is known to be wrong is refused",
+                *(deepspeed.__version__, ", ".join(TESTED)),
+            )
+        shape = model_shape(model.config, config.data.seq_len)
+        gathers = gathering(shape, sharding["zero_optimization"], config.train.recompute)
+        if gathers is not None:
+            for line in folded(gathers.sentence):
+                logger.info("%s", line)
+        settings = deepspeed_config(sharding, config.train, config.optim, self.world_size)
+        self._z_loss, self._ema = config.optim.z_loss, config.optim.ema
+        self.average_since: int | None = None  # the step that the running average of the weights begins with
+        self.micro_steps: int = settings["gradient_accumulation_steps"]
+        if config.train.precision == "bf16":
+            model = model.to(torch.bfloat16)
+        self.parameters: int = sum(parameter.numel() for parameter in model.parameters())
+        offloads = {"offload_optimizer", "offload_param"} & sharding["zero_optimization"].keys()
+        if offloads or torch.cuda.is_available():  # operators are compiled, each under a lock
+            from ponder_scale.train.survive import baton  # slow to import
+
+            baton.install()
+        optimizer = _optimizer(model, config, offload="offload_optimizer" in offloads)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        self.device: torch.device = self.deepspeed.device
+        if self.zero_stage == 0 and config.train.precision == "bf16":
+            # This wrapper takes an optimizer step on zero gradients to allocate the moments, so that the step count
+            # starts at 1 and the first update is 0.75 of what it should be. AdamW makes its state when first needed.
+            self.deepspeed.basic_optimizer.state.clear()
+        self.partition = Partition(self.deepspeed, self.zero_stage, self.rank, self.world_size)
+        plain = self.zero_stage == 0 and config.train.precision == "fp32"
+        self._gate = Gate(self.deepspeed, self.zero_stage, deepspeed.__version__, plain=plain)
+        self._micro_step = 0  # of the step under way; 0 once its last has been
+        self._traces: TraceBank | None = None
+        if self.zero_stage == 3:
+            _keep_tables_gathered(self.deepspeed.module)
+            _release_in_backward(self.deepspeed)
+            if config.train.pondering.schedule != "fixed":
+                self._traces = TraceBank(self.deepspeed)
+
+    @property
+    def optimizer_name(self) -> str:
+        """The method, whoever implements it."""
+        name = type(self.deepspeed.basic_optimizer).__name__
+        return {"DeepSpeedCPUAdam": "AdamW"}.get(name, name)
+
+    @property
+    def module(self) -> Any:
+        """The model inside the engine."""
+        return self.deepspeed.module
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Set the learning rate of the coming step, in every parameter group."""
+        for group in self.deepspeed.basic_optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+    def set_batch(self, sequences: int) -> None:
+        """Set the sequences of the coming steps, over all ranks, by their number of micro-steps."""
+        assert self._micro_step == 0, "the batch changes in the middle of a step"
+        self.deepspeed.set_train_batch_size(sequences)  # by which it divides the loss of a micro-batch
+        self.micro_steps = self.deepspeed.gradient_accumulation_steps()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        pondering_steps: int | None = None,
+        position_ids: Tensor | None = None,
+        track: int | None = None,
+        label_count: Tensor | None = None,
+    ) -> Any:
+        """The model's output on a micro-batch: tokens (B, T) and the next token of each, (B, T).
+
+        Args:
+            pondering_steps: overrides the model's; it must be the same on all ranks, see `agree_on`.
+            position_ids: (B, T), from 0 in each document; attention then does not cross documents, in any pass.
+            track: look at so many tokens for what each pass changes.
+            label_count: divides the summed loss; default: the labels that count in this micro-batch.
+        """
+        if self._traces is not None:
+            self._traces.use((pondering_steps, torch.is_grad_enabled()))
+        tokens, labels = (tensor.to(self.device, non_blocking=True) for tensor in (tokens, labels))
+        documents: dict[str, Any] = {}
+        if position_ids is not None:
+            documents = {"position_ids": position_ids, **document_arguments(self.module, position_ids)}
+            tensors = {name: value for name, value in documents.items() if isinstance(value, Tensor)}
+            documents |= {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+        return self.deepspeed(
+            input_ids=tokens,
+            shift_labels=labels,
+            skip_logits=True,
+            pondering_steps=pondering_steps,
+            z_loss=self._z_loss if torch.is_grad_enabled() else 0.0,
+            track=track,
+            num_items_in_batch=label_count,
+            **documents,
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of a micro-batch's mean loss."""
+        self._micro_step = (self._micro_step + 1) % self.micro_steps
+        # DeepSpeed's own count, micro-steps since the start modulo those of a step, is wrong once the batch has changed
+        self.deepspeed.set_gradient_accumulation_boundary(self._micro_step == 0)
+        self.deepspeed.backward(loss)
+        self._trim_module_stack()
+        if self._micro_step > 0:
+            self.deepspeed.step()  # counts a micro-step
+
+    def step(self, accept: Accept | None = None) -> float:
+        """After the last micro-step of a step, update the weights, if the gradient is accepted; before it, nothing.
+
+        A step that is not accepted leaves weights and moments as they were; its gradients are dropped.
+
+        Args:
+            accept: told the norm, decides, on all ranks alike; None: whether it is finite.
+
+        Returns the norm of the whole mean gradient before clipping, at the last micro-step; it may be infinite or nan.
+        """
+        return 0.0 if self._micro_step > 0 else self._gate.step(self.deepspeed, accept)
+
+    @property
+    def updated(self) -> bool:
+        """Whether the last step updated the weights."""
+        return self._gate.opened
+
+    def average_weights(self, step: int) -> None:
+        """Count the weights after this step into their running average, where the run keeps one and updated them.
+
+        It is shorter at first: the decay is at most (1 + n) / (10 + n) at its n-th step.
+        """
+        if self._ema is None or not self._gate.opened:
+            return
+        self.average_since = step if self.average_since is None else self.average_since
+        number = step - self.average_since + 1
+        self.partition.average(min(self._ema, (1 + number) / (10 + number)))
+
+    def restore(
+        self, parts: Parts, scalars: Scalars, average_since: int | None, alive: Callable[[], None] = lambda: None
+    ) -> None:
+        """Take weights and states from a checkpoint of any ranks and stage. Collective.
+
+        Args:
+            average_since: the step that its average of the weights begins with; None: it has none, or a frozen one. It
+                is dropped where this run keeps none: taken up again later it would be an average with a gap.
+            alive: called for each weight.
+        """
+        self.average_since = None if self._ema is None else average_since
+        self.partition.restore(parts, scalars, average=self.average_since is not None, alive=alive)
+
+    @torch.no_grad()
+    def predict(self, tokens: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Any:
+        """As `forward`, without gradient and dropout."""
+        self.deepspeed.eval()
+        output = self.forward(tokens, labels, position_ids=position_ids)
+        self.deepspeed.train()
+        self._trim_module_stack()
+        return output
+
+    def end_evaluation(self) -> None:
+        """Partition the weights again: ZeRO-3 keeps all of them gathered after a forward without backward."""
+        if self.zero_stage == 3:
+            self.deepspeed.empty_partition_cache()
+
+    def peak_flops(self) -> float | None:
+        """Dense bf16 FLOP/s of all devices together; None on CPUs and devices that are not known."""
+        if self.device.type != "cuda":
+            return None
+        each = peak_flops(torch.cuda.get_device_name(self.device))
+        return None if each is None else each * self.world_size
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks, on the CPU. Collective."""
+        values = values.to(self.device)
+        dist.all_reduce(values)
+        return values.cpu()
+
+    def mean(self, counts: Sequence[int]) -> Tensor:
+        """The mean of some counts over all ranks, each of which gives as many, on the device. Collective."""
+        mean = torch.tensor(counts, dtype=torch.float64).mean().float().to(self.device)
+        dist.all_reduce(mean)
+        return mean / self.world_size
+
+    def agree_on(self, pondering_steps: int) -> int:
+        """The number of pondering steps, after checking that every rank has the same. Collective.
+
+        Raises:
+            RuntimeError: they differ. ZeRO-3 would crash or hang, stages 0 to 2 would train on in silence.
+        """
+        extremes = torch.tensor([pondering_steps, -pondering_steps], device=self.device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        highest, lowest = int(extremes[0]), -int(extremes[1])
+        if highest != lowest:
+            raise RuntimeError(f"rank {self.rank} ponders {pondering_steps} steps, others {lowest} to {highest}")
+        return pondering_steps
+
+    def agreed(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. Collective."""
+        return from_first_rank(value)
+
+    def _trim_module_stack(self) -> None:
+        # Recomputation stops a forward early, so its post-forward hooks do not pop this global list and it grows by
+        # every recomputed module for ever. Between micro-steps only the root belongs in it.
+        if self.zero_stage == 3:
+            parameter_offload.FWD_MODULE_STACK[:] = [self.module]
+
+
+def _optimizer(model: Any, config: RunConfig, *, offload: bool) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, config.optim)
+    if config.optim.optimizer == "muon":
+        return _muon(groups)
+    # lr 0: DeepSpeed steps some optimizers once at start to allocate state, which must not decay the weights. The
+    # loop sets the rate of every step.
+    shared: dict[str, Any] = {"lr": 0.0, "betas": (config.optim.beta1, config.optim.beta2), "eps": config.optim.eps}
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use, so imported only where it is used
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **shared)
+    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **shared)
+
+
+def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # slow to import
+
+    for group in groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]  # by which ZeRO knows whose gradients to orthogonalize
+    return MuonWithAuxAdam(groups)
+
+
+def _refuse_without_cuda(zero: dict[str, Any], name: str) -> None:
+    for key in ("zero_quantized_weights", "zero_quantized_gradients"):
+        if zero.get(key) and not torch.cuda.is_available():
+            raise ConfigError(f"{name}: zero_optimization.{key} needs CUDA, for its kernels; use zero3_bounded here")
+
+
+def _keep_tables_gathered(model: Any) -> None:
+    """Tell ZeRO-3 that the root module itself reads the embedding table and the head.
+
+    The pondering embedding uses both outside their own modules, in every pass; gathered once by the root they serve
+    all passes. Without it a tied table is an empty tensor there.
+    """
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        deepspeed.zero.register_external_parameter(model, module.weight)
+
+
+def _release_in_backward(engine: Any) -> None:
+    """Release each module's weights after its backward in every pass.
+
+    DeepSpeed counts the inputs of a module that still await their gradient in one number per module and resets it at
+    each forward. With S + 1 forwards before the first backward the count is right for the last pass only, and the
+    weights of all others stay gathered. Here each forward call has a count of its own.
+    """
+    offload = engine.optimizer.parameter_offload
+    for module in engine.module.modules():
+        if "post_bwd_fn" in module.__dict__:
+            module.post_bwd_fn = _post_backward_function(module, offload)
+
+
+def _post_backward_function(module: Any, offload: Any) -> type[torch.autograd.Function]:
+    class PostBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, value: Tensor) -> Tensor:
+            if value.requires_grad:
+                # DeepSpeed's pre-forward hook has just set ds_grads_remaining to 0 for the first input of a call
+                if module.ds_grads_remaining == 0:
+                    module.inputs_awaited = [0]
+                module.ds_grads_remaining += 1
+                ctx.awaited = module.inputs_awaited
+                ctx.awaited[0] += 1
+            return value.detach()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            ctx.awaited[0] -= 1
+            if ctx.awaited[0] == 0:
+                offload.post_sub_module_backward_function(module)
+            return grads
+
+    return PostBackward

@@ -1,0 +1,54 @@
+"""Checkpoint intervals and goodput: formulas against simulated runs."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+from ponder_scale.planning.failures import Failures
+from tests.commands import run_command
+
+DAY = 86400.0
+
+
+def mean_time(failures: Failures, work: float, interval: float, runs: int = 400) -> float:
+    generator = random.Random(2)
+    return sum(failures.simulate(work, interval, generator)[0] for _ in range(runs)) / runs
+
+
+@pytest.mark.parametrize(
+    "failures", [Failures(3 * 3600, 60, 900), Failures(6 * 3600, 1200, 600), Failures(1800, 30, 600)]
+)
+def test_simulated_runs_take_what_dalys_formula_expects(failures: Failures) -> None:
+    interval = failures.daly
+    work = interval * round(20 * DAY / interval)
+    assert mean_time(failures, work, interval) == pytest.approx(failures.expected(work, interval), rel=0.02)
+
+
+def test_no_interval_is_better_than_dalys() -> None:
+    failures = Failures(between=4 * 3600, save=300, restart=900)
+    best = failures.expected(30 * DAY, failures.daly)
+    for factor in (0.3, 0.6, 0.8, 1.25, 1.6, 3.0):
+        assert failures.expected(30 * DAY, factor * failures.daly) > best
+    # Young's is close where saves are short beside the failures, and only there
+    assert Failures(1e6, 10, 1).daly == pytest.approx(Failures(1e6, 10, 1).young, rel=0.01)
+    assert Failures(1e3, 900, 1).daly < 0.7 * Failures(1e3, 900, 1).young
+
+
+def test_without_failures_only_saves_cost() -> None:
+    failures = Failures(between=1e15, save=60, restart=900)
+    assert failures.simulate(3600.0, 600.0, random.Random(1)) == (3600.0 + 6 * 60, 0)
+
+
+def test_plan_prints_interval_and_goodput() -> None:
+    sizes = ["model.vocab_size=100", "model.hidden_size=64", "model.num_attention_heads=4", "train.micro_batch=1"]
+    sizes += ["model.num_hidden_layers=2", "train.global_batch=1024", "run_dir=x"]
+    plan = ["plan", "llama-125m", "data.sources={x: {path: x}}", "--gpus", "1024", *sizes, "--save-seconds", "30"]
+    done = run_command("ponder-scale", *plan, "--failures")
+    assert done.returncode == 0, done.stderr
+    assert "one each 2.1 days with 1,024 devices; a save costs 30.0 s, a restart 15.0 min" in done.stdout
+    assert re.search(r"checkpoint\.every_steps=\d+\ngoodput +\d+\.\d% \(", done.stdout)
+    refused = run_command("ponder-scale", *plan, "--failures", "0")
+    assert refused.returncode == 2 and "--failures is 0.0; expected more than 0" in refused.stderr
