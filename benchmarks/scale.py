@@ -31,6 +31,7 @@ from ponder_scale.settings import load
 from ponder_scale.shards.format import TOKENIZER, ShardWriter, dtype_for
 from ponder_scale.shards.manifest import Manifest, ShardInfo, seal
 
+NOISE = 0.05  # of a count: what comes by the clock
 PHASES = ("start", "step", "save", "resume", "elastic")
 LEGS = ("start", "resume", "elastic")  # elastic: on half of the ranks
 COLUMNS = ("opens", "stats", "names", "written", "collectives", "MB sent", "sockets")
@@ -253,15 +254,16 @@ def _sockets() -> tuple[float, int]:
 
 
 def law(points: dict[int, float]) -> Callable[[int], float]:
-    """The polynomial of least degree, up to 2, that goes through the last three counts within a hundredth.
+    """The polynomial of least degree, up to 2, that comes within a twentieth of each of the last three counts.
 
-    What goes up and down instead comes by the clock, such as looks at request files: of that the most that was counted.
+    The twentieth is for the looks that come by the clock. What goes up and down comes by the clock alone, such as looks
+    at request files: of that the most that was counted.
     """
     last = dict(sorted(points.items())[-3:])
     x, y = np.array(list(last), dtype=float), np.array(list(last.values()))
     for degree in (0, 1, 2):
         found = np.polynomial.Polynomial.fit(x, y, degree)
-        if np.all(np.abs(found(x) - y) <= 0.01 * np.abs(y) + 1e-9):
+        if np.all(np.abs(found(x) - y) <= NOISE * np.abs(y) + 1e-9):
             break
     if degree == 2 and found.convert().coef[-1] < 0:
         return lambda value: float(y.max())

@@ -29,6 +29,11 @@ def test_a_law_goes_through_what_was_counted(points: list[float]) -> None:
     assert grown(4096) == pytest.approx(expected[points[0]](4096))
 
 
+def test_a_look_by_the_clock_makes_no_other_law() -> None:
+    assert law({16: 25, 32: 40, 64: 73})(4096) == pytest.approx(4104, rel=0.02)
+    assert law({16: 3.7, 32: 13, 64: 50})(4096) > 100_000  # what every rank sends to every other one
+
+
 def test_too_few_points_are_refused() -> None:
     with pytest.raises(ConfigError, match="at least three numbers of ranks and two of shard files"):
         measure([2, 4], [1, 10])
