@@ -1,0 +1,1 @@
+"""Pretraining of pondering language models: from shards to a Hugging Face folder."""

@@ -91,15 +91,11 @@ def test_every_file_a_document_links_exists(document: Path) -> None:
             assert (document.parent / name).exists(), name
 
 
-def test_the_tree_in_the_readme_is_that_of_the_repository() -> None:
-    tree = re.search(r"```\n(ponder_scale/.*?)```", DOCUMENTS[0].read_text(), flags=re.DOTALL)
-    assert tree is not None
-    folders: list[str] = []
-    for line in tree.group(1).splitlines():
-        name = line.split()[0]
-        depth = (len(line) - len(line.lstrip())) // 4
-        folders[depth:] = [name]
-        assert (REPOSITORY / "".join(folders)).exists(), "".join(folders)
+@pytest.mark.parametrize(("document", "name"), [("README", "tree"), ("CONTRIBUTING", "floors")])
+def test_the_maps_of_the_code_are_made_from_it(document: str, name: str) -> None:
+    maker = runpy.run_path(str(REPOSITORY / "docs" / "make_tree.py"))
+    text = (REPOSITORY / f"{document}.md").read_text()
+    assert maker["written"](text, name, maker[name]()) == text, "run: python docs/make_tree.py"
 
 
 def test_the_configuration_page_is_that_of_the_code() -> None:

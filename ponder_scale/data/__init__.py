@@ -1,1 +1,1 @@
-"""From shards to micro-batches, in an order that a step and a seed give."""
+"""From shards to micro-batches, in an order that step and seed give."""

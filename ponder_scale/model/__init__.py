@@ -1,0 +1,1 @@
+"""The model, which ships with its weights: torch and transformers only."""

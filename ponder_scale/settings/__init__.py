@@ -1,4 +1,4 @@
-"""Settings: frozen dataclasses, filled from a YAML recipe and `key=value` overrides. The schemas are their users'."""
+"""Frozen dataclasses, filled from a YAML recipe and `key=value` overrides. The schemas are their users'."""
 
 from ponder_scale.settings.load import find_recipe, from_dict, load
 from ponder_scale.settings.plain import flat, knob, to_dict, to_yaml
