@@ -19,6 +19,8 @@ code has them: this page is made by `python docs/make_configuration.py`, and a t
 file with these keys, nested at the dots; `key=value` overrides win over the recipe, in their order. An unknown key is
 refused, and the nearest right one named. `null` means off, or what the description says.
 
+- **A recipe may begin with another one**: `base: other.yaml`, a file named from the folder of the recipe. What the
+  recipe says comes on top, by the rules for overrides below.
 - **Text and choices are taken as typed**: `run_dir=0123`, `run_dir="exp #2"` and `log.wandb=off` are these very words,
   in overrides and in recipes. Only a recipe's own syntax remains: ` #` begins a comment there, and quotes are not part
   of the text.

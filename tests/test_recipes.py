@@ -47,3 +47,32 @@ def test_a_recipe_is_found_by_name_or_path_and_its_absence_lists_the_others(tmp_
     assert find_recipe(str(tmp_path / "mine.yaml"), TRAINING) == tmp_path / "mine.yaml"
     with pytest.raises(ConfigError, match=r"recipe fast: no such file; .*quickstart"):
         find_recipe("fast", TRAINING)
+
+
+def test_a_recipe_begins_with_its_base_and_changes_what_it_names(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/common.yaml").write_text(
+        "seed: 5\ndata: {seq_len: 64, sources: {web: {path: shards/web}}}\noptim: {lr: 1e-3, warmup_steps: 7}\n"
+    )
+    (tmp_path / "mine.yaml").write_text("base: base/common.yaml\noptim: {lr: 2e-3}\n")
+    (tmp_path / "mine-on-code.yaml").write_text("base: mine.yaml\ndata: {sources: {code: {path: shards/code}}}\n")
+    config = load(RunConfig, tmp_path / "mine-on-code.yaml", ["seed=6"])
+    assert (config.seed, config.optim.lr, config.optim.warmup_steps, config.data.seq_len) == (6, 2e-3, 7, 64)
+    assert set(config.data.sources) == {"code"}  # a mapping of named entries is set as a whole, as by an override
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("base: none.yaml\n", r"mine.yaml, line 1: base is none.yaml; there is no file .*none.yaml"),
+        ("base: mine.yaml\n", r"base is mine.yaml, which is based on this recipe"),
+        ("base: between.yaml\n", r"between.yaml, line 1: base is mine.yaml, which is based on this recipe"),
+        ("base: [a, b]\n", r"base is a list; expected the file of another recipe"),
+        ("base:\n", r"base is null; expected the file of another recipe"),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused(tmp_path: Path, text: str, match: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "between.yaml").write_text("base: mine.yaml\n")
+    with pytest.raises(ConfigError, match=match):
+        load(RunConfig, tmp_path / "mine.yaml")

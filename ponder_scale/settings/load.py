@@ -11,22 +11,23 @@ from typing import Any, TypeVar
 
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings.spelling import check_names, kind_at
-from ponder_scale.settings.tree import NULL, Listing, Mapping, Scalar, Tree, from_plain, parse, read_recipe
+from ponder_scale.settings.tree import NULL, Listing, Mapping, Scalar, Tree, describe, from_plain, parse, read_recipe
 from ponder_scale.settings.values import build, is_scalar, is_text, optional, parts
 
 T = TypeVar("T")
+BASE = "base"  # of a recipe: another one that it begins with
 
 
 def load(schema: type[T], recipe: Path | None, overrides: Sequence[str] = ()) -> T:
     """The recipe with the overrides applied in their order, checked against `schema` and its bounds.
 
-    An override sets what it names: a list or a mapping of named entries as a whole, one entry or one key alone.
+    An override sets what it names: a list or a mapping of named entries as a whole, one entry or one key alone. So does
+    a recipe that says `base: FILE`, over that recipe.
 
     Raises ConfigError for an unreadable recipe and for a key that is unknown (the nearest right one is named),
     missing, of the wrong type or out of bounds.
     """
-    tree = Mapping() if recipe is None else read_recipe(recipe)
-    check_names(schema, tree)
+    tree = Mapping() if recipe is None else _based(schema, recipe)
     for override in overrides:
         _override(schema, tree, override)
     return build(schema, tree)
@@ -52,6 +53,29 @@ def find_recipe(name: str, shipped: Path) -> Path:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else f"; give a path to a YAML file or one of: {', '.join(known)}"
     raise ConfigError(f"recipe {name}: no such file{hint}")
+
+
+def _based(schema: type, recipe: Path, above: tuple[Path, ...] = ()) -> Mapping:
+    """What a recipe says, over what its base says. A base is a file, named from the folder of the recipe."""
+    tree = read_recipe(recipe)
+    said = tree.entries.pop(BASE, None)
+    check_names(schema, tree)
+    if said is None:
+        return tree
+    if not isinstance(said, Scalar) or said.is_null or not said.text:
+        raise ConfigError(f"recipe {recipe}: {BASE} is {describe(said)}; expected the file of another recipe")
+    file = recipe.parent / said.text
+    if not file.is_file():
+        raise ConfigError(f"{said.origin}: {BASE} is {said.text}; there is no file {file}")
+    if any(file.samefile(seen) for seen in (*above, recipe)):
+        raise ConfigError(f"{said.origin}: {BASE} is {said.text}, which is based on this recipe; remove one of the two")
+    under = _based(schema, file, (*above, recipe))
+    for name, value in tree.entries.items():
+        if isinstance(value, Mapping) and _is_group(schema, name):
+            _merge(under, name, value, name, schema)
+        else:
+            under.entries[name] = value
+    return under
 
 
 def _override(schema: type, tree: Mapping, override: str) -> None:
