@@ -56,7 +56,9 @@ def test_a_recipe_begins_with_its_base_and_changes_what_it_names(tmp_path: Path)
     )
     (tmp_path / "mine.yaml").write_text("base: base/common.yaml\noptim: {lr: 2e-3}\n")
     (tmp_path / "mine-on-code.yaml").write_text("base: mine.yaml\ndata: {sources: {code: {path: shards/code}}}\n")
-    config = load(RunConfig, tmp_path / "mine-on-code.yaml", ["seed=6", "run_dir=r", "train.steps=9", "train.global_batch=8"])
+    config = load(
+        RunConfig, tmp_path / "mine-on-code.yaml", ["seed=6", "run_dir=r", "train.steps=9", "train.global_batch=8"]
+    )
     assert (config.seed, config.optim.lr, config.optim.warmup_steps, config.data.seq_len) == (6, 2e-3, 7, 64)
     assert set(config.data.sources) == {"code"}  # a mapping of named entries is set as a whole, as by an override
 

@@ -7,15 +7,39 @@ import re
 
 import pytest
 
-from ponder_scale.planning.failures import Failures
+from ponder_scale.planning.failures import Failures, report
 from tests.commands import run_command
 
 DAY = 86400.0
 
 
+def simulate(failures: Failures, work: float, interval: float, generator: random.Random) -> tuple[float, int]:
+    """Seconds that one run takes for `work` seconds of training, and its failures. The last piece is saved too."""
+    clock, done, count = 0.0, 0.0, 0
+    next_failure = generator.expovariate(1 / failures.between)
+    while done < work:
+        piece = min(interval, work - done)
+        end = clock + piece + failures.save
+        if end <= next_failure:
+            clock, done = end, done + piece
+            continue
+        while True:  # back in training only after a restart that was not hit
+            count += 1
+            clock = next_failure + failures.restart
+            next_failure += generator.expovariate(1 / failures.between)
+            if next_failure > clock:
+                break
+    return clock, count
+
+
 def mean_time(failures: Failures, work: float, interval: float, runs: int = 400) -> float:
     generator = random.Random(2)
-    return sum(failures.simulate(work, interval, generator)[0] for _ in range(runs)) / runs
+    return sum(simulate(failures, work, interval, generator)[0] for _ in range(runs)) / runs
+
+
+def mean_count(failures: Failures, work: float, interval: float, runs: int = 400) -> float:
+    generator = random.Random(2)
+    return sum(simulate(failures, work, interval, generator)[1] for _ in range(runs)) / runs
 
 
 @pytest.mark.parametrize(
@@ -24,7 +48,9 @@ def mean_time(failures: Failures, work: float, interval: float, runs: int = 400)
 def test_simulated_runs_take_what_dalys_formula_expects(failures: Failures) -> None:
     interval = failures.daly
     work = interval * round(20 * DAY / interval)
-    assert mean_time(failures, work, interval) == pytest.approx(failures.expected(work, interval), rel=0.02)
+    expected = failures.expected(work, interval)
+    assert mean_time(failures, work, interval) == pytest.approx(expected, rel=0.02)
+    assert mean_count(failures, work, interval) == pytest.approx(expected / failures.between, rel=0.02)
 
 
 def test_no_interval_is_better_than_dalys() -> None:
@@ -39,7 +65,14 @@ def test_no_interval_is_better_than_dalys() -> None:
 
 def test_without_failures_only_saves_cost() -> None:
     failures = Failures(between=1e15, save=60, restart=900)
-    assert failures.simulate(3600.0, 600.0, random.Random(1)) == (3600.0 + 6 * 60, 0)
+    assert simulate(failures, 3600.0, 600.0, random.Random(1)) == (3600.0 + 6 * 60, 0)
+
+
+def test_a_run_that_is_never_done_is_said_to_be_so_at_once() -> None:
+    *_, goodput = report(Failures(between=60, save=30, restart=86400), devices=10**6, work=30 * DAY, steps=1000)
+    assert (
+        goodput == "goodput        0.0%: it is never done: a restart takes many times what passes between two failures"
+    )
 
 
 def test_plan_prints_interval_and_goodput() -> None:
@@ -49,6 +82,6 @@ def test_plan_prints_interval_and_goodput() -> None:
     done = run_command("ponder-scale", *plan, "--failures")
     assert done.returncode == 0, done.stderr
     assert "one each 2.1 days with 1,024 devices; a save costs 30.0 s, a restart 15.0 min" in done.stdout
-    assert re.search(r"checkpoint\.every_steps=\d+\ngoodput +\d+\.\d% \(", done.stdout)
+    assert re.search(r"checkpoint\.every_steps=\d+\ngoodput +\d+\.\d%: .* on average, with", done.stdout)
     refused = run_command("ponder-scale", *plan, "--failures", "0")
     assert refused.returncode == 2 and "--failures is 0.0; expected more than 0" in refused.stderr
