@@ -11,24 +11,20 @@ from typing import Any
 from ponder_scale.compare.findings import Result, half_width, members_of, verdicts
 from ponder_scale.evaluate.plot import line_chart
 from ponder_scale.figures import count, json_text, perplexity, shown, span
+from ponder_scale.runs.page import page
 from ponder_scale.settings import to_dict
 
 COLUMNS = ("model", "what it is", "parameters", "tokens", "FLOPs", "time", "held-out loss", "perplexity", "seeds")
 AXES = {"step": "training step", "tokens": "training tokens", "flops": "training FLOPs"}
 LEFT_OUT = 0.1  # of each training, at the beginning of its curve: the first fall would flatten the rest
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>
-body {{ font: 15px/1.5 sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em }}
-table {{ border-collapse: collapse }} td, th {{ padding: 3px 9px; border-bottom: 1px solid #ddd; text-align: right }}
-td:nth-child(-n+2), th:nth-child(-n+2) {{ text-align: left }}
-</style></head><body><h1>{title}</h1>
-<div style="overflow-x: auto"><table>{table}</table></div>
+_CONTENT = """<style>
+  #members td:nth-child(n+3), #members th:nth-child(n+3) {{ text-align: right }}
+  svg {{ width: 100%; max-width: 900px; display: block }}
+</style>
+<div class="scroll"><table id="members">{table}</table></div>
 <p>{notes}</p><ul>{verdicts}</ul>
-{charts}
-</body></html>
-"""
+{charts}"""
 
 
 def write_report(out: Path, results: Sequence[Result], missing: Sequence[str]) -> str:
@@ -51,14 +47,13 @@ def write_report(out: Path, results: Sequence[Result], missing: Sequence[str]) -
     text = "\n".join([f"# {title}", "", *table, "", notes, "", *(f"- {verdict}" for verdict in found), ""])
     charts = {axis: line_chart(_curves(results, axis), label, "held-out loss, nats") for axis, label in AXES.items()}
     cells = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    page = _PAGE.format(
-        title=escape(title),
+    content = _CONTENT.format(
         table="".join(f"<tr>{row}</tr>" for row in cells),
         notes=escape(notes),
         verdicts="".join(f"<li>{escape(str(verdict))}</li>" for verdict in found),
         charts="".join(f"<h2>By {label}</h2>{charts[axis]}" for axis, label in AXES.items()),
     )
-    content = {
+    facts = {
         "members": [_content(member.name, results) for member in members_of(results)],
         "verdicts": [{**vars(verdict), "text": str(verdict)} for verdict in found],
         "unfinished": unfinished,
@@ -66,8 +61,8 @@ def write_report(out: Path, results: Sequence[Result], missing: Sequence[str]) -
     for axis, chart in charts.items():
         (out / f"compare-by-{axis}.svg").write_text(chart, encoding="utf-8")
     (out / "compare.md").write_text(text, encoding="utf-8")
-    (out / "compare.html").write_text(page, encoding="utf-8")
-    (out / "compare.json").write_text(json_text(content, indent=1) + "\n", encoding="utf-8")
+    (out / "compare.html").write_text(page(title, content), encoding="utf-8")
+    (out / "compare.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
     return text
 
 

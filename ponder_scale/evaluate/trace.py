@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ponder_scale.errors import ConfigError
 from ponder_scale.evaluate.generate import load_folder
-from ponder_scale.evaluate.page import trace_page
+from ponder_scale.runs.page import page
 
+CONTENT = Path(__file__).with_name("trace.html")
 TOP = 5
 
 
@@ -61,7 +62,8 @@ def trace_folder(
     trace = trace_tokens(model, tokenizer, ids, steps)
     print(as_text(trace))
     if html_file is not None:
-        html_file.write_text(trace_page(trace, folder.name), encoding="utf-8")
+        content = CONTENT.read_text(encoding="utf-8")
+        html_file.write_text(page(f"What {folder.name} ponders", content, asdict(trace)), encoding="utf-8")
         print(f"wrote {html_file}")
     return trace
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
-import orjson
-
 from ponder_scale.errors import ConfigError
+from ponder_scale.runs.page import page
 from ponder_scale.runs.series import read_run
 
-TEMPLATE = Path(__file__).with_name("report.html")
+CONTENT = Path(__file__).with_name("report.html")
 
 
 def report(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -21,14 +19,12 @@ def report(run_dirs: Sequence[Path], out: Path) -> Path:
         ConfigError: a folder is no run, or no step of it is recorded; `out` cannot be written.
     """
     runs = [read_run(run_dir, name) for run_dir, name in zip(run_dirs, names(run_dirs), strict=True)]
-    # what a run is called or configured with may hold the end tag of the script it is put in
-    data = orjson.dumps(runs).decode().replace("<", "\\u003c")
-    title = escape(" against ".join(run["name"] for run in runs))
-    page = TEMPLATE.read_text(encoding="utf-8").replace("@TITLE@", title).replace("@RUNS@", data)
+    title = " against ".join(run["name"] for run in runs)
+    text = page(title, CONTENT.read_text(encoding="utf-8"), runs)
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(out)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}; name another file") from error
