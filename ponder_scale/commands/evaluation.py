@@ -36,6 +36,14 @@ def _add_kinds(kinds: Any) -> None:
     tasks.add_argument("--batch-size", type=whole(1), default=8)
     tasks.add_argument("--json", type=new_file, help="also write the metrics there")
     tasks.set_defaults(run=_evaluate_tasks)
+    answers = kinds.add_parser("answers", help="how many prompts are answered right, by group and pondering steps")
+    answers.add_argument("folder", type=path, help="an exported folder")
+    answers.add_argument(
+        "--items", type=path, required=True, help='a .jsonl of {"prompt": ..., "answer": ..., "group": ...}'
+    )
+    answers.add_argument("--steps", type=whole(0), nargs="+", help="default: 0 to what it was trained with")
+    answers.add_argument("--json", type=new_file, help="also write the counts there")
+    answers.set_defaults(run=_evaluate_answers)
     decoding = kinds.add_parser(
         "decoding", help="what early exit, fewer steps, a shared cache and drafts save and cost"
     )
@@ -47,7 +55,7 @@ def _add_kinds(kinds: Any) -> None:
     decoding.add_argument("--exit-kl", type=number(least=0), nargs="+", default=[0.001, 0.01, 0.1], help="nats")
     decoding.add_argument("--json", type=new_file, help="also write the table there")
     decoding.set_defaults(run=_evaluate_decoding)
-    for kind in (ppl, tasks, decoding):
+    for kind in (ppl, tasks, answers, decoding):
         add_trust(kind)
     for kind in (ppl, run):
         kind.add_argument("--data", action="append", required=True, metavar="[NAME=]SHARDS", help="may be repeated")
@@ -77,6 +85,18 @@ def _evaluate_run(options: argparse.Namespace, _: list[str]) -> None:
 
     data = parse_sources(options.data)
     trajectory(options.run_dir, data, sequences=options.sequences, json_file=options.json, plot_file=options.plot)
+
+
+def _evaluate_answers(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.evaluate.answers import evaluate_answers
+
+    evaluate_answers(
+        options.folder,
+        options.items,
+        steps=options.steps,
+        json_file=options.json,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def _evaluate_decoding(options: argparse.Namespace, _: list[str]) -> None:

@@ -1,0 +1,187 @@
+"""How many prompts a model answers right, by group and by pondering steps: `ponder-scale evaluate answers`.
+
+An item is a line of JSON, {"prompt": ..., "answer": ..., "group": ...}. It is answered right when every token of the
+answer is the most probable one after the prompt and the answer so far, which is what greedy decoding would write.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ponder_scale.errors import ConfigError
+from ponder_scale.figures import json_text
+
+BATCH_TOKENS = 16384
+ALL = "all"
+# of a normal distribution, two-sided 95%
+Z_95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt, the answer that is right, and the group that it counts for."""
+
+    prompt: str
+    answer: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers of a group, by pondering steps: `right[k]` of `items` with k steps."""
+
+    items: int
+    right: dict[int, int]
+
+    def share(self, steps: int) -> float:
+        """Between 0 and 1."""
+        return self.right[steps] / self.items
+
+    def interval(self, steps: int) -> tuple[float, float]:
+        """The 95% interval of the share by Wilson (JASA 22, 1927), which holds near 0 and 1 too."""
+        share, n = self.share(steps), self.items
+        spread = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
+        middle = share + Z_95**2 / (2 * n)
+        low, high = ((middle + side * spread) / (1 + Z_95**2 / n) for side in (-1, 1))
+        return max(0.0, low), min(1.0, high)
+
+
+def read_items(path: Path) -> list[Item]:
+    """The items of a .jsonl file. Raises ConfigError, with the line, for what is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    items = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+            texts = [values["prompt"], values["answer"], values.get("group", ALL)]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"{path}, line {number}: {_EXPECTED}; found {line[:80]}") from error
+        if not all(isinstance(text, str) for text in texts) or not texts[1]:
+            raise ConfigError(f"{path}, line {number}: {_EXPECTED}; found {line[:80]}")
+        items.append(Item(*texts))
+    if not items:
+        raise ConfigError(f"{path}: no line in it; {_EXPECTED}")
+    return items
+
+
+_EXPECTED = 'expected {"prompt": text, "answer": text} in each line, and "group": text where there are several'
+
+
+def score(model: Any, tokenizer: Any, items: Sequence[Item], steps: Sequence[int]) -> dict[str, Score]:
+    """Right answers by group, and of all where there are several groups.
+
+    Args:
+        steps: numbers of pondering steps to answer with.
+
+    Raises:
+        ConfigError: an item has no token before its answer, more tokens than the model has positions, or an answer
+            whose first token is part of the prompt's last.
+    """
+    encoded = [_encode(tokenizer, item, model.config.max_position_embeddings) for item in items]
+    order = sorted(range(len(items)), key=lambda i: len(encoded[i][0]))
+    right = {k: torch.zeros(len(items), dtype=torch.bool) for k in steps}
+    for batch in _batches(order, encoded):
+        for k in steps:
+            right[k][batch] = _answered(model, [encoded[i] for i in batch], k)
+    groups: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(item.group, []).append(index)
+    if len(groups) > 1:
+        groups[ALL] = list(range(len(items)))
+    return {name: Score(len(own), {k: int(right[k][own].sum()) for k in steps}) for name, own in groups.items()}
+
+
+def table(scores: Mapping[str, Score]) -> list[str]:
+    """Lines of Markdown: a row for each group, a column for each number of steps, with the 95% interval."""
+    steps = list(next(iter(scores.values())).right)
+    lines = [f"| group | items | {' | '.join(f'S = {k}' for k in steps)} |", "|---" * (len(steps) + 2) + "|"]
+    for name, found in scores.items():
+        cells = (f"{found.share(k):.3f} ({low:.3f} to {high:.3f})" for k in steps for low, high in [found.interval(k)])
+        lines.append(f"| {name} | {found.items:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def evaluate_answers(
+    folder: Path,
+    file: Path,
+    *,
+    steps: Sequence[int] | None = None,
+    json_file: Path | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Score]:
+    """Print how many items an exported folder answers right, and return it. Raises ConfigError as `score` does."""
+    from ponder_scale.evaluate.generate import load_folder
+
+    items = read_items(file)
+    model, tokenizer = load_folder(folder, trust_remote_code=trust_remote_code)
+    found = score(model, tokenizer, items, steps or range(model.config.pondering_steps + 1))
+    print("\n".join(table(found)))
+    if json_file is not None:
+        json_file.write_text(json_text({"folder": str(folder), "groups": as_plain(found)}, 1) + "\n", encoding="utf-8")
+    return found
+
+
+def as_plain(scores: Mapping[str, Score]) -> dict[str, Any]:
+    """For JSON: items, right answers and their share by steps."""
+    return {
+        name: {
+            "items": found.items,
+            "right": {str(k): count for k, count in found.right.items()},
+            "share": {str(k): found.share(k) for k in found.right},
+        }
+        for name, found in scores.items()
+    }
+
+
+def _encode(tokenizer: Any, item: Item, most: int) -> tuple[list[int], int]:
+    """The tokens of prompt and answer, and how many of them are the prompt's."""
+    whole = tokenizer(item.prompt + item.answer)["input_ids"]
+    prompt = tokenizer(item.prompt)["input_ids"]
+    while prompt and prompt[-1:] != whole[len(prompt) - 1 : len(prompt)] and prompt[-1] == tokenizer.eos_token_id:
+        prompt = prompt[:-1]  # of a tokenizer that ends every text
+    said = f"the item {item.prompt!r} with the answer {item.answer!r}"
+    if not prompt or whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+        raise ConfigError(
+            f"{said}: its answer begins within a token of the prompt, or there is no token before it; let the answer "
+            "begin with the space that stands before it"
+        )
+    if len(whole) - 1 > most:
+        raise ConfigError(f"{said[:200]} has {len(whole):,} tokens; the model has {most:,} positions")
+    return whole, len(prompt)
+
+
+def _batches(order: Sequence[int], encoded: Sequence[tuple[list[int], int]]) -> list[list[int]]:
+    """Of items of like length, so many that they are about `BATCH_TOKENS` long together."""
+    batches: list[list[int]] = []
+    for index in order:  # rising in length
+        longest = len(encoded[index][0])
+        if not batches or (len(batches[-1]) + 1) * longest > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+@torch.no_grad()
+def _answered(model: Any, batch: Sequence[tuple[list[int], int]], steps: int) -> Tensor:
+    """Which of them are right, (items,). Shorter ones are filled up at their end, which nothing before it sees."""
+    longest = max(len(tokens) for tokens, _ in batch)
+    rows = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in batch], device=model.device)
+    prompts = torch.tensor([prompt for _, prompt in batch], device=model.device)
+    lengths = torch.tensor([len(tokens) for tokens, _ in batch], device=model.device)
+    predicted = model(input_ids=rows[:, :-1], pondering_steps=steps).logits.argmax(-1)
+    at = torch.arange(1, longest, device=model.device)
+    counts = (at >= prompts[:, None]) & (at < lengths[:, None])
+    return ((predicted == rows[:, 1:]) | ~counts).all(1).cpu()
