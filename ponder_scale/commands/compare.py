@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,29 @@ def add_commands(commands: Any) -> None:
     """Add the command to the parser."""
     compare = commands.add_parser("compare", help="train a pondering model and its baselines alike, and say which wins")
     compare.add_argument("recipe", help="a YAML file, or the name of a shipped recipe; its run_dir takes all runs")
-    compare.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs; {seed} is that of the run")
     compare.add_argument("--steps", type=int, nargs="+", default=[], help="pondering steps S; default: the recipe's")
     compare.add_argument("--seeds", type=whole(0), nargs="+", default=[], help="default: the recipe's; 3 bear a claim")
     compare.add_argument(
-        "--with", dest="extras", nargs="+", default=[], help="further baselines: looped, hidden, vanilla-unscaled"
+        "--with",
+        dest="extras",
+        nargs="+",
+        default=[],
+        help="further baselines: looped, hidden, vanilla-unscaled, vanilla-long",
     )
+    compare.add_argument(
+        "--for",
+        dest="own",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("MODEL", "key=value"),
+        help="settings of one model alone, such as its best learning rate; may be repeated",
+    )
+    compare.add_argument(
+        "--answers", metavar="ITEMS", help="also ask each finished run: a file as of `evaluate answers`"
+    )
+    compare.add_argument("--answer-steps", type=whole(0), nargs="+", help="ask with so many pondering steps")
     compare.add_argument("--nproc", type=whole(1), help="local ranks of each run; default: one a GPU, or one")
     what = compare.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="print the overrides of each run, for slurm/sweep.sbatch")
@@ -37,9 +55,13 @@ def add_commands(commands: Any) -> None:
 
 def _compare(options: argparse.Namespace, _: list[str]) -> int:
     recipe = find_recipe(options.recipe, RECIPES)
+    if not options.seeds and any("{seed}" in override for override in options.overrides):
+        raise ConfigError("{seed} stands in an override; say by --seeds for which")
 
     def configure(more: Sequence[str]) -> RunConfig:
-        return load(RunConfig, recipe, [*options.overrides, *more])
+        first = str(options.seeds[0]) if options.seeds else ""
+        seed = next((override.removeprefix("seed=") for override in more if override.startswith("seed=")), first)
+        return load(RunConfig, recipe, [*seeded(options.overrides, seed), *more])
 
     config = configure(())
     if "RANK" in os.environ:
@@ -52,19 +74,49 @@ def _compare(options: argparse.Namespace, _: list[str]) -> int:
 
     if not options.list:
         check_folder(Path(config.run_dir), "run_dir")
-    vocab_size = max(shards.manifest.vocab_size for shards in open_data(config).values())
-    runs = plan_runs(configure, vocab_size=vocab_size, steps=options.steps, seeds=options.seeds, extras=options.extras)
+    sizes = {"vocab_size": max(shards.manifest.vocab_size for shards in open_data(config).values())}
+    runs = plan_runs(
+        configure, **sizes, steps=options.steps, seeds=options.seeds, extras=options.extras, own=_own(options.own)
+    )
     if options.list:
-        print("\n".join(shlex.join([*options.overrides, *run.overrides]) for run in runs))
+        print("\n".join(shlex.join([*seeded(options.overrides, run.seed), *run.overrides]) for run in runs))
         return 0
     code = 0
     if not options.report:
         processes = options.nproc or default_processes()
-        code = train_runs(choose(runs, options.only), options.recipe, options.overrides, configure, processes)
+        code = train_runs(
+            choose(runs, options.only), options.recipe, partial(seeded, options.overrides), configure, processes
+        )
     results = [result for result in map(read_result, runs) if result is not None]
     if not results:
         raise ConfigError(f"{config.run_dir}: no run of this comparison has an evaluation yet")
     missing = [run.name for run in runs if run not in [result.run for result in results]]
-    print(write_report(Path(config.run_dir), results, missing))
+    print(write_report(Path(config.run_dir), results, missing, _answers(options, results)))
     print(f"wrote {Path(config.run_dir) / 'compare.html'}, .md, .json and an SVG of each curve")
     return code
+
+
+def seeded(overrides: Sequence[str], seed: Any) -> list[str]:
+    """The overrides of a run: {seed} is its seed."""
+    return [override.replace("{seed}", str(seed)) for override in overrides]
+
+
+def _own(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """Settings by the name of the model that they are for."""
+    own: dict[str, list[str]] = {}
+    for name, *overrides in given:
+        if not overrides or not all("=" in override for override in overrides):
+            raise ConfigError(f"--for {' '.join([name, *overrides])}: expected a model and key=value")
+        own.setdefault(name, []).extend(overrides)
+    return own
+
+
+def _answers(options: argparse.Namespace, results: Sequence[Any]) -> list[Any]:
+    """Of the finished runs, where items are given."""
+    if options.answers is None:
+        return []
+    from ponder_scale.compare.answers import measure
+
+    runs = [result.run for result in results if result.finished]
+    steps = options.answer_steps or range(1 + max(run.member.pondering_steps for run in runs)) if runs else ()
+    return [measure(run, options.answers, steps) for run in runs]

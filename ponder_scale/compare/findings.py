@@ -43,8 +43,8 @@ class Result:
 
     @property
     def loss(self) -> float:
-        """The last held-out loss, in nats; nan where it was not finite."""
-        return self.curve[-1][1]
+        """The last held-out loss, in nats; nan where it was not finite, or nothing is held out."""
+        return self.curve[-1][1] if self.curve else math.nan
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,13 @@ class Verdict:
 
 
 def read_result(run: Run) -> Result | None:
-    """What a run has measured; None where it has no evaluation yet."""
+    """What a run has measured; None before its first evaluation, or its end where nothing is held out."""
     path = run.run_dir / records.METRICS
     if not path.is_file():
         return None
     curve: list[tuple[int, float]] = []
     seconds, before, tokens = 0.0, 0, 0
+    last = 0
     trained: dict[int, dict[str, Any]] = {}
     for record in records.read(path):
         if record["event"] == "evaluation":
@@ -99,7 +100,9 @@ def read_result(run: Run) -> Result | None:
         elif record["event"] == "step":
             seconds += record["seconds_per_step"] * (record["step"] - before)
             before = record["step"]
-    return Result(run, curve, seconds, tokens, curve[-1][0] == run.member.steps, trained) if curve else None
+        last = max(last, record["step"] if record["event"] == "end" else 0)
+    whole = last >= run.member.steps if not curve else curve[-1][0] == run.member.steps
+    return Result(run, curve, seconds, tokens, whole, trained) if curve or whole else None
 
 
 def verdicts(results: Sequence[Result]) -> list[Verdict]:

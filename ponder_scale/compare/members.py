@@ -7,7 +7,7 @@ seed and see the same data in the same order; a longer run goes on where the oth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from ponder_scale.setup.build import model_configuration
 VANILLA = "vanilla"
 TWICE = "vanilla-twice"
 FLOPS = "vanilla-flops"
+LONG, LONGER = "vanilla-long", 10
 EVALUATIONS = 20  # points of a curve, where the recipe does not say how often to evaluate
 
 PLAIN = ("model.pondering_steps=0", "model.initial_scale=1", "train.pondering.schedule=fixed")
 # Baselines that are asked for by name, of as many pondering steps as the first pondering model.
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    LONG: (f"equal parameters, {LONGER} times the steps", PLAIN),
     "looped": (
         "the same passes, each on the hidden states of the one before (a looped transformer)",
         ("model.feedback=hidden", "model.residual=replace"),
@@ -52,6 +54,7 @@ class Member:
         about: what it is, for the table.
         overrides: of the recipe, after those that the user gave.
         parameters, tokens, flops: of the model, and of its whole training.
+        pondering_steps: that it is trained with.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Member:
     train: TrainConfig
     tokens: int
     flops: float
+    pondering_steps: int = 0
 
     @property
     def steps(self) -> int:
@@ -100,7 +104,13 @@ LoadConfig = Callable[[Sequence[str]], RunConfig]
 
 
 def plan_runs(
-    load: LoadConfig, *, vocab_size: int, steps: Sequence[int], seeds: Sequence[int], extras: Sequence[str]
+    load: LoadConfig,
+    *,
+    vocab_size: int,
+    steps: Sequence[int],
+    seeds: Sequence[int],
+    extras: Sequence[str],
+    own: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Run]:
     """The runs of a comparison, in the order of their members, seed after seed.
 
@@ -110,6 +120,7 @@ def plan_runs(
         steps: pondering steps of the pondering models; empty: the recipe's.
         seeds: empty: the recipe's.
         extras: names of `EXTRAS`.
+        own: overrides of one member each, by its name: a learning rate that suits it, for example.
 
     Raises:
         ConfigError: the recipe does not ponder, or a name that is not known.
@@ -121,35 +132,56 @@ def plan_runs(
         raise ConfigError(f"--with {unknown[0]}: expected one of {', '.join(EXTRAS)}")
     if min(steps) < 1:
         raise ConfigError(f"--steps has {min(steps)}; expected at least 1: vanilla, which is 0, is always trained")
-
-    def member(name: str, about: str, *overrides: str) -> Member:
-        config = load(overrides)
-        each = config.evaluate.every_steps or max(1, config.train.steps // EVALUATIONS)
-        shape = model_shape(_configuration(config.model, vocab_size, config.data.seq_len), config.data.seq_len)
-        tokens = steps_to_tokens(config)
-        flops = tokens * flops_per_token(shape, config.train.recompute, mean_steps(config)).model
-        return Member(
-            name,
-            about,
-            (*overrides, f"evaluate.every_steps={each}"),
-            shape.parameters,
-            config.train,
-            tokens,
-            flops,
-        )
-
-    pondering = [member(f"pondering-{s}", f"S = {s}", f"model.pondering_steps={s}") for s in steps]
-    vanilla = member(VANILLA, "equal parameters and tokens", *PLAIN)
-    wider = twice_as_large(recipe.model, vocab_size, recipe.data.seq_len)
-    twice = member(TWICE, "about twice the parameters, equal tokens", *PLAIN, *wider)
-    further = recipe.train.sequences_until(recipe.train.steps) * (pondering[0].flops / vanilla.flops - 1)
-    longer = recipe.train.steps + round(further / recipe.train.global_batch)
-    about = f"equal parameters and the training FLOPs of {pondering[0].name}: more tokens"
-    flops = member(FLOPS, about, *PLAIN, f"train.steps={longer}")
-    more = [member(name, EXTRAS[name][0], f"model.pondering_steps={steps[0]}", *EXTRAS[name][1]) for name in extras]
-    members = [*pondering, vanilla, twice, flops, *more]
+    members = _Maker(load, recipe, vocab_size, own or {}).members(steps, extras)
+    names = [each.name for each in members]
+    if strange := [name for name in own or () if name not in names]:
+        raise ConfigError(f"--for {strange[0]}: expected one of {', '.join(names)}")
     out = Path(recipe.run_dir)
     return [Run(each, seed, out / each.name / f"seed-{seed}") for seed in seeds for each in members]
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the members from a recipe."""
+
+    load: LoadConfig
+    recipe: RunConfig
+    vocab_size: int
+    own: Mapping[str, Sequence[str]]
+
+    def members(self, steps: Sequence[int], extras: Sequence[str]) -> list[Member]:
+        """The pondering models, the three vanilla ones, and the extras."""
+        recipe, train = self.recipe, self.recipe.train
+        pondering = [self.member(f"pondering-{s}", f"S = {s}", f"model.pondering_steps={s}") for s in steps]
+        vanilla = self.member(VANILLA, "equal parameters and tokens", *PLAIN)
+        wider = twice_as_large(recipe.model, self.vocab_size, recipe.data.seq_len)
+        twice = self.member(TWICE, "about twice the parameters, equal tokens", *PLAIN, *wider)
+        further = train.sequences_until(train.steps) * (pondering[0].flops / vanilla.flops - 1)
+        longer = train.steps + round(further / train.global_batch)
+        about = f"equal parameters and the training FLOPs of {pondering[0].name}: more tokens"
+        flops = self.member(FLOPS, about, *PLAIN, f"train.steps={longer}")
+        more = [
+            self.member(name, EXTRAS[name][0], f"model.pondering_steps={steps[0]}", *EXTRAS[name][1])
+            for name in extras
+            if name != LONG
+        ]
+        if LONG in extras:
+            many = f"train.steps={LONGER * train.steps}"
+            more.append(self.member(LONG, EXTRAS[LONG][0], *PLAIN, many))
+        return [*pondering, vanilla, twice, flops, *more]
+
+    def member(self, name: str, about: str, *overrides: str) -> Member:
+        """A member with its size and cost; `own` comes last, so it wins."""
+        overrides = (*overrides, *self.own.get(name, ()))
+        config = self.load(overrides)
+        each = config.evaluate.every_steps or max(1, config.train.steps // EVALUATIONS)
+        seq_len = config.data.seq_len
+        shape = model_shape(_configuration(config.model, self.vocab_size, seq_len), seq_len)
+        tokens = steps_to_tokens(config)
+        flops = tokens * flops_per_token(shape, config.train.recompute, mean_steps(config)).model
+        overrides = (*overrides, f"evaluate.every_steps={each}")
+        steps = config.model.pondering_steps
+        return Member(name, about, overrides, shape.parameters, config.train, tokens, flops, steps)
 
 
 def twice_as_large(model: ModelConfig, vocab_size: int, seq_len: int) -> list[str]:

@@ -8,6 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ponder_scale.compare.answers import Answers
+from ponder_scale.compare.answers import chart as answers_chart
+from ponder_scale.compare.answers import table as answers_table
 from ponder_scale.compare.findings import Result, half_width, members_of, verdicts
 from ponder_scale.evaluate.plot import line_chart
 from ponder_scale.figures import count, json_text, perplexity, shown, span
@@ -19,55 +22,82 @@ AXES = {"step": "training step", "tokens": "training tokens", "flops": "training
 LEFT_OUT = 0.1  # of each training, at the beginning of its curve: the first fall would flatten the rest
 
 _CONTENT = """<style>
-  #members td:nth-child(n+3), #members th:nth-child(n+3) {{ text-align: right }}
+  td:nth-child(n+3) {{ text-align: right }}
   svg {{ width: 100%; max-width: 900px; display: block }}
 </style>
-<div class="scroll"><table id="members">{table}</table></div>
+{tables}
 <p>{notes}</p><ul>{verdicts}</ul>
 {charts}"""
 
 
-def write_report(out: Path, results: Sequence[Result], missing: Sequence[str]) -> str:
+def write_report(out: Path, results: Sequence[Result], missing: Sequence[str], answers: Sequence[Answers] = ()) -> str:
     """Write compare.md, .json and .html and an SVG of each curve into `out`; returns the Markdown.
 
     Args:
         results: of at least one run.
         missing: names of the runs that have no evaluation yet.
+        answers: of the runs that were asked.
     """
     found = verdicts(results)
     unfinished = [*(result.run.name for result in results if not result.finished), *missing]
     title = f"Does pondering pay? {out.name}"
-    notes = (
-        f"Loss in nats of the last pass over {results[0].held_out_tokens:,} held-out tokens, mean over seeds +- half "
-        "of its 95% interval. FLOPs are those the model needs, recomputation not counted; time is that of training "
-        f"steps alone. Not finished: {', '.join(unfinished) or 'none'}."
-    )
-    rows = [COLUMNS, *_rows(results)]
-    table = [f"| {' | '.join(row)} |" for row in (rows[0], ("---",) * len(COLUMNS), *rows[1:])]
-    text = "\n".join([f"# {title}", "", *table, "", notes, "", *(f"- {verdict}" for verdict in found), ""])
-    charts = {axis: line_chart(_curves(results, axis), label, "held-out loss, nats") for axis, label in AXES.items()}
-    cells = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
+    notes = _notes(results[0].held_out_tokens, unfinished)
+    tables = {"Held-out loss": [list(COLUMNS), *_rows(results)]}
+    charts = {}
+    if results[0].held_out_tokens:
+        charts = {
+            f"compare-by-{axis}": line_chart(_curves(results, axis), label, "held-out loss, nats")
+            for axis, label in AXES.items()
+        }
+    if answers:
+        tables["Answers: share that is right, the mean and every seed"] = answers_table(answers)
+        charts["compare-answers"] = answers_chart(answers)
+    sections = [f"## {name}\n\n{_markdown(rows)}" for name, rows in tables.items()]
+    text = "\n\n".join([f"# {title}", *sections, notes, "\n".join(f"- {verdict}" for verdict in found)]).rstrip() + "\n"
     content = _CONTENT.format(
-        table="".join(f"<tr>{row}</tr>" for row in cells),
+        tables="".join(f"<h2>{escape(name)}</h2>{_html(rows)}" for name, rows in tables.items()),
         notes=escape(notes),
         verdicts="".join(f"<li>{escape(str(verdict))}</li>" for verdict in found),
-        charts="".join(f"<h2>By {label}</h2>{charts[axis]}" for axis, label in AXES.items()),
+        charts="".join(charts.values()),
     )
     facts = {
         "members": [_content(member.name, results) for member in members_of(results)],
         "verdicts": [{**vars(verdict), "text": str(verdict)} for verdict in found],
+        "answers": {each.run.name: each.groups for each in answers},
         "unfinished": unfinished,
     }
-    for axis, chart in charts.items():
-        (out / f"compare-by-{axis}.svg").write_text(chart, encoding="utf-8")
+    for name, chart in charts.items():
+        (out / f"{name}.svg").write_text(chart, encoding="utf-8")
     (out / "compare.md").write_text(text, encoding="utf-8")
     (out / "compare.html").write_text(page(title, content), encoding="utf-8")
     (out / "compare.json").write_text(json_text(facts, indent=1) + "\n", encoding="utf-8")
     return text
 
 
-def _rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
+def _notes(held_out_tokens: int, unfinished: Sequence[str]) -> str:
+    loss = (
+        f"Loss in nats of the last pass over {held_out_tokens:,} held-out tokens, mean over seeds +- half of its 95% "
+        "interval."
+        if held_out_tokens
+        else "Nothing is held out, so there is no held-out loss."
+    )
+    return (
+        f"{loss} FLOPs are those the model needs, recomputation not counted; time is that of training steps alone. "
+        f"Not finished: {', '.join(unfinished) or 'none'}."
+    )
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+
+
+def _html(rows: Sequence[Sequence[str]]) -> str:
+    cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
+    return f'<div class="scroll"><table>{"".join(f"<tr>{row}</tr>" for row in cells)}</table></div>'
+
+
+def _rows(results: Sequence[Result]) -> list[list[str]]:
+    rows: list[list[str]] = []
     for member in members_of(results):
         done = [result for result in results if result.run.member == member and result.finished]
         measured, tokens, flops = ("-",) * 3, float(member.tokens), member.flops
@@ -78,10 +108,10 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
             tokens, flops = (
                 statistics.fmean(result.amount(axis, member.steps) for result in done) for axis in ("tokens", "flops")
             )
-            seconds = statistics.fmean(result.seconds for result in done)
-            measured = (span(seconds), f"{mean:.4f}{around}", shown(perplexity(mean)))
+            held_out = (f"{mean:.4f}{around}", shown(perplexity(mean))) if done[0].held_out_tokens else ("-", "-")
+            measured = (span(statistics.fmean(result.seconds for result in done)), *held_out)
         size = (count(member.parameters), count(tokens), f"{flops:.3g}")
-        rows.append((member.name, member.about, *size, *measured, str(len(done))))
+        rows.append([member.name, member.about, *size, *measured, str(len(done))])
     return rows
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ponder_scale import settings
 from ponder_scale.checkpoint.save import CHECKPOINTS
@@ -24,8 +24,13 @@ def choose(runs: Sequence[Run], only: str | None) -> list[Run]:
     return chosen
 
 
-def train_runs(runs: Sequence[Run], recipe: str, overrides: Sequence[str], load: LoadConfig, processes: int) -> int:
+def train_runs(
+    runs: Sequence[Run], recipe: str, overrides: Callable[[int], Sequence[str]], load: LoadConfig, processes: int
+) -> int:
     """Train what is not finished; the exit code of the first run that did not end well, or 0.
+
+    Args:
+        overrides: of a seed, that all its runs have.
 
     Raises:
         ConfigError: a run's folder holds a run of other settings.
@@ -37,7 +42,7 @@ def train_runs(runs: Sequence[Run], recipe: str, overrides: Sequence[str], load:
             logger.info("== %d/%d %s is finished", number, len(runs), run.name)
             continue
         logger.info("== %d/%d %s: %s", number, len(runs), run.name, run.member.about)
-        code = launch(["train", recipe, *overrides, *run.overrides], processes)
+        code = launch(["train", recipe, *overrides(run.seed), *run.overrides], processes)
         if code:
             return code
     return 0

@@ -13,9 +13,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from ponder_scale.checkpoint.save import read_state
+from ponder_scale.checkpoint.weights import read_weights
 from ponder_scale.errors import CheckpointError, ConfigError
 from ponder_scale.evaluate.trust import installed_configuration
-from ponder_scale.setup.build import model_class
+from ponder_scale.setup.build import configuration_from_dict, model_class
 
 
 def load_folder(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -49,6 +51,22 @@ def load_folder(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, 
             f"{folder}: its model ({type(model).__name__}) does not ponder; import-reference makes one"
         )
     return model.to(default_device()).eval(), tokenizer
+
+
+def load_checkpoint(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The model of a checkpoint that was checked, on the GPU where there is one, and the checkpoint's state.json.
+
+    Raises:
+        CheckpointError: it is of another program or version.
+    """
+    state = read_state(folder, "step", "model", "config")
+    configuration = configuration_from_dict(state["model"])
+    model = model_class(configuration)(configuration).eval().to(default_device())
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in read_weights(folder):
+            parameters[name].copy_(weight)
+    return model, state
 
 
 def default_device() -> str:

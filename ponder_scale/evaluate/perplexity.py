@@ -13,18 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ponder_scale.checkpoint.save import CHECKPOINTS, check, read_state, saved_steps
-from ponder_scale.checkpoint.weights import read_weights
+from ponder_scale.checkpoint.save import CHECKPOINTS, check, saved_steps
 from ponder_scale.config import DataConfig, SourceConfig
 from ponder_scale.data.heldout import HeldOut, heldout_losses, mean_over
 from ponder_scale.data.loader import heldout_batches, open_sources
 from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.errors import CheckpointError, ConfigError, ShardError, TokenizerError
-from ponder_scale.evaluate.generate import default_device, load_folder
+from ponder_scale.evaluate.generate import load_checkpoint, load_folder
 from ponder_scale.evaluate.plot import line_chart
 from ponder_scale.figures import json_text, shown
 from ponder_scale.settings import expand_path
-from ponder_scale.setup.build import configuration_from_dict, model_class
 from ponder_scale.shards.format import ShardSet
 from ponder_scale.shards.manifest import tokenizer_identity
 
@@ -107,13 +105,7 @@ def trajectory(
         check(folder)
     swept: dict[int, Sweep] = {}
     for folder in folders:
-        state = read_state(folder, "step", "model", "config")
-        configuration = configuration_from_dict(state["model"])
-        model = model_class(configuration)(configuration).eval().to(default_device())
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, weight in read_weights(folder):
-                parameters[name].copy_(weight)
+        model, state = load_checkpoint(folder)
         reading = {key: value for key, value in state["config"]["data"].items() if key in _READING}
         swept[state["step"]] = sweep(model, folder / "tokenizer", data, reading, sequences=sequences)
     for step, found in swept.items():

@@ -1,8 +1,9 @@
-"""A line chart as a self-contained SVG."""
+"""Charts as self-contained SVGs: lines over numbers, bars by group."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -36,10 +37,7 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str
         across = LEFT + (x - x_low) / x_span * (WIDTH - LEFT - RIGHT)
         return across, HEIGHT - BOTTOM - (y - y_low) / y_span * (HEIGHT - TOP - BOTTOM)
 
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
-        'font-size="12"><rect width="100%" height="100%" fill="white"/>'
-    ]
+    parts = [_svg(WIDTH, HEIGHT)]
     values, digits = _round_values(y_low, y_low + y_span)
     for value in values:
         _, down = place(x_low, value)
@@ -58,10 +56,57 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str
         parts.append(f'<text x="{WIDTH - RIGHT + 12}" y="{down}" fill="{colour}">{escape(name)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 10}" text-anchor="middle">{escape(x_label)}</text>')
-    parts.append(
-        f'<text transform="translate(16 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
-    )
+    parts.append(_y_title(y_label))
     return "\n".join([*parts, "</svg>\n"])
+
+
+def bar_chart(groups: Sequence[str], series: Mapping[str, Sequence[Sequence[float]]], y_label: str) -> str:
+    """For each group a bar of each of `series`, as high as the mean of its values, with a dot for each value.
+
+    Args:
+        series: by name, the values of each group, in the order of `groups`; between 0 and 1.
+    """
+    across, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    parts = [_svg(WIDTH, HEIGHT)]
+    for value in (0.0, 0.25, 0.5, 0.75, 1.0):
+        down = HEIGHT - BOTTOM - value * height
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down:.1f}" y2="{down:.1f}" stroke="#ddd"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{value:.2f}</text>')
+    each = across / len(groups)
+    wide = 0.84 * each / len(series)
+    for number, (name, values) in enumerate(series.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        for place, found in enumerate(values):
+            left = LEFT + place * each + 0.08 * each + number * wide
+            high = height * sum(found) / len(found)
+            parts.append(
+                f'<rect x="{left:.1f}" y="{HEIGHT - BOTTOM - high:.1f}" width="{0.9 * wide:.1f}" '
+                f'height="{high:.1f}" fill="{colour}" fill-opacity="0.55"/>'
+            )
+            parts += [
+                f'<circle cx="{left + 0.45 * wide:.1f}" cy="{HEIGHT - BOTTOM - height * value:.1f}" r="2" '
+                f'fill="{colour}"/>'
+                for value in found
+            ]
+        down = TOP + 10 + 18 * number
+        parts.append(f'<text x="{WIDTH - RIGHT + 12}" y="{down}" fill="{colour}">{escape(name)}</text>')
+    for place, name in enumerate(groups):
+        middle = LEFT + (place + 0.5) * each
+        for line, words in enumerate(textwrap.wrap(name, max(8, int(each / 6.5)))[:3]):
+            down = HEIGHT - BOTTOM + 16 + 13 * line
+            parts.append(f'<text x="{middle:.1f}" y="{down}" text-anchor="middle">{escape(words)}</text>')
+    return "\n".join([*parts, _y_title(y_label), "</svg>\n"])
+
+
+def _svg(width: int, height: int) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="12"><rect width="100%" height="100%" fill="white"/>'
+    )
+
+
+def _y_title(label: str) -> str:
+    return f'<text transform="translate(16 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">{escape(label)}</text>'
 
 
 def _round_values(low: float, high: float) -> tuple[list[float], int]:

@@ -91,7 +91,7 @@ def test_twice_the_parameters_is_found_for_the_shipped_recipes(recipe: str) -> N
 def test_what_cannot_be_compared_is_answered() -> None:
     with pytest.raises(ConfigError, match="--steps has 0; expected at least 1: vanilla, which is 0"):
         planned(steps=[0, 1])
-    with pytest.raises(ConfigError, match="--with paused: expected one of looped, hidden, vanilla-unscaled"):
+    with pytest.raises(ConfigError, match="--with paused: expected one of vanilla-long, looped, hidden, vanilla-un"):
         planned(extras=["paused"])
 
 
@@ -235,6 +235,60 @@ def test_a_comparison_trains_what_is_missing_and_reports(
         compare_here("--only", "vanilla", "train.steps=7")
     with pytest.raises(ConfigError, match="--only nobody: expected one of pondering-2/seed-1, "):
         compare_here("--only", "nobody")
+
+
+def test_a_member_has_settings_of_its_own_and_they_win() -> None:
+    runs = planned(extras=["vanilla-long"], own={"vanilla": ["optim.lr=0.5", "train.steps=20"]})
+    assert configure(runs["vanilla/seed-1"].overrides).optim.lr == 0.5
+    assert runs["vanilla/seed-1"].member.steps == 20 and runs["vanilla-twice/seed-1"].member.steps == 40
+    assert runs["vanilla-long/seed-1"].member.steps == 400
+    with pytest.raises(ConfigError, match="--for vanila: expected one of pondering-2, vanilla, "):
+        planned(own={"vanila": ["optim.lr=0.5"]})
+
+
+def test_runs_are_asked_where_nothing_is_held_out_and_each_seed_has_data_of_its_own(
+    tiny_shards: Any, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    for seed in (1, 2):
+        made = tiny_shards(train=(3000,), heldout=(), vocab_size=VOCABULARY, seed=seed).folder
+        shutil.copytree(tiny_tokenizer, made / "tokenizer")
+        made.rename(tmp_path / f"data-{seed}")
+        items = [("the quick", " brown", "facts"), ("def square", "(", "facts"), ("a", "b", "others")]
+        lines = [{"prompt": prompt, "answer": answer, "group": group} for prompt, answer, group in items]
+        (tmp_path / f"items-{seed}.jsonl").write_text("\n".join(map(json.dumps, lines[: seed + 1])))
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text("train: {precision: fp32, deepspeed: zero0, recompute: none}\n")
+    shape = [word for word in SHAPE if not word.startswith("data.sources")]
+    settings = [*shape, f"run_dir={out}", f"data.sources.tiny.path={tmp_path}/data-{{seed}}", "train.steps=2"]
+
+    def compare(*more: str) -> str:
+        ask = ["--answers", tmp_path / "items-{seed}.jsonl", "--answer-steps", "0", "3"]
+        done = run_command("ponder-scale", "compare", recipe, *settings, "--seeds", "1", "2", *ask, *more)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    compare("--only", "pondering-2")
+    printed = compare("--only", "vanilla", "--for", "vanilla", "optim.lr=1e-3")
+    assert "Nothing is held out" in printed and "## Answers: share that is right, the mean and every seed" in printed
+    rows = re.findall(
+        r"^\| (pondering-2|vanilla) \| S = ([03]) \| \d\.\d{3} \(\d\.\d\d \d\.\d\d\)", printed, re.MULTILINE
+    )
+    assert rows == [(name, steps) for name in ("pondering-2", "vanilla") for steps in "03"]
+    assert "facts (2 items)" in printed and "all (2 to 3 items)" not in printed
+    for name in ("pondering-2", "vanilla"):
+        runs = [load(RunConfig, out / name / f"seed-{seed}/config.yaml") for seed in (1, 2)]
+        assert [run.data.sources["tiny"].path for run in runs] == [f"{tmp_path}/data-{seed}" for seed in (1, 2)]
+        assert {run.optim.lr for run in runs} == (
+            {1e-3} if name == "vanilla" else {load(RunConfig, None, SETTINGS).optim.lr}
+        )
+    bars = ET.parse(out / "compare-answers.svg").getroot().findall("{http://www.w3.org/2000/svg}rect")
+    assert len(bars) == 1 + 2  # the ground, and a bar for each model
+    asked = out / "vanilla/seed-1/answers.json"
+    before = asked.stat().st_mtime_ns
+    compare("--report", "--for", "vanilla", "optim.lr=1e-3")
+    assert asked.stat().st_mtime_ns == before  # what was asked is not asked again
+    refused = run_command("ponder-scale", "compare", recipe, *settings, "--list")
+    assert refused.returncode == 2 and "{seed} stands in an override; say by --seeds for which" in refused.stderr
 
 
 def test_every_ablation_is_a_run_of_its_own() -> None:

@@ -16,7 +16,7 @@ from ponder_scale.config import DataConfig, SourceConfig
 from ponder_scale.data.heldout import HeldOut
 from ponder_scale.data.loader import heldout_batches, open_sources
 from ponder_scale.errors import CheckpointError, ConfigError, ShardError, TokenizerError
-from ponder_scale.evaluate import perplexity
+from ponder_scale.evaluate import generate, perplexity
 from ponder_scale.evaluate.perplexity import Sweep, evaluate, parse_sources, trajectory
 from ponder_scale.shards.packing import pack
 from tests.commands import run_command
@@ -146,7 +146,7 @@ def test_a_run_is_evaluated_on_the_device_of_the_other_commands(
         devices.append(model.device.type)
         return Sweep(1, {"a": HeldOut([1.0, 1.0], 1)})
 
-    monkeypatch.setattr(perplexity, "default_device", lambda: "meta")
+    monkeypatch.setattr(generate, "default_device", lambda: "meta")
     monkeypatch.setattr(perplexity, "sweep", swept)
     trajectory(trained[0], {"a": trained[1]}, sequences=8)
     assert devices == ["meta", "meta"]
