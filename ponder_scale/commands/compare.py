@@ -30,7 +30,7 @@ def add_commands(commands: Any) -> None:
         dest="extras",
         nargs="+",
         default=[],
-        help="further baselines: looped, hidden, vanilla-unscaled, vanilla-long",
+        help="further baselines: looped, hidden, vanilla-unscaled, vanilla-time, vanilla-long",
     )
     compare.add_argument(
         "--for",
@@ -66,7 +66,7 @@ def _compare(options: argparse.Namespace, _: list[str]) -> int:
     config = configure(())
     if "RANK" in os.environ:
         raise ConfigError("RANK is set: compare starts the ranks itself; under a launcher train each line of --list")
-    from ponder_scale.compare.findings import read_result
+    from ponder_scale.compare.findings import read_result, time_ratio
     from ponder_scale.compare.members import plan_runs
     from ponder_scale.compare.report import write_report
     from ponder_scale.compare.run import choose, train_runs
@@ -74,20 +74,27 @@ def _compare(options: argparse.Namespace, _: list[str]) -> int:
 
     if not options.list:
         check_folder(Path(config.run_dir), "run_dir")
-    sizes = {"vocab_size": max(shards.manifest.vocab_size for shards in open_data(config).values())}
-    runs = plan_runs(
-        configure, **sizes, steps=options.steps, seeds=options.seeds, extras=options.extras, own=_own(options.own)
-    )
+    vocab_size = max(shards.manifest.vocab_size for shards in open_data(config).values())
+
+    def planned(results: Sequence[Any] = ()) -> list[Any]:
+        chosen = {"steps": options.steps, "seeds": options.seeds, "extras": options.extras, "own": _own(options.own)}
+        return plan_runs(configure, vocab_size=vocab_size, **chosen, time_ratio=time_ratio(results))
+
+    def known(runs: Sequence[Any]) -> list[Any]:
+        return [result for result in map(read_result, runs) if result is not None]
+
+    runs = planned(known(planned()))
     if options.list:
         print("\n".join(shlex.join([*seeded(options.overrides, run.seed), *run.overrides]) for run in runs))
         return 0
-    code = 0
-    if not options.report:
-        processes = options.nproc or default_processes()
-        code = train_runs(
-            choose(runs, options.only), options.recipe, partial(seeded, options.overrides), configure, processes
-        )
-    results = [result for result in map(read_result, runs) if result is not None]
+    code, chosen = 0, [] if options.report else choose(runs, options.only)
+    if chosen:
+        alike = (options.recipe, partial(seeded, options.overrides), configure, options.nproc or default_processes())
+        code = train_runs(chosen, *alike)
+        runs, before = planned(known(runs)), runs
+        if not code and options.only is None and len(runs) > len(before):  # vanilla-time, whose steps are known by now
+            code = train_runs([run for run in runs if run not in before], *alike)
+    results = known(runs)
     if not results:
         raise ConfigError(f"{config.run_dir}: no run of this comparison has an evaluation yet")
     missing = [run.name for run in runs if run not in [result.run for result in results]]

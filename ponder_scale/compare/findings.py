@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ponder_scale.compare.members import Member, Run
+from ponder_scale.compare.members import VANILLA, Member, Run
 from ponder_scale.runs import records
 
 # Two-sided 95% quantiles of Student's t by degrees of freedom; beyond nine the last one, which is wider than need be.
@@ -103,6 +103,14 @@ def read_result(run: Run) -> Result | None:
         last = max(last, record["step"] if record["event"] == "end" else 0)
     whole = last >= run.member.steps if not curve else curve[-1][0] == run.member.steps
     return Result(run, curve, seconds, tokens, whole, trained) if curve or whole else None
+
+
+def time_ratio(results: Sequence[Result]) -> float | None:
+    """Training time of the first pondering model to vanilla's, of the first seed that has both; None before that."""
+    finished = [result for result in results if result.finished and result.seconds > 0]
+    ours = {result.run.seed: result.seconds for result in reversed(finished) if result.run.member.ponders}
+    theirs = {result.run.seed: result.seconds for result in finished if result.run.member.name == VANILLA}
+    return next((ours[seed] / seconds for seed, seconds in theirs.items() if seed in ours), None)
 
 
 def verdicts(results: Sequence[Result]) -> list[Verdict]:

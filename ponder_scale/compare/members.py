@@ -23,11 +23,13 @@ VANILLA = "vanilla"
 TWICE = "vanilla-twice"
 FLOPS = "vanilla-flops"
 LONG, LONGER = "vanilla-long", 10
+TIME = "vanilla-time"
 EVALUATIONS = 20  # points of a curve, where the recipe does not say how often to evaluate
 
 PLAIN = ("model.pondering_steps=0", "model.initial_scale=1", "train.pondering.schedule=fixed")
 # Baselines that are asked for by name, of as many pondering steps as the first pondering model.
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    TIME: ("equal parameters and training time: more tokens", PLAIN),
     LONG: (f"equal parameters, {LONGER} times the steps", PLAIN),
     "looped": (
         "the same passes, each on the hidden states of the one before (a looped transformer)",
@@ -111,6 +113,7 @@ def plan_runs(
     seeds: Sequence[int],
     extras: Sequence[str],
     own: Mapping[str, Sequence[str]] | None = None,
+    time_ratio: float | None = None,
 ) -> list[Run]:
     """The runs of a comparison, in the order of their members, seed after seed.
 
@@ -121,6 +124,7 @@ def plan_runs(
         seeds: empty: the recipe's.
         extras: names of `EXTRAS`.
         own: overrides of one member each, by its name: a learning rate that suits it, for example.
+        time_ratio: of the first pondering model's training to vanilla's; `vanilla-time` is left out until it is known.
 
     Raises:
         ConfigError: the recipe does not ponder, or a name that is not known.
@@ -132,9 +136,9 @@ def plan_runs(
         raise ConfigError(f"--with {unknown[0]}: expected one of {', '.join(EXTRAS)}")
     if min(steps) < 1:
         raise ConfigError(f"--steps has {min(steps)}; expected at least 1: vanilla, which is 0, is always trained")
-    members = _Maker(load, recipe, vocab_size, own or {}).members(steps, extras)
+    members = _Maker(load, recipe, vocab_size, own or {}, time_ratio).members(steps, extras)
     names = [each.name for each in members]
-    if strange := [name for name in own or () if name not in names]:
+    if strange := [name for name in own or () if name not in (*names, *extras)]:
         raise ConfigError(f"--for {strange[0]}: expected one of {', '.join(names)}")
     out = Path(recipe.run_dir)
     return [Run(each, seed, out / each.name / f"seed-{seed}") for seed in seeds for each in members]
@@ -148,6 +152,7 @@ class _Maker:
     recipe: RunConfig
     vocab_size: int
     own: Mapping[str, Sequence[str]]
+    time_ratio: float | None
 
     def members(self, steps: Sequence[int], extras: Sequence[str]) -> list[Member]:
         """The pondering models, the three vanilla ones, and the extras."""
@@ -163,11 +168,12 @@ class _Maker:
         more = [
             self.member(name, EXTRAS[name][0], f"model.pondering_steps={steps[0]}", *EXTRAS[name][1])
             for name in extras
-            if name != LONG
+            if name not in (LONG, TIME)
         ]
-        if LONG in extras:
-            many = f"train.steps={LONGER * train.steps}"
-            more.append(self.member(LONG, EXTRAS[LONG][0], *PLAIN, many))
+        as_long = None if self.time_ratio is None else max(1, round(self.time_ratio * vanilla.steps))
+        for name, many in ((TIME, as_long), (LONG, LONGER * train.steps)):
+            if name in extras and many is not None:
+                more.append(self.member(name, EXTRAS[name][0], *EXTRAS[name][1], f"train.steps={many}"))
         return [*pondering, vanilla, twice, flops, *more]
 
     def member(self, name: str, about: str, *overrides: str) -> Member:

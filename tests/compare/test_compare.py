@@ -8,13 +8,14 @@ import math
 import re
 import shutil
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ponder_scale.cli import _parser
-from ponder_scale.compare.findings import Result, Verdict, half_width, read_result, verdicts
+from ponder_scale.compare.findings import Result, Verdict, half_width, read_result, time_ratio, verdicts
 from ponder_scale.compare.members import EXTRAS, Member, Run, plan_runs
 from ponder_scale.compare.report import write_report
 from ponder_scale.config import RunConfig, TrainConfig
@@ -58,7 +59,7 @@ def planned(**arguments: Any) -> dict[str, Run]:
 
 def test_the_baselines_are_equal_in_what_they_say() -> None:
     runs = planned(extras=list(EXTRAS), seeds=[1, 5])
-    assert len(runs) == 2 * (4 + len(EXTRAS))
+    assert len(runs) == 2 * (4 + len(EXTRAS) - 1)  # vanilla-time waits for the times
     ours, vanilla, twice, flops = (
         runs[f"{name}/seed-1"].member for name in ("pondering-2", "vanilla", "vanilla-twice", "vanilla-flops")
     )
@@ -91,7 +92,7 @@ def test_twice_the_parameters_is_found_for_the_shipped_recipes(recipe: str) -> N
 def test_what_cannot_be_compared_is_answered() -> None:
     with pytest.raises(ConfigError, match="--steps has 0; expected at least 1: vanilla, which is 0"):
         planned(steps=[0, 1])
-    with pytest.raises(ConfigError, match="--with paused: expected one of vanilla-long, looped, hidden, vanilla-un"):
+    with pytest.raises(ConfigError, match="--with paused: expected one of vanilla-time, vanilla-long, looped, hidden"):
         planned(extras=["paused"])
 
 
@@ -244,6 +245,19 @@ def test_a_member_has_settings_of_its_own_and_they_win() -> None:
     assert runs["vanilla-long/seed-1"].member.steps == 400
     with pytest.raises(ConfigError, match="--for vanila: expected one of pondering-2, vanilla, "):
         planned(own={"vanila": ["optim.lr=0.5"]})
+
+
+def test_equal_time_is_that_which_was_measured() -> None:
+    ours, vanilla = (
+        replace(result("pondering-2", 3, [1.0]), seconds=9.0),
+        replace(result("vanilla", 3, [1.0]), seconds=4.0),
+    )
+    assert time_ratio([ours]) is None and time_ratio([replace(ours, finished=False), vanilla]) is None
+    other = replace(result("pondering-4", 3, [1.0]), seconds=99.0)
+    assert time_ratio([ours, other, vanilla]) == 2.25
+    runs = planned(extras=["vanilla-time"], time_ratio=2.25)
+    assert runs["vanilla-time/seed-1"].member.steps == 90
+    assert configure(runs["vanilla-time/seed-1"].overrides).model.pondering_steps == 0
 
 
 def test_runs_are_asked_where_nothing_is_held_out_and_each_seed_has_data_of_its_own(

@@ -1,0 +1,133 @@
+"""Does pondering pay? Facts are learned, compositions that were never seen are asked: python evidence.py RUN
+
+`make evidence` calls this. It draws a world for each seed, makes shards of it, trains the pondering model and every
+baseline on it by `ponder-scale compare`, asks them, and leaves compare.html and compare-answers.svg in RUN. What is
+finished is passed over, so the same command goes on where it was stopped.
+
+`--tune` tries every learning rate and weight decay for every model, on seeds that the result is not reported on, and
+prints the best of each: that is where `BEST` comes from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SEEDS = (11, 12, 13, 14, 15)  # of the world and of the model
+TUNING_SEEDS = (1, 2)
+RATES, DECAYS = ("3e-3", "1e-2", "2e-2"), ("0.1", "0.5")
+GOAL = "two hops, both new"
+FIRST = ("pondering-1", "vanilla", "vanilla-twice", "vanilla-flops", "looped", "hidden")
+LATER = ("vanilla-time", "vanilla-long")  # the time is known when the others have trained
+BEST: dict[str, tuple[str, str]] = {}  # rate and decay of each model; of the others those of the recipe
+STEPS = [str(steps) for steps in range(7)]
+
+
+def run(*command: str | Path) -> None:
+    """A command whose output is kept for the case that it fails."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}")
+
+
+def make_data(folder: Path, seed: int) -> None:
+    """A world, and shards of its facts and compositions, packed."""
+    if (folder / "compositions/packing.json").is_file() or any(folder.glob("compositions/packing-*")):
+        return
+    run(sys.executable, HERE / "facts.py", folder, "--seed", str(seed))
+    for source in ("facts", "compositions"):
+        texts = [f"sources.{source}.kind=jsonl", f"sources.{source}.path={folder / source}.jsonl"]
+        places = [f"tokenizer={folder / 'tokenizer'}", f"out={folder / source}", "overwrite=true"]
+        run("ponder-data", "build", *texts, *places, "heldout_fraction=0")
+        run("ponder-data", "pack", folder / source, "--seq-len", "64")
+
+
+def comparison(out: Path, seeds: Sequence[int], *more: str) -> list[str]:
+    """The command that compares all models on the worlds of these seeds."""
+    data = out / "data/{seed}"
+    own = [
+        word
+        for model, (rate, decay) in BEST.items()
+        for word in ("--for", model, f"optim.lr={rate}", f"optim.weight_decay={decay}")
+    ]
+    sources = [f"data.sources.{name}.path={data / name}" for name in ("facts", "compositions")]
+    asking = ["--answers", str(data / "items.jsonl"), "--answer-steps", *STEPS]
+    extras = ["--with", *(model for model in (*FIRST, *LATER) if model in ("looped", "hidden", *LATER))]
+    shared = [str(HERE / "recipe.yaml"), *sources, "--seeds", *map(str, seeds), "--nproc", "1"]
+    return ["ponder-scale", "compare", *shared, *extras, *own, *asking, *more]
+
+
+def together(commands: Sequence[Sequence[str]], jobs: int) -> None:
+    """Run them, so many at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        began = time.monotonic()
+        for number, _ in enumerate(pool.map(lambda command: run(*command), commands), 1):
+            print(f"{number} of {len(commands)} trained, {time.monotonic() - began:.0f} s", flush=True)
+
+
+def evidence(out: Path, seeds: Sequence[int], jobs: int) -> None:
+    """Train and ask all models on all seeds."""
+    for models in (FIRST, LATER):
+        runs = [f"{model}/seed-{seed}" for seed in seeds for model in models]
+        together([comparison(out, seeds, f"run_dir={out}", "--only", name) for name in runs], jobs)
+    print(
+        subprocess.run(comparison(out, seeds, f"run_dir={out}", "--report"), stdout=subprocess.PIPE, text=True).stdout
+    )
+
+
+def tune(out: Path, jobs: int) -> None:
+    """Print, for each model, the mean share of the goal with each setting, and the best one."""
+    places = {(rate, decay): out / f"tune/lr{rate}-wd{decay}" for rate, decay in itertools.product(RATES, DECAYS)}
+    commands = [
+        [*comparison(out, TUNING_SEEDS, f"run_dir={place}", f"optim.lr={rate}", f"optim.weight_decay={decay}")]
+        + ["--only", f"{model}/seed-{seed}"]
+        for (rate, decay), place in places.items()
+        for model in FIRST
+        for seed in TUNING_SEEDS
+    ]
+    together(commands, jobs)
+    for model in FIRST:
+        shares = {}
+        for setting, place in places.items():
+            found = [json.loads((place / model / f"seed-{seed}/answers.json").read_text()) for seed in TUNING_SEEDS]
+            shares[setting] = statistics.fmean(max(each["groups"][GOAL]["share"].values()) for each in found)
+        best = max(shares, key=lambda setting: shares[setting])
+        print(f"{model}: best {best}; " + ", ".join(f"{key} {share:.3f}" for key, share in shares.items()))
+
+
+def main() -> None:
+    """Make the evidence, or find the settings for it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a folder for everything made here")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the world and of the model")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trainings at a time, one core each")
+    parser.add_argument("--tune", action="store_true", help="find each model's learning rate and weight decay instead")
+    options = parser.parse_args()
+    began = time.monotonic()
+    for seed in TUNING_SEEDS if options.tune else options.seeds:
+        make_data(options.run / "data" / str(seed), seed)
+    if options.tune:
+        tune(options.run, options.jobs)
+    else:
+        evidence(options.run, options.seeds, options.jobs)
+    print(f"== made in {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
