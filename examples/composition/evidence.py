@@ -48,7 +48,7 @@ def run(*command: str | Path) -> None:
 
 def make_data(folder: Path, seed: int) -> None:
     """A world, and shards of its facts and compositions, packed."""
-    if (folder / "compositions/packing.json").is_file() or any(folder.glob("compositions/packing-*")):
+    if (folder / "compositions/packing-64").is_dir():
         return
     run(sys.executable, HERE / "facts.py", folder, "--seed", str(seed))
     for source in ("facts", "compositions"):
@@ -86,21 +86,18 @@ def evidence(out: Path, seeds: Sequence[int], jobs: int) -> None:
     for models in (FIRST, LATER):
         runs = [f"{model}/seed-{seed}" for seed in seeds for model in models]
         together([comparison(out, seeds, f"run_dir={out}", "--only", name) for name in runs], jobs)
-    print(
-        subprocess.run(comparison(out, seeds, f"run_dir={out}", "--report"), stdout=subprocess.PIPE, text=True).stdout
-    )
+    report = comparison(out, seeds, f"run_dir={out}", "--report")
+    print(subprocess.run(report, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def tune(out: Path, jobs: int) -> None:
     """Print, for each model, the mean share of the goal with each setting, and the best one."""
     places = {(rate, decay): out / f"tune/lr{rate}-wd{decay}" for rate, decay in itertools.product(RATES, DECAYS)}
-    commands = [
-        [*comparison(out, TUNING_SEEDS, f"run_dir={place}", f"optim.lr={rate}", f"optim.weight_decay={decay}")]
-        + ["--only", f"{model}/seed-{seed}"]
-        for (rate, decay), place in places.items()
-        for model in FIRST
-        for seed in TUNING_SEEDS
-    ]
+    commands = []
+    for (rate, decay), place in places.items():
+        settings = [f"run_dir={place}", f"optim.lr={rate}", f"optim.weight_decay={decay}"]
+        for model, seed in itertools.product(FIRST, TUNING_SEEDS):
+            commands.append(comparison(out, TUNING_SEEDS, *settings, "--only", f"{model}/seed-{seed}"))
     together(commands, jobs)
     for model in FIRST:
         shares = {}

@@ -1,0 +1,89 @@
+"""The world of the composition example: what is trained, what is asked, and that the answers are the world's."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+FACTS = REPOSITORY / "examples/composition/facts.py"
+GROUPS = {"facts": 1, "two hops, neither new": 2, "two hops, second new": 2, "two hops, first new": 2}
+GROUPS |= {"two hops, both new": 2, "three hops, all new": 3, "four hops, all new": 4}
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def made(folder: Path, seed: int) -> Path:
+    out = folder / str(seed)
+    words = ["--entities", "12", "--relations", "6", "--new", "0.25"]
+    done = subprocess.run([sys.executable, FACTS, out, "--seed", str(seed), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("world"), 7)
+
+
+def test_new_facts_are_trained_alone_and_their_compositions_asked(out: Path) -> None:
+    world = {(h, r): t for h, r, t in (line["text"].split() for line in lines(out / "facts.jsonl"))}
+    assert len(world) == 12 * 6
+    used, trained = set(), set()
+    for line in lines(out / "compositions.jsonl"):
+        h, one, two, t = line["text"].split()
+        assert world[world[h, one], two] == t
+        used |= {(h, one), (world[h, one], two)}
+        trained.add(f"{h} {one} {two}")
+    new = world.keys() - used
+    assert len(new) == 18  # a quarter: all others are in some composition
+    counts: Counter[str] = Counter()
+    for item in lines(out / "items.jsonl"):
+        at, *relations = item["prompt"].split()
+        chain = []
+        for relation in relations:
+            chain.append((at, relation))
+            at = world[at, relation]
+        assert item["answer"] == f" {at}" and len(chain) == GROUPS[item["group"]], item
+        assert item["prompt"] not in trained
+        expected = {
+            "two hops, neither new": [False, False],
+            "two hops, second new": [False, True],
+            "two hops, first new": [True, False],
+        }.get(item["group"], [True] * len(chain))
+        assert item["group"] == "facts" or [fact in new for fact in chain] == expected, item
+        counts[item["group"]] += 1
+    assert counts.keys() == GROUPS.keys() and counts["facts"] == 72
+    assert len({item["prompt"] for item in lines(out / "items.jsonl")}) == sum(counts.values())
+
+
+def test_a_seed_makes_one_world(out: Path, tmp_path: Path) -> None:
+    again, other = made(tmp_path, 7), made(tmp_path, 8)
+    for name in ("facts.jsonl", "compositions.jsonl", "items.jsonl", "tokenizer/tokenizer.json"):
+        assert (again / name).read_bytes() == (out / name).read_bytes()
+    assert (other / "facts.jsonl").read_bytes() != (out / "facts.jsonl").read_bytes()
+
+
+def test_a_word_is_a_token_and_the_prompt_ends_before_its_answer(out: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
+    item = lines(out / "items.jsonl")[-1]
+    prompt, whole = (tokenizer(text)["input_ids"] for text in (item["prompt"], item["prompt"] + item["answer"]))
+    assert len(prompt) == 5 and whole[:-1] == prompt and len(tokenizer) == 12 + 6 + 1
+
+
+def test_the_evidence_asks_for_what_the_items_have_on_other_seeds_than_it_was_tuned_on() -> None:
+    evidence = runpy.run_path(str(REPOSITORY / "examples/composition/evidence.py"), run_name="evidence")
+    assert evidence["GOAL"] in GROUPS and not set(evidence["SEEDS"]) & set(evidence["TUNING_SEEDS"])
+    command = evidence["comparison"](Path("out"), [3, 4], "run_dir=out")
+    assert command[:2] == ["ponder-scale", "compare"] and command[-1] == "run_dir=out"
