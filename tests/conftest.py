@@ -51,20 +51,25 @@ def make_shards(
     vocab_size: int = 100,
     seed: int = 0,
     tokenizer: str = "a" * 64,
+    masked: bool = False,
 ) -> ShardSet:
-    """Shards with `train` and `heldout` tokens each, in documents of 1 to 40 tokens that end with token 0."""
-    generator = np.random.default_rng(seed)
+    """Shards with `train` and `heldout` tokens each, in documents of 1 to 40 tokens that end with token 0.
+
+    With `masked`, a third of the tokens count in the loss: none of the first half of a shard, two of three behind it.
+    """
+    generator, chance = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     splits = {}
     for split, sizes in (("train", train), ("heldout", heldout)):
         splits[split] = []
         for number, size in enumerate(sizes):
-            writer = ShardWriter(folder, f"{split}-{number:05d}", vocab_size)
+            writer = ShardWriter(folder, f"{split}-{number:05d}", vocab_size, masked)
             left = size
             while left:
                 length = min(left, int(generator.integers(1, 41)))
                 document = generator.integers(1, vocab_size, length)
                 document[-1] = 0
-                writer.add(document, np.array([length]))
+                counts = chance.random(length) < 2 / 3 if left <= size // 2 else np.zeros(length, dtype=bool)
+                writer.add(document, np.array([length]), counts if masked else None)
                 left -= length
             splits[split].append(writer.close())
     seal(folder, Manifest(dtype_for(vocab_size).name, vocab_size, 0, None, tokenizer, splits))

@@ -25,7 +25,7 @@ PARTIAL, REPLACED = ".partial", ".replaced"  # ends of the names that `out` has 
 _STAGES = "keys|duplicates|scatter|gather|shards"
 _UNFINISHED = re.compile(
     rf"{re.escape(MARK)}|manifest\.json(\.tmp)?|(inputs|quarantine|dropped)\.jsonl"
-    r"|(train|heldout)-\d{5,}(-\d+)?\.(bin|idx)|tokenizer/|tokenizer/[^/]+\.(json|model|jinja)"
+    r"|(train|heldout)-\d{5,}(-\d+)?\.(bin|idx|mask)|tokenizer/|tokenizer/[^/]+\.(json|model|jinja)"
     r"|work/|work/plan(\.new)?\.jsonl(\.tmp)?|work/failed"
     rf"|work/({_STAGES}|quarantine|claims|scratch|ranks)/|work/({_STAGES}|quarantine)/\d{{6,}}[-.][^/]+"
     rf"|work/claims/({_STAGES})/|work/claims/({_STAGES})/\d{{6,}}|work/ranks/\d+"
@@ -118,8 +118,7 @@ def _named_by_manifest(folder: Path) -> Ours:
     if _is_sealed(folder):
         manifest = read_manifest(folder)
         known |= set(manifest.files) | {f"{Path(name).parent.as_posix()}/" for name in manifest.files}
-        shards = [info.name for infos in manifest.splits.values() for info in infos]
-        known |= {f"{name}.{suffix}" for name in shards for suffix in ("bin", "idx")}
+        known |= {name for infos in manifest.splits.values() for info in infos for name in info.files}
         known |= names_of_packings(folder)
     return known.__contains__
 
@@ -182,7 +181,7 @@ class PartWriter:
         """Give all shards their place in `folder`; what they hold."""
         self._finish()
         for info in self._done:
-            for name in (f"{info.name}.bin", f"{info.name}.idx"):
+            for name in info.files:
                 (self._scratch / name).rename(folder / name)
         sync_folder(folder)
         return self._done

@@ -32,7 +32,7 @@ def heldout_losses(
     batches: Iterable[MicroBatch],
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> HeldOut | None:
-    """The held-out losses over all ranks, or None where there are no batches.
+    """The held-out losses over all ranks, or None where there are no batches, or no label in them counts.
 
     Args:
         predict: the model's output for tokens, labels and positions, (B, T) each, as in `MicroBatch`.
@@ -59,8 +59,10 @@ def loss_sums(
     return sums
 
 
-def of_sums(sums: Tensor) -> HeldOut:
-    """The means of `loss_sums`, those of all ranks added up."""
+def of_sums(sums: Tensor) -> HeldOut | None:
+    """The means of `loss_sums`, those of all ranks added up; None where no label counts."""
+    if not sums[-1]:
+        return None
     return HeldOut((sums[:-1] / sums[-1]).tolist(), int(sums[-1]))
 
 

@@ -7,6 +7,8 @@ best-fit: sequence j of a shard is bin j of its packing (`ponder_scale/shards/pa
 left of long ones. No label counts where the next token is not what follows in the text: at the first token of such
 a rest, and in what no document fills at the end of a bin. A whole document's first token is predicted from the end
 of the one before it, as under concat.
+
+Of a shard with a mask, no label counts that is a token which does not count, wherever in a sequence it lies.
 """
 
 from __future__ import annotations
@@ -120,7 +122,8 @@ class Reader:
             for piece in row.pieces:
                 row.shard.will_need(piece.begin, piece.tokens)
         tokens = self._tokens(rows)
-        labels = self._labels(rows, tokens) if self._packed else tokens[:, 1:]
+        masked = any(row.shard.mask is not None for row in rows)
+        labels = self._labels(rows, tokens) if self._packed or masked else tokens[:, 1:]
         positions = None
         if self._mask:
             positions = self._packed_positions(rows) if self._packed else self._positions(rows)
@@ -142,11 +145,14 @@ class Reader:
     def _labels(self, rows: list[Row], tokens: torch.Tensor) -> torch.Tensor:
         labels = self._empty(len(rows), self._seq_len)
         labels.copy_(tokens[:, 1:])
-        for into, (_, pieces) in zip(labels.numpy(), rows, strict=True):
+        for into, (shard, pieces) in zip(labels.numpy(), rows, strict=True):
             end = 0
             for piece in pieces:
                 if piece.continues and end:
                     into[end - 1] = IGNORE_INDEX
+                if shard.mask is not None:
+                    hidden = np.flatnonzero(~shard.mask.read(piece.begin, piece.tokens)) + end
+                    into[hidden[hidden > 0] - 1] = IGNORE_INDEX  # a token is the label of the place before it
                 end += piece.tokens
             into[end - 1 :] = IGNORE_INDEX
         return labels

@@ -150,7 +150,11 @@ def sweep(
         batches = heldout_batches(config, sources, sequences=sequences, micro_batch=MICRO_BATCH)
         held_out = _losses(model, batches, trained if steps is None else steps)
         if held_out is None:
-            raise ShardError(f"{folder}: no held-out sequence of {config.seq_len} tokens; lower --seq-len")
+            masked = " with a label that counts" if sources[name].manifest.masked else ""
+            raise ShardError(
+                f"{folder}: no held-out sequence of {config.seq_len} tokens{masked}; lower --seq-len"
+                + (", or read more --sequences" if masked else "")
+            )
         found[name] = held_out
     return Sweep(trained, found if len(found) == 1 else {**found, ALL: mean_over(found.values())})
 

@@ -2,6 +2,7 @@
 
     FOLDER/manifest.json            what is here, with hashes; without it the folder is unfinished
     FOLDER/train-00000.bin, .idx    tokens and index, one pair for each shard of each split
+    FOLDER/train-00000.mask         which tokens count in the loss, where not all do: see mask.py
     FOLDER/tokenizer/               the tokenizer that made the tokens
 
 `.bin` and `.idx` are Megatron-LM's indexed dataset, so its readers open them. `.bin` is the documents' tokens
@@ -37,6 +38,7 @@ from ponder_scale.shards.manifest import (
     sync_folder,
     unsealed,
 )
+from ponder_scale.shards.mask import Mask, MaskWriter
 
 TOKENIZER = "tokenizer"
 MAX_VOCABULARY = 2**31 - 1
@@ -59,9 +61,12 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Streams documents into one shard. Nothing has its final name before `close`."""
+    """Streams documents into one shard. Nothing has its final name before `close`.
 
-    def __init__(self, folder: Path, name: str, vocab_size: int) -> None:
+    masked: not all tokens count in the loss; `add` is told which do.
+    """
+
+    def __init__(self, folder: Path, name: str, vocab_size: int, masked: bool = False) -> None:
         self.tokens = 0
         self._name = name
         self._vocab_size = vocab_size
@@ -70,15 +75,20 @@ class ShardWriter:
         self._hashes = BlockHashes()
         self._bin, self._idx = folder / f"{name}.bin", folder / f"{name}.idx"
         self._stream = unsealed(self._bin).open("wb")
+        self._mask = MaskWriter(folder / f"{name}.mask") if masked else None
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None = None) -> None:
         """Append documents.
 
-        tokens: (sum of lengths,) integers, document after document; lengths: (documents,).
+        tokens: (sum of lengths,) integers, document after document; lengths: (documents,); counts: (sum of lengths,)
+        bool, whether each token counts in the loss, of a shard with a mask.
         Raises ShardError for a token id outside the vocabulary and for a document too long for the index.
         """
         assert tokens.ndim == lengths.ndim == 1 and lengths.sum() == len(tokens)
+        assert (counts is None) == (self._mask is None) and (counts is None or len(counts) == len(tokens))
         self._check(tokens, lengths)
+        if self._mask is not None and counts is not None:
+            self._mask.add(counts)
         content = np.ascontiguousarray(tokens, dtype=self._dtype).view(np.uint8).data
         self._stream.write(content)
         self._hashes.update(content)
@@ -86,7 +96,7 @@ class ShardWriter:
         self.tokens += len(tokens)
 
     def close(self, source: str = "") -> ShardInfo:
-        """Write the index, make both files durable, give them their names; returns what was written, and from
+        """Write the index, make all files durable, give them their names; returns what was written, and from
         which source of the build."""
         with self._stream:
             sync(self._stream)
@@ -97,10 +107,8 @@ class ShardWriter:
                 stream.write(piece)
                 index_hash.update(piece)
             sync(stream)
-        for path in (self._bin, self._idx):
-            unsealed(path).rename(path)
-        sync_folder(self._bin.parent)
-        return ShardInfo(
+        masked = {} if self._mask is None else {"mask_hash": self._mask.close(), "counted": self._mask.counted}
+        info = ShardInfo(
             name=self._name,
             source=source,
             documents=len(lengths),
@@ -108,7 +116,12 @@ class ShardWriter:
             bytes=self.tokens * self._dtype.itemsize,
             bin_hashes=self._hashes.finish(),
             idx_hash=index_hash.hexdigest(),
+            **masked,  # type: ignore[arg-type]
         )
+        for path in (self._bin.with_name(name) for name in info.files):
+            unsealed(path).rename(path)
+        sync_folder(self._bin.parent)
+        return info
 
     @property
     def documents(self) -> int:
@@ -142,6 +155,7 @@ class Shard:
         self.info = info
         self._dtype, self._itemsize = dtype, dtype.itemsize
         self._bin, self._idx = folder / f"{info.name}.bin", folder / f"{info.name}.idx"
+        self.mask = None if info.mask_hash is None else Mask(folder / f"{info.name}.mask", info.tokens)
         self._checked = False
         if check:
             self.check()
@@ -185,6 +199,8 @@ class Shard:
         if self._map is not None:
             start = first * self._itemsize // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, start, (first + count) * self._itemsize - start)
+        if self.mask is not None:
+            self.mask.will_need(first, count)
 
     @cached_property
     def _offsets(self) -> memoryview:
@@ -228,6 +244,8 @@ class Shard:
             )
         if indexed != self.info.tokens:
             raise _damaged(self._bin, f"manifest says {self.info.tokens:,} tokens, file holds {indexed:,}")
+        if self.mask is not None:
+            self.mask.check()
         self._checked = True
 
 

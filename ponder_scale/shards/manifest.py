@@ -19,7 +19,8 @@ import xxhash
 from ponder_scale.errors import ShardError
 
 FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # version 1 knew no sources and no weights
+MASKED_VERSION = 3  # of folders with a mask: a program that knows none would let every token count
+READABLE_VERSIONS = (1, 2, 3)  # version 1 knew no sources and no weights
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 64 * 2**20  # of .bin under one hash
 PACKING_PREFIX = "packing-"  # of folders beside the shards, sealed on their own: see ponder_scale/shards/packing.py
@@ -37,6 +38,19 @@ class ShardInfo:
     bin_hashes: list[str]  # one for each BLOCK_BYTES of .bin
     idx_hash: str
     source: str = ""  # of the build, by name; each shard is of one
+    mask_hash: str | None = None  # of .mask; None: there is none, and every token counts in the loss
+    counted: int | None = None  # tokens that count in the loss; None: all
+
+    @property
+    def tokens_that_count(self) -> int:
+        """Tokens that count in the loss."""
+        return self.tokens if self.counted is None else self.counted
+
+    @property
+    def files(self) -> list[str]:
+        """The names of all its files. Whoever copies, moves, links or deletes a shard asks here."""
+        suffixes = ("bin", "idx") if self.mask_hash is None else ("bin", "idx", "mask")
+        return [f"{self.name}.{suffix}" for suffix in suffixes]
 
 
 @dataclass(frozen=True)
@@ -56,12 +70,19 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """A hash of the tokens, document boundaries, their order and the tokenizer, and of nothing else."""
-        splits = {
-            name: [[shard.tokens, shard.bin_hashes, shard.idx_hash] for shard in shards]
-            for name, shards in self.splits.items()
-        }
+        """A hash of the tokens, document boundaries, masks, their order and the tokenizer, and of nothing else."""
+
+        def of(shard: ShardInfo) -> list[Any]:
+            mask = [] if shard.mask_hash is None else [shard.mask_hash]
+            return [shard.tokens, shard.bin_hashes, shard.idx_hash, *mask]
+
+        splits = {name: [of(shard) for shard in shards] for name, shards in self.splits.items()}
         return hash_of_json([self.tokenizer, splits])
+
+    @property
+    def masked(self) -> bool:
+        """Whether there are tokens that do not count in the loss, or shards that could have some."""
+        return any(shard.mask_hash is not None for shards in self.splits.values() for shard in shards)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -70,7 +91,7 @@ def read_manifest(folder: Path) -> Manifest:
     content = _read_json(path)
     if content.get("version") not in READABLE_VERSIONS:
         raise ShardError(
-            f"{path}: version {content.get('version')!r}; this program reads versions 1 to {FORMAT_VERSION}; "
+            f"{path}: version {content.get('version')!r}; this program reads versions 1 to {READABLE_VERSIONS[-1]}; "
             f"use the ponder-scale that made it, or build again"
         )
     try:
@@ -84,6 +105,12 @@ def read_manifest(folder: Path) -> Manifest:
 def seal(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, atomically and durably: from now on the folder is finished."""
     content = asdict(manifest)
+    for info in (info for infos in content["splits"].values() for info in infos):
+        for key in ("mask_hash", "counted"):  # where there is no mask the manifest has no word of it
+            if info[key] is None:
+                del info[key]
+    if manifest.masked:
+        content["version"] = MASKED_VERSION
     content["checksum"] = hash_of_json(content)
     path = folder / MANIFEST
     with unsealed(path).open("w", encoding="utf-8") as stream:
@@ -109,7 +136,9 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda size: None) ->
     for info in (info for infos in manifest.splits.values() for info in infos):
         findings += _compare_blocks(folder, info, progress)
         findings += _compare_file(folder, f"{info.name}.idx", info.idx_hash)
-        known |= {f"{info.name}.bin", f"{info.name}.idx"}
+        if info.mask_hash is not None:
+            findings += _compare_file(folder, f"{info.name}.mask", info.mask_hash)
+        known |= set(info.files)
     for name, expected in manifest.files.items():
         findings += _compare_file(folder, name, expected)
         known.add(name)

@@ -95,10 +95,10 @@ def _train(run: _Run) -> int:
             tally = _accumulate(run, step, ponder, logged=logged)
             run.watch.enter("step")
             sums, orders = _agree(run, tally)
-            means = tally.means(sums)
+            means, labels = tally.means(sums), int(sums[-1])
             if _due(step, config.health.check_replicas_every):
                 run.incidents.compare_replicas(step)
-            grad_norm = run.engine.step(partial(run.health.accepts, means["pass_losses"][-1]))
+            grad_norm = run.engine.step(partial(run.health.accepts, means["pass_losses"][-1], labels=labels))
             run.engine.average_weights(step)
         run.work.add(config.train.batch_at(step), ponder, updated=run.engine.updated)
         run.control.took(step=run.watch.clock() - began)
@@ -106,7 +106,7 @@ def _train(run: _Run) -> int:
             run.metrics.log_step(
                 step,
                 means,
-                labels=int(sums[-1]),
+                labels=labels,
                 grad_norm=grad_norm,
                 lr=lr,
                 data_wait=run.loader.wait_seconds,
@@ -154,6 +154,9 @@ def _start(config: RunConfig, watch: Watch) -> _Run:
     # a hang is the watchdog's to end; a run that was stopped for hours must find its collectives as they were
     init_distributed(None if config.health.hang_seconds is None else SUSPENSION)
     _check_shards(sources)
+    for name, shards in sources.items():
+        if shards.manifest.masked:
+            logger.info("loss mask: of source %s %s of the training tokens count", name, _share_that_counts(shards))
     config = _settled(config, configuration)
     model = build_model(configuration, config.seed)
     # a run that has a checkpoint goes on from that, also where the folder that it began with is gone
@@ -223,6 +226,11 @@ def _check_shards(sources: dict[str, ShardSet]) -> None:
         raise ShardError(problem)
 
 
+def _share_that_counts(shards: ShardSet) -> str:
+    infos = shards.manifest.splits["train"]
+    return f"{sum(info.tokens_that_count for info in infos) / max(1, sum(info.tokens for info in infos)):.1%}"
+
+
 def _loader(config: RunConfig, sources: dict[str, ShardSet], engine: Engine) -> Loader:
     return Loader(
         config.data,
@@ -244,9 +252,10 @@ def _accumulate(run: _Run, step: int, ponder: int, *, logged: bool) -> StepTally
     run.engine.set_batch(sequences)
     batches = run.loader.next_batches(sequences, ahead)
     counts = [int((batch.labels != IGNORE_INDEX).sum()) for batch in batches]
-    if run.config.data.packing == "best-fit":
-        # fewer labels count in some batches than in others; each weighs the same in the step
-        extras["label_count"] = run.engine.mean(counts)
+    if run.config.data.packing == "best-fit" or any(shards.manifest.masked for shards in run.sources.values()):
+        # fewer labels count in some batches than in others; each weighs the same in the step, and none is no division
+        mean = run.engine.mean(counts)
+        extras["label_count"] = torch.where(mean > 0, mean, 1.0)
     for batch, count in zip(batches, counts, strict=True):  # tokens are (micro_batch, seq_len + 1)
         run.watch.enter("forward")
         output = run.engine.forward(batch.tokens[:, :-1], batch.labels, ponder, batch.position_ids, **extras)
@@ -317,8 +326,10 @@ def _evaluate(run: _Run, step: int) -> None:
         _save(run, step, "a failed evaluation")
         raise failure or RuntimeError(f"step {step}: the evaluation failed on another rank; see its log")
     losses = {name: of_sums(run.engine.total(found)) for name, found in sums.items()}
+    for name in (name for name, found in losses.items() if found is None):
+        logger.warning("step %d: no label counts in the held-out sequences of source %s: it has no loss", step, name)
     run.engine.end_evaluation()
-    run.metrics.log_evaluation(step, losses)
+    run.metrics.log_evaluation(step, {name: found for name, found in losses.items() if found is not None})
     run.control.took(evaluation=run.watch.clock() - began)
     run.metrics.resume_clock(run.loader.wait_seconds)
 

@@ -203,8 +203,8 @@ def test_verify_finds_a_truncation(folder):
         (lambda f: (f / "manifest.json").write_text("{"), "manifest.json: cannot be read"),
         (lambda f: (f / "manifest.json").write_text("[]"), "not a manifest of token shards"),
         (
-            lambda f: (f / "manifest.json").write_text('{"version": 3}'),
-            "version 3; this program reads versions 1 to 2",
+            lambda f: (f / "manifest.json").write_text('{"version": 4}'),
+            "version 4; this program reads versions 1 to 3",
         ),
         (lambda f: (f / "manifest.json").write_text('{"version": 1}'), "not a manifest of token shards"),
     ],

@@ -53,8 +53,8 @@ class StepTally:
         return torch.cat([self._sums, torch.full((1,), self._weight, device=self._sums.device)])
 
     def means(self, total: Tensor) -> dict[str, list[float]]:
-        """The means by name, of the sums added up over all ranks."""
-        values = (total[:-1] / total[-1]).split(list(self._sizes.values()))
+        """The means by name, of the sums added up over all ranks; 0 where no label counts."""
+        values = (total[:-1] / (total[-1] + (total[-1] == 0))).split(list(self._sizes.values()))
         return {name: part.tolist() for name, part in zip(self._sizes, values, strict=True)}
 
 
@@ -115,7 +115,8 @@ class Metrics:
 
         Args:
             means: those of `StepTally`, over all ranks.
-            labels: that the means are over; fewer than the tokens where packed sequences are not full.
+            labels: that the means are over; fewer than the tokens where packed sequences are not full, or the shards
+                have a mask.
             data_wait: seconds that rank 0 has waited for data in all, of this attempt.
             communication: share of the step's time in collectives, where it was measured.
         """
@@ -134,7 +135,7 @@ class Metrics:
             **memory(),
         }
         self._write("step", step, values)
-        for alarm in self._alarms.of(step, means):
+        for alarm in self._alarms.of(step, means) if labels else ():
             self.log_event("alarm", step, **alarm)
             for line in folded(f"step {step}: {alarm['message']}"):
                 logger.warning("%s", line)

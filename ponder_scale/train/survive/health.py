@@ -49,15 +49,18 @@ class Health:
         self.skips, self._in_a_row = 0, 0
         self.finding: Finding | None = None  # of the last step
 
-    def accepts(self, loss: float, grad_norm: float) -> bool:
-        """Whether the step updates the weights; `finding` then says what is wrong with it, if anything."""
+    def accepts(self, loss: float, grad_norm: float, labels: int = 1) -> bool:
+        """Whether the step updates the weights; `finding` then says what is wrong with it, if anything.
+
+        A step of no `labels`, whose loss and gradient are 0, is no measure for others.
+        """
         values = {"loss": loss, "grad_norm": grad_norm}
         self.finding = self._not_finite(values) or self._spike(values)
         if self.finding is not None and self.finding.treatment != "warn":
             self.skips, self._in_a_row = self.skips + 1, self._in_a_row + 1
             return False
         self._in_a_row = 0
-        for name, value in values.items():
+        for name, value in values.items() if labels else ():
             self._windows[name].append(value)
         return True
 
