@@ -8,7 +8,19 @@ from typing import Any, Literal
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings import MISSING, knob
 
+WITH_FIELDS = ("jsonl", "parquet", "dataset")  # kinds whose records have fields
 SourceKind = Literal["jsonl", "parquet", "text", "folder", "dataset"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Which characters of a document count in the loss, by fields of its record; one of the two ways."""
+
+    prompt: str | None = knob(None, "the field of a text that does not count; the document is this and `completion`")
+    completion: str | None = knob(None, "the field of the text behind it, which counts, and so does the end token")
+    spans: str | None = knob(
+        None, "the field with [[start, end], ...]: the characters of the text that count, from 0, without the end"
+    )
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,9 @@ class SourceConfig:
     filters: dict[str, Any] = knob({}, "by name, with their thresholds: {gopher_quality: {min_words: 50}}")
     sample: float | None = knob(
         None, "share of its documents that is taken, chosen by the hash of their text; null: all", above=0, max=1
+    )
+    loss: LossConfig | None = knob(
+        None, "jsonl, parquet, dataset: what of a document counts in the loss; null: every token"
     )
     weight: float | None = knob(
         None, "share in training relative to the other sources; null, for all sources: by size", above=0, max=1e15
@@ -109,10 +124,30 @@ class BuildConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ConfigError("sources is empty; name an input: sources.NAME.kind=jsonl sources.NAME.path=FILE")
+        for name, source in self.sources.items():
+            _check_loss(name, source)
         weighted = {name: source.weight is not None for name, source in self.sources.items()}
         if len(set(weighted.values())) > 1:
             none = ", ".join(f"sources.{name}.weight" for name, given in weighted.items() if not given)
             raise ConfigError(f"{none} is null, while other sources have a weight; give all of them one, or none")
+
+
+def _check_loss(name: str, source: SourceConfig) -> None:
+    """Raises ConfigError for a loss that does not say, or cannot know, what counts."""
+    loss = source.loss
+    if loss is None:
+        return
+    pair = loss.prompt is not None and loss.completion is not None and loss.prompt != loss.completion
+    given = {key: value for key, value in vars(loss).items() if value is not None}
+    if len(given) != (2 if pair else 1) or not (pair or loss.spans is not None):
+        raise ConfigError(
+            f"sources.{name}.loss is {given}; expected {{prompt: FIELD, completion: FIELD}} or {{spans: FIELD}}"
+        )
+    if source.kind not in WITH_FIELDS:
+        raise ConfigError(
+            f"sources.{name}.loss: kind {source.kind} has no fields that could say what counts; expected one of: "
+            f"{', '.join(WITH_FIELDS)}"
+        )
 
 
 # What may differ between a build and its continuation: how it runs, not what it makes.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 EMPTY = "empty"  # nothing but white space: dropped and counted, but not the input's fault
+NO_LABEL = "nothing in it counts in the loss"  # neither is this
 NOT_UTF8 = "not UTF-8"
 NOT_PLAIN = "compressed or packed under a name that does not say so"
 NOT_JSON = "malformed JSON"
@@ -15,14 +16,18 @@ DEEP = "JSON nested too deeply"
 NOT_AN_OBJECT = "not a JSON object"
 NO_FIELD = "field missing"
 NOT_TEXT = "field is not a string"
+BAD_SPANS = "spans are not pairs of places in the text"
 TOO_LONG = "longer than max_document_bytes"
 LONG_LINE = "line with more beside its text than is read"  # 1 MiB and 4 times max_document_bytes in all
 DAMAGED = "compressed data is damaged or cut off"
 
 BAD = (  # the input is at fault
-    *(NOT_UTF8, NOT_PLAIN, NOT_JSON, NOT_A_NUMBER, SURROGATE, DEEP, NOT_AN_OBJECT, NO_FIELD, NOT_TEXT),
+    *(NOT_UTF8, NOT_PLAIN, NOT_JSON, NOT_A_NUMBER, SURROGATE, DEEP, NOT_AN_OBJECT, NO_FIELD, NOT_TEXT, BAD_SPANS),
     *(TOO_LONG, LONG_LINE, DAMAGED),
 )
+
+
+Spans = tuple[tuple[int, int], ...]  # (begin, end) of characters of a text, ascending and apart from each other
 
 
 class Record(NamedTuple):
@@ -32,6 +37,7 @@ class Record(NamedTuple):
     size: int  # bytes of input that it took
     text: str | None
     reason: str  # "" where there is a text
+    counts: Spans | None = None  # the characters that count in the loss; None: all
 
 
 class Hasher(Protocol):

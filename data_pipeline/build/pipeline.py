@@ -23,7 +23,7 @@ import xxhash
 from data_pipeline.build.parallel import Stage, assemble, part
 from data_pipeline.build.tasks import SPLITS
 from data_pipeline.build.workers import run_stage
-from data_pipeline.clean.filters import chosen
+from data_pipeline.clean.filters import chosen, edits
 from data_pipeline.config import BuildConfig
 from data_pipeline.document import Unit
 from data_pipeline.read.readers import read
@@ -31,6 +31,7 @@ from data_pipeline.read.sources import LeftOut
 from data_pipeline.read.units import PLAN, Plan, units, write_plan
 from data_pipeline.tokenize.autotokenizer import check_agreement
 from data_pipeline.tokenize.backends import choose
+from data_pipeline.tokenize.masked import check_cuts
 from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer, save
 from data_pipeline.write.manifest import DROPPED, INPUTS, QUARANTINE, compose, origin, totals, write_inputs
 from data_pipeline.write.output import WORK, check_places, named_by_build, places, publish, unfinished, workspace
@@ -97,6 +98,13 @@ def _prepare(folder: Path, out: Path, config: BuildConfig, command: str) -> bool
         tokenizer = _open_tokenizer(Path(config.tokenizer), config)
         for name, source in config.sources.items():
             chosen(name, source.filters)
+            if source.loss is not None and edits(source.filters):
+                raise ConfigError(
+                    f"sources.{name}.loss: its filters leave lines out of texts (c4), and what counts would be other "
+                    f"characters; choose other filters, or clean the texts before"
+                )
+        if any(source.loss is not None for source in config.sources.values()):
+            check_cuts(tokenizer)
         work.mkdir(exist_ok=True)
         planned = units(config.sources, config.shard_bytes, left_out, places(out))
         made_from = origin(config, tokenizer, write_plan(work / _NEW_PLAN, planned, {}))

@@ -16,11 +16,12 @@ from data_pipeline.build.parallel import Report, Stage
 from data_pipeline.clean import dedup
 from data_pipeline.clean.filters import Filter, chosen, edits, sampled
 from data_pipeline.config import BuildConfig
-from data_pipeline.document import Unit
+from data_pipeline.document import Record, Unit
 from data_pipeline.read.compressed import COMPRESSED
 from data_pipeline.read.readers import read
 from data_pipeline.read.units import PLAN, Plan, check_unchanged
 from data_pipeline.tokenize.backends import REFERENCE, Encode, Mismatch, checked
+from data_pipeline.tokenize.masked import encode_documents, framed
 from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer
 from data_pipeline.write import shuffle
 from data_pipeline.write.manifest import Ledger
@@ -85,7 +86,8 @@ class Tasks:
         filters = self._filters(unit.source)
         keys_of = dedup.minhash_keys if self.config.deduplicate == "minhash" else dedup.exact_keys
         writer = dedup.KeyWriter(scratch, self.work / "keys", number)
-        for text in self._texts(unit, None):
+        for record in self._documents(unit, None):
+            text = record.text or ""
             if not any(screen(text) for screen in filters):
                 writer.add(documents, keys_of(text))
             documents += 1
@@ -111,7 +113,7 @@ class Tasks:
 
         def writer(split: str) -> Writer:
             name = f"{split}-{number:05d}"
-            return PartWriter(scratch, name, unit.source, self.config.shard_tokens, self._tokenizer.vocab_size)
+            return self._part(scratch, name, unit.source)
 
         result, writers = self._tokenize(number, unit, scratch, writer)
         return {**result, "shards": self._place(writers)}
@@ -123,7 +125,8 @@ class Tasks:
 
         def writer(split: str) -> Writer:
             seed = [self.config.seed, number, SPLITS.index(split)]
-            return shuffle.Scatter(scratch / f"{number:06d}-{split}", own, self._dtype, seed)
+            prefix = scratch / f"{number:06d}-{split}"
+            return shuffle.Scatter(prefix, own, self._dtype, seed, self._is_masked(unit.source))
 
         result, writers = self._tokenize(number, unit, scratch, writer)
         for some in writers.values():
@@ -141,14 +144,22 @@ class Tasks:
         writers = {}
         for split in SPLITS:
             name = f"{split}-{number:05d}"
-            writers[split] = PartWriter(scratch, name, source, self.config.shard_tokens, self._tokenizer.vocab_size)
+            writers[split] = self._part(scratch, name, source)
             prefixes = [self.work / "scatter" / f"{unit:06d}-{split}" for unit in units]
             seed = [self.config.seed, number, SPLITS.index(split), 1]
-            for tokens, lengths in shuffle.gather(prefixes, bucket, self._dtype, seed):
-                writers[split].add(tokens, lengths)
-                documents, tokens_written = documents + len(lengths), tokens_written + len(tokens)
+            for some in shuffle.gather(prefixes, bucket, self._dtype, seed, self._is_masked(source)):
+                writers[split].add(*some)
+                documents, tokens_written = documents + len(some.lengths), tokens_written + len(some.tokens)
         self._report(size, documents, tokens_written)
         return {"source": source, "shards": self._place(writers)}
+
+    def _part(self, scratch: Path, name: str, source: str) -> PartWriter:
+        masked = self._is_masked(source)
+        return PartWriter(scratch, name, source, self.config.shard_tokens, self._tokenizer.vocab_size, masked)
+
+    def _is_masked(self, source: str) -> bool:
+        """Whether not all tokens of a source count in the loss."""
+        return self.config.sources[source].loss is not None
 
     def _place(self, writers: dict[str, Any]) -> dict[str, Any]:
         return {split: [asdict(info) for info in writer.close(self.folder)] for split, writer in writers.items()}
@@ -176,18 +187,20 @@ class Tasks:
         ledger = Ledger(unit.source, scratch / "quarantine", dropped)
         wanted = self._wanted(number, unit, ledger)
         documents, size, tokens_written = 0, 0, 0
-        batch: dict[str, list[str]] = {split: [] for split in SPLITS}
+        batch: dict[str, list[Record]] = {split: [] for split in SPLITS}
+        masked = self._is_masked(unit.source)
         bound = int(self.config.heldout_fraction * 2**64)
-        for text in wanted:
-            batch["heldout" if bound and self._side(text) < bound else "train"].append(text)
+        for record in wanted:
+            text = record.text or ""
+            batch["heldout" if bound and self._side(text) < bound else "train"].append(record)
             documents += 1
             size += len(text)
             if documents % BATCH_DOCUMENTS == 0 or size >= BATCH_BYTES:
-                tokens_written += self._write(batch, encode, writers)
+                tokens_written += self._write(batch, encode, writers, masked)
                 self._tell(min(self._consumed, unit.size), documents - ledger.documents, tokens_written)
                 size, tokens_written = 0, 0
                 ledger.documents = documents
-        tokens_written += self._write(batch, encode, writers)
+        tokens_written += self._write(batch, encode, writers, masked)
         self._tell(unit.size, documents - ledger.documents, tokens_written)
         ledger.documents = documents
         result = ledger.close()
@@ -201,51 +214,41 @@ class Tasks:
         decides = text.strip() if self.config.split_by == "stripped" else text
         return xxhash.xxh3_64_intdigest(decides.encode(), seed=self.config.seed)
 
-    def _write(self, batch: dict[str, list[str]], encode: Encode, writers: dict[str, Any]) -> int:
-        count = 0
-        for split, texts in batch.items():
-            if texts:
-                tokens, lengths = encode(texts)
-                tokens, lengths = self._framed(tokens, lengths)
-                writers[split].add(tokens, lengths)
-                count += len(tokens)
-                texts.clear()
+    def _write(self, batch: dict[str, list[Record]], encode: Encode, writers: dict[str, Any], masked: bool) -> int:
+        count, eod_id = 0, self._tokenizer.eod_id if self.config.append_eod else None
+        for split, records in batch.items():
+            if records:
+                documents = framed(encode_documents(encode, records, masked), self._tokenizer.bos_id, eod_id)
+                writers[split].add(*documents)
+                count += len(documents.tokens)
+                records.clear()
         return count
 
-    def _framed(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The documents with their first and last token, where asked for."""
-        if self._tokenizer.bos_id is not None:
-            tokens = np.insert(tokens, np.cumsum(lengths) - lengths, self._tokenizer.bos_id)
-            lengths = lengths + 1
-        if self.config.append_eod:
-            tokens = np.insert(tokens, np.cumsum(lengths), self._tokenizer.eod_id)
-            lengths = lengths + 1
-        return tokens, lengths
-
-    def _wanted(self, number: int, unit: Unit, ledger: Ledger) -> Iterator[str]:
-        """The texts of a unit that are to be kept; what is left out is counted."""
+    def _wanted(self, number: int, unit: Unit, ledger: Ledger) -> Iterator[Record]:
+        """The documents of a unit that are to be kept; what is left out is counted."""
         filters = self._filters(unit.source)
         if self.config.deduplicate == "none":
             duplicates: Any = ()
         else:
             duplicates = dedup.Duplicates(self.work / "duplicates", self._key_buckets, number)
-        for count, text in enumerate(self._texts(unit, ledger)):
+        for count, record in enumerate(self._documents(unit, ledger)):
+            text = record.text or ""
             if duplicates and count in duplicates:
-                ledger.reject(DUPLICATE, text)
+                ledger.reject(DUPLICATE, record)
                 continue
             reason = next(filter(None, (screen(text) for screen in filters)), None) if filters else None
             if reason is None:
-                yield text
+                yield record
             else:
-                ledger.reject(reason, text)
+                ledger.reject(reason, record)
 
     def _filters(self, source: str) -> list[Filter]:
         config = self.config.sources[source]
         sample = [] if config.sample is None else [sampled(config.sample, self.config.seed)]
         return [*sample, *chosen(source, config.filters)]
 
-    def _texts(self, unit: Unit, ledger: Ledger | None) -> Iterator[str]:
-        """The texts of all documents of a unit; `_consumed` counts the bytes of input read for them."""
+    def _documents(self, unit: Unit, ledger: Ledger | None) -> Iterator[Record]:
+        """The records of a unit that are documents; `_consumed` counts the bytes of input read for them."""
         config = self.config.sources[unit.source]
         shorten = edits(config.filters)
         self._consumed = self._told = done = 0
@@ -259,7 +262,7 @@ class Tasks:
                         text, lines = edit(text)
                         if lines and ledger is not None:
                             ledger.shorten(lines)
-                    yield text
+                    yield record if text is record.text else record._replace(text=text)
                 elif ledger is not None:
                     ledger.drop(piece, record)
             check_unchanged(piece)

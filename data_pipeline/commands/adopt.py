@@ -8,6 +8,7 @@ link. What the formats do not say, the tokenizer and the type of the tokens, the
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer, save
 from ponder_scale.errors import ShardError
 from ponder_scale.shards.format import TOKENIZER, index_pieces
 from ponder_scale.shards.manifest import BlockHashes, Manifest, ShardInfo, hash_file, seal, sync, unsealed
+from ponder_scale.shards.mask import count_bits, is_mask
 
 
 def adopt(
@@ -45,6 +47,8 @@ def adopt(
         raise ShardError(
             f"tokens of different types: {', '.join(f'{d.path} {d.dtype.name}' for d in dumps)}; adopt apart"
         )
+    for dump in dumps:
+        _check_mask(dump)
     out.mkdir(parents=True, exist_ok=True)
     splits: dict[str, list[ShardInfo]] = {"train": [], "heldout": []}
     for number, dump in enumerate(dumps):
@@ -74,6 +78,16 @@ def adopt(
     return manifest
 
 
+def _check_mask(dump: Dump) -> None:
+    """Raises ShardError where what lies beside a dump as its `.mask` is none of its tokens."""
+    path, tokens = dump.path.with_suffix(".mask"), int(dump.lengths.sum())
+    if path.exists() and not is_mask(path, tokens):
+        raise ShardError(
+            f"{path}: beside {dump.path.name}, and no mask of its {tokens:,} tokens, a bit each; move it away to have "
+            f"every token count in the loss"
+        )
+
+
 def _place(dump: Dump, out: Path, name: str, tokenizer: Tokenizer) -> ShardInfo:
     """Links and an index in `out`; what the shard holds."""
     target, index = out / f"{name}.bin", out / f"{name}.idx"
@@ -94,4 +108,10 @@ def _place(dump: Dump, out: Path, name: str, tokenizer: Tokenizer) -> ShardInfo:
     for _, tokens in pieces(dump):
         hashes.update(np.ascontiguousarray(tokens).view(np.uint8).data)
     size = int(dump.lengths.sum())
-    return ShardInfo(name, len(dump.lengths), size, size * dump.dtype.itemsize, hashes.finish(), index_hash)
+    info = ShardInfo(name, len(dump.lengths), size, size * dump.dtype.itemsize, hashes.finish(), index_hash)
+    mask = dump.path.with_suffix(".mask")
+    if not mask.exists():
+        return info
+    link = out / f"{name}.mask"
+    link.symlink_to(mask.resolve())
+    return replace(info, mask_hash=hash_file(link), counted=count_bits(link))

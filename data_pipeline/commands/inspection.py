@@ -8,7 +8,7 @@ from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer
 from data_pipeline.write.lengths import Lengths
 from data_pipeline.write.manifest import kept
 from ponder_scale.shards.format import Shard, ShardSet
-from ponder_scale.shards.manifest import PACKING_PREFIX
+from ponder_scale.shards.manifest import PACKING_PREFIX, ShardInfo
 from ponder_scale.shards.packing import SEAL
 
 HEAD_TOKENS, TAIL_TOKENS = 60, 20  # of a document that are shown
@@ -48,6 +48,7 @@ def _counts(shards: ShardSet) -> Iterator[str]:
         documents = sum(shard.info.documents for shard in of_split)
         tokens = sum(shard.info.tokens for shard in of_split)
         yield f"{split:<12}{documents:,} documents, {tokens:,} tokens, shards: {len(of_split):,}"
+        yield from _loss(manifest.splits[split])
         if documents:
             lengths = Lengths()
             for shard in of_split:
@@ -57,6 +58,15 @@ def _counts(shards: ShardSet) -> Iterator[str]:
             yield f"{'':<12}tokens of a document, by quantile: {spread}"
             yield f"{'tokens of a document':>29} {'documents':>15} {'tokens':>7}"
             yield from lengths.bars()
+
+
+def _loss(infos: list[ShardInfo]) -> Iterator[str]:
+    """Of each source with a mask, how many of its tokens count in the loss."""
+    for source in sorted({info.source for info in infos if info.mask_hash is not None}):
+        own = [info for info in infos if info.source == source]
+        counted, tokens = sum(info.tokens_that_count for info in own), sum(info.tokens for info in own)
+        of = f"of {source} " if source else ""
+        yield f"{'':<12}{of}{counted:,} tokens count in the loss, {counted / max(1, tokens):.1%}"
 
 
 def _samples(shards: ShardSet, count: int) -> Iterator[str]:

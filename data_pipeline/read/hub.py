@@ -6,7 +6,7 @@ A stored data set is cut into ranges of rows, a streamed one into the shards it 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import xxhash
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.document import EMPTY, NOT_TEXT, NOT_UTF8, TOO_LONG, Hasher, Piece, Record
+from data_pipeline.read.counted import check_fields, fields_of, record_of
 from ponder_scale.errors import ConfigError
 
 _ROWS_READ_TOGETHER = 64
@@ -31,10 +32,8 @@ def pieces(source: str, config: SourceConfig) -> list[Piece]:
         raise ConfigError(f"sources.{source}.streaming is true; {config.path} is stored already: set it to false")
     content = _load(source, config)
     columns = content.column_names or []  # a stream may not know them before it is read
-    if columns and config.field not in columns:
-        raise ConfigError(
-            f"sources.{source}.field is {config.field!r}; the columns of {config.path} are: {', '.join(columns)}"
-        )
+    if columns:
+        check_fields(source, config, columns, config.path)
     seal = _fingerprint(source, config, content)
     if config.streaming:
         return [_piece(source, config, i, i + 1, 0, seal) for i in range(content.num_shards)]
@@ -62,17 +61,39 @@ def read(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> 
     else:
         content, first = whole.select(range(piece.begin, piece.end)), piece.begin
     number = first
-    rows = content.select_columns([config.field]).with_format("arrow")
+    fields = fields_of(config)
+    rows = content.select_columns(fields).with_format("arrow")
     for table in rows.iter(batch_size=_ROWS_READ_TOGETHER):
-        for value in table.column(config.field):
-            if hasattr(value, "as_buffer") and value.is_valid:  # text, and not a number or a list
-                hasher.update(memoryview(value.as_buffer()))
-            yield record(number, value, max_bytes)
+        columns = {field: table.column(field) for field in fields}
+        for place, found in enumerate(records(number, columns, config, max_bytes)):
+            for value in (column[place] for column in columns.values()):
+                if hasattr(value, "as_buffer") and value.is_valid:  # text, and not a number or a list
+                    hasher.update(memoryview(value.as_buffer()))
+                elif config.loss is not None:
+                    hasher.update(repr(value.as_py()).encode("utf-8", "surrogatepass"))
+            yield found
             number += 1
     _check_unchanged(piece, config, whole)
 
 
-def record(number: int, value: Any, max_bytes: int) -> Record:
+def records(number: int, columns: Mapping[str, Any], config: SourceConfig, max_bytes: int) -> Iterator[Record]:
+    """The rows from `number` on, from the Arrow columns of their fields."""
+    if config.loss is None:
+        for value in columns[config.field]:
+            yield _record(number, value, max_bytes)
+            number += 1
+    else:
+        for values in zip(*columns.values(), strict=True):
+            row = dict(zip(columns, values, strict=True))
+
+            def value_of(field: str, row: dict[str, Any] = row) -> Any:
+                return row[field].as_py()
+
+            yield record_of(number, None, value_of, config, max_bytes)
+            number += 1
+
+
+def _record(number: int, value: Any, max_bytes: int) -> Record:
     """Row `number` as a record, from the Arrow scalar of its column."""
     try:
         text = value.as_py()

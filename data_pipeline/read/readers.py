@@ -31,6 +31,7 @@ from data_pipeline.document import (
 from data_pipeline.read import hub
 from data_pipeline.read.badjson import REPAIRABLE, is_cut_at, is_packed, repaired, why_not
 from data_pipeline.read.compressed import CHUNK, Damaged, open_piece
+from data_pipeline.read.counted import fields_of, record_of
 from ponder_scale.errors import ConfigError
 
 _BOM = b"\xef\xbb\xbf"
@@ -47,7 +48,7 @@ def read(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> 
         if config.kind == "dataset":
             yield from hub.read(piece, config, max_bytes, hasher)
         elif config.kind == "parquet":
-            yield from _read_parquet(piece, config.field, max_bytes, hasher)
+            yield from _read_parquet(piece, config, max_bytes, hasher)
         elif config.kind == "jsonl":
             yield from _read_jsonl(piece, config, max_bytes, hasher)
         elif config.kind == "text" and config.document == "paragraph":
@@ -59,7 +60,7 @@ def read(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> 
 
 
 def _read_jsonl(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
-    field, plain = config.field, "." not in config.field
+    field, plain, simple = config.field, "." not in config.field, config.loss is None
     limit = _JSON_BYTES * max_bytes + _OTHER_FIELDS
     with open_piece(piece, hasher) as stream:
         for offset, line, size, cut in _lines(stream, piece.begin, limit):
@@ -67,19 +68,24 @@ def _read_jsonl(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hash
                 yield Record(offset, 0, None, DAMAGED)
                 continue
             if cut:
-                yield Record(offset, size, None, TOO_LONG if is_cut_at(line, field) else LONG_LINE)
+                too_long = any(is_cut_at(line, name) for name in fields_of(config))
+                yield Record(offset, size, None, TOO_LONG if too_long else LONG_LINE)
+                continue
+            if not simple:
+                yield _any_line(offset, line, size, config, max_bytes)
                 continue
             try:
                 value = orjson.loads(line)
                 text = value[field] if plain else _at(value, field)
             except (orjson.JSONDecodeError, KeyError, TypeError):
-                yield _unusual_line(offset, line, size, config, max_bytes)
+                yield _any_line(offset, line, size, config, max_bytes)
                 continue
             yield _record(offset, size, text, max_bytes)
 
 
-def _unusual_line(offset: int, line: bytes, size: int, config: SourceConfig, max_bytes: int) -> Record:
-    """What a line is that does not simply hold the field: blank, begun by a byte order mark, nested, or bad."""
+def _any_line(offset: int, line: bytes, size: int, config: SourceConfig, max_bytes: int) -> Record:
+    """What a line is, also one that does not simply hold the field: blank, begun by a byte order mark, nested, or bad,
+    or one of several fields."""
     if not line or line.isspace():
         return Record(offset, size, None, EMPTY)
     try:
@@ -91,6 +97,8 @@ def _unusual_line(offset: int, line: bytes, size: int, config: SourceConfig, max
         value = repaired(line)
     if not isinstance(value, dict):
         return Record(offset, size, None, NOT_AN_OBJECT)
+    if config.loss is not None:
+        return record_of(offset, size, lambda field: _at(value, field), config, max_bytes)
     try:
         return _record(offset, size, _at(value, config.field), max_bytes)
     except KeyError:
@@ -153,23 +161,30 @@ def _read_whole(piece: Piece, max_bytes: int, hasher: Hasher) -> Iterator[Record
     yield _text(0, bytes(content), max_bytes, size)
 
 
-def _read_parquet(piece: Piece, field: str, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
+def _read_parquet(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
+    fields = fields_of(config)
     try:
         with ParquetFile(piece.path, pre_buffer=False, buffer_size=CHUNK, page_checksum_verification=True) as file:
             number = sum(file.metadata.row_group(i).num_rows for i in range(piece.begin))
             groups = list(range(piece.begin, piece.end))
-            for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=[field], use_threads=False):
-                for value in _leaf(batch.column(0), field):
-                    yield hub.record(number, value, max_bytes)
+            for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=fields, use_threads=False):
+                columns = {field: _leaf(_column(batch, field), field) for field in fields}
+                for record in hub.records(number, columns, config, max_bytes):
+                    yield record
                     number += 1
-            _hash_column(piece, file.metadata, field, hasher)  # last: who wants some rows pays for no more
+            for field in fields:  # last: who wants some rows pays for no more
+                _hash_column(piece, file.metadata, field, hasher)
     except ArrowException as error:
         raise ConfigError(
             f"sources.{piece.source}: {piece.path} cannot be read: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _column(batch: Any, field: str) -> Any:
+    return batch.column(field if field in batch.schema.names else field.split(".")[0])
 
 
 def _leaf(column: Any, field: str) -> Any:

@@ -12,6 +12,7 @@ from data_pipeline.config import SourceConfig, SourceKind
 from data_pipeline.document import Piece
 from data_pipeline.read import hub
 from data_pipeline.read.compressed import COMPRESSED
+from data_pipeline.read.counted import check_fields
 from data_pipeline.read.walk import HIDDEN, Found, alternatives, is_glob, walk
 from ponder_scale.errors import ConfigError
 from ponder_scale.files.delete import shown
@@ -159,10 +160,7 @@ def _row_groups(file: Piece, config: SourceConfig, size: int) -> Iterator[Piece]
         raise ConfigError(
             f"sources.{file.source}: {file.path} is no parquet file that can be read: {reason}"
         ) from error
-    if config.field not in names:
-        raise ConfigError(
-            f"sources.{file.source}.field is {config.field!r}; the columns of {file.path} are: {', '.join(names)}"
-        )
+    check_fields(file.source, config, names, file.path)
     begin, start, filled, total = 0, 0, 0, max(1, sum(sizes))
     for group, group_size in enumerate(sizes, start=1):
         filled += group_size

@@ -13,7 +13,7 @@ import orjson
 
 from data_pipeline.clean.filters import NOT_SAMPLED, identities
 from data_pipeline.config import RUNNING, BuildConfig
-from data_pipeline.document import BAD, DAMAGED, EMPTY, Piece, Record
+from data_pipeline.document import BAD, DAMAGED, EMPTY, NO_LABEL, Piece, Record
 from data_pipeline.tokenize.tokenizer import Tokenizer
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings import to_dict
@@ -25,7 +25,7 @@ DROPPED = "dropped.jsonl"  # a line for each document that was left out, if aske
 INPUTS = "inputs.jsonl"  # a line for each piece of input read
 # What builds did before there were these keys: an origin is without them where they say so, as in older folders.
 BEFORE = {"split_by": "text", "keep_dropped": False}
-BEFORE_OF_SOURCE = {"sample": None, "repair": False}
+BEFORE_OF_SOURCE = {"sample": None, "repair": False, "loss": None}
 CLEANING = 2  # raised when near duplicates or filters leave out others than before: no build mixes both
 PACKAGES = ("ponder-scale", "datasets", "isal", "numpy", "orjson", "pyarrow", "sentencepiece", "tokenizers", "xxhash")
 
@@ -48,16 +48,18 @@ class Ledger:
     def drop(self, piece: Piece, record: Record) -> None:
         """Count a record that is no document; quarantine it when the input is at fault."""
         self._drops[record.reason] += 1
-        if record.reason != EMPTY:
+        if record.reason not in (EMPTY, NO_LABEL):
             self._first_bad = self._first_bad or [piece.name, record.offset, record.reason]
             line = {"source": self._source, "file": piece.name, "offset": record.offset, "reason": record.reason}
             self._stream.write(orjson.dumps(line) + b"\n")
 
-    def reject(self, reason: str, text: str) -> None:
+    def reject(self, reason: str, record: Record) -> None:
         """Count a document that a filter or deduplication leaves out."""
         self._drops[reason] += 1
         if self._dropped is not None and reason != NOT_SAMPLED:
-            self._dropped.write(orjson.dumps({"source": self._source, "reason": reason, "text": text}) + b"\n")
+            line = {"source": self._source, "reason": reason, "text": record.text}
+            masked = {} if record.counts is None else {"spans": record.counts}
+            self._dropped.write(orjson.dumps({**line, **masked}) + b"\n")
 
     def shorten(self, lines: int) -> None:
         """Count lines that a filter leaves out of a document."""

@@ -157,23 +157,27 @@ class PartWriter:
     They are written in `scratch` and given to `folder` whole.
     """
 
-    def __init__(self, scratch: Path, name: str, source: str, shard_tokens: int, vocab_size: int) -> None:
+    def __init__(
+        self, scratch: Path, name: str, source: str, shard_tokens: int, vocab_size: int, masked: bool = False
+    ) -> None:
         self._scratch, self._name, self._source = scratch, name, source
-        self._shard_tokens, self._vocab_size = shard_tokens, vocab_size
+        self._shard_tokens, self._vocab_size, self._masked = shard_tokens, vocab_size, masked
         self._current: ShardWriter | None = None
         self._done: list[ShardInfo] = []
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None = None) -> None:
         """Append documents, as `ShardWriter.add`; where a shard ends depends on the documents alone."""
         while len(lengths):
             if self._current is None:
                 name = f"{self._name}-{len(self._done)}" if self._done else self._name
-                self._current = ShardWriter(self._scratch, name, self._vocab_size)
+                self._current = ShardWriter(self._scratch, name, self._vocab_size, self._masked)
             ends = np.cumsum(lengths)
             room = self._shard_tokens - self._current.tokens
             count = min(len(lengths), int(np.searchsorted(ends, room)) + 1)
-            self._current.add(tokens[: ends[count - 1]], lengths[:count])
-            tokens, lengths = tokens[ends[count - 1] :], lengths[count:]
+            end = ends[count - 1]
+            self._current.add(tokens[:end], lengths[:count], None if counts is None else counts[:end])
+            tokens, lengths = tokens[end:], lengths[count:]
+            counts = None if counts is None else counts[end:]
             if self._current.tokens >= self._shard_tokens or self._current.documents >= MAX_SHARD_DOCUMENTS:
                 self._finish()
 

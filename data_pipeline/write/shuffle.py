@@ -24,21 +24,23 @@ class Run(NamedTuple):
 
     tokens: np.ndarray
     lengths: np.ndarray
+    counts: np.ndarray | None  # whether each token counts in the loss; None: all do
 
 
 class Scatter:
     """The documents of one unit and split on disk, sorted by bucket within each run."""
 
-    def __init__(self, prefix: Path, buckets: int, dtype: np.dtype, seed: list[int]) -> None:
+    def __init__(self, prefix: Path, buckets: int, dtype: np.dtype, seed: list[int], masked: bool = False) -> None:
         self._prefix, self._buckets, self._dtype, self._seed = prefix, buckets, dtype, seed
-        self._held: list[tuple[np.ndarray, np.ndarray]] = []
+        self._held: list[tuple[np.ndarray, ...]] = []
         self._held_tokens = self._documents = self._tokens = 0
         self._index: list[np.ndarray] = []
-        self._streams = [prefix.with_suffix(f".{kind}").open("wb") for kind in ("tokens", "lengths")]
+        kinds = ("tokens", "lengths", "counts") if masked else ("tokens", "lengths")
+        self._streams = [prefix.with_suffix(f".{kind}").open("wb") for kind in kinds]
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None = None) -> None:
         """Append documents, as `ShardWriter.add`."""
-        self._held.append((tokens.astype(self._dtype), lengths))
+        self._held.append((tokens.astype(self._dtype), lengths, *([] if counts is None else [counts])))
         self._held_tokens += len(tokens)
         if self._held_tokens >= RUN_TOKENS:
             self._write()
@@ -57,13 +59,14 @@ class Scatter:
             sync(stream)
 
     def _write(self) -> None:
-        tokens, lengths = (np.concatenate(parts) for parts in zip(*self._held, strict=True))
+        tokens, lengths, *counts = (np.concatenate(parts) for parts in zip(*self._held, strict=True))
         bucket = np.random.default_rng([*self._seed, len(self._index)]).integers(self._buckets, size=len(lengths))
         order = np.argsort(bucket, kind="stable")
         ends = np.cumsum(lengths)
         for begin in range(0, len(order), _DOCUMENTS_AT_ONCE):
             some = order[begin : begin + _DOCUMENTS_AT_ONCE]
-            self._streams[0].write(b"".join(tokens[ends[i] - lengths[i] : ends[i]].tobytes() for i in some))
+            for stream, values in zip((self._streams[0], *self._streams[2:]), (tokens, *counts), strict=True):
+                stream.write(b"".join(values[ends[i] - lengths[i] : ends[i]].tobytes() for i in some))
         self._streams[1].write(lengths[order].astype(np.int32).tobytes())
         index = np.zeros((self._buckets + 1, 2), dtype=np.int64)
         index[1:, 0] = np.cumsum(np.bincount(bucket, minlength=self._buckets))
@@ -74,9 +77,9 @@ class Scatter:
         self._held, self._held_tokens = [], 0
 
 
-def gather(prefixes: list[Path], bucket: int, dtype: np.dtype, seed: list[int]) -> Iterator[Run]:
+def gather(prefixes: list[Path], bucket: int, dtype: np.dtype, seed: list[int], masked: bool = False) -> Iterator[Run]:
     """The documents of one bucket, of all units, in random order, some at a time."""
-    runs = [run for prefix in prefixes for run in _runs(prefix, bucket, dtype)]
+    runs = [run for prefix in prefixes for run in _runs(prefix, bucket, dtype, masked)]
     if not runs:
         return
     of_run = np.repeat(np.arange(len(runs)), [len(run.lengths) for run in runs])
@@ -85,19 +88,24 @@ def gather(prefixes: list[Path], bucket: int, dtype: np.dtype, seed: list[int]) 
     order = np.random.default_rng(seed).permutation(len(lengths))
     for begin in range(0, len(order), _DOCUMENTS_AT_ONCE):
         some = order[begin : begin + _DOCUMENTS_AT_ONCE]
-        parts = [runs[of_run[i]].tokens[ends[i] - lengths[i] : ends[i]] for i in some]
-        yield Run(np.concatenate(parts), lengths[some].astype(np.int64))
+
+        def joined(kind: str, some: np.ndarray = some) -> np.ndarray:
+            return np.concatenate([getattr(runs[of_run[i]], kind)[ends[i] - lengths[i] : ends[i]] for i in some])
+
+        yield Run(joined("tokens"), lengths[some].astype(np.int64), joined("counts") if masked else None)
 
 
-def _runs(prefix: Path, bucket: int, dtype: np.dtype) -> Iterator[Run]:
+def _runs(prefix: Path, bucket: int, dtype: np.dtype, masked: bool) -> Iterator[Run]:
     """Memory maps of what one unit holds of a bucket."""
     index = np.load(prefix.with_suffix(".npy"), mmap_mode="r")
     # once for all runs: the kernel lets a process have 65,530 maps
     tokens = _mapped(prefix.with_suffix(".tokens"), dtype)
     lengths = _mapped(prefix.with_suffix(".lengths"), np.dtype(np.int32))
+    counts = _mapped(prefix.with_suffix(".counts"), np.dtype(bool)) if masked else None
     for (document, token), (document_end, token_end) in zip(index[:, bucket], index[:, bucket + 1], strict=True):
         if document < document_end:
-            yield Run(tokens[token:token_end], lengths[document:document_end])
+            of_bucket = None if counts is None else counts[token:token_end]
+            yield Run(tokens[token:token_end], lengths[document:document_end], of_bucket)
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:

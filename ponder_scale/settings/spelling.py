@@ -11,7 +11,7 @@ from typing import Any
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings.elsewhere import ELSEWHERE, ELSEWHERE_IN_FULL
 from ponder_scale.settings.tree import Listing, Mapping, Tree
-from ponder_scale.settings.values import hints, parts
+from ponder_scale.settings.values import hints, optional, parts
 
 NAME, NUMBER = "NAME", "N"  # stand in a key for the name of an entry, and its place in a list
 _NEAR = 0.72  # from 0, nothing in common, to 1, equal
@@ -27,6 +27,8 @@ def known_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, datac
             yield from known_keys(typing.cast(type, kind), f"{key}.")
             continue
         yield key, kind, item
+        if optional(kind) and dataclasses.is_dataclass(parts(kind)[0]):
+            yield from known_keys(typing.cast(type, parts(kind)[0]), f"{key}.")
         inner = typing.get_args(kind)[-1:]
         if inner and dataclasses.is_dataclass(inner[0]):
             place = NAME if typing.get_origin(kind) is dict else NUMBER

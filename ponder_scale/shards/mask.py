@@ -99,6 +99,16 @@ def mask_bytes(tokens: int) -> int:
     return -(-tokens // 8)
 
 
+def is_mask(path: Path, tokens: int) -> bool:
+    """Whether a file is as large as the mask of so many tokens, with no bit behind the last of them."""
+    if not path.is_file() or path.stat().st_size != mask_bytes(tokens):
+        return False
+    with path.open("rb") as stream:
+        stream.seek(max(0, mask_bytes(tokens) - 1))
+        last = stream.read(1)
+    return tokens % 8 == 0 or last[0] >> tokens % 8 == 0
+
+
 def count_bits(path: Path) -> int:
     """The tokens that count by a file of bits."""
     return int(np.bitwise_count(np.fromfile(path, np.uint8)).sum(dtype=np.int64))

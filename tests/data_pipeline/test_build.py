@@ -228,10 +228,10 @@ def test_an_input_that_changes_during_a_build_is_noticed(corpus, tiny_tokenizer,
     monkeypatch.setattr("data_pipeline.build.tasks.BATCH_DOCUMENTS", 10)
     add = PartWriter.add
 
-    def add_and_append(writer, tokens, lengths):
+    def add_and_append(writer, *documents):
         with corpus.open("a") as stream:
             stream.write('{"text": "one more"}\n')
-        add(writer, tokens, lengths)
+        add(writer, *documents)
 
     monkeypatch.setattr(PartWriter, "add", add_and_append)
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out")) == 2

@@ -51,6 +51,14 @@ def test_a_warning_does_not_skip_and_null_turns_spikes_off() -> None:
     assert all(judged(health, *QUIET, (9.0, 9.0))) and health.finding is None
 
 
+def test_steps_without_a_label_are_no_measure_for_spikes() -> None:
+    health = Health(HealthConfig(spike_sigma=4.0, spike_window=8, on_spike="skip"))
+    judged(health, *QUIET)
+    assert all(health.accepts(0.0, 0.0, labels=0) for _ in range(8)) and health.finding is None
+    assert judged(health, (2.41, 1.0), (2.39, 1.0)) == [False, True]
+    assert not health.accepts(math.nan, 0.0, labels=0)
+
+
 @pytest.mark.parametrize("values", [(math.nan, 1.0), (1.0, math.inf), (-math.inf, 1.0), (1.0, math.nan)])
 def test_what_is_not_finite_is_always_skipped(values: tuple[float, float]) -> None:
     health = Health(HealthConfig(spike_sigma=None))

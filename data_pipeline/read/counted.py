@@ -1,0 +1,107 @@
+"""Which characters of a document count in the loss, by what its record says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.document import (
+    BAD_SPANS,
+    EMPTY,
+    NO_FIELD,
+    NO_LABEL,
+    NOT_TEXT,
+    NOT_UTF8,
+    TOO_LONG,
+    Record,
+    Spans,
+)
+from ponder_scale.errors import ConfigError
+
+
+class _Unfit(Exception):
+    """The record is no document; the message is the reason, one of those of `document`."""
+
+
+def named_fields(config: SourceConfig) -> dict[str, str]:
+    """The fields of a record that make its document, by the keys of the source that name them."""
+    loss = config.loss
+    if loss is None:
+        return {"field": config.field}
+    if loss.spans is not None:
+        return {"field": config.field, "loss.spans": loss.spans}
+    assert loss.prompt is not None and loss.completion is not None
+    return {"loss.prompt": loss.prompt, "loss.completion": loss.completion}
+
+
+def fields_of(config: SourceConfig) -> list[str]:
+    """The same without the keys."""
+    return list(named_fields(config).values())
+
+
+def check_fields(source: str, config: SourceConfig, columns: Sequence[str], path: str) -> None:
+    """Raises ConfigError for a field that is none of the columns of an input."""
+    for key, field in named_fields(config).items():
+        if field not in columns:
+            raise ConfigError(f"sources.{source}.{key} is {field!r}; the columns of {path} are: {', '.join(columns)}")
+
+
+def record_of(
+    offset: int, size: int | None, value_of: Callable[[str], Any], config: SourceConfig, max_bytes: int
+) -> Record:
+    """The record of a source with `loss`, whose fields `value_of` gives or raises KeyError; size: None: of its text."""
+    try:
+        text, counts = _counted(value_of, config)
+    except KeyError:
+        return Record(offset, size or 0, None, NO_FIELD)
+    except UnicodeDecodeError:
+        return Record(offset, size or 0, None, NOT_UTF8)
+    except _Unfit as reason:
+        return Record(offset, size or 0, None, str(reason))
+    length = len(text.encode("utf-8", "surrogatepass"))
+    size = length if size is None else size
+    if length > max_bytes:
+        return Record(offset, size, None, TOO_LONG)
+    if not text or text.isspace():
+        return Record(offset, size, None, EMPTY)
+    return Record(offset, size, text, "", counts) if counts else Record(offset, size, None, NO_LABEL)
+
+
+def _counted(value_of: Callable[[str], Any], config: SourceConfig) -> tuple[str, Spans]:
+    """The text of a document, and the characters of it that count."""
+    assert config.loss is not None
+    first, second = (value_of(field) for field in fields_of(config))
+    text = _text(first)
+    if config.loss.spans is not None:
+        return text, _spans(second, len(text))
+    whole = text + _text(second)
+    return whole, ((len(text), len(whole)),) if len(text) < len(whole) else ()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):  # other programs write text so
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise _Unfit(NOT_UTF8) from error
+    if not isinstance(value, str):
+        raise _Unfit(NOT_TEXT)
+    return value
+
+
+def _spans(value: Any, length: int) -> Spans:
+    """Spans in any order, which may touch and lie over each other, as ascending ones apart from each other."""
+    if not isinstance(value, list):
+        raise _Unfit(BAD_SPANS)
+    joined: list[tuple[int, int]] = []
+    for span in value:
+        if not isinstance(span, list) or len(span) != 2 or any(type(place) is not int for place in span):
+            raise _Unfit(BAD_SPANS)
+        if not 0 <= span[0] <= span[1] <= length:
+            raise _Unfit(BAD_SPANS)
+    for begin, end in sorted(span for span in value if span[0] < span[1]):
+        if joined and begin <= joined[-1][1]:
+            begin, end = joined[-1][0], max(end, joined.pop()[1])
+        joined.append((begin, end))
+    return tuple(joined)

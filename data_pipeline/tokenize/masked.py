@@ -1,0 +1,85 @@
+"""Tokens of texts of which only some characters count in the loss.
+
+A text is cut where it begins or ceases to count, and each piece is tokenized on its own. So no token lies on both sides
+of a cut, and the tokens before one are those that a model is given when it is to go on from there. Tokenizers that do
+not take a piece for what it is in the text, such as those that put a space before it, are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.document import Record
+from data_pipeline.tokenize.backends import Encode
+from data_pipeline.tokenize.tokenizer import Tokenizer
+from ponder_scale.errors import TokenizerError
+
+_CUTS = (("word", "word"), ("one ", "two"), ("a line\n", " another"), ("(1)", "+2"), ("Größe", "数学"))
+
+
+class Encoded(NamedTuple):
+    """The tokens of some documents."""
+
+    tokens: np.ndarray  # (n,), document after document
+    lengths: np.ndarray  # (documents,)
+    counts: np.ndarray | None  # (n,) bool, whether each token counts in the loss; None: all do
+
+
+def encode_documents(encode: Encode, records: Sequence[Record], masked: bool) -> Encoded:
+    """The tokens of the texts of some records, and which of them count if the source is `masked`."""
+    if not masked:
+        return Encoded(*encode([record.text or "" for record in records]), None)
+    pieces, counting, of_document = [], [], []
+    for number, record in enumerate(records):
+        for piece, counts in _cut(record):
+            pieces.append(piece)
+            counting.append(counts)
+            of_document.append(number)
+    tokens, sizes = encode(pieces)
+    lengths = np.bincount(of_document, weights=sizes, minlength=len(records)).astype(np.int64)
+    return Encoded(tokens, lengths, np.repeat(np.array(counting, dtype=bool), sizes))
+
+
+def framed(documents: Encoded, bos_id: int | None, eod_id: int | None) -> Encoded:
+    """The documents with their first and last token, where there are such. The last one counts if the end of the text
+    does; the first one, which follows another document, does not."""
+    tokens, lengths, counts = documents
+    if bos_id is not None:
+        begins = np.cumsum(lengths) - lengths
+        tokens = np.insert(tokens, begins, bos_id)
+        counts = None if counts is None else np.insert(counts, begins, False)
+        lengths = lengths + 1
+    if eod_id is not None:
+        ends = np.cumsum(lengths)
+        tokens = np.insert(tokens, ends, eod_id)
+        if counts is not None:
+            # behind one False, so that there is a token before each end; of a document without tokens none counts
+            counts = np.insert(counts, ends, np.insert(counts, 0, False)[ends] & (lengths > 0))
+        lengths = lengths + 1
+    return Encoded(tokens, lengths, counts)
+
+
+def check_cuts(tokenizer: Tokenizer) -> None:
+    """Raises TokenizerError for a tokenizer that makes another text of pieces than of the whole."""
+    for pair in _CUTS:
+        pieces, _ = tokenizer.encode_batch(pair)
+        whole, _ = tokenizer.encode_batch(["".join(pair)])
+        if tokenizer.decode(pieces.tolist()) != tokenizer.decode(whole.tolist()):
+            raise TokenizerError(
+                f"tokenizer {tokenizer.path}: the pieces {pair[0]!r} and {pair[1]!r} are not the text "
+                f"{''.join(pair)!r} to it ({tokenizer.decode(pieces.tolist())!r}), so no text can be cut where it "
+                f"begins to count in the loss; build sources with loss by a tokenizer that puts nothing before a text"
+            )
+
+
+def _cut(record: Record) -> list[tuple[str, bool]]:
+    """The pieces of a text, and whether each counts."""
+    assert record.text is not None and record.counts is not None
+    pieces, done = [], 0
+    for begin, end in record.counts:
+        pieces += [(record.text[done:begin], False), (record.text[begin:end], True)]
+        done = end
+    return [(piece, counts) for piece, counts in [*pieces, (record.text[done:], False)] if piece]
