@@ -14,12 +14,21 @@ SourceKind = Literal["jsonl", "parquet", "text", "folder", "dataset"]
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Which characters of a document count in the loss, by fields of its record; one of the two ways."""
+    """Which characters of a document count in the loss, by fields of its record; one of the three ways."""
 
     prompt: str | None = knob(None, "the field of a text that does not count; the document is this and `completion`")
     completion: str | None = knob(None, "the field of the text behind it, which counts, and so does the end token")
     spans: str | None = knob(
         None, "the field with [[start, end], ...]: the characters of the text that count, from 0, without the end"
+    )
+    messages: str | None = knob(
+        None, "the field of a conversation, [{role: ..., content: ...}, ...]; what the assistant says counts"
+    )
+    template: str | None = knob(
+        None,
+        "of `messages`: the chat template with {% generation %} around what the assistant says, or the folder of a "
+        "tokenizer that has one",
+        path=True,
     )
 
 
@@ -125,28 +134,35 @@ class BuildConfig:
         if not self.sources:
             raise ConfigError("sources is empty; name an input: sources.NAME.kind=jsonl sources.NAME.path=FILE")
         for name, source in self.sources.items():
-            _check_loss(name, source)
+            _check_loss(name, source, self.special_tokens_in_text)
         weighted = {name: source.weight is not None for name, source in self.sources.items()}
         if len(set(weighted.values())) > 1:
             none = ", ".join(f"sources.{name}.weight" for name, given in weighted.items() if not given)
             raise ConfigError(f"{none} is null, while other sources have a weight; give all of them one, or none")
 
 
-def _check_loss(name: str, source: SourceConfig) -> None:
+def _check_loss(name: str, source: SourceConfig, special_tokens_in_text: str) -> None:
     """Raises ConfigError for a loss that does not say, or cannot know, what counts."""
     loss = source.loss
     if loss is None:
         return
-    pair = loss.prompt is not None and loss.completion is not None and loss.prompt != loss.completion
     given = {key: value for key, value in vars(loss).items() if value is not None}
-    if len(given) != (2 if pair else 1) or not (pair or loss.spans is not None):
+    if set(given) not in ({"prompt", "completion"}, {"spans"}, {"messages", "template"}) or (
+        loss.prompt is not None and loss.prompt == loss.completion
+    ):
         raise ConfigError(
-            f"sources.{name}.loss is {given}; expected {{prompt: FIELD, completion: FIELD}} or {{spans: FIELD}}"
+            f"sources.{name}.loss is {given}; expected {{prompt: FIELD, completion: FIELD}}, {{spans: FIELD}} or "
+            f"{{messages: FIELD, template: PATH}}"
         )
     if source.kind not in WITH_FIELDS:
         raise ConfigError(
             f"sources.{name}.loss: kind {source.kind} has no fields that could say what counts; expected one of: "
             f"{', '.join(WITH_FIELDS)}"
+        )
+    if loss.messages is not None and special_tokens_in_text != "tokens":
+        raise ConfigError(
+            f"special_tokens_in_text is {special_tokens_in_text}: the special tokens of sources.{name}.loss.template "
+            f"would be ordinary text; set special_tokens_in_text=tokens"
         )
 
 

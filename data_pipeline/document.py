@@ -17,15 +17,15 @@ NOT_AN_OBJECT = "not a JSON object"
 NO_FIELD = "field missing"
 NOT_TEXT = "field is not a string"
 BAD_SPANS = "spans are not pairs of places in the text"
+BAD_MESSAGES = "messages are no conversation that the chat template takes"
 TOO_LONG = "longer than max_document_bytes"
 LONG_LINE = "line with more beside its text than is read"  # 1 MiB and 4 times max_document_bytes in all
 DAMAGED = "compressed data is damaged or cut off"
 
 BAD = (  # the input is at fault
-    *(NOT_UTF8, NOT_PLAIN, NOT_JSON, NOT_A_NUMBER, SURROGATE, DEEP, NOT_AN_OBJECT, NO_FIELD, NOT_TEXT, BAD_SPANS),
-    *(TOO_LONG, LONG_LINE, DAMAGED),
+    *(NOT_UTF8, NOT_PLAIN, NOT_JSON, NOT_A_NUMBER, SURROGATE, DEEP, NOT_AN_OBJECT, NO_FIELD, NOT_TEXT),
+    *(BAD_SPANS, BAD_MESSAGES, TOO_LONG, LONG_LINE, DAMAGED),
 )
-
 
 Spans = tuple[tuple[int, int], ...]  # (begin, end) of characters of a text, ascending and apart from each other
 

@@ -24,8 +24,9 @@ from data_pipeline.build.parallel import Stage, assemble, part
 from data_pipeline.build.tasks import SPLITS
 from data_pipeline.build.workers import run_stage
 from data_pipeline.clean.filters import chosen, edits
-from data_pipeline.config import BuildConfig
+from data_pipeline.config import BuildConfig, SourceConfig
 from data_pipeline.document import Unit
+from data_pipeline.read.chat import open_template
 from data_pipeline.read.readers import read
 from data_pipeline.read.sources import LeftOut
 from data_pipeline.read.units import PLAN, Plan, units, write_plan
@@ -98,11 +99,7 @@ def _prepare(folder: Path, out: Path, config: BuildConfig, command: str) -> bool
         tokenizer = _open_tokenizer(Path(config.tokenizer), config)
         for name, source in config.sources.items():
             chosen(name, source.filters)
-            if source.loss is not None and edits(source.filters):
-                raise ConfigError(
-                    f"sources.{name}.loss: its filters leave lines out of texts (c4), and what counts would be other "
-                    f"characters; choose other filters, or clean the texts before"
-                )
+            _check_loss(name, source)
         if any(source.loss is not None for source in config.sources.values()):
             check_cuts(tokenizer)
         work.mkdir(exist_ok=True)
@@ -130,6 +127,22 @@ def _prepare(folder: Path, out: Path, config: BuildConfig, command: str) -> bool
         delete_file(work / _NEW_PLAN)
         delete_file(unsealed(work / _NEW_PLAN))
         delete_if_empty(work)
+
+
+def _check_loss(name: str, source: SourceConfig) -> None:
+    """Raises ConfigError where what counts in the loss of a source cannot be known."""
+    if source.loss is None:
+        return
+    if edits(source.filters):
+        raise ConfigError(
+            f"sources.{name}.loss: its filters leave lines out of texts (c4), and what counts would be other "
+            f"characters; choose other filters, or clean the texts before"
+        )
+    if source.loss.template is not None:
+        try:
+            open_template(Path(source.loss.template))
+        except ConfigError as error:
+            raise ConfigError(f"sources.{name}.{error}") from error
 
 
 def _delete_work(folder: Path, name: str) -> None:
@@ -241,6 +254,8 @@ def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
         keys.append("tokenizer files")
     if one["ends"] != other["ends"]:
         keys.append("tokens that begin and end documents")
+    if one.get("templates") != other.get("templates"):
+        keys.append("chat templates")
     if one.get("filters") != other.get("filters"):
         keys.append("files that filters read")
     return f"settings ({', '.join(keys)})" if keys else "inputs"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.document import (
+    BAD_MESSAGES,
     BAD_SPANS,
     EMPTY,
     NO_FIELD,
@@ -17,6 +19,7 @@ from data_pipeline.document import (
     Record,
     Spans,
 )
+from data_pipeline.read.chat import open_template
 from ponder_scale.errors import ConfigError
 
 
@@ -31,6 +34,8 @@ def named_fields(config: SourceConfig) -> dict[str, str]:
         return {"field": config.field}
     if loss.spans is not None:
         return {"field": config.field, "loss.spans": loss.spans}
+    if loss.messages is not None:
+        return {"loss.messages": loss.messages}
     assert loss.prompt is not None and loss.completion is not None
     return {"loss.prompt": loss.prompt, "loss.completion": loss.completion}
 
@@ -71,12 +76,25 @@ def record_of(
 def _counted(value_of: Callable[[str], Any], config: SourceConfig) -> tuple[str, Spans]:
     """The text of a document, and the characters of it that count."""
     assert config.loss is not None
-    first, second = (value_of(field) for field in fields_of(config))
+    first, *others = (value_of(field) for field in fields_of(config))
+    if config.loss.template is not None:
+        return _conversation(first, Path(config.loss.template))
     text = _text(first)
     if config.loss.spans is not None:
-        return text, _spans(second, len(text))
-    whole = text + _text(second)
+        return text, _spans(others[0], len(text))
+    whole = text + _text(others[0])
     return whole, ((len(text), len(whole)),) if len(text) < len(whole) else ()
+
+
+def _conversation(value: Any, template: Path) -> tuple[str, Spans]:
+    if not isinstance(value, list) or not value or any(not isinstance(message, dict) for message in value):
+        raise _Unfit(BAD_MESSAGES)
+    # a column of a table gives each message all fields that any has
+    messages = [{key: entry for key, entry in message.items() if entry is not None} for message in value]
+    rendered = open_template(template)(messages)
+    if rendered is None:
+        raise _Unfit(BAD_MESSAGES)
+    return rendered
 
 
 def _text(value: Any) -> str:

@@ -14,11 +14,12 @@ import orjson
 from data_pipeline.clean.filters import NOT_SAMPLED, identities
 from data_pipeline.config import RUNNING, BuildConfig
 from data_pipeline.document import BAD, DAMAGED, EMPTY, NO_LABEL, Piece, Record
+from data_pipeline.read.chat import content_of
 from data_pipeline.tokenize.tokenizer import Tokenizer
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings import to_dict
 from ponder_scale.shards.format import dtype_for
-from ponder_scale.shards.manifest import Manifest, ShardInfo, hash_file, sync
+from ponder_scale.shards.manifest import Manifest, ShardInfo, hash_file, hash_of_json, sync
 
 QUARANTINE = "quarantine.jsonl"  # a line for each bad record
 DROPPED = "dropped.jsonl"  # a line for each document that was left out, if asked for
@@ -170,6 +171,9 @@ def origin(config: BuildConfig, tokenizer: Tokenizer, plan: str) -> dict[str, An
         made["cleaning"] = CLEANING
     if read := {name: what for name, source in config.sources.items() if (what := identities(source.filters))}:
         made["filters"] = read
+    templates = {name: source.loss.template for name, source in config.sources.items() if source.loss is not None}
+    if contents := {name: content_of(Path(path)) for name, path in templates.items() if path is not None}:
+        made["templates"] = {name: hash_of_json(content) for name, content in contents.items()}
     return made
 
 

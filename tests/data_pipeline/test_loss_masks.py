@@ -305,7 +305,7 @@ def test_a_tokenizer_that_puts_something_before_each_piece_is_refused(make, tmp_
         (
             ["sources.chat.loss={prompt: prompt}"],
             "jsonl",
-            "sources.chat.loss is {'prompt': 'prompt'}; expected {prompt: FIELD, completion: FIELD} or {spans: FIELD}",
+            "sources.chat.loss is {'prompt': 'prompt'}; expected {prompt: FIELD, completion: FIELD}, {spans: FIELD} or",
         ),
         (["sources.chat.loss={prompt: a, completion: a}"], "jsonl", "expected {prompt: FIELD"),
         (["sources.chat.loss={prompt: a, completion: b, spans: c}"], "jsonl", "expected {prompt: FIELD"),
