@@ -112,6 +112,18 @@ def _parser() -> Parser:
     command.add_argument("--eod-token", help="ends each document (default: the tokenizer's own)")
     command.set_defaults(run=_adopt)
 
+    command = commands.add_parser("append", help="add new files to a folder of shards; what is there is not read again")
+    command.add_argument("folder", type=path, help="a folder that build has made")
+    command.add_argument("settings", nargs="*", metavar="key=value", help="as of build: the sources of the new files")
+    command.set_defaults(run=_append)
+
+    command = commands.add_parser("merge", help="make one folder of shards of several; no text is read again")
+    command.add_argument("out", type=new_folder, help="the folder to make")
+    command.add_argument(
+        "folders", type=path, nargs="+", metavar="FOLDER", help="in reading order; they stay as they are"
+    )
+    command.set_defaults(run=_merge)
+
     command = commands.add_parser("train-tokenizer", help="make a tokenizer from texts")
     command.add_argument(
         "inputs",
@@ -200,6 +212,29 @@ def _adopt(options: argparse.Namespace, command: str) -> None:
         f"adopted {len(options.files)} files, {documents:,} documents, {tokens:,} tokens, as {options.out}; the files "
         f"must stay where they are"
     )
+
+
+def _append(options: argparse.Namespace, command: str) -> None:
+    one_thread()
+    from data_pipeline.commands.grow import append
+    from data_pipeline.write.manifest import kept
+
+    manifest = append(options.folder, options.settings, command)
+    if manifest is not None:
+        _say_kept(kept(manifest), options.folder)
+
+
+def _merge(options: argparse.Namespace, command: str) -> None:
+    from data_pipeline.commands.grow import merge
+    from data_pipeline.write.manifest import kept
+
+    _say_kept(kept(merge(options.out, options.folders, command)), options.out)
+
+
+def _say_kept(counts: dict[str, tuple[int, int]], folder: Path) -> None:
+    for source, (documents, tokens) in counts.items():
+        print(f"{source}: {documents:,} documents, {tokens:,} tokens")
+    print(f"{folder} holds all of them; pack it again where runs read it with data.packing=best-fit")
 
 
 def _inspect(options: argparse.Namespace, command: str) -> None:

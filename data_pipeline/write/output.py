@@ -147,6 +147,12 @@ def publish(partial: Path, out: Path) -> None:
             print(f"warning: what {out} was before is left: {error}", file=sys.stderr, flush=True)
 
 
+def delete_set(folder: Path) -> None:
+    """Delete a finished folder of shards that was made on the way to another. Raises as `delete_made`."""
+    mark(folder)
+    _delete_replaced(folder)
+
+
 def _delete_replaced(replaced: Path) -> None:
     delete_made(replaced, _named_by_manifest(replaced), last=MARK)
 

@@ -16,6 +16,7 @@ from ponder_scale.planning.failures import report as failures_report
 from ponder_scale.settings import find_recipe, load
 from ponder_scale.settings.commandline import number, whole
 from ponder_scale.shards.format import ShardSet, check_vocabulary, open_all
+from ponder_scale.shards.manifest import MANIFEST
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -130,8 +131,18 @@ def print_plan(config: RunConfig, ranks: int, *, device: str, utilization: float
     config = settle(config, sharding, configuration, devices)
     sharding = settle_sharding(config, sharding, configuration, devices)
     plan = plan_run(config, sharding, configuration, devices)
-    print("\n".join(report(plan, config, device=device, utilization=utilization)))
+    print("\n".join([*report(plan, config, device=device, utilization=utilization), *_epochs(config)]))
     return training_seconds(plan, device, utilization)
+
+
+def _epochs(config: RunConfig) -> list[str]:
+    """How often the run reads each source, where the shards are at hand."""
+    from ponder_scale.planning.epochs import epoch_lines
+
+    for name, source in config.data.sources.items():
+        if not (Path(source.path) / MANIFEST).is_file():
+            return [f"epochs         unknown: data.sources.{name}.path is {source.path}, where no shards are"]
+    return epoch_lines(config, open_data(config))
 
 
 def open_data(config: RunConfig) -> dict[str, ShardSet]:

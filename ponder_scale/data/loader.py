@@ -73,7 +73,7 @@ class Loader:
         self._global_batch = global_batch
         self._mine(global_batch)
         streams = mixture(data, sources)
-        packings = _packings(data, sources)
+        packings = open_packings(data, sources)
         sequences = [
             sequences_of(stream.shards, data.seq_len, packings[stream.source] if packings else None)
             for stream in streams
@@ -202,7 +202,7 @@ def heldout_batches(
     label that counts. The sequences are a sample spread over all sources by their held-out size, packed and masked
     as `data` says. Yields nothing where there are none.
     """
-    packings = _packings(data, sources)
+    packings = open_packings(data, sources)
     held_out = {
         name: sequences_of(sources[name].split("heldout"), data.seq_len, packings[name] if packings else None)
         for name in sorted(sources)
@@ -230,8 +230,8 @@ def _in_words(name: str, saved: Any, own: Any) -> tuple[str, str]:
     return ("those it began with", "others") if name in ("shards", "weights") else (str(saved), str(own))
 
 
-def _packings(data: DataConfig, sources: Mapping[str, ShardSet]) -> dict[str, Packing]:
-    """By source; none for concat."""
+def open_packings(data: DataConfig, sources: Mapping[str, ShardSet]) -> dict[str, Packing]:
+    """By source; none for concat. Raises ShardError where a source is not packed."""
     if data.packing == "concat":
         return {}
     return {name: open_packing(sources[name], data.seq_len) for name in sorted(sources)}

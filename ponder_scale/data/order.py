@@ -122,6 +122,12 @@ class Order:
         self._stretches, self.end = _stretches(phases or [Phase(None, weights)], np.array(most, dtype=np.int64))
         self._firsts = [stretch.first for stretch in self._stretches]
 
+    def served(self, count: int) -> list[int]:
+        """How many of the first `count` sequences of the run come from each source; at most `end`."""
+        count = min(count, self.end)
+        stretch = self._stretches[bisect_right(self._firsts, max(0, count - 1)) - 1]
+        return (stretch.before + stretch.mixture.served(count - stretch.first, len(self._counts))).tolist()
+
     def locate(self, first: int, count: int) -> Places:
         """The places of sequences [first, first + count) of the run; those from `end` on do not exist."""
         assert first + count <= self.end

@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from ponder_scale.data.order import Order, epoch_key, permute
+from ponder_scale.data.order import Order, Phase, epoch_key, permute
 
 MIXTURES = {
     "one source": [1.0],
@@ -138,3 +138,13 @@ def test_a_look_up_costs_the_same_anywhere_in_a_trillion_sequences():
 
     seconds(0)
     assert seconds(10**12) < 3 * seconds(0) + 0.1
+
+
+def test_what_each_source_serves_of_a_run_is_counted_without_going_through_it():
+    phases = [Phase(40, [1, 3, 0]), Phase(100, [1, 1, 1]), Phase(None, [0, 1, 5])]
+    some = Order(["a", "b", "c"], [30, 20, 10], [1, 1, 1], 7, [None, 70, None], phases)
+    source = some.locate(0, 600).source
+    for count in (1, 39, 40, 41, 139, 140, 141, 333, 600):
+        assert some.served(count) == np.bincount(source[:count], minlength=3).tolist()
+    ended = Order(["a"], [30], [1], 7, [50])
+    assert ended.served(10**9) == [50]

@@ -31,6 +31,7 @@ from ponder_scale.planning.cost import (
     state_bytes,
     step_flops,
 )
+from ponder_scale.planning.epochs import epoch_lines
 from ponder_scale.planning.plan import USABLE, Devices, plan_run, report, settle_sharding
 from ponder_scale.planning.shape import model_shape
 from ponder_scale.settings import load
@@ -299,3 +300,20 @@ def test_the_plan_of_a_small_model_has_units_that_fit() -> None:
     assert not re.search(r"(?<![\d.])0\.0+(?![\d])", text), text  # no 0.000B tokens, no 0.0 days
     assert f"{plan.tokens:,} tokens at" in text and f"{plan.shape.parameters:,} parameters" in text
     assert re.search(r"TFLOP/s: [\d.]+ ms, [\d.]+ ms of one device", text) and "MiB" in text
+
+
+def test_the_plan_says_how_often_each_source_is_read(tiny_shards: Any) -> None:
+    web, code = (tiny_shards(train=train, vocab_size=100) for train in ((900, 700), (300,)))
+    settings = ["train.steps=60", "train.global_batch=4", "train.micro_batch=4", "data.seq_len=16"]
+    sources = [f"data.sources={{web: {{path: {web.folder}, weight: 3}}, code: {{path: {code.folder}, weight: 1}}}}"]
+    config = plan_config(*settings, *sources)
+    lines = epoch_lines(config, {"web": web, "code": code})
+    # 240 sequences: 60 of code, which has (300 - 1) // 16 of them, and 180 of web, which has 56 + 43
+    assert lines == [
+        "source         code: 300 tokens in 18 sequences, 25.0% of the run, 3.33 epochs",
+        "source         web: 1,600 tokens in 99 sequences, 75.0% of the run, 1.82 epochs",
+    ]
+    once = plan_config(*settings, *sources, "data.sources.code.max_epochs=1", "data.sources.web.max_epochs=1")
+    assert epoch_lines(once, {"web": web, "code": code})[-1].startswith(
+        "warning: data.sources end after 117 of the run's 240 sequences"
+    )
