@@ -126,8 +126,8 @@ def _bench_decode(options: argparse.Namespace) -> None:
 
 
 def _workload(options: argparse.Namespace, batch: int, seq_len: int) -> Any:
-    from benchmarks.measure import default_device
     from benchmarks.workload import workload
+    from ponder_scale.setup.device import default_device
 
     return workload(
         recipe=load(RunConfig, find_recipe(options.recipe, RECIPES)) if options.recipe else None,

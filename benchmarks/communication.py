@@ -102,6 +102,7 @@ def traffic(overrides: Sequence[str]) -> Traffic:
 def _on_a_rank(rank: int, port: str, overrides: list[str], sender: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, DS_ACCELERATOR="cpu")
+    from ponder_scale.data.sequences import MicroBatch
     from ponder_scale.train.zero.engine import Engine, init_distributed
 
     logging.disable(logging.INFO)
@@ -118,8 +119,8 @@ def _on_a_rank(rank: int, port: str, overrides: list[str], sender: Any) -> None:
     tokens = torch.arange(config.data.seq_len + 1).unsqueeze(0) % config.model.vocab_size
     for _ in range(MICRO_STEPS):
         with counted(engine) as seen:
-            engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]).loss)
-        engine.step()
+            engine.micro_step(MicroBatch(tokens, tokens[:, 1:], None))
+        engine.update()
     if rank == 0:
         sender.send(seen)
     torch.distributed.barrier()

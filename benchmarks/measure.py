@@ -27,11 +27,6 @@ MIB = 2**20
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def default_device() -> str:
-    """The GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def device_name(device: str, threads: int) -> str:
     """For the head of a table."""
     return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} thread(s)"

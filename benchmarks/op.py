@@ -20,7 +20,6 @@ from benchmarks.measure import (
     answer,
     check_dtype,
     check_numbers,
-    default_device,
     device_name,
     in_fresh_process,
     medians,
@@ -29,6 +28,7 @@ from benchmarks.measure import (
     wait,
 )
 from ponder_scale.model.pondering_embedding import pondering_embedding
+from ponder_scale.setup.device import default_device
 
 NAIVE = "published"
 SAMPLE_TOKENS = 64  # on which errors are measured

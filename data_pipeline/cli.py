@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.build.parallel import one_thread
 from data_pipeline.config import BuildConfig, SourceConfig
@@ -93,6 +94,14 @@ def _parser() -> Parser:
     command.add_argument("--seq-len", type=whole(2), required=True, help="data.seq_len of the runs that will read it")
     command.set_defaults(run=_pack)
 
+    _add_plan(commands)
+    _add_adopt(commands)
+    _add_grow(commands)
+    _add_train_tokenizer(commands)
+    return parser
+
+
+def _add_plan(commands: Any) -> None:
     command = commands.add_parser("plan", help="estimate tokens, time and disk of a build from a sample")
     command.add_argument("settings", nargs="*", metavar="[RECIPE] key=value", help="those of the build")
     command.add_argument(
@@ -100,6 +109,8 @@ def _parser() -> Parser:
     )
     command.set_defaults(run=_plan)
 
+
+def _add_adopt(commands: Any) -> None:
     command = commands.add_parser("adopt", help="use token files of other programs where they lie")
     command.add_argument("files", nargs="+", type=path, metavar="FILE", help="in reading order")
     command.add_argument("--kind", choices=KINDS, required=True)
@@ -112,6 +123,8 @@ def _parser() -> Parser:
     command.add_argument("--eod-token", help="ends each document (default: the tokenizer's own)")
     command.set_defaults(run=_adopt)
 
+
+def _add_grow(commands: Any) -> None:
     command = commands.add_parser("append", help="add new files to a folder of shards; what is there is not read again")
     command.add_argument("folder", type=path, help="a folder that build has made")
     command.add_argument("settings", nargs="*", metavar="key=value", help="as of build: the sources of the new files")
@@ -124,6 +137,8 @@ def _parser() -> Parser:
     )
     command.set_defaults(run=_merge)
 
+
+def _add_train_tokenizer(commands: Any) -> None:
     command = commands.add_parser("train-tokenizer", help="make a tokenizer from texts")
     command.add_argument(
         "inputs",
@@ -144,7 +159,6 @@ def _parser() -> Parser:
         help=f"of the records; more bad ones are an error (default: {MAX_BAD_FRACTION:g}, or the recipe's)",
     )
     command.set_defaults(run=_train_tokenizer)
-    return parser
 
 
 def _keys() -> Iterator[str]:

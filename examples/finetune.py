@@ -120,55 +120,10 @@ def encode(examples: list[Example], tokenizer: Any, max_length: int) -> list[dic
 
 def tune(options: argparse.Namespace) -> None:
     """Train, and write the folder."""
-    if options.out.exists():
-        raise CheckpointError(f"{options.out}: exists already; remove it or give another folder")
-    _make_parent(options.out)
-    examples = read_examples(options.data)
-    _check_installed()
-    model, tokenizer = load(options.folder, options.pondering_steps)
-    positions = model.config.max_position_embeddings
-    max_length = min(1024, positions) if options.max_length is None else options.max_length
-    if max_length > positions:
-        raise ConfigError(f"--max-length is {max_length}, the model has {positions} positions; lower it")
-    records = encode(examples, tokenizer, max_length)
-    # these take seconds to import, so all is checked that can be
-    import datasets
-    import torch
-    import trl
-
+    model, tokenizer, records, max_length = prepare(options)
     configuration = model.config.to_dict()  # before trainers write into it
-    rate = options.learning_rate or (2e-5 if options.lora is None else 2e-4)
     with tempfile.TemporaryDirectory() as temporary:
-        arguments = trl.SFTConfig(
-            output_dir=temporary,
-            num_train_epochs=options.epochs,
-            learning_rate=rate,
-            per_device_train_batch_size=options.batch_size,
-            gradient_accumulation_steps=options.accumulate,
-            gradient_checkpointing=options.gradient_checkpointing,
-            packing=options.packing,
-            max_length=max_length,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.03,  # of all
-            seed=options.seed,
-            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=options.log_every,
-            save_strategy="no",
-            report_to="none",
-        )
-        trainer = trl.SFTTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=datasets.Dataset.from_list(records),
-            processing_class=tokenizer,
-            peft_config=None if options.lora is None else adapter(options.lora),
-        )
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            raise ConfigError(
-                "accelerate is configured to partition the weights (DeepSpeed or FSDP), and this example writes whole "
-                "ones; start it by torchrun, and a model that needs partitioning by a trainer of your own"
-            )
+        trainer = make_trainer(options, model, tokenizer, records, max_length, Path(temporary))
         loss = trainer.train().training_loss
     if not math.isfinite(loss):
         raise UnhealthyError(
@@ -181,12 +136,78 @@ def tune(options: argparse.Namespace) -> None:
             "pondering steps S": f"{model.config.pondering_steps}",
             "way": "all weights" if options.lora is None else f"LoRA of rank {options.lora}, merged",
             "epochs, batch, learning rate, seed": f"{options.epochs:g}, "
-            f"{options.batch_size * options.accumulate * arguments.world_size}, {rate:g}, {options.seed}",
+            f"{options.batch_size * options.accumulate * trainer.args.world_size}, {rate(options):g}, {options.seed}",
             "training loss": f"{losses[0]:.4f} at first, {losses[-1]:.4f} at last, mean {loss:.4f}",
             "made with": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft")),
         }
         write(trainer, options, configuration, facts)
         say(f"{options.out}: tuned on {len(records):,} examples, loss {losses[0]:.4f} to {losses[-1]:.4f}")
+
+
+def prepare(options: argparse.Namespace) -> tuple[Any, Any, list[dict[str, list[int]]], int]:
+    """The model, its tokenizer, the encoded examples and their greatest length. What can be wrong is said here."""
+    if options.out.exists():
+        raise CheckpointError(f"{options.out}: exists already; remove it or give another folder")
+    _make_parent(options.out)
+    examples = read_examples(options.data)
+    _check_installed()
+    model, tokenizer = load(options.folder, options.pondering_steps)
+    positions = model.config.max_position_embeddings
+    max_length = min(1024, positions) if options.max_length is None else options.max_length
+    if max_length > positions:
+        raise ConfigError(f"--max-length is {max_length}, the model has {positions} positions; lower it")
+    return model, tokenizer, encode(examples, tokenizer, max_length), max_length
+
+
+def make_trainer(
+    options: argparse.Namespace, model: Any, tokenizer: Any, records: list[Any], max_length: int, folder: Path
+) -> Any:
+    """TRL's trainer, which puts its files into `folder`.
+
+    Raises:
+        ConfigError: accelerate is configured to partition the weights.
+    """
+    # these take seconds to import, so all is checked before that can be
+    import datasets
+    import torch
+    import trl
+
+    arguments = trl.SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=options.epochs,
+        learning_rate=rate(options),
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulate,
+        gradient_checkpointing=options.gradient_checkpointing,
+        packing=options.packing,
+        max_length=max_length,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,  # of all
+        seed=options.seed,
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=options.log_every,
+        save_strategy="no",
+        report_to="none",
+    )
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(records),
+        processing_class=tokenizer,
+        peft_config=None if options.lora is None else adapter(options.lora),
+    )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ConfigError(
+            "accelerate is configured to partition the weights (DeepSpeed or FSDP), and this example writes whole "
+            "ones; start it by torchrun, and a model that needs partitioning by a trainer of your own"
+        )
+    return trainer
+
+
+def rate(options: argparse.Namespace) -> float:
+    """The learning rate: as asked for, or what is usual."""
+    return options.learning_rate or (2e-5 if options.lora is None else 2e-4)
 
 
 def load(folder: Path, pondering_steps: int | None) -> tuple[Any, Any]:

@@ -17,7 +17,8 @@ from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import Loader, open_sources
 from ponder_scale.errors import CheckpointError, ConfigError, UserError
 from ponder_scale.export.folder import making
-from ponder_scale.files.places import check_file, check_folder, write_whole
+from ponder_scale.files.places import check_file, check_folder
+from ponder_scale.files.write import write_whole
 from ponder_scale.runs.attempts import owner
 from ponder_scale.runs.report import report
 from ponder_scale.runs.status import status

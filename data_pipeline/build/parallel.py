@@ -23,7 +23,7 @@ import orjson
 from data_pipeline.read.units import share
 from ponder_scale.errors import ConfigError
 from ponder_scale.files.delete import delete_contents, delete_file
-from ponder_scale.shards.manifest import sync, sync_folder
+from ponder_scale.files.write import sync, sync_folder
 
 Report = Callable[[int, int, int], None]  # of bytes, documents and tokens that were worked off
 _RANKS_OF = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # set by srun, MPICH and Open MPI

@@ -39,8 +39,9 @@ from data_pipeline.write.output import WORK, check_places, named_by_build, place
 from ponder_scale.errors import ConfigError, UserError
 from ponder_scale.files.delete import MARK, delete_contents, delete_file, delete_if_empty, delete_made
 from ponder_scale.files.places import check_folder
+from ponder_scale.files.write import sync, sync_folder
 from ponder_scale.shards.format import TOKENIZER, open_shards
-from ponder_scale.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, seal, sync, sync_folder, unsealed
+from ponder_scale.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, seal, unsealed
 
 PARITY_DOCUMENTS, PARITY_CHARACTERS = 32, 2**16  # of the corpus at most, on which engines are compared at first
 _NEW_PLAN = "plan.new.jsonl"

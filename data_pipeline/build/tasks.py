@@ -26,8 +26,8 @@ from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer
 from data_pipeline.write import shuffle
 from data_pipeline.write.manifest import Ledger
 from data_pipeline.write.output import WORK, PartWriter
+from ponder_scale.files.write import sync, sync_folder
 from ponder_scale.shards.format import TOKENIZER, dtype_for
-from ponder_scale.shards.manifest import sync, sync_folder
 
 SPLITS = ("train", "heldout")
 BATCH_DOCUMENTS = 1024

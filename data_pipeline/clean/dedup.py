@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from ponder_scale.shards.manifest import sync, sync_folder
+from ponder_scale.files.write import sync, sync_folder
+from ponder_scale.shards.mix import mix64
 
 NGRAM_WORDS, BANDS, HASHES_OF_BAND = 5, 14, 8
 BUCKET_KEYS = 2**21  # compared in memory at once: up to 80 bytes for each that is a duplicate
@@ -49,7 +50,7 @@ def minhash_keys(text: str) -> np.ndarray:
     bands = _signature(grams).reshape(BANDS, HASHES_OF_BAND)
     keys = np.arange(BANDS, dtype=np.uint64)
     for i in range(HASHES_OF_BAND):
-        keys = _mix64(keys * np.uint64(31) + bands[:, i])
+        keys = mix64(keys * np.uint64(31) + bands[:, i])
     return keys
 
 
@@ -65,7 +66,7 @@ def n_gram_hashes(words: list[str], n: int) -> np.ndarray:
     count = max(0, len(hashes) - n + 1)
     grams = np.zeros(count, dtype=np.uint64)
     for i in range(n):
-        grams = _mix64(grams * np.uint64(31) + hashes[i : i + count])
+        grams = mix64(grams * np.uint64(31) + hashes[i : i + count])
     return grams
 
 
@@ -197,10 +198,3 @@ def _first_of_bucket(keys: np.ndarray, bucket: int, total: int) -> int:
     if bucket == total:
         return len(keys)
     return int(np.searchsorted(keys, np.uint64(2**64 * bucket // total)))
-
-
-def _mix64(value: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64: a bijection of uint64 in which every bit depends on all."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))

@@ -22,7 +22,7 @@ import xxhash
 
 from data_pipeline.clean.decontamination import evaluation_sets, files_of
 from ponder_scale.errors import ConfigError
-from ponder_scale.shards.manifest import hash_file
+from ponder_scale.files.write import hash_file
 
 Filter = Callable[[str], str | None]
 Edit = Callable[[str], tuple[str, int]]  # (what is left of a text, the lines left out of it)

@@ -17,8 +17,9 @@ import xxhash
 from data_pipeline.commands.dumps import Dump, Kind, open_dump, pieces
 from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer, save
 from ponder_scale.errors import ShardError
+from ponder_scale.files.write import hash_file, writing
 from ponder_scale.shards.format import TOKENIZER, index_pieces
-from ponder_scale.shards.manifest import BlockHashes, Manifest, ShardInfo, hash_file, seal, sync, unsealed
+from ponder_scale.shards.manifest import BlockHashes, Manifest, ShardInfo, seal, unsealed
 from ponder_scale.shards.mask import count_bits, is_mask
 
 
@@ -97,12 +98,10 @@ def _place(dump: Dump, out: Path, name: str, tokenizer: Tokenizer) -> ShardInfo:
         index_hash = hash_file(index)
     else:
         whole = xxhash.xxh3_128()
-        with unsealed(index).open("wb") as stream:
+        with writing(index, temporary=unsealed(index)) as stream:
             for piece in index_pieces(dump.lengths, dump.dtype):
                 stream.write(piece)
                 whole.update(piece)
-            sync(stream)
-        unsealed(index).rename(index)
         index_hash = whole.hexdigest()
     hashes = BlockHashes()
     for _, tokens in pieces(dump):

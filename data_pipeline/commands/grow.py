@@ -36,19 +36,11 @@ from data_pipeline.write.output import (
     workspace,
 )
 from ponder_scale.errors import ConfigError
-from ponder_scale.files.delete import MARK, copy_file, delete_contents
+from ponder_scale.files.delete import MARK, delete_contents
+from ponder_scale.files.write import copy_file, hash_file, sync_file, sync_folder
 from ponder_scale.settings import load
 from ponder_scale.shards.format import TOKENIZER, ShardSet, open_shards
-from ponder_scale.shards.manifest import (
-    MANIFEST,
-    Manifest,
-    ShardInfo,
-    hash_file,
-    read_manifest,
-    seal,
-    sync_file,
-    sync_folder,
-)
+from ponder_scale.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, seal
 
 APPENDING = ".appending"  # ends the name of the folder in which new files become shards first
 # what all documents of a set have in common; `out` and `overwrite` are not the user's to say here

@@ -21,7 +21,8 @@ from data_pipeline.config import SourceConfig
 from data_pipeline.document import Piece, Unit
 from data_pipeline.read.sources import LeftOut, files, split
 from ponder_scale.errors import ConfigError
-from ponder_scale.shards.manifest import sync, sync_folder, unsealed
+from ponder_scale.files.write import writing
+from ponder_scale.shards.manifest import unsealed
 
 PLAN = "plan.jsonl"
 SHARDS = 32  # a corpus has about as many, within these bounds of the input of one
@@ -60,15 +61,12 @@ def units(
 def write_plan(path: Path, planned: Iterable[Unit], header: Mapping[str, Any]) -> str:
     """Write the plan; the hash of its units."""
     whole = xxhash.xxh3_128()
-    with unsealed(path).open("wb") as stream:
+    with writing(path, temporary=unsealed(path)) as stream:
         stream.write(orjson.dumps(header) + b"\n")
         for unit in planned:
             line = orjson.dumps([_stored(piece) for piece in unit.pieces]) + b"\n"
             whole.update(line)
             stream.write(line)
-        sync(stream)
-    unsealed(path).rename(path)
-    sync_folder(path.parent)
     return whole.hexdigest()
 
 

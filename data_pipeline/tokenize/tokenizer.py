@@ -17,7 +17,8 @@ import numpy as np
 
 from ponder_scale.errors import TokenizerError
 from ponder_scale.files.links import resolved
-from ponder_scale.shards.manifest import sync, sync_folder, tokenizer_sha256
+from ponder_scale.files.write import sync, sync_folder
+from ponder_scale.shards.manifest import tokenizer_sha256
 
 CONFIG = "tokenizer_config.json"  # transformers' settings
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>")

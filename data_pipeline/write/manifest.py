@@ -17,9 +17,10 @@ from data_pipeline.document import BAD, DAMAGED, EMPTY, NO_LABEL, Piece, Record
 from data_pipeline.read.chat import content_of
 from data_pipeline.tokenize.tokenizer import Tokenizer
 from ponder_scale.errors import ConfigError
+from ponder_scale.files.write import hash_file, sync
 from ponder_scale.settings import to_dict
 from ponder_scale.shards.format import dtype_for
-from ponder_scale.shards.manifest import Manifest, ShardInfo, hash_file, hash_of_json, sync
+from ponder_scale.shards.manifest import Manifest, ShardInfo, hash_of_json
 
 QUARANTINE = "quarantine.jsonl"  # a line for each bad record
 DROPPED = "dropped.jsonl"  # a line for each document that was left out, if asked for

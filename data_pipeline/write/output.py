@@ -14,8 +14,9 @@ from data_pipeline.config import SourceConfig
 from data_pipeline.read.sources import root
 from ponder_scale.errors import ConfigError, ShardError
 from ponder_scale.files.delete import MARK, Ours, check_ours, delete_file, delete_made, held, is_unfinished, mark
+from ponder_scale.files.write import sync_folder
 from ponder_scale.shards.format import ShardWriter
-from ponder_scale.shards.manifest import MANIFEST, ShardInfo, read_manifest, sync_folder
+from ponder_scale.shards.manifest import MANIFEST, ShardInfo, read_manifest
 from ponder_scale.shards.packing import names_of_packings
 
 WORK = "work"  # in the unfinished folder: the plan, claims, journals, and what is not whole yet

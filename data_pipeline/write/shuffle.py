@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ponder_scale.shards.manifest import sync
+from ponder_scale.files.write import sync
 
 BUCKET_BYTES = 2**27  # of input
 RUN_TOKENS = 2**24

@@ -1,7 +1,14 @@
-"""checkpoint.json: which files a checkpoint has, and the size and hash by which each is known.
+"""Where the checkpoints of a run are, and checkpoint.json: which files one has, and the size and hash of each.
 
-It is written last, so a folder without it is unfinished. What is not in it is no part of the checkpoint: readers find
-the parts here, never by looking into the folder.
+    RUN/checkpoints/step-00000300/
+        rank-00000.safetensors  weights and optimizer states that rank 0 kept; see parts.py
+        tokenizer/              as in the shards
+        state.json              step, loader state, configuration of run and model, versions
+        checkpoint.json         size and hash of each file above
+    RUN/latest                  name of the newest folder
+
+checkpoint.json is written last, so a folder without it is unfinished. What is not in it is no part of the checkpoint:
+readers find the parts here, never by looking into the folder. No torch here: login nodes look, too.
 """
 
 from __future__ import annotations
@@ -16,12 +23,29 @@ import xxhash
 
 from ponder_scale.errors import CheckpointError
 
-INDEX = "checkpoint.json"
-TOKENIZER = "tokenizer"
+CHECKPOINTS, LATEST = "checkpoints", "latest"
+INDEX, STATE, TOKENIZER = "checkpoint.json", "state.json", "tokenizer"
+SAVING, ASIDE = ".saving-", "aside-"  # before the names of folders that are no checkpoints yet, or no more
 FORMAT = 2
 _PART = re.compile(r"rank-\d{5,}\.safetensors")
 
 Index = dict[str, tuple[int, str]]  # size and hash of files, by their path in the checkpoint
+
+
+def step_name(step: int) -> str:
+    """The name of what belongs to a step: its checkpoint, its evidence."""
+    return f"step-{step:08d}"
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """The checkpoint of a step, saved or not."""
+    return run_dir / CHECKPOINTS / step_name(step)
+
+
+def saved_steps(run_dir: Path) -> dict[int, Path]:
+    """The checkpoint folders of a run, whole or not, by their step."""
+    folders = (run_dir / CHECKPOINTS).glob("step-*")
+    return {int(folder.name[5:]): folder for folder in folders if re.fullmatch(r"step-\d{8,}", folder.name)}
 
 
 def read_index(folder: Path) -> Index:

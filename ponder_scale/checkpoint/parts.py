@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ponder_scale.checkpoint.index import part_files
 from ponder_scale.errors import CheckpointError
-from ponder_scale.shards.manifest import sync
+from ponder_scale.files.write import sync
 
 WEIGHT = "weight"
 AVERAGE = "average"  # of the weights over the steps, where a run keeps one

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ponder_scale.checkpoint.find import average_since, read_state
+from ponder_scale.checkpoint.index import STATE
 from ponder_scale.checkpoint.parts import AVERAGE, WEIGHT, Parts
-from ponder_scale.checkpoint.save import STATE, average_since, read_state
 from ponder_scale.errors import CheckpointError
 
 

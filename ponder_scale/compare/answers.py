@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.checkpoint.save import TOKENIZER, find
+from ponder_scale.checkpoint.find import find
+from ponder_scale.checkpoint.index import TOKENIZER
 from ponder_scale.compare.members import Member, Run
 from ponder_scale.evaluate.plot import bar_chart
 from ponder_scale.figures import json_text
-from ponder_scale.shards.manifest import hash_file
+from ponder_scale.files.write import hash_file
 
 ANSWERS = "answers.json"
 

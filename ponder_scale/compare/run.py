@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from ponder_scale import settings
-from ponder_scale.checkpoint.save import CHECKPOINTS
+from ponder_scale.checkpoint.index import step_folder
 from ponder_scale.compare.findings import read_result
 from ponder_scale.compare.members import LoadConfig, Run
 from ponder_scale.config import RunConfig
@@ -51,7 +51,7 @@ def train_runs(
 def is_finished(run: Run) -> bool:
     """Whether the run's last step is evaluated and saved."""
     result = read_result(run)
-    saved = (run.run_dir / CHECKPOINTS / f"step-{run.member.steps:08d}").is_dir()
+    saved = step_folder(run.run_dir, run.member.steps).is_dir()
     return saved and result is not None and result.finished
 
 
@@ -59,17 +59,10 @@ def _check_same(run: Run, config: RunConfig) -> None:
     path = run.run_dir / "config.yaml"
     if not path.is_file():
         return
-    saved, wanted = _flat(settings.to_dict(settings.load(RunConfig, path))), _flat(settings.to_dict(config))
+    saved, wanted = (settings.flat(settings.to_dict(each)) for each in (settings.load(RunConfig, path), config))
     for key in sorted(saved.keys() | wanted.keys()):
         if saved.get(key) != wanted.get(key) and not key.startswith(("log.", "checkpoint.")):
             raise ConfigError(
                 f"{run.run_dir}: was trained with {key} {saved.get(key)}, this comparison has {wanted.get(key)}; "
                 "give it another run_dir, or the same settings"
             )
-
-
-def _flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ponder_scale.shards.mix import mix64
+
 _ROUNDS = 8
 _ENDLESS = 2**62
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
@@ -198,7 +200,7 @@ def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 def epoch_key(source_key: np.ndarray, epoch: np.ndarray) -> np.ndarray:
     """The key of one reading of a source, (n,) uint64."""
-    return _mix64(source_key + epoch.astype(np.uint64) * np.uint64(_GOLDEN))
+    return mix64(source_key + epoch.astype(np.uint64) * np.uint64(_GOLDEN))
 
 
 def _source_key(seed: int, name: str) -> int:
@@ -215,11 +217,4 @@ def _encrypt(value: np.ndarray, rows: np.ndarray, columns: np.ndarray, key: np.n
 
 def _round(half: np.ndarray, key: np.ndarray, step: int) -> np.ndarray:
     # 63 bits: a sum that wrapped around 2**64 would no longer be invertible modulo rows or columns.
-    return _mix64(half ^ _mix64(key + np.uint64((step + 1) * _GOLDEN % 2**64))) >> np.uint64(1)
-
-
-def _mix64(value: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014, constants by Stafford): a bijection of uint64."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    return mix64(half ^ mix64(key + np.uint64((step + 1) * _GOLDEN % 2**64))) >> np.uint64(1)

@@ -13,11 +13,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from ponder_scale.checkpoint.save import read_state
+from ponder_scale.checkpoint.find import read_state
 from ponder_scale.checkpoint.weights import read_weights
 from ponder_scale.errors import CheckpointError, ConfigError
 from ponder_scale.evaluate.trust import installed_configuration
 from ponder_scale.setup.build import configuration_from_dict, model_class
+from ponder_scale.setup.device import default_device
 
 
 def load_folder(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -67,11 +68,6 @@ def load_checkpoint(folder: Path) -> tuple[Any, dict[str, Any]]:
         for name, weight in read_weights(folder):
             parameters[name].copy_(weight)
     return model, state
-
-
-def default_device() -> str:
-    """The GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass

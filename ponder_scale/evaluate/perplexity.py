@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ponder_scale.checkpoint.save import CHECKPOINTS, check, saved_steps
+from ponder_scale.checkpoint.find import check
+from ponder_scale.checkpoint.index import CHECKPOINTS, saved_steps
 from ponder_scale.config import DataConfig, SourceConfig
 from ponder_scale.data.heldout import HeldOut, heldout_losses, mean_over
 from ponder_scale.data.loader import heldout_batches, open_sources

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ponder_scale.errors import CheckpointError, ConfigError
 from ponder_scale.evaluate.generate import load_folder
@@ -45,35 +46,20 @@ def evaluate_tasks(
         ConfigError: the harness is not installed, does not know a task, or cannot get its data.
         CheckpointError: `folder` is not an exported folder.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigError(f"evaluate tasks needs lm-eval ({error}); pip install 'ponder-scale[eval]'") from error
+    harness, wrap = _harness()
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in it; expected a folder made by `ponder-scale export`")
     if not trust_remote_code:
         installed_configuration(folder)  # refused before the harness has read its thousands of files
-    own = TaskManager(include_path=str(include), include_defaults=False).all_tasks if include is not None else []
-    names = list(tasks or own or PAPER_TASKS)
-    # reading the harness' own thousands takes seconds
-    path, needed = None if include is None else str(include), not set(names) <= set(own)
-    manager = TaskManager(include_path=path, include_defaults=needed)
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        known = f"{include} has {', '.join(own)}; " if include else ""
-        raise ConfigError(
-            f"--tasks: the harness does not know {', '.join(unknown)}; {known}its own are listed by `lm_eval ls tasks`"
-        )
+    names, manager = _find_tasks(tasks, include)
     loaded, tokenizer = load_folder(folder, trust_remote_code=trust_remote_code)
     trained = loaded.config.pondering_steps
     found: dict[str, dict[str, dict[str, float]]] = {}
     for number in steps:
         loaded.config.pondering_steps = trained if number is None else number
         with _explained():
-            result = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size),
+            result = harness.simple_evaluate(
+                model=wrap(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size),
                 tasks=names,
                 task_manager=manager,
                 limit=limit,
@@ -86,6 +72,34 @@ def evaluate_tasks(
     if json_file is not None:
         json_file.write_text(json_text({"folder": str(folder), "steps": found}, indent=1) + "\n", encoding="utf-8")
     return found
+
+
+def _harness() -> tuple[Any, Any]:
+    """The harness, and what makes a model of transformers one of its own."""
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ConfigError(f"evaluate tasks needs lm-eval ({error}); pip install 'ponder-scale[eval]'") from error
+    return lm_eval, HFLM
+
+
+def _find_tasks(tasks: Sequence[str], include: Path | None) -> tuple[list[str], Any]:
+    """The names of the tasks to run, and the harness's manager that knows them."""
+    from lm_eval.tasks import TaskManager
+
+    own = TaskManager(include_path=str(include), include_defaults=False).all_tasks if include is not None else []
+    names = list(tasks or own or PAPER_TASKS)
+    # reading the harness' own thousands takes seconds
+    path, needed = None if include is None else str(include), not set(names) <= set(own)
+    manager = TaskManager(include_path=path, include_defaults=needed)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        known = f"{include} has {', '.join(own)}; " if include else ""
+        raise ConfigError(
+            f"--tasks: the harness does not know {', '.join(unknown)}; {known}its own are listed by `lm_eval ls tasks`"
+        )
+    return names, manager
 
 
 @contextmanager

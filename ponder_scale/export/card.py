@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ponder_scale.checkpoint.save import average_since
+from ponder_scale.checkpoint.find import average_since
 from ponder_scale.figures import perplexity, shown
 from ponder_scale.model.compat import NEWEST, OLDEST
 from ponder_scale.setup.build import configuration_from_dict

@@ -20,8 +20,8 @@ from ponder_scale.export.tokenizer import bundle_tokenizer
 from ponder_scale.export.writer import write_safetensors
 from ponder_scale.files.delete import MARK, delete_contents, delete_file, held
 from ponder_scale.files.places import check_folder
+from ponder_scale.files.write import sync_folder
 from ponder_scale.setup.build import auto_map, model_class, model_code
-from ponder_scale.shards.manifest import sync_folder
 
 SUMS = "SHA256SUMS"
 _SUFFIXES = (".safetensors", ".json", ".py", ".md", ".model", ".txt", ".jinja", ".tmp")

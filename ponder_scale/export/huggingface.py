@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.checkpoint import save as checkpoint
+from ponder_scale.checkpoint.find import find, read_state
 from ponder_scale.checkpoint.weights import read_weights
 from ponder_scale.export.card import trained_card
 from ponder_scale.export.folder import write_folder
@@ -28,8 +28,8 @@ def export(
     Raises:
         CheckpointError: no whole checkpoint, weights of another model than its configuration, or `out` exists.
     """
-    folder = checkpoint.find(source)
-    state = checkpoint.read_state(folder, "step", "tokens", "model", "config")
+    folder = find(source)
+    state = read_state(folder, "step", "tokens", "model", "config")
     parameters = write_folder(
         out,
         configuration_from_dict(state["model"]),

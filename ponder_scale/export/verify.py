@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ponder_scale.checkpoint import save as checkpoint
+from ponder_scale.checkpoint.find import find, read_state
 from ponder_scale.checkpoint.weights import read_weights
 from ponder_scale.errors import CheckpointError
 from ponder_scale.export.universal import read_universal
@@ -36,8 +36,8 @@ def verify_in_fresh_process(
             with the cache gives other tokens than decoding without.
     """
     if like is None:
-        source = checkpoint.find(source)
-        configuration = configuration_from_dict(checkpoint.read_state(source, "model")["model"])
+        source = find(source)
+        configuration = configuration_from_dict(read_state(source, "model")["model"])
         read = read_weights(source, average=average)
     else:
         configuration, read = read_universal(source, like)

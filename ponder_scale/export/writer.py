@@ -6,7 +6,6 @@ https://huggingface.co/docs/safetensors: 8 bytes length of the header, the heade
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ponder_scale.errors import CheckpointError
+from ponder_scale.files.write import sync
 
 MAX_SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
@@ -44,8 +44,7 @@ def write_safetensors(
         with file.open("rb+") as stream:
             stream.seek(offset)
             weight.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().tofile(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync(stream)
     if waiting:
         raise CheckpointError(f"no weight for {', '.join(sorted(waiting)[:5])}")
 

@@ -4,9 +4,7 @@ A folder is ours by what our own files in it say: one that is not finished holds
 named by `ours`, a function of a path in the folder, of folders with a slash at their end; anything else stops the work
 with its name, before anything is touched. Links are never followed.
 
-Copies and deletions do not depend on modes. What a run reads may be read-only, to its user too: shards of a group, a
-checkout by an administrator. What it writes is its own: new files and folders get the modes that new ones get here
-(umask, setgid of shared folders).
+Deletions do not depend on modes, as copies do not: see write.py.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ Ours = Callable[[str], bool]
 MARK = ".unfinished-ponder-scale"
 _SAYS = "This folder is not finished. The command that makes it may delete it. Put nothing of yours here.\n"
 _NAMES_SHOWN = 3
-_READ, _EXECUTE = 0o444, 0o111
 _TRIES = 4  # files of processes that are just ending may appear while a folder is emptied
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of file systems that are mounted without them
 
@@ -167,21 +164,6 @@ def _inside(folder: Path, folders: bool = False, prefix: str = "") -> Iterator[s
 def _listed(names: list[str]) -> str:
     more = len(names) - _NAMES_SHOWN
     return ", ".join(map(shown, names[:_NAMES_SHOWN])) + (f" and {more:,} more" if more > 0 else "")
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy the bytes of a file; of its modes only whether it can be executed."""
-    shutil.copyfile(source, target)
-    if source.stat().st_mode & _EXECUTE:
-        mode = target.stat().st_mode
-        target.chmod(mode | (mode & _READ) >> 2)
-
-
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder and all in it to a new one, links as what they point to."""
-    target.mkdir()
-    for path in sorted(source.iterdir()):
-        (copy_folder if path.is_dir() else copy_file)(path, target / path.name)
 
 
 def delete_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where something is written: whether it can be, said before any work is done, and a whole file at once."""
+"""Where something is written: whether it can be, said before any work is done."""
 
 from __future__ import annotations
 
@@ -54,13 +54,3 @@ def check_file(file: Path, key: str) -> None:
         raise ConfigError(f"{key} is {file}: it cannot be looked at: {error.strerror}; choose another") from error
     if not file.exists():
         check_folder(file.parent, key)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a small file so that it is never seen empty or half written, whenever the machine stops."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)

@@ -31,7 +31,7 @@ from .compat import (
     warn_of_untested_version,
 )
 from .ponder import ponder
-from .readout import Readout
+from .readout import Ops, Readout
 
 
 class Checkpointing:
@@ -158,14 +158,17 @@ class Watch:
         causal: the model whose head and configuration count.
         targets: next tokens (B, T), -100 where there is none; asks for the statistics of each pass.
         track: look at so many of the tokens for what each pass changes.
+        ops: see `Readout`.
 
     Attributes:
         statistics: of the pondering softmax of each pass but the last.
     """
 
-    def __init__(self, causal: Any, targets: Tensor | None = None, track: int | None = None) -> None:
+    def __init__(
+        self, causal: Any, targets: Tensor | None = None, track: int | None = None, ops: Ops | None = None
+    ) -> None:
         self.causal, self.targets = causal, targets
-        self.readout = Readout(causal)
+        self.readout = Readout(causal, ops)
         self.tracker = None if track is None else ChangeTracker(track)
         self.statistics: list[Statistics | None] = []
 

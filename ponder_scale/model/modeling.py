@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from .kernels import LOG2_E  # noqa: F401
     from .ponder import ponder  # noqa: F401
     from .pondering_embedding import pondering_embedding  # noqa: F401
-    from .readout import Readout  # noqa: F401
+    from .readout import Ops, Readout  # noqa: F401
 
 CACHE_NAME = cache_name([field.name for field in fields(CausalLMOutputWithPast)])  # in the outputs of this version
 
@@ -132,6 +132,7 @@ class Ponder(Checkpointing):
         share_cache: bool = False,
         z_loss: float = 0.0,
         track: int | None = None,
+        ops: Ops | None = None,
         **kwargs: Any,
     ) -> Any:
         """The stock output, after pondering. `generate` takes pondering_steps, exit_kl and share_cache too.
@@ -147,39 +148,31 @@ class Ponder(Checkpointing):
             share_cache: keep the keys and values of the last pass only, see `cache.SharedView`.
             z_loss: adds so much of the mean squared log-sum-exp of the last pass's logits to the loss.
             track: look at so many of the tokens for what each pass changes, see `changes`.
+            ops: other code for the pondering embedding and the loss, see `readout`.
 
-        Raises:
-            TypeError: an argument that neither this model nor its stock backbone knows.
-            ValueError: arguments that exclude each other, a value out of its range, a cache that another setting
-                filled.
+        Raises as `PonderBackbone.forward`.
         """
-        watch = Watch(self, _targets(labels, shift_labels), track)
+        watch = Watch(self, _targets(labels, shift_labels), track, ops)
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        kwargs |= {"past_key_values": one_cache(past_key_values, cache), "use_cache": use_cache}
+        kwargs |= {"pondering_steps": pondering_steps, "exit_kl": exit_kl, "share_cache": share_cache}
         inner = self.base_model(  # type: ignore[attr-defined]
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=one_cache(past_key_values, cache),
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            pondering_steps=pondering_steps,
-            exit_kl=exit_kl,
-            share_cache=share_cache,
-            return_dict=True,
-            watch=watch,
-            **kwargs,
+            input_ids, inputs_embeds=inputs_embeds, return_dict=True, watch=watch, **kwargs
         )
-        hidden = inner.last_hidden_state  # (B, T, D)
-        seen = {} if watch.targets is None else _loss(watch, hidden, z_loss, num_items_in_batch)
+        seen = {} if watch.targets is None else _loss(watch, inner.last_hidden_state, z_loss, num_items_in_batch)
         if skip_logits is None:
             skip_logits = self.training and watch.targets is not None  # type: ignore[attr-defined]
-        stock = {"loss": seen.pop("loss", None)}
-        if not skip_logits:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            stock["logits"] = self.get_output_embeddings()(hidden[:, kept])  # type: ignore[attr-defined]
+        logits = None if skip_logits else self._logits(inner.last_hidden_state, logits_to_keep)
+        stock = {"loss": seen.pop("loss", None), "logits": logits}
         stock |= {name: inner.get(name) for name in (CACHE_NAME, "hidden_states", "attentions")}
         if not (self.config.return_dict if return_dict is None else return_dict):  # type: ignore[attr-defined]
             return CausalLMOutputWithPast(**stock).to_tuple()
         return PonderOutput(**stock, **seen, changes=watch.changes())
+
+    def _logits(self, hidden: Tensor, kept: int | Tensor) -> Tensor:
+        """The logits (B, n, V) of hidden states (B, T, D): of the last `kept`, 0 for all, or of those it names."""
+        chosen = slice(-kept, None) if isinstance(kept, int) else kept
+        return self.get_output_embeddings()(hidden[:, chosen])  # type: ignore[attr-defined]
 
     def _prepare_generation_config(self, *arguments: Any, **options: Any) -> Any:
         """Let a `GenerationConfig` say what `generate` takes by name; transformers hands on its own fields only."""

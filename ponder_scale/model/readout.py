@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,15 +54,23 @@ def _is_plain_tensor(weight: Tensor) -> bool:
     return usual and weight.is_floating_point() and weight.device.type != "meta"
 
 
+class Ops(NamedTuple):
+    """What computes on the weights of a plain head and table, (V, D) each, without (N, V) in memory."""
+
+    pondering_embedding: Callable[..., tuple[Tensor, Statistics | None]] = pondering_embedding
+    cross_entropy: Callable[..., tuple[Tensor, Statistics]] = cross_entropy
+
+
 class Readout:
     """The head and the table of one forward.
 
     Args:
         model: a `...ForCausalLM` of transformers with the pondering fields in its configuration.
+        ops: instead of those of `pondering_embedding.py`.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._config = model.config
+    def __init__(self, model: Any, ops: Ops | None = None) -> None:
+        self._config, self._ops = model.config, ops or Ops()
         self._head, self._table = model.get_output_embeddings(), model.get_input_embeddings()
         self._plain_head, self._plain_table = is_plain(self._head, nn.Linear), is_plain(self._table, nn.Embedding)
         self._rows: Tensor | None = None
@@ -82,7 +90,8 @@ class Readout:
             "top_k": self._config.pondering_top_k,
         }
         if self._plain_head:
-            return pondering_embedding(hidden, self._head.weight, self._table_rows(hidden), labels=labels, **options)
+            weights = self._head.weight, self._table_rows(hidden)
+            return self._ops.pondering_embedding(hidden, *weights, labels=labels, **options)
         rows = self._table_rows(hidden)
         check_labels(labels, rows.shape[0])
 
@@ -97,7 +106,7 @@ class Readout:
     def cross_entropy(self, hidden: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Statistics]:
         """As `pondering_embedding.cross_entropy`."""
         if self._plain_head:
-            return cross_entropy(hidden, self._head.weight, labels, z_loss=z_loss)
+            return self._ops.cross_entropy(hidden, self._head.weight, labels, z_loss=z_loss)
 
         def block(part: Tensor, targets: Tensor | None) -> tuple[Tensor, ...]:
             assert targets is not None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ponder_scale.errors import CheckpointError, FencedError
-from ponder_scale.shards.manifest import sync
+from ponder_scale.files.write import sync, write_whole
 
 OWNER, RECORD = "attempt", "attempts.jsonl"
 
@@ -39,16 +39,33 @@ def claim(run_dir: Path, **facts: Any) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     with _locked(run_dir / f".{OWNER}.lock"):
         number = owner(run_dir) + 1
-        temporary = run_dir / f".{OWNER}.tmp"
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(f"{number}\n")
-            sync(stream)
-        temporary.replace(run_dir / OWNER)
+        write_whole(run_dir / OWNER, f"{number}\n")
         line = {"attempt": number, "time": time.time(), "job_id": os.environ.get("SLURM_JOB_ID"), **facts}
         with (run_dir / RECORD).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
             sync(stream)
     return number
+
+
+class Attempt:
+    """The start of a run that this process is part of: it owns nothing before it has a number."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self.number = 0
+
+    def claim(self, **facts: Any) -> None:
+        """Take the run over, as `claim`."""
+        self.number = claim(self._run_dir, **facts)
+
+    def join(self, number: int) -> None:
+        """Be part of the attempt that another process of it has claimed."""
+        self.number = number
+
+    def check_owned(self) -> None:
+        """Raise FencedError where another attempt has taken the run over since."""
+        if self.number:
+            check_owned(self._run_dir, self.number)
 
 
 def check_owned(run_dir: Path, number: int) -> None:

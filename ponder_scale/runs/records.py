@@ -18,6 +18,8 @@ from typing import Any
 
 import orjson
 
+from ponder_scale.files.write import sync, writing
+
 logger = logging.getLogger(__name__)
 
 METRICS, SUPERSEDED = "metrics.jsonl", "metrics.superseded.jsonl"
@@ -67,7 +69,7 @@ class Recorder:
     def sync(self) -> None:
         """Wait until all lines are on disk. Before a checkpoint is sealed, so that no line before it can be lost."""
         if self._flush():
-            os.fsync(self._file.fileno())
+            sync(self._file)
 
     def close(self) -> None:
         """Sync and close."""
@@ -161,11 +163,8 @@ def _keep_until(path: Path, step: int) -> tuple[_Seen, int]:
     if moved:
         _append_new(superseded, moved)
     if moved or damaged:
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
+        with writing(path) as file:
             file.writelines(kept)
-            os.fsync(file.fileno())
-        temporary.replace(path)
     return seen, evaluated
 
 
@@ -182,5 +181,4 @@ def _append_new(path: Path, lines: list[bytes]) -> None:
         if not last.endswith(b"\n"):  # it died in the middle of a line, which nothing may join
             file.write(b"\n")
         file.writelines(line for line in lines if line not in there)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)

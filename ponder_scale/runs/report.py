@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ponder_scale.errors import ConfigError
+from ponder_scale.files.write import write_whole
 from ponder_scale.runs.page import page
 from ponder_scale.runs.series import read_run
 
@@ -21,11 +22,9 @@ def report(run_dirs: Sequence[Path], out: Path) -> Path:
     runs = [read_run(run_dir, name) for run_dir, name in zip(run_dirs, names(run_dirs), strict=True)]
     title = " against ".join(run["name"] for run in runs)
     text = page(title, CONTENT.read_text(encoding="utf-8"), runs)
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out)
+        write_whole(out, text)
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}; name another file") from error
     return out

@@ -6,7 +6,6 @@ import json
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import yaml
 
 from ponder_scale.errors import ConfigError
 from ponder_scale.runs.records import HISTORY, METRICS, read
+from ponder_scale.settings import flat
 
 POINTS = 800  # drawn of a curve; each stands for as many logged steps as it takes
 EVENTS = 2000  # drawn of a run: all but the oldest saves
@@ -168,15 +168,7 @@ def _config(run_dir: Path) -> dict[str, str]:
         raise ConfigError(
             f"{path}: empty or damaged; expected the settings of the run, which its next start writes anew"
         )
-    return dict(_flat(values, ""))
-
-
-def _flat(values: dict[str, Any], prefix: str) -> Iterable[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value if isinstance(value, str) else json.dumps(value)
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat(values).items()}
 
 
 def _fewer_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

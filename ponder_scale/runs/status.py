@@ -13,14 +13,15 @@ from typing import Any
 
 import yaml
 
+from ponder_scale.checkpoint.index import saved_steps
 from ponder_scale.errors import ConfigError
 from ponder_scale.figures import count, duration, perplexity, rate, shown, size, span
 from ponder_scale.runs.records import ENDED, FAILED, HISTORY, METRICS, REFUSED, read_end
+from ponder_scale.runs.requests import requested
 
 END_BYTES = 4 * 2**20  # of metrics.jsonl that are read: thousands of lines
 EVENTS_SHOWN = 4
 STALE_SECONDS, STALE_STEPS = 60.0, 5.0  # a heartbeat older than both is a rank that stands still or is gone
-REQUESTS = ("STOP", "SAVE", "SAVE_AND_STOP")
 START_SECONDS = 3600.0  # after which a start that has come to no step is gone
 STARTING = "start"  # the phase of a rank until its first step
 OTHER_KEYS = ("event", "step", "attempt", "time")
@@ -143,7 +144,7 @@ def _held_out(evaluation: dict[str, Any] | None) -> str:
 
 
 def _checkpoint(run_dir: Path, now: float) -> str:
-    folders = sorted((run_dir / "checkpoints").glob("step-*"))
+    folders = [folder for _, folder in sorted(saved_steps(run_dir).items())]
     if not folders:
         return "no checkpoint yet"
     return f"{folders[-1].name}, {duration(now - folders[-1].stat().st_mtime)} ago; {len(folders)} kept"
@@ -245,8 +246,8 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def _requests(run_dir: Path, now: float) -> str:
-    pending = [(name, run_dir / name) for name in REQUESTS if (run_dir / name).exists()]
-    return "; ".join(f"{name}, for {duration(now - path.stat().st_mtime)}" for name, path in pending) or "none pending"
+    pending = [f"{path.name}, for {duration(now - path.stat().st_mtime)}" for path in requested(run_dir)]
+    return "; ".join(pending) or "none pending"
 
 
 def _plain(value: Any) -> str:

@@ -26,7 +26,8 @@ import yaml
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import UserError
 from ponder_scale.figures import seconds_of
-from ponder_scale.files.delete import copy_file
+from ponder_scale.files.write import copy_file
+from ponder_scale.runs.requests import SAVE, SAVE_AND_STOP, STOP, request
 from ponder_scale.settings import to_dict
 
 HOME = Path(__file__).parents[2]
@@ -222,7 +223,7 @@ def stop(run_dir: Path, *, save: bool) -> str:
     if state in WAITING:
         _slurm(["scancel", job])
         return f"job {job} was waiting and has been cancelled; what the run has saved is in {run_dir}/checkpoints"
-    return _request(run_dir, "SAVE_AND_STOP" if save else "STOP", "saves and ends" if save else "ends without saving")
+    return _request(run_dir, SAVE_AND_STOP if save else STOP, "saves and ends" if save else "ends without saving")
 
 
 def save(run_dir: Path) -> str:
@@ -230,7 +231,7 @@ def save(run_dir: Path) -> str:
     job, state = _active(run_dir)
     if state in WAITING:
         raise SubmitError(f"job {job} of {run_dir} waits in the queue: there is nothing new to save")
-    return _request(run_dir, "SAVE", "saves and goes on")
+    return _request(run_dir, SAVE, "saves and goes on")
 
 
 def requeue(run_dir: Path) -> str:
@@ -256,10 +257,10 @@ def _active(run_dir: Path) -> tuple[str, str]:
 
 def _request(run_dir: Path, name: str, what: str) -> str:
     try:
-        (run_dir / name).touch()
+        path = request(run_dir, name)
     except OSError as error:
         raise SubmitError(f"{run_dir / name} cannot be written: {error.strerror}; ask the owner of the run") from error
-    return f"wrote {run_dir / name}: the run {what} at its next step"
+    return f"wrote {path}: the run {what} at its next step"
 
 
 def _slurm_seconds(limit: str) -> float | None:

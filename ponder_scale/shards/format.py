@@ -28,16 +28,8 @@ import numpy as np
 import xxhash
 
 from ponder_scale.errors import ConfigError, ShardError, TokenizerError
-from ponder_scale.shards.manifest import (
-    MANIFEST,
-    BlockHashes,
-    Manifest,
-    ShardInfo,
-    read_manifest,
-    sync,
-    sync_folder,
-    unsealed,
-)
+from ponder_scale.files.write import sync, sync_folder
+from ponder_scale.shards.manifest import MANIFEST, BlockHashes, Manifest, ShardInfo, read_manifest, unsealed
 from ponder_scale.shards.mask import Mask, MaskWriter
 
 TOKENIZER = "tokenizer"

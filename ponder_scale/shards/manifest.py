@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import xxhash
 
 from ponder_scale.errors import ShardError
+from ponder_scale.files.write import hash_file, writing
 
 FORMAT_VERSION = 2
 MASKED_VERSION = 3  # of folders with a mask: a program that knows none would let every token count
@@ -113,12 +113,8 @@ def seal(folder: Path, manifest: Manifest) -> None:
         content["version"] = MASKED_VERSION
     content["checksum"] = hash_of_json(content)
     path = folder / MANIFEST
-    with unsealed(path).open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1)
-        stream.write("\n")
-        sync(stream)
-    unsealed(path).rename(path)
-    sync_folder(folder)
+    with writing(path, temporary=unsealed(path)) as stream:
+        stream.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def verify(folder: Path, progress: Callable[[int], None] = lambda size: None) -> list[str]:
@@ -146,15 +142,6 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda size: None) ->
     foreign = [name for name in present if name not in known and not _in_packing(name)]
     findings += [f"{name}: not in the manifest, no part of these shards" for name in foreign]
     return findings
-
-
-def hash_file(path: Path) -> str:
-    """xxh3-128 of a file, in hexadecimal."""
-    whole = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while piece := stream.read(_READ_BYTES):
-            whole.update(piece)
-    return whole.hexdigest()
 
 
 def tokenizer_sha256(files: Iterable[Path]) -> str:
@@ -200,26 +187,6 @@ class BlockHashes:
 def unsealed(path: Path) -> Path:
     """The name a file has until it is whole and durable."""
     return path.with_name(path.name + ".tmp")
-
-
-def sync(stream: IO[Any]) -> None:
-    """Make what was written durable."""
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def sync_file(path: Path) -> None:
-    """Make the contents of a file durable, whoever wrote it: that needs no permission to write."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    sync_file(folder)
 
 
 def _in_packing(name: str) -> bool:

@@ -14,7 +14,8 @@ import numpy as np
 import xxhash
 
 from ponder_scale.errors import ShardError
-from ponder_scale.shards.manifest import sync, unsealed
+from ponder_scale.files.write import sync
+from ponder_scale.shards.manifest import unsealed
 
 
 class MaskWriter:

@@ -27,8 +27,9 @@ import xxhash
 
 from ponder_scale.errors import ShardError
 from ponder_scale.files.delete import MARK, check_ours, delete_contents, delete_file, delete_made, held
+from ponder_scale.files.write import hash_file, sync, sync_folder
 from ponder_scale.shards.format import Shard, ShardSet
-from ponder_scale.shards.manifest import PACKING_PREFIX, hash_file, hash_of_json, read_manifest, sync, sync_folder
+from ponder_scale.shards.manifest import PACKING_PREFIX, hash_of_json, read_manifest
 
 PIECE = np.dtype([("begin", "<i8"), ("tokens", "<i4")])  # tokens < 0: the piece goes on with a document cut before it
 SEAL = "packing.json"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ponder_scale.checkpoint.index import FORMAT, INDEX, checksum
-from ponder_scale.shards.manifest import hash_file
+from ponder_scale.files.write import hash_file
 
 
 def seal(folder: Path) -> Path:

@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,32 +16,17 @@ import torch
 
 import ponder_scale
 from ponder_scale.checkpoint import save as checkpoint
+from ponder_scale.checkpoint.find import Ranks, find, newest_whole, read_state, set_aside, verify
+from ponder_scale.checkpoint.index import ASIDE, CHECKPOINTS, INDEX, LATEST, SAVING, STATE, saved_steps
 from ponder_scale.checkpoint.parts import part_name, write_part
-from ponder_scale.checkpoint.save import (
-    ASIDE,
-    CHECKPOINTS,
-    INDEX,
-    LATEST,
-    SAVING,
-    STATE,
-    Index,
-    Ranks,
-    Retention,
-    find,
-    newest_whole,
-    save,
-    verify,
-)
+from ponder_scale.checkpoint.save import Part, Retention, Saver
 from ponder_scale.checkpoint.weights import read_folder, read_weights
 from ponder_scale.errors import CheckpointError, SaveError
-from ponder_scale.shards.manifest import hash_file
+from ponder_scale.files.write import hash_file
 from tests.faults import Fault
 from tests.train.test_loop import with_full_disk
 
-
-def write(folder: Path) -> Index:
-    path = folder / part_name(0)
-    return {path.name: write_part(path, {"weight/a": torch.arange(99.0)}, {"begins": {"a": 0}})}
+PART = Part({"weight/a": torch.arange(99.0)}, {"begins": {"a": 0}})
 
 
 @pytest.fixture
@@ -51,16 +35,15 @@ def make(tmp_path: Path) -> Callable[..., Path]:
     tokenizer.mkdir()
     (tokenizer / "tokenizer.json").write_text(json.dumps({"version": "1.0"}))
 
-    def make(step: int, write: Callable[[Path], Index] = write, keep: int | None = None) -> Path:
-        return save(
-            tmp_path / "run", step, {"step": step}, write, tokenizer=tokenizer, ranks=Ranks(), retention=Retention(keep)
-        )
+    def make(step: int, keep: int | None = None) -> Path:
+        saver = Saver(tmp_path / "run", tokenizer, ranks=Ranks(), retention=Retention(keep))
+        return saver.save(step, {"step": step}, PART)
 
     return make
 
 
 def whole(run: Path) -> Path | None:
-    return newest_whole(run, lambda message: None)
+    return newest_whole(run)
 
 
 def test_a_saved_checkpoint_is_whole_newest_and_self_contained(make: Callable[..., Path], tmp_path: Path) -> None:
@@ -70,7 +53,7 @@ def test_a_saved_checkpoint_is_whole_newest_and_self_contained(make: Callable[..
     assert whole(run) == folder == find(run) == find(folder)
     assert (run / LATEST).read_text().strip() == folder.name
     assert verify(folder) == []
-    assert checkpoint.read_state(folder) == {"step": 20}
+    assert read_state(folder) == {"step": 20}
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names == {"state.json", INDEX, "rank-00000.safetensors", "tokenizer/tokenizer.json"}
     assert json.loads((folder / INDEX).read_text())["files"].keys() == names - {INDEX}
@@ -80,7 +63,7 @@ def test_a_saved_checkpoint_is_whole_newest_and_self_contained(make: Callable[..
 @pytest.mark.parametrize("name", ["rank-00000.safetensors", "state.json", "tokenizer/tokenizer.json", INDEX])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_reason(
-    make: Callable[..., Path], tmp_path: Path, name: str, damage: str, fault: Fault
+    make: Callable[..., Path], tmp_path: Path, name: str, damage: str, fault: Fault, caplog: pytest.LogCaptureFixture
 ) -> None:
     older, newer = make(10), make(20)
     path = newer / name
@@ -90,22 +73,25 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_reason(
     path.unlink() if damage == "remove" else path.write_bytes(
         content[: len(content) // 2 if damage == "truncate" else None]
     )
-    told: list[str] = []
-    assert newest_whole(tmp_path / "run", told.append) == older
-    assert name in told[0] and str(newer) in told[0]
+    assert newest_whole(tmp_path / "run") == older
+    assert name in caplog.messages[0] and str(newer) in caplog.messages[0]
     assert find(tmp_path / "run") == older
     fault(f"{damage} {name}", "resume", detected="by hashes", after="from the one before", lost="nothing")
 
 
-def test_a_save_that_fails_leaves_the_older_ones_and_no_remains(make: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_save_that_fails_leaves_the_older_ones_and_no_remains(
+    make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     older = make(10)
 
-    def fails(folder: Path) -> Index:
-        write(folder)
+    def fails(*arguments: Any) -> None:
+        write_part(*arguments)
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(SaveError, match=r"step 20 could not be saved: rank 0: .*No space left"):
-        make(20, fails)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_part", fails)
+        with pytest.raises(SaveError, match=r"step 20 could not be saved: rank 0: .*No space left"):
+            make(20)
     run = tmp_path / "run"
     assert whole(run) == older and (run / LATEST).read_text().strip() == older.name
     assert not list((run / CHECKPOINTS).glob(SAVING + "*"))  # its room is given back
@@ -128,10 +114,9 @@ def test_a_disk_that_is_full_at_any_file_costs_that_save_only(
     what: str, make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     older, run, name = make(10), tmp_path / "run", FILES[what]
-    owner = sys.modules[__name__] if name == "write_part" else checkpoint
-    original = getattr(owner, name)
+    original = getattr(checkpoint, name)
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, lambda *arguments: with_full_disk(lambda: original(*arguments)))
+        patch.setattr(checkpoint, name, lambda *arguments: with_full_disk(lambda: original(*arguments)))
         with pytest.raises(SaveError, match=r"step 20 could not be saved: rank 0: .*File too large"):
             make(20)
     assert not list((run / CHECKPOINTS).glob(SAVING + "*"))
@@ -146,10 +131,10 @@ def test_what_fails_after_a_checkpoint_has_its_name_does_not_make_it_unsaved(
     make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make(10)
-    replace = checkpoint._replace
-    monkeypatch.setattr(checkpoint, "_replace", lambda *arguments: with_full_disk(lambda: replace(*arguments)))
+    write = checkpoint.write_whole
+    monkeypatch.setattr(checkpoint, "write_whole", lambda *arguments: with_full_disk(lambda: write(*arguments)))
     newer = make(20, keep=1)
-    assert whole(tmp_path / "run") == newer and sorted(checkpoint.saved_steps(tmp_path / "run")) == [20]
+    assert whole(tmp_path / "run") == newer and sorted(saved_steps(tmp_path / "run")) == [20]
     assert "step-00000020 is saved, but [Errno 27] File too large" in caplog.text
 
 
@@ -168,12 +153,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_file_system_without_room_for_another_checkpoint(small_disk: Path, tmp_path: Path, fault: Fault) -> None:
     (tmp_path / "tokenizer").mkdir()
 
-    def large(folder: Path) -> Index:
-        path = folder / part_name(0)
-        return {path.name: write_part(path, {"weight/a": torch.ones(6000)}, {"begins": {"a": 0}})}
+    saver, large = Saver(small_disk / "run", tmp_path / "tokenizer", ranks=Ranks()), {"weight/a": torch.ones(6000)}
 
     def save_step(step: int) -> Path:
-        return save(small_disk / "run", step, {"step": step}, large, tokenizer=tmp_path / "tokenizer", ranks=Ranks())
+        return saver.save(step, {"step": step}, Part(large, {"begins": {"a": 0}}))
 
     first, second = save_step(1), save_step(2)
     with pytest.raises(SaveError, match=r"step 3 could not be saved: .*No space left on device"):
@@ -208,7 +191,7 @@ def test_when_no_checkpoint_is_whole_the_run_does_not_begin_anew_in_silence(
 def test_what_is_kept(make: Callable[..., Path], tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         make(step, keep=2)
-    assert sorted(checkpoint.saved_steps(tmp_path / "run")) == [3, 4]
+    assert sorted(saved_steps(tmp_path / "run")) == [3, 4]
     steps = range(10, 101, 10)
     assert Retention(2).doomed(steps) == [10, 20, 30, 40, 50, 60, 70, 80]
     assert Retention(2, every=40).doomed(steps) == [10, 20, 30, 50, 60, 70]
@@ -222,11 +205,11 @@ def test_damaged_ones_that_a_run_went_back_behind_do_not_count_as_its_newest(
     run = tmp_path / "run"
     for step in (1, 2, 3):
         make(step)
-    moved = checkpoint.set_aside(run, 1)
+    moved = set_aside(run, 1)
     assert [path.name for path in moved] == [f"{ASIDE}step-00000002", f"{ASIDE}step-00000003"]
     assert (run / LATEST).read_text().strip() == "step-00000001"
     newer = make(2, keep=1)
-    assert whole(run) == newer and sorted(checkpoint.saved_steps(run)) == [2]
+    assert whole(run) == newer and sorted(saved_steps(run)) == [2]
 
 
 class Malicious:
@@ -241,18 +224,19 @@ class Malicious:
 
 @pytest.mark.faults
 def test_a_pickle_in_a_checkpoint_or_a_folder_never_runs(
-    make: Callable[..., Path], tmp_path: Path, fault: Fault
+    make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     """In place of a part, with a right hash; as a PyTorch file to start from; and the bomb is a real one."""
     ran = tmp_path / "ran"
     bomb = Malicious(f"touch {ran}")
 
-    def write_bomb(folder: Path) -> Index:
-        path = folder / part_name(0)
+    def write_bomb(path: Path, *_: Any) -> tuple[int, str]:
         torch.save({"weight/a": bomb}, path)
-        return {path.name: (path.stat().st_size, hash_file(path))}
+        return path.stat().st_size, hash_file(path)
 
-    folder = make(1, write_bomb)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_part", write_bomb)
+        folder = make(1)
     (folder / STATE).write_text(json.dumps({"parameters": {"a": [99]}}))
     with pytest.raises(CheckpointError, match=r"rank-00000.safetensors: cannot be read"):
         list(read_weights(folder))

@@ -11,8 +11,9 @@ import pytest
 from data_pipeline.cli import main
 from data_pipeline.tokenize.tokenizer import open_tokenizer
 from data_pipeline.write.output import PartWriter
+from ponder_scale.files.write import hash_file
 from ponder_scale.shards.format import open_shards
-from ponder_scale.shards.manifest import hash_file, read_manifest, verify
+from ponder_scale.shards.manifest import read_manifest, verify
 
 WORDS = ["ponder", "scale", "token", "shard", "a", "the", "of", "12", "\n", "Größe"]
 

@@ -334,7 +334,6 @@ DELETING = {"unlink", "rmdir", "rmtree", "remove", "removedirs", "move"}
 ELSEWHERE = {  # single files of a run, and of a probe
     "ponder_scale/files/places.py",
     "ponder_scale/train/survive/baton.py",
-    "ponder_scale/train/survive/control.py",
     "ponder_scale/train/survive/watchdog.py",
 }
 

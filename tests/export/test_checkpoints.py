@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ponder_scale.checkpoint.find import find
 from ponder_scale.checkpoint.parts import Parts
-from ponder_scale.checkpoint.save import find
 from ponder_scale.checkpoint.weights import read_weights
 from ponder_scale.errors import CheckpointError
 from ponder_scale.export.card import trained_card

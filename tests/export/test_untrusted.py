@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from data_pipeline.tokenize.tokenizer import open_tokenizer, save
 from data_pipeline.tokenize.training import train_tokenizer
-from ponder_scale.checkpoint import save as checkpoint
-from ponder_scale.checkpoint.save import Ranks
+from ponder_scale.checkpoint.find import Ranks
+from ponder_scale.checkpoint.save import Part, Saver
 from ponder_scale.checkpoint.weights import read_folder
 from ponder_scale.errors import CheckpointError, ConfigError, SaveError, TokenizerError
 from ponder_scale.export.reference import export_reference, import_reference
@@ -149,7 +149,7 @@ def test_links_out_of_a_tokenizer_folder_are_not_followed(
     with pytest.raises(TokenizerError, match=rf"{name}: is a link (out of its folder|that leads to no file)"):
         bundle_tokenizer(source, tmp_path / "out", eod_id=0)
     with pytest.raises(SaveError, match="is a link"):
-        checkpoint.save(tmp_path / "run", 1, {}, lambda folder: {}, tokenizer=source, ranks=Ranks())
+        Saver(tmp_path / "run", source, ranks=Ranks()).save(1, {}, Part({}, {}))
     assert not list((tmp_path / "run/checkpoints").iterdir())
     fault(f"{name}: {how}", "save, export, import", detected="leads out", after="refused", lost="nothing")
 

@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import ConfigError
-from ponder_scale.model import backends, readout
+from ponder_scale.model import backends
 from ponder_scale.model.pondering_embedding import Statistics, pondering_embedding
+from ponder_scale.model.readout import Ops
 from ponder_scale.planning.auto import as_before, settle
 from ponder_scale.planning.cost import (
     CHUNK_ELEMENTS,
@@ -64,17 +65,16 @@ def small(*overrides: str) -> tuple[RunConfig, Any]:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox", "gpt2"])
 @pytest.mark.parametrize("policy", ["none", "pass"])
-def test_flops_are_those_that_torch_counts(architecture: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flops_are_those_that_torch_counts(architecture: str, policy: str) -> None:
     """With eager operations throughout: torch's counter does not see in-place products and fused attention."""
     _, configuration = small(f"model.architecture={architecture}", "model.pondering_steps=2")
     configuration._attn_implementation = "eager"
     model = build_model(configuration, seed=0)
-    monkeypatch.setattr(readout, "pondering_embedding", partial(pondering_embedding, backend="eager"))
-    monkeypatch.setattr(readout, "cross_entropy", plain_cross_entropy)
+    plain = Ops(partial(pondering_embedding, backend="eager"), plain_cross_entropy)
     apply_recompute(model, policy)
     tokens = torch.zeros(2, SEQUENCE, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=tokens, shift_labels=tokens, skip_logits=True).loss.backward()
+        model(input_ids=tokens, shift_labels=tokens, skip_logits=True, ops=plain).loss.backward()
     shape = model_shape(configuration, SEQUENCE)
     flops = flops_per_token(shape, policy)
     half = 2 * shape.layers * shape.hidden * (SEQUENCE - 1)  # of attention's square, which is masked but computed
@@ -85,14 +85,14 @@ def test_flops_are_those_that_torch_counts(architecture: str, policy: str, monke
     assert counter.get_total_flops() / tokens.numel() == pytest.approx(expected, rel=0.02)
 
 
-def test_hidden_feedback_costs_its_passes_and_a_product_for_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_feedback_costs_its_passes_and_a_product_for_statistics() -> None:
     _, configuration = small("model.feedback=hidden", "model.residual=replace", "model.pondering_steps=2")
     configuration._attn_implementation = "eager"
     model = build_model(configuration, seed=0)
-    monkeypatch.setattr(readout, "cross_entropy", plain_cross_entropy)
+    plain = Ops(cross_entropy=plain_cross_entropy)
     tokens = torch.zeros(2, SEQUENCE, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=tokens, shift_labels=tokens, skip_logits=True).loss.backward()
+        model(input_ids=tokens, shift_labels=tokens, skip_logits=True, ops=plain).loss.backward()
     shape = model_shape(configuration, SEQUENCE)
     flops = flops_per_token(shape, "none")
     half = 2 * shape.layers * shape.hidden * (SEQUENCE - 1)

@@ -8,8 +8,9 @@ import pytest
 
 import ponder_scale.shards.manifest as manifest_module
 from ponder_scale.errors import ConfigError, ShardError, TokenizerError
+from ponder_scale.files.write import hash_file
 from ponder_scale.shards.format import ShardWriter, check_vocabulary, dtype_for, open_shards, same_tokenizer
-from ponder_scale.shards.manifest import Manifest, hash_file, read_manifest, seal, tokenizer_sha256, verify
+from ponder_scale.shards.manifest import Manifest, read_manifest, seal, tokenizer_sha256, verify
 
 DOCUMENTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [60, 61]]
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from ponder_scale.checkpoint.find import read_state
 from ponder_scale.checkpoint.parts import AVERAGE, Parts
-from ponder_scale.checkpoint.save import read_state
 from ponder_scale.checkpoint.weights import read_weights
 from ponder_scale.errors import CheckpointError
 from ponder_scale.export.card import trained_card

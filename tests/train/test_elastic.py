@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from ponder_scale.checkpoint.find import find
 from ponder_scale.checkpoint.parts import Parts, write_part
-from ponder_scale.checkpoint.save import find
 from ponder_scale.errors import CheckpointError
 from tests.checkpoint.sealing import seal
 from tests.ranks import KILLED, run_ranks

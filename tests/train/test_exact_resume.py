@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from ponder_scale.checkpoint.find import find
 from ponder_scale.checkpoint.parts import Parts
-from ponder_scale.checkpoint.save import find
 from tests.ranks import run_ranks
 from tests.train.test_loop import STEPS, assert_same_run, overrides, records, train_on_a_rank
 from tests.train.zero.test_gradients import POLICIES

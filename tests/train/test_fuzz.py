@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from ponder_scale.checkpoint.save import find
+from ponder_scale.checkpoint.find import find
 from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import Loader, open_sources
 from ponder_scale.settings import load

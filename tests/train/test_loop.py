@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ponder_scale.checkpoint.save import find
+from ponder_scale.checkpoint.find import find
 from ponder_scale.checkpoint.weights import read_weights
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import UserError
@@ -61,7 +61,7 @@ def train_on_a_rank(case: dict[str, Any]) -> str:
     torch.set_num_threads(1)
     fault = case.get("fault")
     if fault and os.environ["RANK"] == str(fault["rank"]):
-        owner: Any = {"save": state.RunState, "write_part": state, "sync": parts}.get(fault["at"], checkpoint)
+        owner: Any = {"save": state.RunState, "sync": parts}.get(fault["at"], checkpoint)
         original, calls = getattr(owner, fault["at"]), []
 
         def faulty(*arguments: Any, **options: Any) -> Any:

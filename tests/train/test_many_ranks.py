@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from ponder_scale.checkpoint.find import find, verify
 from ponder_scale.checkpoint.index import part_files
-from ponder_scale.checkpoint.save import find, verify
 from ponder_scale.errors import ShardError
 from ponder_scale.runs.status import STALE_SECONDS
 from ponder_scale.shards.format import open_shards

@@ -9,6 +9,7 @@ import logging
 import resource
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,24 @@ from ponder_scale.train.measure.work import Work
 from ponder_scale.train.survive.alarms import CollapseAlarms
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepMeans:
+    """What a step reports, over all ranks."""
+
+    by_name: dict[str, list[float]]  # each a mean over the labels, most of them one for each pass
+    labels: int  # fewer than the tokens where packed sequences are not full, or the shards have a mask
+
+    @property
+    def pass_losses(self) -> list[float]:
+        """The loss of each pass."""
+        return self.by_name["pass_losses"]
+
+    @property
+    def loss(self) -> float:
+        """Of the last pass, which is trained."""
+        return self.pass_losses[-1]
 
 
 class StepTally:
@@ -52,10 +71,12 @@ class StepTally:
         assert self._sums is not None
         return torch.cat([self._sums, torch.full((1,), self._weight, device=self._sums.device)])
 
-    def means(self, total: Tensor) -> dict[str, list[float]]:
-        """The means by name, of the sums added up over all ranks; 0 where no label counts."""
-        values = (total[:-1] / (total[-1] + (total[-1] == 0))).split(list(self._sizes.values()))
-        return {name: part.tolist() for name, part in zip(self._sizes, values, strict=True)}
+    def means(self, total: Tensor) -> StepMeans:
+        """The means of the sums added up over all ranks; 0 where no label counts."""
+        *sums, weight = total.split([*self._sizes.values(), 1])
+        divisor = weight + (weight == 0)
+        by_name = {name: (part / divisor).tolist() for name, part in zip(self._sizes, sums, strict=True)}
+        return StepMeans(by_name, int(weight))
 
 
 class Metrics:
@@ -103,9 +124,8 @@ class Metrics:
     def log_step(
         self,
         step: int,
-        means: dict[str, list[float]],
+        means: StepMeans,
         *,
-        labels: int,
         grad_norm: float,
         lr: float,
         data_wait: float,
@@ -114,9 +134,6 @@ class Metrics:
         """Record a step.
 
         Args:
-            means: those of `StepTally`, over all ranks.
-            labels: that the means are over; fewer than the tokens where packed sequences are not full, or the shards
-                have a mask.
             data_wait: seconds that rank 0 has waited for data in all, of this attempt.
             communication: share of the step's time in collectives, where it was measured.
         """
@@ -124,10 +141,10 @@ class Metrics:
             return
         speed = self._throughput.since_last(step, data_wait)
         values: dict[str, Any] = {
-            "pondering_steps": len(means["pass_losses"]) - 1,
-            "loss": means["pass_losses"][-1],
-            **{name: mean[0] if name == "z_loss" else mean for name, mean in means.items()},
-            "labels": labels,
+            "pondering_steps": len(means.pass_losses) - 1,
+            "loss": means.loss,
+            **{name: mean[0] if name == "z_loss" else mean for name, mean in means.by_name.items()},
+            "labels": means.labels,
             "grad_norm": grad_norm,
             "lr": lr,
             **speed,
@@ -135,7 +152,7 @@ class Metrics:
             **memory(),
         }
         self._write("step", step, values)
-        for alarm in self._alarms.of(step, means) if labels else ():
+        for alarm in self._alarms.of(step, means.by_name) if means.labels else ():
             self.log_event("alarm", step, **alarm)
             for line in folded(f"step {step}: {alarm['message']}"):
                 logger.warning("%s", line)

@@ -11,26 +11,38 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ponder_scale.errors import AGAIN, INTERRUPTED, ConfigError
 from ponder_scale.figures import duration, seconds_of
+from ponder_scale.runs.requests import SAVE, SAVE_AND_STOP, STOP, honoured, requested
 from ponder_scale.train.survive import signals
 
 logger = logging.getLogger(__name__)
 
-REQUESTS = ("STOP", "SAVE_AND_STOP", "SAVE")
 LOOK_SECONDS = 1.0  # between two looks for request files
 SHORTEST_SECONDS = 30.0  # of a time limit: torch alone takes a third of it to load
 UNKNOWN_SAVE_SECONDS = 60.0  # until a save or a load has been measured; a tenth of limits under ten minutes
+
+
+class Seen(NamedTuple):
+    """What one rank sees that may end or save the run."""
+
+    requests: frozenset[str]  # rank 0 alone looks for them
+    interrupt: bool
+    again: bool  # a signal by which a scheduler says that the run may come back
+    out_of_time: bool  # by rank 0's clock
+    late: bool  # with a save by the clock, rank 0's
 
 
 @dataclass(frozen=True)
 class Orders:
     """What all ranks do at a step boundary."""
 
+    wanted: Callable[[Seen], bool] = lambda seen: False  # whether a rank that sees so much wants it
     save: bool = False
     exit_code: int | None = None  # None: go on
     reason: str = ""
@@ -44,13 +56,19 @@ class Orders:
 
 # in order of precedence: a person's wish before that of a scheduler
 ORDERS = (
-    Orders(exit_code=0, reason="the file STOP", request="STOP"),
-    Orders(save=True, exit_code=0, reason="the file SAVE_AND_STOP", request="SAVE_AND_STOP"),
-    Orders(save=True, exit_code=INTERRUPTED, reason="an interrupt"),
-    Orders(save=True, exit_code=AGAIN, reason="a signal"),
-    Orders(save=True, exit_code=AGAIN, reason="the time limit"),
-    Orders(save=True, reason="the file SAVE", request="SAVE"),
-    Orders(save=True, reason="checkpoint.every_minutes"),
+    Orders(lambda seen: STOP in seen.requests, exit_code=0, reason="the file STOP", request=STOP),
+    Orders(
+        lambda seen: SAVE_AND_STOP in seen.requests,
+        save=True,
+        exit_code=0,
+        reason="the file SAVE_AND_STOP",
+        request=SAVE_AND_STOP,
+    ),
+    Orders(lambda seen: seen.interrupt, save=True, exit_code=INTERRUPTED, reason="an interrupt"),
+    Orders(lambda seen: seen.again, save=True, exit_code=AGAIN, reason="a signal"),
+    Orders(lambda seen: seen.out_of_time, save=True, exit_code=AGAIN, reason="the time limit"),
+    Orders(lambda seen: SAVE in seen.requests, save=True, reason="the file SAVE", request=SAVE),
+    Orders(lambda seen: seen.late, save=True, reason="checkpoint.every_minutes"),
 )
 
 
@@ -65,7 +83,7 @@ class Control:
         self._run_dir, self._first = run_dir, rank == 0
         self._slurm = time_limit == "slurm"
         self._limit, self._deadline = _limit(time_limit) if self._first else (float("inf"), None)
-        self._looked, self._files = -LOOK_SECONDS, dict.fromkeys(REQUESTS, False)
+        self._looked, self._requests = -LOOK_SECONDS, frozenset[str]()
         self._step_seconds: list[float] = []
         self._save_seconds, self._save_known = min(UNKNOWN_SAVE_SECONDS, 0.1 * self._limit), False
         self._evaluation_seconds = 0.0
@@ -111,19 +129,16 @@ class Control:
             f"leaves none for a step; give it at least {2 * (started + self._reserve()):.0f} s"
         )
 
-    def wishes(self, *, save: bool = False) -> list[float]:
-        """1 for each of `ORDERS` that this rank wants, else 0; `save`: time for a save by the clock, of rank 0."""
-        files = self._look() if self._first else dict.fromkeys(REQUESTS, False)
-        wanted = (
-            files["STOP"],
-            files["SAVE_AND_STOP"],
-            signals.received.interrupt,
-            signals.received.again,
-            self._first and self._out_of_time(),
-            files["SAVE"],
-            self._first and save,
+    def wishes(self, *, late: bool = False) -> list[float]:
+        """1 for each of `ORDERS` that this rank wants, else 0; `late`: it is time for a save by this rank's clock."""
+        seen = Seen(
+            requests=self._look() if self._first else frozenset(),
+            interrupt=signals.received.interrupt,
+            again=signals.received.again,
+            out_of_time=self._first and self._out_of_time(),
+            late=self._first and late,
         )
-        return [float(wish) for wish in wanted]
+        return [float(orders.wanted(seen)) for orders in ORDERS]
 
     def orders(self, wishes: Sequence[float]) -> Orders:
         """What to do, from the wishes of all ranks added up."""
@@ -132,14 +147,14 @@ class Control:
     def done(self, orders: Orders) -> None:
         """Remove the request file that has been honoured."""
         if self._first and orders.request:
-            (self._run_dir / orders.request).unlink(missing_ok=True)
-            self._files[orders.request] = False
+            honoured(self._run_dir, orders.request)
+            self._requests -= {orders.request}
 
-    def _look(self) -> dict[str, bool]:
+    def _look(self) -> frozenset[str]:
         if time.monotonic() - self._looked >= LOOK_SECONDS:
             self._looked = time.monotonic()
-            self._files = {name: (self._run_dir / name).exists() for name in REQUESTS}
-        return self._files
+            self._requests = frozenset(path.name for path in requested(self._run_dir))
+        return self._requests
 
     def _out_of_time(self) -> bool:
         """Whether an evaluation, a scheduled save, a step and the save after it might not end in time."""

@@ -17,13 +17,13 @@ import orjson
 import torch
 import torch.distributed as dist
 
+from ponder_scale.checkpoint.index import step_name
 from ponder_scale.config import HealthConfig
 from ponder_scale.data.loader import Loader
-from ponder_scale.errors import REWOUND, UNHEALTHY, UnhealthyError
-from ponder_scale.shards.manifest import sync
+from ponder_scale.errors import UNHEALTHY, UnhealthyError
+from ponder_scale.files.write import write_whole
 from ponder_scale.train.console import folded
 from ponder_scale.train.measure.metrics import Metrics, StepTally
-from ponder_scale.train.survive.control import Orders
 from ponder_scale.train.survive.health import Health
 from ponder_scale.train.survive.watchdog import TIMED, Watch, straggler
 from ponder_scale.train.zero.engine import Engine
@@ -32,7 +32,6 @@ from ponder_scale.train.zero.replicas import divergence, replicated
 logger = logging.getLogger(__name__)
 
 EVIDENCE, REWINDS = "evidence", "rewinds.json"
-REWIND = Orders(exit_code=REWOUND, reason="a rewind")
 
 
 class Incidents:
@@ -53,10 +52,10 @@ class Incidents:
         """A rewind will not go further back than this."""
         self._begins.clear()
 
-    def treat(self, step: int, tally: StepTally) -> Orders | None:
-        """Record the finding of a step that has just been judged, keep the evidence, and rewind if that is asked for.
+    def treat(self, step: int, tally: StepTally) -> bool:
+        """Record the finding of a step that has just been judged, and keep the evidence.
 
-        Returns REWIND, or None to go on.
+        Returns whether the run goes back to its newest checkpoint; else it goes on.
 
         Raises:
             UnhealthyError: too many steps in a row were skipped, or too many rewinds.
@@ -75,7 +74,7 @@ class Incidents:
         except UnhealthyError as error:
             self._give_up(step, str(error))
         if not rewind:
-            return None
+            return False
         skip = [self._begins[0], self._loader.consumed]
         rewinds = self._engine.agreed(_read(self._run_dir / REWINDS))
         if len(rewinds) >= self._config.max_rewinds:
@@ -83,7 +82,7 @@ class Incidents:
         if self._engine.rank == 0:
             _write(self._run_dir / REWINDS, [*rewinds, {"time": time.time(), "step": step, "skip": skip}])
         self._warn("going back to the newest checkpoint; sequences %d to %d are left out from now on", *skip)
-        return REWIND
+        return True
 
     def compare_replicas(self, step: int) -> None:
         """Compare the weights of all ranks, as far as they are the same on all.
@@ -139,9 +138,9 @@ class Incidents:
         hosts = self._hosts()
         if self._engine.rank != 0:
             return
-        losses = [row["pass_losses"] for row in means]
+        losses = [row.pass_losses for row in means]
         ranks = [{"rank": rank, "host": hosts[rank], "pass_losses": losses[rank]} for rank in range(len(losses))]
-        _write(self._run_dir / EVIDENCE / f"step-{step:08d}.json", {"step": step, **values, "ranks": ranks})
+        _write(self._run_dir / EVIDENCE / f"{step_name(step)}.json", {"step": step, **values, "ranks": ranks})
 
     def _hosts(self) -> list[str]:
         hosts: list[Any] = [None] * self._engine.world_size
@@ -164,8 +163,4 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _write(path: Path, content: Any) -> None:
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(orjson.dumps(content, option=orjson.OPT_INDENT_2))  # what is not finite becomes null
-        sync(stream)
-    temporary.replace(path)
+    write_whole(path, orjson.dumps(content, option=orjson.OPT_INDENT_2))  # what is not finite becomes null

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from ponder_scale import figures
 from ponder_scale.config import RunConfig
+from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.errors import CheckpointError, ConfigError, SaveError, UnhealthyError
 from ponder_scale.train.state import RunState
 from ponder_scale.train.zero.engine import Engine
@@ -41,7 +42,7 @@ def rehearse(engine: Engine, config: RunConfig, vocab_size: int) -> None:
     length, count = config.data.seq_len, min(2, engine.micro_steps)
     tokens = torch.arange(config.train.micro_batch_sequences * (length + 1)).view(-1, length + 1) % vocab_size
     positions = torch.arange(length).expand(len(tokens), -1).contiguous() if config.data.document_mask else None
-    norms: list[float] = []
+    batch, norms = MicroBatch(tokens, tokens[:, 1:], positions), list[float]()
 
     def refuse(norm: float) -> bool:
         norms.append(norm)
@@ -50,15 +51,8 @@ def rehearse(engine: Engine, config: RunConfig, vocab_size: int) -> None:
     engine.set_batch(count * config.train.micro_batch_sequences * engine.world_size)
     try:
         for _ in range(count):
-            output = engine.forward(
-                tokens[:, :-1],
-                tokens[:, 1:],
-                config.model.pondering_steps,
-                positions,
-                track=config.log.track_tokens,
-            )
-            engine.backward(output.loss)
-        engine.step(refuse)
+            output = engine.micro_step(batch, config.model.pondering_steps, track=config.log.track_tokens)
+        engine.update(refuse)
     except torch.OutOfMemoryError as error:
         raise ConfigError(_out_of_memory(engine, config, error)) from error
     engine.set_batch(config.train.global_batch)

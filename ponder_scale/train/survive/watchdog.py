@@ -29,6 +29,7 @@ from typing import Any
 
 from ponder_scale.config import HealthConfig
 from ponder_scale.errors import HUNG, FencedError, UserError
+from ponder_scale.files.write import write_whole
 from ponder_scale.runs.records import ENDED, FAILED, REFUSED
 from ponder_scale.train.survive import guard
 
@@ -49,9 +50,14 @@ class Watch:
     """Begins to watch when it is made; `enter` is the sign of life, the end of a `with` block ends it.
 
     Used by the main thread of a rank; costs it two looks at the clock a phase.
+
+    Args:
+        check_owned: raises FencedError once another attempt has the run; asked before each heartbeat.
     """
 
-    def __init__(self, run_dir: Path, health: HealthConfig, *, rank: int) -> None:
+    def __init__(
+        self, run_dir: Path, health: HealthConfig, *, rank: int, check_owned: Callable[[], None] = lambda: None
+    ) -> None:
         self._health = health
         self._rank = rank
         self._path = run_dir / HEARTBEATS / f"rank-{rank:05d}.json"
@@ -64,7 +70,7 @@ class Watch:
         self._pause = heartbeat_seconds(int(os.environ.get("WORLD_SIZE", "1")))
         self._leaving = False
         self._looked, self._suspended = self._since, 0.0
-        self.check_owned: Callable[[], None] = lambda: None  # raises FencedError once another attempt has the run
+        self._check_owned = check_owned
         self._threads = [threading.Thread(target=self._beat, name="heartbeat", daemon=True)]
         if health.hang_seconds is not None:
             self._threads.append(threading.Thread(target=self._guard, name="watchdog", daemon=True))
@@ -173,12 +179,10 @@ class Watch:
     def _write(self, where: tuple[str, int | None], date: float) -> None:
         content = {"step": where[1], "phase": where[0], "time": date, "pid": os.getpid(), "host": socket.gethostname()}
         content |= {"why": self._why} if self._why else {}
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
         try:
-            self.check_owned()
+            self._check_owned()
             self._path.parent.mkdir(exist_ok=True)
-            temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-            temporary.replace(self._path)
+            write_whole(self._path, json.dumps(content) + "\n", durable=False)
         except FencedError:
             return  # the file is the new attempt's now; the main thread finds out at its next record or save
         except OSError as error:  # a full disk must not end the run by way of its heartbeat

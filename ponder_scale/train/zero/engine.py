@@ -1,4 +1,4 @@
-"""The DeepSpeed engine behind the training loop: the only importer of deepspeed.
+"""The DeepSpeed engine behind the training loop.
 
 What DeepSpeed gets wrong with one transformer that runs S + 1 times a step is cured here, each cure beside its
 reason and under a test.
@@ -6,16 +6,12 @@ reason and under a test.
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import logging
 import os
 import resource
-import subprocess
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -26,6 +22,7 @@ from torch import Tensor
 
 from ponder_scale.checkpoint.parts import Parts
 from ponder_scale.config import RunConfig
+from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.errors import ConfigError
 from ponder_scale.planning.cost import gathering, peak_flops
 from ponder_scale.planning.plan import present_devices, settle_sharding
@@ -34,10 +31,10 @@ from ponder_scale.setup.recompute import refuse_foreign_checkpointing
 from ponder_scale.setup.speed import document_arguments
 from ponder_scale.train.console import folded
 from ponder_scale.train.launch import RANK_VARIABLES, free_port
-from ponder_scale.train.optim import parameter_groups
 from ponder_scale.train.zero.deepspeed_config import deepspeed_config, read_sharding
 from ponder_scale.train.zero.deepspeed_version import TESTED, is_tested, refuse_wrong_version
 from ponder_scale.train.zero.gate import Accept, Gate
+from ponder_scale.train.zero.optimizer import make_optimizer
 from ponder_scale.train.zero.partition import Partition, Scalars
 from ponder_scale.train.zero.traces import TraceBank
 
@@ -97,34 +94,8 @@ def from_first_rank(value: Any) -> Any:
     return box[0]
 
 
-@functools.cache
-def versions() -> dict[str, str]:
-    """Versions of what computes, for the record in a checkpoint."""
-    names = ("ponder-scale", "torch", "deepspeed", "transformers")
-    return {name: importlib.metadata.version(name) for name in names}
-
-
-@functools.cache
-def code_commit() -> str | None:
-    """The git commit of this code, with -dirty where files were changed; None where it is not a checkout."""
-    package = Path(__file__).parents[2]
-    kept = package.parents[1] / "commit.txt"  # beside the copy of the code that `ponder-scale submit` makes
-    if package.parent.name == "code" and kept.is_file():
-        return kept.read_text(encoding="utf-8").strip()
-    # a package installed into a folder of another project's checkout is not among that project's files
-    tracked = ["ls-files", "--error-unmatch", "cli.py"]
-    for command in (tracked, ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]):
-        try:
-            done = subprocess.run(["git", *command], cwd=package, capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode:
-            return None
-    return done.stdout.strip()
-
-
 class Engine:
-    """A model under ZeRO: forward, backward, step, save, load.
+    """A model under ZeRO. A step is `micro_step` for each of its micro-batches, then `update`.
 
     Args:
         model: a pondering model in fp32 on the CPU, equal on all ranks, recomputation already applied.
@@ -163,7 +134,7 @@ class Engine:
             from ponder_scale.train.survive import baton  # slow to import
 
             baton.install()
-        optimizer = _optimizer(model, config, offload="offload_optimizer" in offloads)
+        optimizer = make_optimizer(model, config, offload="offload_optimizer" in offloads)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -175,7 +146,7 @@ class Engine:
         self.partition = Partition(self.deepspeed, self.zero_stage, self.rank, self.world_size)
         plain = self.zero_stage == 0 and config.train.precision == "fp32"
         self._gate = Gate(self.deepspeed, self.zero_stage, deepspeed.__version__, plain=plain)
-        self._micro_step = 0  # of the step under way; 0 once its last has been
+        self._micro_steps_done = 0  # of the step under way; 0 once its last has been
         self._traces: TraceBank | None = None
         if self.zero_stage == 3:
             _keep_tables_gathered(self.deepspeed.module)
@@ -201,27 +172,56 @@ class Engine:
 
     def set_batch(self, sequences: int) -> None:
         """Set the sequences of the coming steps, over all ranks, by their number of micro-steps."""
-        assert self._micro_step == 0, "the batch changes in the middle of a step"
+        assert self._micro_steps_done == 0, "the batch changes in the middle of a step"
         self.deepspeed.set_train_batch_size(sequences)  # by which it divides the loss of a micro-batch
         self.micro_steps = self.deepspeed.gradient_accumulation_steps()
 
-    def forward(
+    def micro_step(
         self,
-        tokens: Tensor,
-        labels: Tensor,
+        batch: MicroBatch,
         pondering_steps: int | None = None,
-        position_ids: Tensor | None = None,
+        *,
         track: int | None = None,
         label_count: Tensor | None = None,
+        enter: Callable[[str], None] = lambda phase: None,
     ) -> Any:
-        """The model's output on a micro-batch: tokens (B, T) and the next token of each, (B, T).
+        """Forward and backward of a micro-batch, whose gradients count in the step; the model's output.
 
         Args:
             pondering_steps: overrides the model's; it must be the same on all ranks, see `agree_on`.
-            position_ids: (B, T), from 0 in each document; attention then does not cross documents, in any pass.
             track: look at so many tokens for what each pass changes.
             label_count: divides the summed loss; default: the labels that count in this micro-batch.
+            enter: told "forward" and "backward" as each begins.
         """
+        enter("forward")
+        tokens, labels, position_ids = batch
+        output = self._forward(tokens[:, :-1], labels, position_ids, pondering_steps, track, label_count)
+        enter("backward")
+        self._backward(output.loss)
+        return output
+
+    def update(self, accept: Accept | None = None) -> float:
+        """Update the weights by the mean gradient of the step's micro-batches, if it is accepted.
+
+        Else weights and moments are as they were, and the gradients are dropped.
+
+        Args:
+            accept: told the norm, decides, on all ranks alike; None: whether it is finite.
+
+        Returns the norm of the whole mean gradient before clipping; it may be infinite or nan.
+        """
+        assert self._micro_steps_done == 0, "micro-steps of the step are missing"
+        return self._gate.step(self.deepspeed, accept)
+
+    def _forward(
+        self,
+        tokens: Tensor,  # (B, T)
+        labels: Tensor,  # (B, T)
+        position_ids: Tensor | None,  # (B, T); where given, attention does not cross documents, in any pass
+        pondering_steps: int | None = None,
+        track: int | None = None,
+        label_count: Tensor | None = None,
+    ) -> Any:
         if self._traces is not None:
             self._traces.use((pondering_steps, torch.is_grad_enabled()))
         tokens, labels = (tensor.to(self.device, non_blocking=True) for tensor in (tokens, labels))
@@ -241,27 +241,14 @@ class Engine:
             **documents,
         )
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of a micro-batch's mean loss."""
-        self._micro_step = (self._micro_step + 1) % self.micro_steps
+    def _backward(self, loss: Tensor) -> None:
+        self._micro_steps_done = (self._micro_steps_done + 1) % self.micro_steps
         # DeepSpeed's own count, micro-steps since the start modulo those of a step, is wrong once the batch has changed
-        self.deepspeed.set_gradient_accumulation_boundary(self._micro_step == 0)
+        self.deepspeed.set_gradient_accumulation_boundary(self._micro_steps_done == 0)
         self.deepspeed.backward(loss)
         self._trim_module_stack()
-        if self._micro_step > 0:
-            self.deepspeed.step()  # counts a micro-step
-
-    def step(self, accept: Accept | None = None) -> float:
-        """After the last micro-step of a step, update the weights, if the gradient is accepted; before it, nothing.
-
-        A step that is not accepted leaves weights and moments as they were; its gradients are dropped.
-
-        Args:
-            accept: told the norm, decides, on all ranks alike; None: whether it is finite.
-
-        Returns the norm of the whole mean gradient before clipping, at the last micro-step; it may be infinite or nan.
-        """
-        return 0.0 if self._micro_step > 0 else self._gate.step(self.deepspeed, accept)
+        if self._micro_steps_done > 0:
+            self.deepspeed.step()  # updates nothing here: it counts the micro-step
 
     @property
     def updated(self) -> bool:
@@ -294,9 +281,13 @@ class Engine:
 
     @torch.no_grad()
     def predict(self, tokens: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Any:
-        """As `forward`, without gradient and dropout."""
+        """The model's output on tokens (B, T) and the next token of each, without gradient and dropout.
+
+        Args:
+            position_ids: (B, T), from 0 in each document; attention then does not cross documents, in any pass.
+        """
         self.deepspeed.eval()
-        output = self.forward(tokens, labels, position_ids=position_ids)
+        output = self._forward(tokens, labels, position_ids)
         self.deepspeed.train()
         self._trim_module_stack()
         return output
@@ -312,6 +303,10 @@ class Engine:
             return None
         each = peak_flops(torch.cuda.get_device_name(self.device))
         return None if each is None else each * self.world_size
+
+    def totals(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """The sums of some flat tensors over the ranks, on the CPU, by one all-reduce. Collective."""
+        return self.total(torch.cat(values)).split([part.numel() for part in values])
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of a tensor over the ranks, on the CPU. Collective."""
@@ -347,30 +342,6 @@ class Engine:
         # every recomputed module for ever. Between micro-steps only the root belongs in it.
         if self.zero_stage == 3:
             parameter_offload.FWD_MODULE_STACK[:] = [self.module]
-
-
-def _optimizer(model: Any, config: RunConfig, *, offload: bool) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, config.optim)
-    if config.optim.optimizer == "muon":
-        return _muon(groups)
-    # lr 0: DeepSpeed steps some optimizers once at start to allocate state, which must not decay the weights. The
-    # loop sets the rate of every step.
-    shared: dict[str, Any] = {"lr": 0.0, "betas": (config.optim.beta1, config.optim.beta2), "eps": config.optim.eps}
-    if offload:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use, so imported only where it is used
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **shared)
-    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **shared)
-
-
-def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # slow to import
-
-    for group in groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.use_muon = group["use_muon"]  # by which ZeRO knows whose gradients to orthogonalize
-    return MuonWithAuxAdam(groups)
 
 
 def _refuse_without_cuda(zero: dict[str, Any], name: str) -> None:

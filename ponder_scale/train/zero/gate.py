@@ -1,5 +1,13 @@
 """A gate before the optimizer update: it opens when the gradient norm is accepted, else the step leaves no trace.
 
+    stage and precision         what is intercepted                     how a refusal is told
+    0, fp32                     engine.clip_fp32_gradients, step        neither is called
+    0, bf16                     overflow_checker.check                  there is an overflow
+    1 and 2                     scaled_global_norm                      the norm is -1
+    1, bf16 added up in fp32    get_grads_for_norm                      the gradient is one infinite number
+    3                           _get_norm_groups                        the norm is -1
+    3, Muon                     _apply_muon_to_accumulated_grads        it is not called, then the norm is -1
+
 DeepSpeed computes the norm in its `step` and updates at once. It can skip an update, for fp16's overflows, and then
 drops every gradient and accumulation buffer and touches neither weights nor moments. Where each of its optimizers
 takes that decision, it is made to ask here. A version of DeepSpeed that decides elsewhere would not ask, and train on

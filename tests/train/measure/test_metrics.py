@@ -19,7 +19,7 @@ from ponder_scale.planning.cost import Shape, flops_per_token
 from ponder_scale.runs.records import METRICS, read
 from ponder_scale.settings import load
 from ponder_scale.train.measure import throughput as throughput_module
-from ponder_scale.train.measure.metrics import Metrics, StepTally
+from ponder_scale.train.measure.metrics import Metrics, StepMeans, StepTally
 from ponder_scale.train.measure.throughput import Throughput
 from ponder_scale.train.measure.work import Work
 from ponder_scale.train.schedules import pondering_steps
@@ -154,7 +154,8 @@ def test_a_tally_is_the_mean_over_batches_by_their_weight() -> None:
     tally.add(output(1.0, z_loss=torch.tensor(0.5)), 1.0)
     tally.add(output(4.0, z_loss=torch.tensor(0.0)), 3.0)
     found = tally.means(tally.sums() * 2)  # as two ranks with the same numbers add up
-    assert found == {"pass_losses": [3.25, 6.5], "pass_entropies": [1.0, 1.0], "z_loss": [0.125]}
+    assert found.by_name == {"pass_losses": [3.25, 6.5], "pass_entropies": [1.0, 1.0], "z_loss": [0.125]}
+    assert (found.loss, found.labels) == (6.5, 8)
 
 
 def two_attempts(run_dir: Path, **log: str) -> None:
@@ -181,7 +182,7 @@ def attempts_of(
             if step >= first:
                 worked(work, 4)
                 values = {"pass_losses": [3.0, float(step)], "pass_entropies": [1.0, 1.0], "pass_kls": [0.1]}
-                metrics.log_step(step, values, labels=64, grad_norm=1.0, lr=1e-3, data_wait=0.0)
+                metrics.log_step(step, StepMeans(values, 64), grad_norm=1.0, lr=1e-3, data_wait=0.0)
             if step in due:
                 metrics.log_evaluation(step, {"any": HeldOut([3.0, step + 0.5], 17)})
         if attempt == len(attempts):

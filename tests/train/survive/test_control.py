@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from ponder_scale.checkpoint.save import find, newest_whole, read_state
+from ponder_scale.checkpoint.find import find, newest_whole, read_state
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import AGAIN, INTERRUPTED, ConfigError
+from ponder_scale.runs.requests import requested
 from ponder_scale.settings import load
 from ponder_scale.train.survive import control, signals
 from tests.faults import Fault
@@ -80,7 +81,7 @@ def test_ranks_agree_on_every_event_and_the_run_goes_on_bit_for_bit(shards: Any,
     assert results == [[0, 0], *([code, code] for *_, code in EVENTS)]
     steps = [int(folder.name[-8:]) for folder in sorted((run_dir / "checkpoints").glob("step-*"))]
     assert steps == [2, 3, 4, 5, 6, 8]  # one for each event, and the last
-    assert not [name for name in control.REQUESTS if (run_dir / name).exists()]
+    assert not requested(run_dir)
     ends = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines() if '"end"' in line]
     reasons = ["a signal", "a signal", "the time limit", "the file SAVE_AND_STOP", "the file STOP"]
     reasons += ["an interrupt", "done"]
@@ -323,7 +324,7 @@ def test_preemption_of_a_running_command_saves_and_asks_to_be_started_again(
     printed = started.output()
     assert started.process.returncode == AGAIN, printed
     assert printed.count("in main\n") >= 2  # the stack of each rank down to the command line
-    newest = newest_whole(tmp_path / "run", print)
+    newest = newest_whole(tmp_path / "run")
     assert newest is not None
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     end = records[-1]

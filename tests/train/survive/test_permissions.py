@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from ponder_scale.checkpoint.save import CHECKPOINTS, SAVING, find, saved_steps, verify
+from ponder_scale.checkpoint.find import find, verify
+from ponder_scale.checkpoint.index import CHECKPOINTS, SAVING, saved_steps
 from ponder_scale.export.folder import making
-from ponder_scale.files.delete import copy_file
+from ponder_scale.files.write import copy_file
 from ponder_scale.runs.submit import HOME
 from tests.faults import Fault
 from tests.ranks import run_ranks

@@ -30,7 +30,7 @@ PHASES = ("start", "load", "data", "forward", "backward", "step", *LATE)
 
 def train_to_a_phase(case: dict[str, Any]) -> int:
     """Train; where rank 1 reaches the phase of the case, of step 3, this comes to it: kill, end or hang."""
-    from ponder_scale.train import loop, state
+    from ponder_scale.train import loop, start
     from ponder_scale.train.survive import watchdog
 
     torch.set_num_threads(1)
@@ -45,7 +45,7 @@ def train_to_a_phase(case: dict[str, Any]) -> int:
                 happen()
 
         watchdog.Watch.enter = entering  # type: ignore[method-assign]
-        before = {"start": (loop, "init_distributed"), "load": (state.RunState, "resume")}.get(case["phase"])
+        before = {"start": (start, "init_distributed"), "load": (start, "resume")}.get(case["phase"])
         if before is not None:
             original = getattr(*before)
             setattr(*before, lambda *arguments: (happen(), original(*arguments))[1])

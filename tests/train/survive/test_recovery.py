@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from ponder_scale.checkpoint.save import ASIDE, find, saved_steps, verify
+from ponder_scale.checkpoint.find import find, verify
+from ponder_scale.checkpoint.index import ASIDE, saved_steps
 from ponder_scale.errors import UNHEALTHY, SaveError
 from ponder_scale.runs.report import report
 from ponder_scale.runs.status import status

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ponder_scale.config import OptimConfig, PonderingSchedule, TrainConfig
+from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.errors import ConfigError
 from ponder_scale.setup.recompute import apply_recompute
 from ponder_scale.train.launch import RANK_VARIABLES
@@ -69,8 +70,8 @@ def live_weights(case: dict[str, Any]) -> dict[str, float]:
     tokens = torch.arange(2 * 25).view(2, 25) % 96
     for _ in range(2):  # the second by the trace of the first
         for _ in range(engine.micro_steps):
-            engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]).loss)
-            engine.step()
+            engine.micro_step(MicroBatch(tokens, tokens[:, 1:], None))
+        engine.update()
     return largest
 
 
@@ -101,8 +102,8 @@ def processes_started(case: dict[str, Any]) -> int:
     subprocess.Popen.__init__ = lambda *given, **more: (started.append(given), popen(*given, **more))[1]  # type: ignore[method-assign]
     tokens = torch.arange(25).view(1, 25) % 96
     for _ in range(engine.micro_steps):
-        engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]).loss)
-        engine.step()
+        engine.micro_step(MicroBatch(tokens, tokens[:, 1:], None))
+    engine.update()
     return len(started)
 
 
@@ -160,8 +161,8 @@ def gathers(case: dict[str, Any]) -> list[list[int]]:
     for steps in case["steps"]:
         count = 0
         for _ in range(engine.micro_steps):
-            engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:], steps).loss)
-            engine.step()
+            engine.micro_step(MicroBatch(tokens, tokens[:, 1:], None), steps)
+        engine.update()
         seen.append([steps, count])
     return seen
 

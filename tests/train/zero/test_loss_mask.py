@@ -43,6 +43,7 @@ def on_a_rank(case: dict[str, Any]) -> dict[str, Any]:
     """The gradients of a run's first step, as its own loop accumulates them, its loss, and labels by micro-batch."""
     from deepspeed.utils import safe_get_full_grad
 
+    from ponder_scale.runs.attempts import Attempt
     from ponder_scale.train import loop
     from ponder_scale.train.survive.watchdog import Watch
 
@@ -50,21 +51,21 @@ def on_a_rank(case: dict[str, Any]) -> dict[str, Any]:
     config = load(RunConfig, None, case["overrides"])
     counts: list[int] = []
     with Watch(Path(config.run_dir), config.health, rank=0) as watch:
-        run = loop._start(config, watch)
-        forward = run.engine.forward
+        run = loop.start(config, watch, Attempt(Path(config.run_dir)))
+        micro_step = run.engine.micro_step
 
-        def counting(tokens: Any, labels: Any, *more: Any, **options: Any) -> Any:
-            counts.append(int((labels != IGNORE_INDEX).sum()))
-            return forward(tokens, labels, *more, **options)
+        def counting(batch: Any, *more: Any, **options: Any) -> Any:
+            counts.append(int((batch.labels != IGNORE_INDEX).sum()))
+            return micro_step(batch, *more, **options)
 
-        run.engine.forward = counting
+        run.engine.micro_step = counting
         tally = loop._accumulate(run, 1, config.model.pondering_steps, logged=True)
         means = tally.means(run.engine.total(tally.sums()))
         gradients = {}
         for name, parameter in run.engine.module.named_parameters():
             gradients[name] = safe_get_full_grad(parameter).flatten().tolist()
         run.loader.close()
-    return {"gradients": gradients, "losses": means["pass_losses"], "counts": counts}
+    return {"gradients": gradients, "losses": means.pass_losses, "counts": counts}
 
 
 def in_plain_torch(config: RunConfig) -> dict[str, Any]:

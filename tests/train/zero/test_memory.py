@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.measure import reset_peak, resident
 from ponder_scale.config import RunConfig
+from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.planning.plan import Devices, plan_run, settle_sharding
 from ponder_scale.settings import load
 from ponder_scale.setup.build import build_model, model_configuration
@@ -67,8 +68,8 @@ def peak(case: dict[str, Any]) -> float:
         if step == last:
             reset_peak()
         for _ in range(engine.micro_steps):
-            engine.backward(engine.forward(batch[:, :-1], batch[:, 1:]).loss)
-            engine.step()
+            engine.micro_step(MicroBatch(batch, batch[:, 1:], None))
+        engine.update()
     return (resident("VmHWM") - before) * 2**20
 
 

@@ -1,0 +1,213 @@
+"""A run is built here, each part from those before it, and goes on where it was left."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ponder_scale.checkpoint.find import Ranks
+from ponder_scale.checkpoint.index import saved_steps
+from ponder_scale.config import RunConfig
+from ponder_scale.data.loader import Loader, damaged_shard, open_sources
+from ponder_scale.errors import ShardError
+from ponder_scale.files.write import write_whole
+from ponder_scale.planning.auto import as_before, is_auto, settle
+from ponder_scale.planning.plan import present_devices
+from ponder_scale.planning.shape import model_shape
+from ponder_scale.runs.attempts import Attempt
+from ponder_scale.settings import load, to_yaml
+from ponder_scale.setup.build import build_model, model_configuration
+from ponder_scale.setup.recompute import apply_recompute
+from ponder_scale.setup.speed import apply_speed
+from ponder_scale.setup.warm_start import warm_start
+from ponder_scale.shards.format import ShardSet
+from ponder_scale.train.contents import Contents
+from ponder_scale.train.measure.metrics import Metrics
+from ponder_scale.train.measure.profiling import Profiler
+from ponder_scale.train.measure.work import Work
+from ponder_scale.train.resume import Resumed, resume
+from ponder_scale.train.state import RunState
+from ponder_scale.train.survive.control import Control
+from ponder_scale.train.survive.health import Health
+from ponder_scale.train.survive.incidents import Incidents, left_out
+from ponder_scale.train.survive.sanity import rehearse, trial_save
+from ponder_scale.train.survive.watchdog import Watch, forget_ranks
+from ponder_scale.train.zero.deepspeed_config import check_ranks, read_sharding
+from ponder_scale.train.zero.engine import Engine, from_first_rank, init_distributed
+
+logger = logging.getLogger(__name__)
+
+SUSPENSION = timedelta(days=7)  # that a run may be stopped for and go on
+SLOWEST_SAVE = timedelta(hours=3)  # how long one rank may write before the others give it up
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop turns."""
+
+    config: RunConfig  # with nothing left to the planner
+    sources: dict[str, ShardSet]
+    engine: Engine
+    loader: Loader
+    state: RunState
+    control: Control
+    metrics: Metrics
+    profiler: Profiler
+    watch: Watch
+    health: Health
+    incidents: Incidents
+    work: Work
+    first_step: int
+
+
+def start(config: RunConfig, watch: Watch, attempt: Attempt) -> Run:
+    """Everything the loop needs, at the step where the run goes on. Collective."""
+    run_dir = Path(config.run_dir)
+    logger.info("run %s", run_dir)
+    sources = open_sources(config.data, check=False)
+    configuration = _configuration(config, sources)
+    # a hang is the watchdog's to end; a run that was stopped for hours must find its collectives as they were
+    init_distributed(None if config.health.hang_seconds is None else SUSPENSION)
+    _check_shards(sources)
+    config = _settled(config, configuration)
+    engine = Engine(_model(config, configuration, sources), config)
+    loader = _loader(config, sources, engine)
+    health, shape = Health(config.health), model_shape(configuration, config.data.seq_len)
+    work = Work(config, shape)
+    model_values = json.loads(json.dumps(configuration.to_dict()))  # as a checkpoint gives it back
+    contents = Contents(config, model_values, engine, loader, health, work)
+    ranks = Ranks(engine.rank, engine.world_size, dist.new_group(backend="gloo", timeout=SLOWEST_SAVE), watch.alive)
+    for stretch in engine.agreed(left_out(run_dir)):
+        loader.leave_out(*stretch)
+    began = time.monotonic()
+    resumed = resume(run_dir, contents, ranks, attempt)
+    loading = time.monotonic() - began
+    if engine.rank == 0:
+        _write_folder(run_dir, config, engine.world_size)
+    metrics = Metrics(
+        config,
+        run_dir,
+        start_step=resumed.step,
+        active=engine.rank == 0,
+        work=work,
+        vocabulary=shape.vocabulary,
+        peak=engine.peak_flops(),
+        attempt=attempt.number,
+        check_owned=attempt.check_owned,
+    )
+    _tell(config, configuration, engine, resumed, metrics)
+    control = Control(run_dir, config.train.time_limit, rank=engine.rank)
+    tokenizer = next(iter(sources.values())).tokenizer_folder
+    state = RunState(contents, tokenizer, ranks, attempt, start_step=resumed.step, record=metrics.log_event)
+    if resumed.step:
+        control.took(load=loading)
+    elif config.train.sanity_step:
+        rehearse(engine, config, configuration.vocab_size)
+        control.took(save=trial_save(run_dir, config, state))
+    return Run(
+        config=config,
+        sources=sources,
+        engine=engine,
+        loader=loader,
+        state=state,
+        control=control,
+        metrics=metrics,
+        profiler=Profiler(config.log, run_dir, rank=engine.rank, first_step=resumed.step + 1),
+        watch=watch,
+        health=health,
+        incidents=Incidents(run_dir, config.health, engine, loader, health, metrics),
+        work=work,
+        first_step=resumed.step + 1,
+    )
+
+
+def _configuration(config: RunConfig, sources: dict[str, ShardSet]) -> Any:
+    manifest = next(iter(sources.values())).manifest
+    return model_configuration(
+        config.model, vocab_size=manifest.vocab_size, seq_len=config.data.seq_len, eod_id=manifest.eod_id
+    )
+
+
+def _model(config: RunConfig, configuration: Any, sources: dict[str, ShardSet]) -> Any:
+    """The model as the engine takes it: built, warm, fast, and recomputed as the run has it."""
+    model = build_model(configuration, config.seed)
+    # a run that has a checkpoint goes on from that, also where the folder that it began with is gone
+    if config.model.init_from is not None and not saved_steps(Path(config.run_dir)):
+        tokenizer = next(iter(sources.values())).manifest.tokenizer
+        warm_start(model, Path(config.model.init_from), tokenizer=tokenizer)
+    apply_speed(model, config.train)
+    apply_recompute(model, config.train.recompute, offload=config.train.offload_activations)
+    return model
+
+
+def _write_folder(run_dir: Path, config: RunConfig, world_size: int) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    forget_ranks(run_dir, world_size)
+    write_whole(run_dir / "config.yaml", to_yaml(config))
+
+
+def _tell(config: RunConfig, configuration: Any, engine: Engine, resumed: Resumed, metrics: Metrics) -> None:
+    """Record and log what the run begins with."""
+    done, steps = resumed.step, config.train.steps
+    if done:
+        metrics.log_event("resume", done, world_size=engine.world_size)
+    for change in resumed.changes:
+        metrics.log_event("change", done, **change._asdict())
+    logger.info(
+        "%s parameters, S = %d, ZeRO-%d on %d ranks (%s), recompute %s, %s",
+        *(f"{engine.parameters:,}", configuration.pondering_steps, engine.zero_stage, engine.world_size),
+        *(engine.device, config.train.recompute, f"steps {done + 1} to {steps}" if done < steps else "no step left"),
+    )
+    if done >= steps:
+        logger.info("the run is finished: %d steps are trained, train.steps is %d; raise it to go on", done, steps)
+
+
+def _check_shards(sources: dict[str, ShardSet]) -> None:
+    """Compare the shards with their manifests, each on one rank, and say what of them counts.
+
+    Collective; raises ShardError on all ranks.
+    """
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, damaged_shard(sources, dist.get_rank(), dist.get_world_size()))
+    if problem := next(filter(None, found), None):
+        raise ShardError(problem)
+    for name, shards in sources.items():
+        if shards.manifest.masked:
+            infos = shards.manifest.splits["train"]
+            share = sum(info.tokens_that_count for info in infos) / max(1, sum(info.tokens for info in infos))
+            logger.info("loss mask: of source %s %s of the training tokens count", name, f"{share:.1%}")
+
+
+def _loader(config: RunConfig, sources: dict[str, ShardSet], engine: Engine) -> Loader:
+    return Loader(
+        config.data,
+        sources,
+        seed=config.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch_sequences,
+        rank=engine.rank,
+        world_size=engine.world_size,
+    )
+
+
+def _settled(config: RunConfig, configuration: Any) -> RunConfig:
+    """The run with what is left to the planner decided: as it was when the run began, else by what fits. Collective."""
+    if not is_auto(config.train):
+        return config
+    if dist.get_rank() == 0:
+        written = Path(config.run_dir, "config.yaml")
+        before = load(RunConfig, written).train if written.is_file() else None
+        config = as_before(config, before, dist.get_world_size())
+        sharding, devices = read_sharding(config.train.deepspeed), present_devices(config, dist.get_world_size())
+        check_ranks(sharding, config.train, devices.ranks)
+        config = settle(config, sharding, configuration, devices)
+        train = config.train
+        logger.info("auto: recompute %s, micro-batch %s", train.recompute, train.micro_batch)
+    return from_first_rank(config)

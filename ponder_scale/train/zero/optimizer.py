@@ -1,0 +1,35 @@
+"""The optimizers that DeepSpeed is given: torch's, or its own where ZeRO needs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ponder_scale.config import RunConfig
+from ponder_scale.train.optim import parameter_groups
+
+
+def make_optimizer(model: Any, config: RunConfig, *, offload: bool) -> torch.optim.Optimizer:
+    """The optimizer of a run, at learning rate 0; `offload`: its states and its update are on the CPU."""
+    groups = parameter_groups(model, config.optim)
+    if config.optim.optimizer == "muon":
+        return _muon(groups)
+    # lr 0: DeepSpeed steps some optimizers once at start to allocate state, which must not decay the weights. The
+    # loop sets the rate of every step.
+    shared: dict[str, Any] = {"lr": 0.0, "betas": (config.optim.beta1, config.optim.beta2), "eps": config.optim.eps}
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use, so imported only where it is used
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **shared)
+    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **shared)
+
+
+def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # slow to import
+
+    for group in groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]  # by which ZeRO knows whose gradients to orthogonalize
+    return MuonWithAuxAdam(groups)
