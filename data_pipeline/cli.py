@@ -20,7 +20,7 @@ from data_pipeline.config import BuildConfig, SourceConfig
 from data_pipeline.progress import Progress
 from ponder_scale.errors import ConfigError, ShardError, UserError
 from ponder_scale.settings import MISSING, find_recipe, load
-from ponder_scale.settings.commandline import Parser, new_folder, number, outlive_readers, parse, path, whole
+from ponder_scale.settings.commandline import Parser, flags, new_folder, number, outlive_readers, parse, path, whole
 from ponder_scale.shards.manifest import read_manifest, verify
 
 KINDS = ("megatron", "datatrove", "raw")  # of token files that can be adopted
@@ -114,7 +114,9 @@ def _add_adopt(commands: Any) -> None:
     command = commands.add_parser("adopt", help="use token files of other programs where they lie")
     command.add_argument("files", nargs="+", type=path, metavar="FILE", help="in reading order")
     command.add_argument("--kind", choices=KINDS, required=True)
-    command.add_argument("--tokenizer", type=path, required=True, help="the one that made the tokens")
+    command.add_argument(
+        "--tokenizer", dest="tokenizer_path", metavar="PATH", type=path, required=True, help="that made the tokens"
+    )
     command.add_argument(
         "--out", type=new_folder, required=True, help="the folder to make: links, an index, a manifest"
     )
@@ -210,16 +212,7 @@ def _plan(options: argparse.Namespace, command: str) -> None:
 def _adopt(options: argparse.Namespace, command: str) -> None:
     from data_pipeline.commands.adopt import adopt
 
-    manifest = adopt(
-        options.files,
-        options.kind,
-        options.tokenizer,
-        options.out,
-        options.dtype,
-        options.heldout_files,
-        options.eod_token,
-        command,
-    )
+    manifest = adopt(**flags(options), command=command)
     tokens = sum(info.tokens for infos in manifest.splits.values() for info in infos)
     documents = sum(info.documents for infos in manifest.splits.values() for info in infos)
     print(

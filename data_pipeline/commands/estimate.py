@@ -20,6 +20,7 @@ from data_pipeline.tokenize.backends import REFERENCE, Mismatch, checked, choose
 from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer
 from data_pipeline.write.output import places
 from ponder_scale.errors import ConfigError
+from ponder_scale.figures import span
 from ponder_scale.shards.format import dtype_for
 
 SAMPLES = 16  # places in the corpus that are looked at
@@ -90,7 +91,8 @@ def estimate(config: BuildConfig, sample_bytes: int) -> str:
             f"documents   about {documents:,.0f}; dropped: {drops}",
             f"tokens      about {tokens / 1e6:,.1f} million, {tokens / max(total, 1):.3f} for each byte of input",
             f"disk        about {disk * (2 if config.shuffle else 1) / 1e9:,.3f} GB",
-            f"time        about {hours:,.3f} core hours; {_clock(hours / cores)} on all {cores} cores of this machine",
+            f"time        about {hours:,.3f} core hours; {span(3600 * hours / cores)} on all {cores} cores of this "
+            "machine",
         ]
     )
 
@@ -157,9 +159,3 @@ def _tokenize(config: BuildConfig, sample: _Sample) -> str:
 def _tokenizer(config: BuildConfig) -> Tokenizer:
     in_text = config.special_tokens_in_text == "tokens"
     return open_tokenizer(Path(config.tokenizer), config.eod_token, config.bos_token, in_text)
-
-
-def _clock(hours: float) -> str:
-    if hours < 1 / 60:
-        return f"{hours * 3600:,.1f} seconds"
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"

@@ -21,18 +21,17 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ponder_scale.checkpoint.header import DTYPES, plan_header
 from ponder_scale.checkpoint.index import part_files
 from ponder_scale.errors import CheckpointError
 from ponder_scale.files.write import sync
 
 WEIGHT = "weight"
 AVERAGE = "average"  # of the weights over the steps, where a run keeps one
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _KEYS = {"dtype", "shape", "data_offsets"}  # of a tensor in a header
 _OPEN_FILES = 64  # at once: a checkpoint may have thousands
 _LAST = 2**63  # beyond any number of elements
 _SHOWN = 80  # characters of a value in a message
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 2**24  # a hundred thousand tensors
 _BLOCK_BYTES = 2**24  # bounds the memory that reading and writing take beside the tensors themselves
 
@@ -64,7 +63,8 @@ def write_part(
         metadata: JSON values by name.
         alive: called for each block that is written.
     """
-    header = _header(tensors, metadata)
+    sizes = {name: (tensor.dtype, [tensor.numel()]) for name, tensor in tensors.items()}
+    header = plan_header(sizes, {name: json.dumps(value) for name, value in metadata.items()}).content
     digest, size = xxhash.xxh3_128(header), len(header)
     with path.open("wb") as stream:
         stream.write(header)
@@ -195,17 +195,6 @@ def shares(
     if error is not None:
         return [({}, error) for _ in answers]
     return [(selected(table, needs), None) for _, _, needs in answers]
-
-
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
-    content: dict[str, Any] = {"__metadata__": {name: json.dumps(value) for name, value in metadata.items()}}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        content[name] = {"dtype": _NAMES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [begin, end]}
-    encoded = json.dumps(content, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # readers want the tensors aligned
-    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def _opened(path: Path, buffering: int = -1) -> Any:

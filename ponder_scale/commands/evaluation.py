@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ponder_scale.commands.folders import add_trust
-from ponder_scale.settings.commandline import new_file, number, path, whole
+from ponder_scale.settings.commandline import flags, new_file, number, path, whole
 
 
 def add_commands(commands: Any) -> None:
@@ -30,19 +30,24 @@ def _add_kinds(kinds: Any) -> None:
     tasks = kinds.add_parser("tasks", help="tasks of lm-evaluation-harness, for several numbers of pondering steps")
     tasks.add_argument("folder", type=path, help="an exported folder")
     tasks.add_argument("--tasks", nargs="+", default=[], help="default: the nine of the paper, or all of --include")
-    tasks.add_argument("--steps", type=whole(0), nargs="+", help="default: what it was trained with")
+    tasks.add_argument("--steps", type=whole(0), nargs="+", default=(None,), help="default: what it was trained with")
     tasks.add_argument("--include", type=path, help="folder of task files with their data, for use without a network")
     tasks.add_argument("--limit", type=whole(1), help="documents of each task")
     tasks.add_argument("--batch-size", type=whole(1), default=8)
-    tasks.add_argument("--json", type=new_file, help="also write the metrics there")
+    tasks.add_argument("--json", dest="json_file", metavar="FILE", type=new_file, help="also write the metrics there")
     tasks.set_defaults(run=_evaluate_tasks)
     answers = kinds.add_parser("answers", help="how many prompts are answered right, by group and pondering steps")
     answers.add_argument("folder", type=path, help="an exported folder")
     answers.add_argument(
-        "--items", type=path, required=True, help='a .jsonl of {"prompt": ..., "answer": ..., "group": ...}'
+        "--items",
+        dest="file",
+        metavar="FILE",
+        type=path,
+        required=True,
+        help='a .jsonl of {"prompt": ..., "answer": ..., "group": ...}',
     )
     answers.add_argument("--steps", type=whole(0), nargs="+", help="default: 0 to what it was trained with")
-    answers.add_argument("--json", type=new_file, help="also write the counts there")
+    answers.add_argument("--json", dest="json_file", metavar="FILE", type=new_file, help="also write the counts there")
     answers.set_defaults(run=_evaluate_answers)
     decoding = kinds.add_parser(
         "decoding", help="what early exit, fewer steps, a shared cache and drafts save and cost"
@@ -53,78 +58,48 @@ def _add_kinds(kinds: Any) -> None:
     decoding.add_argument("--prompt-tokens", type=whole(1), default=64)
     decoding.add_argument("--new-tokens", type=whole(1), default=64)
     decoding.add_argument("--exit-kl", type=number(least=0), nargs="+", default=[0.001, 0.01, 0.1], help="nats")
-    decoding.add_argument("--json", type=new_file, help="also write the table there")
+    decoding.add_argument("--json", dest="json_file", metavar="FILE", type=new_file, help="also write the table there")
     decoding.set_defaults(run=_evaluate_decoding)
     for kind in (ppl, tasks, answers, decoding):
         add_trust(kind)
     for kind in (ppl, run):
         kind.add_argument("--data", action="append", required=True, metavar="[NAME=]SHARDS", help="may be repeated")
         kind.add_argument("--sequences", type=whole(1), default=256, help="held-out sequences of each source")
-        kind.add_argument("--json", type=new_file, help="also write the losses there")
-        kind.add_argument("--plot", type=new_file, help="also write an SVG there")
+        kind.add_argument("--json", dest="json_file", metavar="FILE", type=new_file, help="also write the losses there")
+        kind.add_argument("--plot", dest="plot_file", metavar="FILE", type=new_file, help="also write an SVG there")
 
 
 def _evaluate_ppl(options: argparse.Namespace, _: list[str]) -> None:
-    from ponder_scale.evaluate.perplexity import evaluate, parse_sources
+    from ponder_scale.evaluate.perplexity import evaluate
 
-    evaluate(
-        options.folder,
-        parse_sources(options.data),
-        sequences=options.sequences,
-        seq_len=options.seq_len,
-        steps=options.steps,
-        document_mask=options.document_mask,
-        json_file=options.json,
-        plot_file=options.plot,
-        trust_remote_code=options.trust_remote_code,
-    )
+    evaluate(**_with_sources(options))
 
 
 def _evaluate_run(options: argparse.Namespace, _: list[str]) -> None:
-    from ponder_scale.evaluate.perplexity import parse_sources, trajectory
+    from ponder_scale.evaluate.perplexity import trajectory
 
-    data = parse_sources(options.data)
-    trajectory(options.run_dir, data, sequences=options.sequences, json_file=options.json, plot_file=options.plot)
+    trajectory(**_with_sources(options))
 
 
 def _evaluate_answers(options: argparse.Namespace, _: list[str]) -> None:
     from ponder_scale.evaluate.answers import evaluate_answers
 
-    evaluate_answers(
-        options.folder,
-        options.items,
-        steps=options.steps,
-        json_file=options.json,
-        trust_remote_code=options.trust_remote_code,
-    )
+    evaluate_answers(**flags(options))
 
 
 def _evaluate_decoding(options: argparse.Namespace, _: list[str]) -> None:
     from ponder_scale.evaluate.decoding import measure
-    from ponder_scale.evaluate.perplexity import parse_sources
 
-    measure(
-        options.folder,
-        parse_sources(options.data),
-        sequences=options.sequences,
-        prompt_tokens=options.prompt_tokens,
-        new_tokens=options.new_tokens,
-        exit_kl=options.exit_kl,
-        json_file=options.json,
-        trust_remote_code=options.trust_remote_code,
-    )
+    measure(**_with_sources(options))
 
 
 def _evaluate_tasks(options: argparse.Namespace, _: list[str]) -> None:
     from ponder_scale.evaluate.tasks import evaluate_tasks
 
-    evaluate_tasks(
-        options.folder,
-        options.tasks,
-        steps=options.steps or (None,),
-        include=options.include,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        json_file=options.json,
-        trust_remote_code=options.trust_remote_code,
-    )
+    evaluate_tasks(**flags(options))
+
+
+def _with_sources(options: argparse.Namespace) -> dict[str, Any]:
+    from ponder_scale.evaluate.perplexity import parse_sources
+
+    return {**flags(options), "data": parse_sources(options.data)}

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ponder_scale.errors import ConfigError
-from ponder_scale.settings.commandline import new_file, new_folder, number, path, whole
+from ponder_scale.settings.commandline import flags, new_file, new_folder, number, path, whole
 
 
 def add_commands(commands: Any) -> None:
@@ -55,8 +55,12 @@ def add_commands(commands: Any) -> None:
     trace = commands.add_parser("trace", help="what each pass believes about each token of a text")
     trace.add_argument("folder", type=path, help="an exported folder")
     trace.add_argument("--text", required=True)
-    trace.add_argument("--pondering-steps", type=whole(0), help="default: what it was trained with")
-    trace.add_argument("--html", type=new_file, help="also write a page with a heat map")
+    trace.add_argument(
+        "--pondering-steps", dest="steps", metavar="S", type=whole(0), help="default: what it was trained with"
+    )
+    trace.add_argument(
+        "--html", dest="html_file", metavar="FILE", type=new_file, help="also write a page with a heat map"
+    )
     add_trust(trace)
     trace.set_defaults(run=_trace)
 
@@ -72,7 +76,9 @@ def add_trust(command: argparse.ArgumentParser) -> None:
 
 def _add_format(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    command.add_argument("--license", help="identifier on the hub for the model card, such as apache-2.0")
+    command.add_argument(
+        "--license", dest="licence", help="identifier on the hub for the model card, such as apache-2.0"
+    )
 
 
 def _export(options: argparse.Namespace, _: list[str]) -> None:
@@ -84,7 +90,7 @@ def _export(options: argparse.Namespace, _: list[str]) -> None:
     if is_universal(source) != (like is not None):
         said = "expected a universal checkpoint with --like" if like else "a universal checkpoint, which needs --like"
         raise ConfigError(f"{source}: {said}, a folder with the model's config.json and tokenizer")
-    kept: dict[str, Any] = {"dtype": options.dtype, "licence": options.license}
+    kept: dict[str, Any] = {"dtype": options.dtype, "licence": options.licence}
     if like is None:
         export(source, out, average=options.ema, **kept)
     elif options.ema:
@@ -98,38 +104,22 @@ def _export(options: argparse.Namespace, _: list[str]) -> None:
 def _import_reference(options: argparse.Namespace, _: list[str]) -> None:
     from ponder_scale.export.reference import import_reference
 
-    import_reference(options.source, options.out, dtype=options.dtype, licence=options.license)
+    import_reference(**flags(options))
 
 
 def _export_reference(options: argparse.Namespace, _: list[str]) -> None:
     from ponder_scale.export.reference import export_reference
 
-    export_reference(options.source, options.out)
+    export_reference(**flags(options))
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> None:
     from ponder_scale.evaluate.generate import generate
 
-    generate(
-        options.folder,
-        options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        pondering_steps=options.pondering_steps,
-        temperature=options.temperature,
-        seed=options.seed,
-        exit_kl=options.exit_kl,
-        draft_steps=options.draft_steps,
-        trust_remote_code=options.trust_remote_code,
-    )
+    generate(**flags(options))
 
 
 def _trace(options: argparse.Namespace, _: list[str]) -> None:
     from ponder_scale.evaluate.trace import trace_folder
 
-    trace_folder(
-        options.folder,
-        options.text,
-        steps=options.pondering_steps,
-        html_file=options.html,
-        trust_remote_code=options.trust_remote_code,
-    )
+    trace_folder(**flags(options))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +82,33 @@ class Counts:
 @contextmanager
 def counted(model: Any) -> Iterator[Counts]:
     """Counts what the model runs inside the block. A draft made of it before runs uncounted."""
-    counts, run_pass = Counts(), model.run_pass
+    counts = Counts()
 
-    def counting(embeds: Any, index: int, *arguments: Any, **keywords: Any) -> Any:
+    def counting(run_pass: Any, embeds: Any, index: int, *arguments: Any, **keywords: Any) -> Any:
         counts.forwards += index == 0
         counts.passes += 1
         return run_pass(embeds, index, *arguments, **keywords)
 
-    model.run_pass = counting
-    try:
+    with within(model, counting):
         yield counts
+
+
+@contextmanager
+def within(model: Any, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Each pass of the model runs inside `wrapper`, which takes the pass and its arguments."""
+    if not hasattr(model, "wrappers"):  # the code of a folder that an older version has exported, run on trust
+        model.run_pass = partial(wrapper, model.run_pass)
+        try:
+            yield
+        finally:
+            del model.run_pass
+        return
+    before = model.wrappers
+    model.wrappers = (*before, wrapper)
+    try:
+        yield
     finally:
-        del model.run_pass
+        model.wrappers = before
 
 
 def generate(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ponder_scale.errors import ConfigError
-from ponder_scale.evaluate.generate import load_folder
+from ponder_scale.evaluate.generate import load_folder, within
 from ponder_scale.runs.page import page
 
 CONTENT = Path(__file__).with_name("trace.html")
@@ -94,20 +94,16 @@ def _passes(model: Any, ids: Tensor, steps: int | None) -> tuple[Tensor, Tensor]
     """The input embeddings and the log-probabilities of each pass, fp32 on the CPU."""
     given: list[Tensor] = []
     said: list[Tensor] = []
-    run_pass = model.run_pass
 
-    def watched(embeds: Tensor, *arguments: Any, **keywords: Any) -> Any:
+    def watched(run_pass: Any, embeds: Tensor, *arguments: Any, **keywords: Any) -> Any:
         output = run_pass(embeds, *arguments, **keywords)
         logits = model.get_output_embeddings()(output.last_hidden_state[0])
         given.append(embeds[0].float().cpu())
         said.append(logits.float().log_softmax(-1).cpu())
         return output
 
-    model.run_pass = watched
-    try:
+    with within(model, watched):
         model(ids, pondering_steps=steps, logits_to_keep=1)
-    finally:
-        del model.run_pass
     return torch.stack(given), torch.stack(said)
 
 

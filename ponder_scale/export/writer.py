@@ -1,24 +1,20 @@
-"""Safetensors files written one tensor at a time: the header is planned from shapes, so that no shard is ever whole.
-
-https://huggingface.co/docs/safetensors: 8 bytes length of the header, the header as JSON, then the tensors' bytes.
-"""
+"""Safetensors files written one tensor at a time: the header is planned from shapes, so that no shard is ever whole."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ponder_scale.checkpoint.header import plan_header
 from ponder_scale.errors import CheckpointError
 from ponder_scale.files.write import sync
 
 MAX_SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def write_safetensors(
@@ -75,14 +71,8 @@ def _plan(folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype) ->
 
 
 def _write_header(path: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> dict[str, tuple[Path, int]]:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # readers want the tensors aligned
+    header = plan_header({name: (dtype, shape) for name, shape in shapes.items()}, {"format": "pt"})
     with path.open("wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
-        stream.truncate(8 + len(encoded) + end)
-    return {name: (path, 8 + len(encoded) + header[name]["data_offsets"][0]) for name in shapes}
+        stream.write(header.content)
+        stream.truncate(header.file_bytes)
+    return {name: (path, offset) for name, offset in header.offsets.items()}

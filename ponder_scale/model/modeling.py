@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
     from .pondering_embedding import pondering_embedding  # noqa: F401
     from .readout import Ops, Readout  # noqa: F401
 
+RunPass = Callable[..., Any]  # takes and returns what `Ponder.run_pass` does
+PassWrapper = Callable[..., Any]  # takes a RunPass, then its arguments; calls it
 CACHE_NAME = cache_name([field.name for field in fields(CausalLMOutputWithPast)])  # in the outputs of this version
 
 
@@ -80,6 +84,7 @@ class Ponder(Checkpointing):
     backbone_class: Any
     output_projections: tuple[str, ...] = ()  # ends of the module names that write into the residual stream
     layers_name = "layers"  # of the backbone's list of layers
+    wrappers: tuple[PassWrapper, ...] = ()  # around each pass, the last one outermost: recomputation, counts
     _initialized = False
 
     def __init__(self, config: Any) -> None:
@@ -92,7 +97,13 @@ class Ponder(Checkpointing):
         self.post_init()
 
     def run_pass(self, embeds: Tensor, index: int, view: PassView | None, **kwargs: Any) -> Any:
-        """The backbone's output for pass `index` on embeddings (B, T, D). Recomputation wraps this method."""
+        """The backbone's output for pass `index` on embeddings (B, T, D), run inside `wrappers`."""
+        run: RunPass = self._one_pass
+        for wrapper in self.wrappers:
+            run = partial(wrapper, run)
+        return run(embeds, index, view, **kwargs)
+
+    def _one_pass(self, embeds: Tensor, index: int, view: PassView | None, **kwargs: Any) -> Any:
         return self.base_model.one_pass(embeds, view, **kwargs)  # type: ignore[attr-defined]
 
     @property

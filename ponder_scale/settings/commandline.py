@@ -79,6 +79,11 @@ def parse(parser: Parser, arguments: Sequence[str], schema: type, settings: str)
     return options
 
 
+def flags(options: argparse.Namespace) -> dict[str, Any]:
+    """What a command was given, by the names that the function behind it has for it."""
+    return {name: value for name, value in vars(options).items() if name not in ("parser", "run")}
+
+
 def whole(least: int) -> Callable[[str], int]:
     """The type of a flag: a whole number, not less than `least`."""
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import wraps
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -53,18 +53,19 @@ def apply_recompute(model: Any, policy: str, *, offload: bool = False) -> None:
         )
     if policy == "selective" and model.config._attn_implementation == "eager":
         raise ConfigError("train.recompute is selective, but eager attention has no kernel to keep; use sdpa, or layer")
-    for module, name in ((model, "run_pass"), *((layer, "forward") for layer in model.layers)):
-        if hasattr(module.__dict__.get(name), "recomputes"):
-            del module.__dict__[name]
+    model.wrappers = tuple(wrapper for wrapper in model.wrappers if not hasattr(wrapper, "recomputes"))
+    for layer in model.layers:
+        if hasattr(layer.__dict__.get("forward"), "recomputes"):
+            del layer.__dict__["forward"]
     outer = "pass" in policy.split("+")
     if outer:
-        model.run_pass = _recomputed(model.run_pass, offload=offload)
+        model.wrappers = (*model.wrappers, _recompute(offload=offload))
     if policy in ("layer", "selective", "pass+layer"):
         for layer in model.layers:
             # inside a recomputed pass the layers' inputs live for that pass only, so they stay on the device
-            layer.forward = _recomputed(
-                layer.forward, offload=offload and not outer, keep_attention=policy == "selective"
-            )
+            wrapper = _recompute(offload=offload and not outer, keep_attention=policy == "selective")
+            layer.forward = update_wrapper(partial(wrapper, layer.forward), layer.forward)
+            layer.forward.recomputes = True
 
 
 def attention_dropout(configuration: Any) -> tuple[str, float]:
@@ -83,18 +84,18 @@ def refuse_foreign_checkpointing(model: Any) -> None:
             )
 
 
-def _recomputed(function: Callable[..., Any], *, offload: bool, keep_attention: bool = False) -> Callable[..., Any]:
+def _recompute(*, offload: bool, keep_attention: bool = False) -> Callable[..., Any]:
+    """Takes a function and its arguments, and calls it so that backward computes it again."""
     selective: dict[str, Any] = {"context_fn": keeping} if keep_attention else {}
 
-    @wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
         with save_on_cpu(pin_memory=torch.cuda.is_available()) if offload else nullcontext():
             return checkpoint(function, *args, use_reentrant=False, **selective, **kwargs)
 
-    wrapped.recomputes = True  # type: ignore[attr-defined]
-    return wrapped
+    wrapper.recomputes = True  # type: ignore[attr-defined]
+    return wrapper
 
 
 def keeping(operations: tuple[Any, ...] = ATTENTION) -> tuple[TorchDispatchMode, TorchDispatchMode]:

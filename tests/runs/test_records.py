@@ -138,3 +138,19 @@ def test_the_end_of_a_long_record_is_read_without_the_rest(tmp_path: Path) -> No
     found = read_end(tmp_path / METRICS, 1000)
     assert found[-1]["step"] == 500 and 5 < len(found) < 20
     assert [line["step"] for line in read_end(tmp_path / METRICS, 10**6)] == list(range(1, 501))
+
+
+def test_an_attempt_owns_nothing_before_it_has_a_number_and_until_another_comes(tmp_path: Path) -> None:
+    older, peer = attempts.Attempt(tmp_path), attempts.Attempt(tmp_path)
+    older.check_owned()  # a heartbeat before the run is taken over
+    older.claim()
+    peer.join(older.number)
+    for each in (older, peer):
+        each.check_owned()
+    newer = attempts.Attempt(tmp_path)
+    newer.check_owned()
+    newer.claim()
+    assert (older.number, newer.number) == (1, 2)
+    for each in (older, peer):
+        with pytest.raises(FencedError, match="attempt 2 has taken the run over"):
+            each.check_owned()

@@ -14,7 +14,9 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ponder_scale.setup.recompute import ATTENTION, keeping
+from ponder_scale.evaluate.generate import counted
+from ponder_scale.setup.recompute import ATTENTION, apply_recompute, keeping
+from tests.model.architectures import make
 
 WIDTH = 8
 
@@ -90,3 +92,26 @@ def test_a_forward_that_is_dropped_is_freed_at_once() -> None:
         assert kept() is None
     finally:
         gc.enable()
+
+
+def test_recomputation_and_counts_stand_in_one_list_and_leave_it_again() -> None:
+    model, tokens = make("llama", pondering_steps=2), torch.arange(10).view(2, 5)
+    apply_recompute(model, "pass")
+    with counted(model) as counts, counted(model) as again:
+        assert len(model.wrappers) == 3
+        model(tokens, labels=tokens).loss.backward()
+    assert (counts.passes, again.passes) == (3, 3)  # what backward computes again is inside
+    assert len(model.wrappers) == 1
+    apply_recompute(model, "none")
+    assert model.wrappers == ()
+
+
+def test_passes_of_an_older_folder_s_code_are_counted_too() -> None:
+    class Older:
+        def run_pass(self, embeds: Tensor, index: int) -> Tensor:
+            return embeds + index
+
+    model = Older()
+    with counted(model) as counts:
+        assert model.run_pass(torch.zeros(1), 0) == 0 and model.run_pass(torch.zeros(1), 1) == 1
+    assert counts.passes == 2 and "run_pass" not in vars(model)
