@@ -18,7 +18,7 @@ import pytest
 from ponder_scale.checkpoint.find import find, newest_whole, read_state
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import AGAIN, INTERRUPTED, ConfigError
-from ponder_scale.runs.requests import requested
+from ponder_scale.runs.requests import REQUESTS, requested
 from ponder_scale.settings import load
 from ponder_scale.train.survive import control, signals
 from tests.faults import Fault
@@ -98,6 +98,27 @@ def test_a_persons_wish_comes_before_a_schedulers(shards: Any, tmp_path: Path) -
     case = {"overrides": overrides(tmp_path / "run", shards, *SPARSE), "at": 2, "rank": 0}
     assert run_ranks(train_with_an_event, [{**case, "events": ["SIGUSR2", "STOP"]}]) == [[0, 0]]
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+NOTHING = control.Seen(frozenset(), interrupt=False, again=False, out_of_time=False, late=False)
+SIGNS = {
+    "the file STOP": {"requests": frozenset({"STOP"})},
+    "the file SAVE_AND_STOP": {"requests": frozenset({"SAVE_AND_STOP"})},
+    "an interrupt": {"interrupt": True},
+    "a signal": {"again": True},
+    "the time limit": {"out_of_time": True},
+    "the file SAVE": {"requests": frozenset({"SAVE"})},
+    "checkpoint.every_minutes": {"late": True},
+}
+
+
+def test_each_order_is_wanted_for_its_own_sign_alone() -> None:
+    assert [orders.reason for orders in control.ORDERS] == list(SIGNS)  # by precedence
+    for reason, sign in SIGNS.items():
+        seen = NOTHING._replace(**sign)
+        assert [orders.reason for orders in control.ORDERS if orders.wanted(seen)] == [reason]
+    assert not any(orders.wanted(NOTHING) for orders in control.ORDERS)
+    assert {orders.request for orders in control.ORDERS} - {None} == set(REQUESTS)
 
 
 def test_the_time_limit_leaves_time_for_a_step_and_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
