@@ -27,7 +27,7 @@ from ponder_scale.settings import load
 from ponder_scale.settings.commandline import outlive_readers
 from ponder_scale.setup.build import build_model, model_configuration
 from tests.commands import run_command
-from tests.conftest import TinyShards
+from tests.tiny import TinyShards
 
 PLACES = {  # what stands in the way of a folder, and what is said of it
     "file": "which is a file",

@@ -12,7 +12,7 @@ import tokenizers
 from benchmarks.__main__ import main
 from benchmarks.baselines import BASELINES
 from benchmarks.data import Runs, _table
-from tests.data_pipeline.test_build import make_texts, write_jsonl
+from tests.data_pipeline.builds import make_texts, write_jsonl
 
 QUICK_LOADER = """
 import json, pathlib, sys

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ponder_scale.checkpoint.index import FORMAT, INDEX, checksum
 from ponder_scale.files.write import hash_file
@@ -21,3 +23,11 @@ def write_index(folder: Path, files: object) -> None:
     """Write an index of these files, whatever they are, with a checksum that is right."""
     content = {"format": FORMAT, "files": files, "checksum": checksum(files)}  # type: ignore[arg-type]
     (folder / INDEX).write_text(json.dumps(content))
+
+
+def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a checkpoint's state.json, as if it had been saved so."""
+    state = json.loads((folder / "state.json").read_text())
+    change(state)
+    (folder / "state.json").write_text(json.dumps(state))
+    seal(folder)

@@ -24,7 +24,7 @@ from ponder_scale.checkpoint.weights import read_folder, read_weights
 from ponder_scale.errors import CheckpointError, SaveError
 from ponder_scale.files.write import hash_file
 from tests.faults import Fault
-from tests.train.test_loop import with_full_disk
+from tests.train.runs import with_full_disk
 
 PART = Part({"weight/a": torch.arange(99.0)}, {"begins": {"a": 0}})
 

@@ -23,7 +23,7 @@ from tests.checkpoint.sealing import seal, write_index
 from tests.commands import run_command
 from tests.faults import Fault
 from tests.ranks import run_ranks
-from tests.train.test_loop import overrides, train_on_a_rank
+from tests.train.runs import overrides, train_on_a_rank
 
 FILES = [part_name(0), "state.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", INDEX]
 

@@ -14,8 +14,7 @@ from ponder_scale.config import DataConfig, SourceConfig
 from ponder_scale.data.loader import Loader, open_sources
 from ponder_scale.shards.format import open_shards
 from ponder_scale.shards.manifest import read_manifest, verify
-
-from .test_build import arguments, make_texts, write_jsonl
+from tests.data_pipeline.builds import arguments, make_texts, write_jsonl
 
 
 def write_megatron(prefix, documents, dtype="<u2", code=8):

@@ -11,9 +11,8 @@ from data_pipeline.tokenize.tokenizer import open_tokenizer
 from data_pipeline.tokenize.training import train_tokenizer
 from ponder_scale.errors import TokenizerError
 from ponder_scale.shards.manifest import read_manifest
-
-from .test_build import arguments, documents, make_texts, write_jsonl
-from .test_tokenizer import bare
+from tests.data_pipeline.builds import arguments, documents, make_texts, write_jsonl
+from tests.data_pipeline.tokenizers import bare
 
 SPELLED = ["</s>", "a<s>b", "<unk> <|endoftext|>", "x <|endoftext|>y </s>", "<pad>", "a <|never|>b"]
 

@@ -5,44 +5,14 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data_pipeline.cli import main
 from data_pipeline.tokenize.tokenizer import open_tokenizer
 from data_pipeline.write.output import PartWriter
-from ponder_scale.files.write import hash_file
 from ponder_scale.shards.format import open_shards
-from ponder_scale.shards.manifest import read_manifest, verify
-
-WORDS = ["ponder", "scale", "token", "shard", "a", "the", "of", "12", "\n", "Größe"]
-
-
-def make_texts(count: int, seed: int = 0) -> list[str]:
-    generator = np.random.default_rng(seed)
-    return [f"{i}: " + " ".join(generator.choice(WORDS, generator.integers(1, 40))) for i in range(count)]
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
-def arguments(path: Path, tokenizer: Path, out: Path, *more: str) -> list[str]:
-    source = ["sources.web.kind=jsonl", f"sources.web.path={path}"]
-    return ["build", f"out={out}", f"tokenizer={tokenizer}", *source, "heldout_fraction=0.1", *more]
-
-
-def documents(folder: Path, split: str) -> list[list[int]]:
-    found = []
-    for shard in open_shards(folder).split(split):
-        ends = np.cumsum(shard.lengths)
-        found += [shard.tokens[end - length : end].tolist() for end, length in zip(ends, shard.lengths, strict=True)]
-    return found
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+from ponder_scale.shards.manifest import hash_file, read_manifest, verify
+from tests.data_pipeline.builds import arguments, contents, documents, make_texts, write_jsonl
 
 
 @pytest.fixture

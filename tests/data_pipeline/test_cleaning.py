@@ -16,8 +16,7 @@ from data_pipeline.write import shuffle
 from ponder_scale.errors import ConfigError
 from ponder_scale.shards.format import open_shards
 from ponder_scale.shards.manifest import read_manifest, verify
-
-from .test_build import arguments, documents, make_texts, write_jsonl
+from tests.data_pipeline.builds import arguments, documents, make_texts, write_jsonl
 
 PROSE = " ".join(
     f"In the year {year} the people of the town have walked to the market with baskets and came back with bread."

@@ -11,8 +11,7 @@ import pytest
 import zstandard
 
 from data_pipeline.config import SourceConfig
-
-from .test_readers import SUFFIXES, drops, records, stored, texts
+from tests.data_pipeline.reading import SUFFIXES, drops, records, stored, texts
 
 DAMAGED = "compressed data is damaged or cut off"
 LINES = [b'{"text": "%d %s"}' % (i, bytes(random.Random(i).choices(b"abcdefgh", k=30))) for i in range(8_000)]

@@ -12,8 +12,7 @@ import pytest
 from data_pipeline.cli import main
 from data_pipeline.tokenize.tokenizer import open_tokenizer
 from ponder_scale.shards.manifest import read_manifest, verify
-
-from .test_build import arguments, contents, documents, make_texts, write_jsonl
+from tests.data_pipeline.builds import arguments, contents, documents, make_texts, write_jsonl
 
 
 @pytest.fixture

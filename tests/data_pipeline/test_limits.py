@@ -11,8 +11,7 @@ import pytest
 from data_pipeline.cli import main
 from ponder_scale.errors import ShardError
 from ponder_scale.shards.manifest import verify
-
-from .test_build import arguments, make_texts, write_jsonl
+from tests.data_pipeline.builds import arguments, make_texts, write_jsonl
 
 LIMIT_MB = 512
 

@@ -11,9 +11,8 @@ from data_pipeline.cli import main
 from data_pipeline.tokenize.tokenizer import open_tokenizer
 from ponder_scale.errors import ConfigError
 from ponder_scale.shards.manifest import read_manifest, verify
-
-from .test_build import arguments, documents, make_texts, write_jsonl
-from .test_readers import SUFFIXES, stored
+from tests.data_pipeline.builds import arguments, documents, make_texts, write_jsonl
+from tests.data_pipeline.reading import SUFFIXES, stored
 
 OWN = '''
 def shouting(text, *, most=0.5):

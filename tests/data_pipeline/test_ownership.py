@@ -11,8 +11,7 @@ from data_pipeline.cli import main
 from data_pipeline.write.output import publish
 from ponder_scale.files.delete import MARK, delete_made
 from ponder_scale.shards.manifest import verify
-
-from .test_build import arguments, contents, make_texts, write_jsonl
+from tests.data_pipeline.builds import arguments, contents, make_texts, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,7 @@ from data_pipeline.build.parallel import Team
 from data_pipeline.cli import main
 from data_pipeline.progress import Progress
 from ponder_scale.shards.manifest import read_manifest
-
-from .test_build import arguments, make_texts, write_jsonl
+from tests.data_pipeline.builds import arguments, make_texts, write_jsonl
 
 
 @pytest.fixture

@@ -20,8 +20,7 @@ from data_pipeline.cli import main
 from data_pipeline.read.units import PLAN, Plan
 from data_pipeline.write.output import WORK
 from ponder_scale.shards.manifest import verify
-
-from .test_build import arguments, contents, make_texts, write_jsonl
+from tests.data_pipeline.builds import arguments, contents, make_texts, write_jsonl
 
 SETTINGS = ["shard_bytes=100000", "backend=reference", "lease_seconds=1", "max_bad_fraction=0.01"]
 BIN = Path(sys.executable).parent

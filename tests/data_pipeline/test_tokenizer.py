@@ -13,6 +13,7 @@ from data_pipeline.tokenize.tokenizer import open_tokenizer, save
 from data_pipeline.tokenize.training import train_tokenizer
 from ponder_scale.errors import ConfigError, TokenizerError
 from ponder_scale.shards.format import open_shards
+from tests.data_pipeline.tokenizers import bare
 
 TEXTS = [
     "A plain sentence.",
@@ -126,15 +127,6 @@ def test_a_tokenizer_that_changes_during_a_build_is_noticed(tiny_tokenizer, tmp_
 def test_the_file_itself_can_be_named(folder):
     (file,) = [path for path in folder.iterdir() if path.name in ("tokenizer.json", "tokenizer.model")]
     assert open_tokenizer(file).sha256 == open_tokenizer(folder).sha256
-
-
-def bare(folder, vocabulary: list[str], **settings):
-    folder.mkdir()
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, []))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    if settings:
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 def test_the_end_token_is_the_one_asked_for_else_declared_else_usual(tmp_path):

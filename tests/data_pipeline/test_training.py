@@ -12,8 +12,7 @@ from data_pipeline.cli import main
 from data_pipeline.progress import Progress
 from data_pipeline.tokenize import texts
 from data_pipeline.tokenize.tokenizer import open_tokenizer
-
-from .test_build import make_texts, write_jsonl
+from tests.data_pipeline.builds import make_texts, write_jsonl
 
 
 def train(out, *arguments) -> int:

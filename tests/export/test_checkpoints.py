@@ -33,7 +33,7 @@ from tests.commands import run_command
 from tests.export.checkpoints import save_checkpoint
 from tests.model.architectures import TINY, make
 from tests.ranks import run_ranks
-from tests.train.zero.test_gradients import small_buckets
+from tests.train.zero.gradients import small_buckets
 
 MODELS = {  # one for each stage, so that every architecture and tying is met
     0: ("gpt2", True, "fp32"),
@@ -198,7 +198,7 @@ def test_hugging_face_to_training_and_back_is_bit_exact(tiny_tokenizer: Path, tm
 
 def stock_folder(settings: dict[str, Any], folder: Path) -> Path:
     """A folder of the stock class that the run's model is made over, with other weights than it starts with."""
-    from tests.train.zero.test_gradients import make_model, run_config
+    from tests.train.zero.gradients import make_model, run_config
 
     ours = make_model(run_config(settings))
     tiny = next(tiny for tiny in TINY.values() if isinstance(ours, tiny.model))

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ponder_scale.export.card import REFUSED, TESTED, model_card
 from ponder_scale.export.folder import write_folder
 from ponder_scale.model import compat
-from tests.export.test_loading import CACHE, environment, install, newest
+from tests.export.versions import CACHE, environment, install, newest
 from tests.model.architectures import TINY, make_confident
 from tests.ranks import REPOSITORY, run_ranks
 

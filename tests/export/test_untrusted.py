@@ -20,9 +20,9 @@ from ponder_scale.errors import CheckpointError, ConfigError, SaveError, Tokeniz
 from ponder_scale.export.reference import export_reference, import_reference
 from ponder_scale.export.tokenizer import bundle_tokenizer
 from ponder_scale.setup.build import ARCHITECTURES, auto_map, configuration_from_dict
-from tests.conftest import TEXTS
-from tests.export.test_reference import NAMES, published_folder
+from tests.export.published import NAMES, published_folder
 from tests.faults import Fault
+from tests.tiny import TEXTS
 
 HOSTILE = {
     "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None], "AutoConfig": "evil.Config", "AutoModel": "evil.Model"},

@@ -100,7 +100,7 @@ print(peak - before)
 def test_an_export_holds_about_one_tensor(tiny_tokenizer: Path, tmp_path: Path) -> None:
     from tests.export.checkpoints import save_checkpoint
     from tests.ranks import run_ranks
-    from tests.train.zero.test_gradients import small_buckets
+    from tests.train.zero.gradients import small_buckets
 
     (tmp_path / "settings").mkdir()
     run_dir = tmp_path / "run"

@@ -12,6 +12,7 @@ from torch import nn
 
 from ponder_scale.model.configuration import PonderGPTNeoXConfig, PonderLlamaConfig
 from tests.model.architectures import TINY, VOCABULARY, make
+from tests.model.equations import by_the_equations
 
 ARCHITECTURES = pytest.mark.parametrize("architecture", TINY)
 
@@ -19,24 +20,6 @@ ARCHITECTURES = pytest.mark.parametrize("architecture", TINY)
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
-
-
-def by_the_equations(model: Any, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """The logits as the paper writes them, with the stock backbone and plain torch. `inputs` go to every pass."""
-    config = model.config
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    scale = math.sqrt(table.shape[1]) if config.scale_embeds else 1.0
-    first = config.initial_scale * scale * model.get_input_embeddings()(tokens)
-    e = first
-    for _ in range(config.pondering_steps):
-        hidden = model.base_model.one_pass(e, **inputs).last_hidden_state
-        logits = hidden @ head.t() / config.pondering_temperature
-        if config.pondering_top_k is not None:
-            smallest = logits.topk(config.pondering_top_k).values[..., -1:]
-            logits = logits.masked_fill(logits < smallest, -math.inf)
-        fed_back = hidden if config.feedback == "hidden" else scale * torch.softmax(logits, -1) @ table
-        e = {"accumulate": e, "restart": first, "replace": 0.0 * first}[config.residual] + fed_back
-    return model.base_model.one_pass(e, **inputs).last_hidden_state @ head.t()
 
 
 @ARCHITECTURES

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.model.architectures import TINY
+from tests.model.published import CASES, CONTENT, ORACLE
 
-ORACLE = Path(__file__).parents[1] / "oracle"
-CONTENT = json.loads((ORACLE / "oracle.json").read_text())
-CASES = {case["case"]: case for case in CONTENT["cases"]}
 NOT_OURS = ("model_type", "num_parameters", "rope_scaling")
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ponder_scale.model.readout import Readout, is_plain
 from tests.model.architectures import TINY, VOCABULARY, make_confident
-from tests.model.test_modeling import by_the_equations
+from tests.model.equations import by_the_equations
 
 TOKENS = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
 

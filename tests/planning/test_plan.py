@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,26 +34,15 @@ from ponder_scale.planning.cost import (
 from ponder_scale.planning.epochs import epoch_lines
 from ponder_scale.planning.plan import USABLE, Devices, plan_run, report, settle_sharding
 from ponder_scale.planning.shape import model_shape
-from ponder_scale.settings import load
 from ponder_scale.setup.build import build_model, model_configuration
 from ponder_scale.setup.recompute import apply_recompute
+from tests.planning.measured import large, plan_config
+from tests.ranks import REPOSITORY
 
 VOCABULARY, SEQUENCE = 512, 64
 ALONE = Devices(1, 2**40, gpu=False)
 STAGE_1 = {"zero_optimization": {"stage": 1}}
 WIDE = ["model.hidden_size=16384", "model.num_attention_heads=64"]
-SHAPE = [
-    "run_dir=unused",
-    "data.sources.any.path=unused",
-    "train.steps=10",
-    "train.global_batch=4",
-    "train.micro_batch=4",
-    "train.precision=fp32",
-]
-
-
-def plan_config(*overrides: str) -> RunConfig:
-    return load(RunConfig, None, [*SHAPE, *overrides])
 
 
 def small(*overrides: str) -> tuple[RunConfig, Any]:
@@ -227,56 +215,11 @@ def test_a_run_goes_on_with_what_its_start_settled() -> None:
     assert as_before(chosen, before.train, 2).train.recompute == "none"  # what is asked for now comes first
 
 
-MEASURE = """
-import sys
-import torch
-from ponder_scale.planning.auto import as_before, settle
-from ponder_scale.planning.shape import model_shape
-from ponder_scale.setup.build import build_model, model_configuration
-from ponder_scale.setup.recompute import apply_recompute
-from tests.planning.test_plan import large, memory
-
-config, configuration = large(sys.argv[1])
-warm = model_configuration(large(sys.argv[1], "model.hidden_size=12", "model.num_hidden_layers=1")[0].model,
-                           vocab_size=8000, seq_len=128, eod_id=0)
-
-def train(configuration, steps):
-    model = build_model(configuration, seed=0)
-    apply_recompute(model, config.train.recompute)
-    optimizer = torch.optim.AdamW(model.parameters())
-    tokens = torch.zeros(4, 128, dtype=torch.int64)
-    for step in range(steps):
-        if step == steps - 1:
-            open("/proc/self/clear_refs", "w").write("5")
-        model(input_ids=tokens, shift_labels=tokens, skip_logits=True).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-train(warm, 1)
-before = memory("VmRSS")
-train(configuration, 2)
-print(memory("VmHWM") - before)
-"""
-
-
-def large(policy: str, *overrides: str) -> tuple[RunConfig, Any]:
-    sizes = ["model.hidden_size=384", "model.intermediate_size=1056", "model.num_attention_heads=6", "data.seq_len=128"]
-    sizes += ["model.num_hidden_layers=5", "model.pondering_steps=2"]
-    config = plan_config(*sizes, f"train.recompute={policy}", "train.deepspeed=zero0", *overrides)
-    return config, model_configuration(config.model, vocab_size=8000, seq_len=128, eod_id=0)
-
-
-def memory(field: str) -> int:
-    """A field of this process's memory, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
-
-
 def test_planned_memory_is_within_10_percent_of_the_measured_peak() -> None:
     # glibc would keep freed pieces below its moving threshold in the heap, which no other allocator does
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-c", MEASURE, "pass"]
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "tests.planning.measured", "pass"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-1000:]
     config, configuration = large("pass")

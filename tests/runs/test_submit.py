@@ -12,7 +12,7 @@ from ponder_scale.config import RunConfig
 from ponder_scale.runs.submit import HOME, Resources, Submission, SubmitError, keep_code
 from ponder_scale.settings import load
 from tests.commands import run_command
-from tests.conftest import TinyShards
+from tests.tiny import TinyShards
 
 ODD = "run 1; $(touch pwned) 'q' \"100%j\" &"
 

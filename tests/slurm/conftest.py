@@ -11,8 +11,8 @@ import pytest
 from data_pipeline.build.pipeline import build
 from data_pipeline.config import BuildConfig
 from ponder_scale.settings import load
-from tests.conftest import TEXTS
 from tests.slurm.lab import Lab, missing
+from tests.tiny import TEXTS
 
 HINT = "no Slurm here: install it to run these tests (Debian: apt-get install slurm-wlm munge iproute2)"
 

@@ -16,9 +16,9 @@ from ponder_scale.checkpoint.weights import read_weights
 from ponder_scale.errors import CheckpointError
 from ponder_scale.export.card import trained_card
 from ponder_scale.export.huggingface import export
+from tests.checkpoint.sealing import rewrite_state
 from tests.ranks import run_ranks
-from tests.train.measure.test_work import rewrite_state
-from tests.train.test_loop import STEPS, overrides, train_on_a_rank
+from tests.train.runs import STEPS, overrides, train_on_a_rank
 
 
 def saved(run_dir: Path, step: int, *, average: bool = False) -> dict[str, torch.Tensor]:

@@ -18,8 +18,8 @@ from ponder_scale.train.optim import parameter_groups
 from ponder_scale.train.schedules import learning_rate
 from ponder_scale.train.zero.deepspeed_config import check_ranks
 from tests.ranks import run_ranks
-from tests.train.test_loop import overrides, records, train_on_a_rank, weights
-from tests.train.zero.test_gradients import check, small_buckets
+from tests.train.runs import overrides, records, train_on_a_rank, weights
+from tests.train.zero.gradients import check, small_buckets
 
 RAMP = ["train.micro_batch=1", "train.batch_ramp_from=2", "train.batch_ramp_steps=4"]
 

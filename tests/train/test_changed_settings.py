@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from ponder_scale.runs.records import METRICS, read
 from ponder_scale.runs.status import status
 from ponder_scale.shards.packing import pack
 from ponder_scale.train.changes import Change, between
-from tests.conftest import make_shards
 from tests.ranks import run_ranks
-from tests.train.test_loop import overrides, train_on_a_rank
+from tests.tiny import make_shards
+from tests.train.runs import log_of_training, overrides, train_on_a_rank
 
 ALLOWED = {  # key: what is given, before and after in the record
     "optim.lr": ("2e-2", 1e-2, 2e-2),
@@ -31,17 +30,6 @@ ALLOWED = {  # key: what is given, before and after in the record
     "health.on_spike": ("skip", "warn", "skip"),
     "model.init_from": ("nowhere", None, "nowhere"),
 }
-
-
-def log_of_training(case: dict[str, Any]) -> list[str]:
-    """What a run logs while it trains by the overrides of the case."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("ponder_scale").addHandler(handler)
-    logging.getLogger("ponder_scale").setLevel(logging.INFO)
-    train_on_a_rank(case)
-    return messages
 
 
 def changes_of(run_dir: Path) -> list[tuple[int, str, Any, Any]]:

@@ -20,7 +20,7 @@ from ponder_scale.shards.format import ShardWriter
 from ponder_scale.shards.manifest import Manifest, seal
 from ponder_scale.train import generators
 from tests.ranks import run_ranks
-from tests.train.test_loop import assert_same_run, overrides, records, train_on_a_rank
+from tests.train.runs import assert_same_run, overrides, records, train_on_a_rank
 
 GPT2 = ["model.architecture=gpt2", "evaluate.sequences=1", "train.precision=fp32"]
 DROPOUT = [*GPT2, "model.extra={attn_pdrop: 0.3, resid_pdrop: 0.3, embd_pdrop: 0.3}"]

@@ -18,8 +18,7 @@ from ponder_scale.checkpoint.parts import Parts, write_part
 from ponder_scale.errors import CheckpointError
 from tests.checkpoint.sealing import seal
 from tests.ranks import KILLED, run_ranks
-from tests.train.test_exact_resume import assert_same_state
-from tests.train.test_loop import overrides, records, train_on_a_rank, weights
+from tests.train.runs import assert_same_state, overrides, records, train_on_a_rank, weights
 
 
 def test_a_run_goes_from_1_to_2_to_4_to_1_ranks_across_stages(shards: Any, tmp_path: Path) -> None:

@@ -6,20 +6,25 @@ Answers: losses that shift on resume (torchtitan 809, 1136; nanotron 245; GPT-Ne
 
 from __future__ import annotations
 
-import json
 import shutil
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from ponder_scale.checkpoint.find import find
-from ponder_scale.checkpoint.parts import Parts
+from ponder_scale.checkpoint.save import find
 from tests.ranks import run_ranks
-from tests.train.test_loop import STEPS, assert_same_run, overrides, records, train_on_a_rank
-from tests.train.zero.test_gradients import POLICIES
+from tests.train.runs import (
+    STEPS,
+    assert_same_run,
+    assert_same_state,
+    overrides,
+    records,
+    resumed_from,
+    train_on_a_rank,
+)
+from tests.train.zero.gradients import POLICIES
 
 HALF = STEPS // 2
 SMALL = ["train.global_batch=4", "model.num_hidden_layers=1", "checkpoint.every_steps=2", "evaluate.sequences=2"]
@@ -109,28 +114,3 @@ def pairwise(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
         chosen.append(max(every, key=lambda case: len(pairs(case) & missing)))
         missing -= pairs(chosen[-1])
     return chosen
-
-
-def resumed_from(run_dir: Path) -> list[str | None]:
-    """The checkpoint from which each attempt of a run went on."""
-    return [json.loads(line)["resumed_from"] for line in (run_dir / "attempts.jsonl").read_text().splitlines()]
-
-
-ADAM = ("exp_avg", "exp_avg_sq", "weight")
-
-
-def assert_same_state(folder: Path, reference: Path, kinds: tuple[str, ...] | None = ADAM) -> None:
-    """Weights and optimizer states of two checkpoints are the same bits, however they are cut over ranks.
-
-    `kinds` are those that each parameter has to have; None: whatever the reference has.
-    """
-    got, expected = Parts(folder), Parts(reference)
-    assert got.table.keys() == expected.table.keys()
-    for key in expected.table:
-        kind, name = key.split("/", 1)
-        assert kinds is None or tuple(got.kinds(name)) == kinds
-        length = max(stretch.begin + stretch.length for stretch in expected.table[key])
-        tensors = [torch.empty(length) for _ in range(2)]
-        for parts, tensor in zip((got, expected), tensors, strict=True):
-            parts.read(kind, name, 0, tensor)
-        assert torch.equal(*tensors), key

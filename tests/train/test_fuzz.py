@@ -28,9 +28,8 @@ from ponder_scale.shards.packing import pack
 from ponder_scale.train.optim import parameter_groups
 from ponder_scale.train.schedules import learning_rate, pondering_steps
 from tests.ranks import run_ranks
-from tests.train.test_exact_resume import assert_same_state, resumed_from
-from tests.train.test_loop import assert_same_run, records, train_on_a_rank
-from tests.train.zero.test_gradients import POLICIES
+from tests.train.runs import assert_same_run, assert_same_state, records, resumed_from, train_on_a_rank
+from tests.train.zero.gradients import POLICIES
 
 SEED = int(os.environ.get("FUZZ_SEED") or datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d"))
 COUNT = int(os.environ.get("FUZZ_COUNT") or 3)

@@ -17,7 +17,7 @@ from ponder_scale.shards.format import open_shards
 from ponder_scale.train.survive.watchdog import HEARTBEAT_SECONDS, heartbeat_seconds
 from tests.faults import Fault
 from tests.ranks import run_ranks
-from tests.train.test_loop import overrides, records, train_on_a_rank, weights
+from tests.train.runs import overrides, records, train_on_a_rank, weights
 
 RANKS, FEWER = 32, 24
 SMALL = [

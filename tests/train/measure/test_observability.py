@@ -19,28 +19,17 @@ from ponder_scale.errors import ConfigError
 from ponder_scale.evaluate.perplexity import trajectory
 from ponder_scale.runs.records import METRICS, read
 from ponder_scale.settings import load
-from ponder_scale.shards.manifest import tokenizer_sha256
 from ponder_scale.train.measure.profiling import communication_share
 from tests.ranks import run_ranks
-from tests.train.test_loop import SHAPE, train_on_a_rank
-
-
-def shards(tiny_shards: Any, tokenizer: Path, **arguments: Any) -> Path:
-    """Shards with their tokenizer beside them."""
-    identity = tokenizer_sha256([tokenizer / "tokenizer.json"])
-    made = tiny_shards(vocab_size=300, tokenizer=identity, **arguments)
-    (made.folder / "tokenizer").mkdir(exist_ok=True)
-    for file in tokenizer.iterdir():
-        (made.folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
-    return made.folder
+from tests.train.runs import SHAPE, tokenized_shards, train_on_a_rank
 
 
 def test_a_run_is_measured_profiled_and_evaluated_by_source_as_its_checkpoints_are(
     tiny_shards: Any, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
     sources = {
-        "code": shards(tiny_shards, tiny_tokenizer, seed=1, heldout=(400,)),
-        "web": shards(tiny_shards, tiny_tokenizer, seed=2, heldout=(150,)),
+        "code": tokenized_shards(tiny_shards, tiny_tokenizer, seed=1, heldout=(400,)),
+        "web": tokenized_shards(tiny_shards, tiny_tokenizer, seed=2, heldout=(150,)),
     }
     run_dir = tmp_path / "run"
     overrides = [

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from xxhash import xxh3_128_hexdigest
 
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import REWOUND
@@ -22,10 +20,10 @@ from ponder_scale.runs.series import read_run
 from ponder_scale.runs.status import status
 from ponder_scale.settings import load
 from ponder_scale.setup.build import model_configuration
+from tests.checkpoint.sealing import rewrite_state
 from tests.ranks import run_ranks
-from tests.train.survive.test_health import FLAT, train_with_an_incident
-from tests.train.test_changed_settings import log_of_training
-from tests.train.test_loop import overrides, train_on_a_rank
+from tests.train.runs import log_of_training, overrides, train_on_a_rank
+from tests.train.survive.incidents import FLAT, train_with_an_incident
 
 SEQ_LEN = 12
 RANDOM = ["train.pondering.schedule=uniform", "train.pondering.low=0"]
@@ -122,18 +120,6 @@ def test_what_a_rewind_gives_up_is_not_counted(shards: Any, tmp_path: Path) -> N
     tokens = [sum(sequences[:step]) * SEQ_LEN for step in range(1, 7)]
     assert [line["tokens"] for line in steps_of(tmp_path).values()] == tokens
     assert state_of(tmp_path, 6)["done"]["tokens"] == tokens[-1] and state_of(tmp_path, 6)["done"]["steps"] == 6
-
-
-def rewrite_state(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change a checkpoint's state.json, as if it had been saved so."""
-    state = json.loads((folder / "state.json").read_text())
-    change(state)
-    (folder / "state.json").write_text(json.dumps(state))
-    index = json.loads((folder / "checkpoint.json").read_text())
-    content = (folder / "state.json").read_bytes()
-    index["files"]["state.json"] = [len(content), xxh3_128_hexdigest(content)]
-    index["checksum"] = xxh3_128_hexdigest(json.dumps(index["files"], sort_keys=True).encode())
-    (folder / "checkpoint.json").write_text(json.dumps(index))
 
 
 def load_an_old_checkpoint(case: dict[str, Any]) -> list[str]:

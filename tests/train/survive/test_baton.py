@@ -18,9 +18,8 @@ from ponder_scale.errors import AGAIN, SignalledError
 from ponder_scale.train.survive import baton, signals
 from ponder_scale.train.survive.baton import Baton
 from tests.faults import Fault
-from tests.train.survive.test_control import ENDLESS, Command, command
+from tests.train.survive.commands import ENDLESS, Command
 
-__all__ = ["command"]  # a fixture
 pytestmark = pytest.mark.faults
 
 

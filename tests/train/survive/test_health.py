@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from ponder_scale.config import HealthConfig, RunConfig
+from ponder_scale.config import HealthConfig
 from ponder_scale.errors import REWOUND, UNHEALTHY, UnhealthyError
-from ponder_scale.settings import load
 from ponder_scale.train.survive.health import Health
 from ponder_scale.train.zero.replicas import divergence
 from tests.commands import run_command
 from tests.faults import Fault
 from tests.ranks import run_ranks
-from tests.train.test_loop import assert_same_run, overrides, records, weights
+from tests.train.runs import assert_same_run, overrides, records, weights
+from tests.train.survive.incidents import FLAT, train_with_an_incident
 
 TinyShards = Callable[..., Any]
 QUIET = [(2.0 + 0.1 * (-1) ** i, 1.0 + 0.05 * (-1) ** i) for i in range(8)]  # mean 2, deviation 0.1; mean 1, 0.05
@@ -116,35 +116,6 @@ def test_one_flipped_bit_names_its_rank_and_tensor() -> None:
     # where no two agree, any may be right
     expected = [None, [[2], ["b"], True], [[0], ["b"], True], [[1, 2], ["b"], False]]
     assert found == [[one] * 3 for one in expected]
-
-
-def train_with_an_incident(case: dict[str, Any]) -> int:
-    """Train; at step `at` of the attempt rank 1's second loss is multiplied by `factor`, or a bit of rank 2 flips."""
-    from ponder_scale.train import loop
-    from ponder_scale.train.survive.incidents import Incidents
-
-    torch.set_num_threads(1)
-    at, micro_batches, begins = case.get("at"), [], []
-    backward, begin_step = loop.Engine.backward, Incidents.begin_step
-
-    def begin(self: Any) -> None:
-        begins.append(1)
-        micro_batches.clear()
-        if len(begins) == at and "factor" not in case and self._engine.rank == 2:
-            next(self._engine.module.parameters()).data.view(torch.int16)[0, 0] ^= 1
-        begin_step(self)
-
-    def sick(self: Any, loss: torch.Tensor) -> None:
-        micro_batches.append(1)
-        mine = len(begins) == at and len(micro_batches) == 2 and self.rank == 1
-        backward(self, loss * case["factor"] if mine and "factor" in case else loss)
-
-    loop.Engine.backward = sick  # type: ignore[method-assign]
-    Incidents.begin_step = begin  # type: ignore[method-assign]
-    return loop.train(load(RunConfig, None, case["overrides"]))
-
-
-FLAT = ["optim.schedule=constant", "optim.warmup_steps=0", "checkpoint.every_steps=2"]
 
 
 @pytest.mark.faults

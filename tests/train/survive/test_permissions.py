@@ -20,7 +20,7 @@ from ponder_scale.files.write import copy_file
 from ponder_scale.runs.submit import HOME
 from tests.faults import Fault
 from tests.ranks import run_ranks
-from tests.train.test_loop import STEPS, overrides, train_on_a_rank
+from tests.train.runs import STEPS, overrides, train_on_a_rank
 
 pytestmark = pytest.mark.faults
 CAPABILITY_VERSION = 0x20080522  # of capset(2)

@@ -17,8 +17,7 @@ from ponder_scale.settings import load
 from ponder_scale.train.survive import signals
 from tests.faults import Fault
 from tests.ranks import KILLED, run_ranks
-from tests.train.test_exact_resume import resumed_from
-from tests.train.test_loop import assert_same_run, overrides
+from tests.train.runs import assert_same_run, overrides, resumed_from
 
 pytestmark = pytest.mark.faults
 

@@ -24,8 +24,15 @@ from ponder_scale.runs.report import report
 from ponder_scale.runs.status import status
 from tests.faults import Fault
 from tests.ranks import KILLED, run_ranks
-from tests.train.test_exact_resume import assert_same_state, resumed_from
-from tests.train.test_loop import STEPS, assert_same_run, overrides, records, train_on_a_rank
+from tests.train.runs import (
+    STEPS,
+    assert_same_run,
+    assert_same_state,
+    overrides,
+    records,
+    resumed_from,
+    train_on_a_rank,
+)
 
 pytestmark = pytest.mark.faults
 

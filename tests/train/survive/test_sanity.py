@@ -14,7 +14,7 @@ from ponder_scale.config import RunConfig
 from ponder_scale.settings import load
 from tests.faults import Fault
 from tests.ranks import run_ranks
-from tests.train.test_loop import assert_same_run, overrides
+from tests.train.runs import assert_same_run, overrides
 
 
 def train_in_trouble(case: dict[str, Any]) -> int:

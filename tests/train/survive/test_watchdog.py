@@ -20,7 +20,7 @@ from ponder_scale.settings import load
 from ponder_scale.train.survive.watchdog import BLOCKED, Watch, straggler
 from tests.faults import Fault
 from tests.ranks import run_ranks
-from tests.train.test_loop import overrides
+from tests.train.runs import overrides
 
 
 def train_with_a_sick_rank(case: dict[str, Any]) -> int:

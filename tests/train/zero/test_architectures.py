@@ -8,7 +8,7 @@ import pytest
 
 from ponder_scale.setup.build import ARCHITECTURES
 from tests.model.architectures import TINY
-from tests.train.zero.test_gradients import check, small_buckets
+from tests.train.zero.gradients import check, small_buckets
 
 
 @pytest.mark.parametrize("policy", ["none", "layer", "pass", "pass+layer"])

@@ -23,7 +23,7 @@ from ponder_scale.train.optim import parameter_groups
 from ponder_scale.train.schedules import learning_rate, pondering_steps
 from ponder_scale.train.zero.deepspeed_config import SHIPPED, deepspeed_config, read_sharding
 from tests.ranks import run_ranks
-from tests.train.zero.test_gradients import (
+from tests.train.zero.gradients import (
     POLICIES,
     check,
     in_plain_torch,

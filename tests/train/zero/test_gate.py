@@ -19,7 +19,7 @@ from ponder_scale.train.zero.deepspeed_config import read_sharding
 from ponder_scale.train.zero.deepspeed_version import is_tested, refuse_wrong_version
 from tests.faults import Fault
 from tests.ranks import REPOSITORY, run_ranks
-from tests.train.zero.test_gradients import make_model, run_config, small_buckets
+from tests.train.zero.gradients import make_model, run_config, small_buckets
 
 SMALLEST = ["model.pondering_steps=1", "model.num_hidden_layers=1"]
 

@@ -16,7 +16,7 @@ from ponder_scale.settings import load
 from ponder_scale.setup.build import build_model, model_configuration
 from ponder_scale.train.zero.deepspeed_config import read_sharding
 from tests.ranks import run_ranks
-from tests.train.zero.test_gradients import small_buckets
+from tests.train.zero.gradients import small_buckets
 
 VOCABULARY, SEQ_LEN = 4000, 128
 DEVICES = Devices(2, 2**40, gpu=False)

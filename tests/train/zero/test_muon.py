@@ -16,9 +16,8 @@ from ponder_scale.train.optim import parameter_groups
 from ponder_scale.train.schedules import learning_rate
 from ponder_scale.train.zero.deepspeed_config import deepspeed_config, read_sharding
 from tests.ranks import KILLED, run_ranks
-from tests.train.measure.test_observability import shards
-from tests.train.test_loop import SHAPE, assert_same_run, train_on_a_rank
-from tests.train.zero.test_gradients import make_model, on_a_rank, run_config, sequences, small_buckets
+from tests.train.runs import SHAPE, assert_same_run, tokenized_shards, train_on_a_rank
+from tests.train.zero.gradients import make_model, on_a_rank, run_config, sequences, small_buckets
 
 MUON = ["optim.optimizer=muon", "optim.muon_lr=0.05", "optim.grad_clip=null", "train.steps=5", "optim.lr=3e-3"]
 CASE = {"policy": "pass", "tied": False, "overrides": MUON}
@@ -200,7 +199,7 @@ def uncompiled_training(case: dict[str, Any]) -> str:
 
 
 def test_a_run_with_muon_is_resumed_bit_for_bit(tiny_shards: Any, tiny_tokenizer: Path, tmp_path: Path) -> None:
-    folder = shards(tiny_shards, tiny_tokenizer)
+    folder = tokenized_shards(tiny_shards, tiny_tokenizer)
     cases = []
     for name, fault in (("whole", None), ("cut", {"rank": 0, "at": "save", "how": "kill"}), ("cut", None)):
         settings = [*SHAPE, *MUON, "train.steps=4", "train.precision=bf16", "train.deepspeed=zero3"]

@@ -18,7 +18,7 @@ from ponder_scale.settings import load
 from ponder_scale.setup.build import model_configuration
 from ponder_scale.train.zero.deepspeed_config import check_ranks, read_sharding
 from tests.ranks import run_ranks
-from tests.train.zero.test_gradients import check, make_model, run_config, small_buckets
+from tests.train.zero.gradients import check, make_model, run_config, small_buckets
 
 SMALL = [*SHAPE, "model.pondering_steps=2"]
 

@@ -1,0 +1,69 @@
+"""What trains in a fresh process, to be planned and measured: `python -m tests.planning.measured POLICY`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ponder_scale.config import RunConfig
+from ponder_scale.settings import load
+from ponder_scale.setup.build import build_model, model_configuration
+from ponder_scale.setup.recompute import apply_recompute
+
+SHAPE = [
+    "run_dir=unused",
+    "data.sources.any.path=unused",
+    "train.steps=10",
+    "train.global_batch=4",
+    "train.micro_batch=4",
+    "train.precision=fp32",
+]
+
+
+def plan_config(*overrides: str) -> RunConfig:
+    return load(RunConfig, None, [*SHAPE, *overrides])
+
+
+def large(policy: str, *overrides: str) -> tuple[RunConfig, Any]:
+    sizes = ["model.hidden_size=384", "model.intermediate_size=1056", "model.num_attention_heads=6", "data.seq_len=128"]
+    sizes += ["model.num_hidden_layers=5", "model.pondering_steps=2"]
+    config = plan_config(*sizes, f"train.recompute={policy}", "train.deepspeed=zero0", *overrides)
+    return config, model_configuration(config.model, vocab_size=8000, seq_len=128, eod_id=0)
+
+
+def memory(field: str) -> int:
+    """A field of this process's memory, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def train(configuration: Any, policy: str, steps: int) -> None:
+    """Steps of AdamW; before the last one the peak of this process's memory is forgotten."""
+    model = build_model(configuration, seed=0)
+    apply_recompute(model, policy)
+    optimizer = torch.optim.AdamW(model.parameters())
+    tokens = torch.zeros(4, 128, dtype=torch.int64)
+    for step in range(steps):
+        if step == steps - 1:
+            Path("/proc/self/clear_refs").write_text("5")
+        model(input_ids=tokens, shift_labels=tokens, skip_logits=True).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def main() -> None:
+    """Print the bytes that a training takes at its peak, without what its code takes."""
+    config, configuration = large(sys.argv[1])
+    smaller, _ = large(sys.argv[1], "model.hidden_size=12", "model.num_hidden_layers=1")
+    warm = model_configuration(smaller.model, vocab_size=8000, seq_len=128, eod_id=0)
+    train(warm, config.train.recompute, 1)
+    before = memory("VmRSS")
+    train(configuration, config.train.recompute, 2)
+    print(memory("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    main()
