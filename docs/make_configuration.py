@@ -10,6 +10,7 @@ from typing import Any
 
 from data_pipeline.config import BuildConfig
 from ponder_scale.config import RunConfig
+from ponder_scale.figures import bound
 from ponder_scale.settings import MISSING, known_keys
 
 HEAD = """# Configuration
@@ -33,6 +34,8 @@ refused, and the nearest right one named. `null` means off, or what the descript
 - **Numbers** are finite and within the bounds of the table, those in lists and mappings, too.
 """
 
+PLAIN = {str: "text", bool: "true, false", int: "whole number", float: "number"}
+
 
 def rows(schema: type) -> Iterator[str]:
     """A line for each key of a dataclass, those of nested ones included."""
@@ -47,14 +50,13 @@ def _type(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type(part) for part in inner if part is not type(None)) + ", null" * (type(None) in inner)
     if origin is list:
-        return f"list of {_type(inner[0])}"
+        of = _type(inner[0])
+        return f"list of {of}s" if of.endswith("number") else f"list of {of}"
     if origin is dict:
         return "named entries" if dataclasses.is_dataclass(inner[1]) else "mapping"
     if dataclasses.is_dataclass(kind):
         return "entries"
-    return {"str": "text", "bool": "true, false"}.get(
-        getattr(kind, "__name__", ""), getattr(kind, "__name__", str(kind))
-    )
+    return PLAIN[kind]
 
 
 def _default(item: dataclasses.Field[Any]) -> str:
@@ -63,6 +65,8 @@ def _default(item: dataclasses.Field[Any]) -> str:
         return "required"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
+    if isinstance(value, float) and "e" in str(value):
+        return f"`{bound(value)}`"
     return "`null`" if value is None else f"`{value}`" if value != "" else "`''`"
 
 
@@ -73,12 +77,8 @@ def _text(metadata: Any) -> str:
     if metadata.get("path"):
         parts.append("a path")
     bounds = (("min", "at least {}"), ("above", "above {}"), ("max", "at most {}"), ("below", "below {}"))
-    parts += [form.format(_number(metadata[name])) for name, form in bounds if metadata.get(name) is not None]
+    parts += [form.format(bound(metadata[name])) for name, form in bounds if metadata.get(name) is not None]
     return "; ".join(part for part in parts if part).replace("|", "\\|")
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def page() -> str:

@@ -49,6 +49,14 @@ def seconds_of(text: str) -> float | None:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
+def bound(value: float) -> str:
+    """Of a limit, with every digit: 1,000,000, 0.5; 1e12 and 1e-6 where a power of ten says it shorter."""
+    mantissa, _, exponent = f"{value:g}".partition("e")
+    if isinstance(value, float) and exponent and float(f"{mantissa}e{exponent}") == value and value != 1e6:
+        return f"{mantissa}e{int(exponent)}"
+    return f"{int(value):,}" if value == int(value) else str(value)
+
+
 def count(number: float) -> str:
     """Of tokens, parameters, operations: 204,800 with every digit, from a million on 1.500M, 1.500B, 1.500T."""
     for letter, unit in LETTERS:

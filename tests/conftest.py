@@ -10,6 +10,7 @@ import pytest
 from data_pipeline.tokenize.training import train_tokenizer
 from ponder_scale.shards.format import ShardSet
 from tests.faults import fault, print_fault_matrix
+from tests.lanes import starts_processes
 from tests.tiny import TEXTS, TinyShards, make_shards
 
 __all__ = ["fault"]  # a fixture of the whole suite
@@ -31,6 +32,13 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
     train_tokenizer(TEXTS * 20, 300, "bpe", folder)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts processes, so that the fast lane leaves it out without a list."""
+    for item in items:
+        if isinstance(item, pytest.Function) and starts_processes(item):
+            item.add_marker(pytest.mark.processes)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

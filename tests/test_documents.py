@@ -102,3 +102,11 @@ def test_the_configuration_page_is_that_of_the_code() -> None:
     page = runpy.run_path(str(REPOSITORY / "docs" / "make_configuration.py"))["page"]()
     written = (REPOSITORY / "docs" / "configuration.md").read_text()
     assert written == page, "run: python docs/make_configuration.py > docs/configuration.md"
+
+
+def test_the_configuration_page_speaks_of_numbers_and_text_not_of_types() -> None:
+    page = (REPOSITORY / "docs" / "configuration.md").read_text()
+    values = {row.split("|")[2].strip() for row in page.splitlines() if row.startswith("| `")}
+    assert {"whole number", "number, null", "text", "true, false", "list of whole numbers"} <= values
+    assert not [value for value in values if re.search(r"\b(int|float|str|bool|Union|Optional|Any|dict)\b|\[", value)]
+    assert not re.search(r"\de[+-]?0|\de\+", page), "a limit is 1,000,000 or 1e12"

@@ -11,7 +11,7 @@ import pytest
 from ponder_scale.data.heldout import HeldOut
 from ponder_scale.evaluate.plot import line_chart
 from ponder_scale.export.card import trained_card
-from ponder_scale.figures import count, json_text, perplexity, rate, shown, size, span
+from ponder_scale.figures import bound, count, json_text, perplexity, rate, shown, size, span
 
 LARGEST = 709.78  # whose exp a float holds
 
@@ -97,3 +97,9 @@ def test_times_have_one_unit(seconds: float, text: str) -> None:
 @pytest.mark.parametrize(("number", "text"), [(0.25, "0.25"), (42.4, "42"), (512_000.4, "512,000"), (5.12e6, "5.120M")])
 def test_rates_are_whole_where_they_are_large(number: float, text: str) -> None:
     assert rate(number) == text
+
+
+def test_a_limit_is_written_with_its_digits_or_a_short_power() -> None:
+    values = [0, 64, 2**31 - 1, 1.0, 0.5, 1e6, 2.0**31, 1e9, 1e12, 1e-6, 1e-30, 0.999999, 2.5e-8]
+    expected = "0 64 2,147,483,647 1 0.5 1,000,000 2,147,483,648 1e9 1e12 1e-6 1e-30 0.999999 2.5e-8"
+    assert [bound(value) for value in values] == expected.split()

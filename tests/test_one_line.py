@@ -217,7 +217,6 @@ def test_a_slip_on_the_command_line_is_answered(
         ("build --workers 2 out=x", "did you mean workers=2?"),
         ("inspect", "the following arguments are required: folder"),
         ("inspect x --samples -1", "--samples is -1; expected at least 0"),
-        ("bench x --tokenizer y --rounds 0", "--rounds is 0; expected at least 1"),
         ("pack x --seq-len 1", "--seq-len is 1; expected at least 2"),
         ("plan --sample-mb 0 out=x", "--sample-mb is 0.0; expected more than 0"),
         ("train-tokenizer x --vocab-size 0 --out y", "--vocab-size is 0; expected at least 1"),

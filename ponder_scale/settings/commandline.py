@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ponder_scale.errors import ConfigError, UserError
+from ponder_scale.figures import bound
 from ponder_scale.files.places import check_file, check_folder
 from ponder_scale.settings import expand_path, meant
 
@@ -110,11 +111,11 @@ def number(*, above: float | None = None, least: float | None = None, most: floa
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"is {value}; expected a finite number")
         if value > most:
-            raise argparse.ArgumentTypeError(f"is {value}; expected at most {most:g}")
+            raise argparse.ArgumentTypeError(f"is {value}; expected at most {bound(most)}")
         if above is not None and value <= above:
-            raise argparse.ArgumentTypeError(f"is {value}; expected more than {above:g}")
+            raise argparse.ArgumentTypeError(f"is {value}; expected more than {bound(above)}")
         if least is not None and value < least:
-            raise argparse.ArgumentTypeError(f"is {value}; expected at least {least:g}")
+            raise argparse.ArgumentTypeError(f"is {value}; expected at least {bound(least)}")
         return value
 
     return read

@@ -76,3 +76,19 @@ def test_the_baselines_hold_the_tokens_of_large_vocabularies(tmp_path, monkeypat
 def test_a_corpus_that_cannot_be_measured_is_refused(tiny_tokenizer, tmp_path, capsys):
     assert main(["data", str(tmp_path / "none.txt"), "--tokenizer", str(tiny_tokenizer)]) == 2
     assert "expected a .jsonl file and a folder with tokenizer.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("data x --tokenizer y --rounds 0", "--rounds is 0; expected at least 1"),
+        ("step --runs 0", "--runs is 0; expected at least 1"),
+        ("memory --steps -1", "--steps is -1; expected at least 0"),
+        ("stepp", "no command stepp; did you mean step?"),
+    ],
+)
+def test_a_slip_is_answered_in_one_line(words, message, capsys):
+    with contextlib.suppress(SystemExit):
+        assert main(words.split()) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1 and said.startswith("error: "), said

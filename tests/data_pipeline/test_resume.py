@@ -320,7 +320,8 @@ def test_a_rank_that_cannot_begin_ends_them_all_with_one_clear_line(tiny_tokeniz
 
 
 def test_ranks_do_not_wait_for_ever_for_one_that_does_not_start(corpus, tiny_tokenizer, tmp_path):
-    code = "from data_pipeline import cli, parallel; parallel._ARRIVAL_SECONDS = 2; cli.main()"
+    code = "from data_pipeline import cli; from data_pipeline.build import parallel"
+    code += "; parallel._ARRIVAL_SECONDS = 2; cli.main()"
     words = shlex.join([sys.executable, "-c", code, *arguments(corpus, tiny_tokenizer, tmp_path / "out")])
     late = f'[ "$PMI_RANK" = 0 ] || sleep 60; exec {words}'
     done = subprocess.run([*mpi(2), "sh", "-c", late], capture_output=True, text=True, timeout=40)

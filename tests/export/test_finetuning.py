@@ -1,7 +1,7 @@
 """Exported folders tuned by others: the real TRL and PEFT, and `examples/finetune.py` with them, on the CPU.
 
 Both packages are installed once into a folder of their own, beside those of `test_loading.py`. What they compute is
-compared in `in_hands.py`, in one process for each version of transformers.
+compared by `in_hands/`, in one process for each version of transformers.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from tests.ranks import REPOSITORY, run_ranks
 
 EXTRA = {name: TESTED[name] for name in ("trl", "peft")}
 BESIDES = {"liger-kernel": "0.8.5", "torchao": "0.18.0", "bitsandbytes": "0.50.2"}
-SCRIPT = Path(__file__).with_name("in_hands.py")
-CHECKS = re.findall(r"^def check_(\w+)", SCRIPT.read_text(), flags=re.MULTILINE)
+SCRIPT = Path(__file__).with_name("in_hands")
+CODE = "".join(path.read_text() for path in sorted(SCRIPT.glob("with_*.py")))
+CHECKS = re.findall(r"^def check_(\w+)", CODE, flags=re.MULTILINE)
 # of a release of transformers that is new to us
 ON_THE_NEWEST = [name for name in CHECKS if name.startswith(("packed", "dpo", "fused"))]
 MODULES = dict.fromkeys(CHECKS, "installed") | {f"{name}-on-the-newest": "newest" for name in ON_THE_NEWEST}
@@ -117,17 +118,17 @@ def test_the_card_names_the_versions_that_are_tested(report: Any, folders: Path)
 def sft_on_a_rank(case: dict[str, str]) -> list[tuple[float, float]]:
     """Loss and gradient norm of SFTTrainer's first step under ZeRO-3, one document a rank, and the model's own."""
     os.environ.pop("USE_TORCH", None)
-    sys.path.insert(0, case["packages"])
+    sys.path[:0] = [case["packages"], str(SCRIPT)]
     sys.argv = ["", case["folders"], case["place"]]
-    from tests.export import in_hands
+    import hands
 
-    del in_hands.DOCUMENTS[2]
-    own = in_hands.own_numbers(in_hands.load())
+    del hands.DOCUMENTS[2]
+    own = hands.own_numbers(hands.load())
     zero = {"stage": 3, "reduce_bucket_size": 2000, "stage3_param_persistence_threshold": 0}
     automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     settings = {"zero_optimization": zero, **dict.fromkeys(automatic, "auto"), "zero_force_ds_cpu_optimizer": False}
     more = {"per_device_train_batch_size": 1, "gradient_checkpointing": True, "ddp_backend": "gloo"}
-    return [in_hands.first(in_hands.sft(in_hands.load(), deepspeed=settings, **more)), own]
+    return [hands.first(hands.sft(hands.load(), deepspeed=settings, **more)), own]
 
 
 def test_on_two_ranks_under_zero_sft_sees_the_models_loss(folders: Path, tmp_path: Path) -> None:
