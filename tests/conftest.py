@@ -42,10 +42,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say loudly what was left out for want of Slurm: it is much of what the project promises. Print the faults."""
+    """Print the faults, and say loudly what was left out for want of Slurm or of a package index."""
     print_fault_matrix(terminalreporter)
     skipped = terminalreporter.stats.get("skipped", [])
-    left_out = {report.nodeid: report.longrepr[2] for report in skipped if "no Slurm here" in str(report.longrepr)}
-    if left_out:
-        terminalreporter.section("NOT TESTED", sep="!", red=True, bold=True)
-        terminalreporter.line(f"{len(left_out)} tests of runs on a cluster: {next(iter(left_out.values()))}")
+    for sign, what in (("no Slurm here", "of runs on a cluster"), ("TESTS_OFFLINE is set", "of other versions")):
+        left_out = {report.nodeid: report.longrepr[2] for report in skipped if sign in str(report.longrepr)}
+        if left_out:
+            terminalreporter.section("NOT TESTED", sep="!", red=True, bold=True)
+            terminalreporter.line(f"{len(left_out)} tests {what}: {next(iter(left_out.values()))}")

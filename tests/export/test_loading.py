@@ -21,6 +21,7 @@ import ponder_scale.model
 from ponder_scale.export.folder import write_folder
 from ponder_scale.export.tokenizer import SAMPLES
 from ponder_scale.model import compat
+from tests.export import versions
 from tests.export.versions import environment, newest
 from tests.model.architectures import TINY, VOCABULARY, make, make_confident
 from tests.ranks import REPOSITORY
@@ -172,6 +173,21 @@ def test_the_bounds_are_those_that_are_tested() -> None:
     tested = [version for version in VERSIONS if version[0].isdigit()]
     assert bounds == f"transformers>={tested[-1].removesuffix('.0')},<{major}.{int(minor) + 1}"
     assert tested[0].startswith(compat.OLDEST + ".")
+
+
+def test_a_version_that_cannot_be_installed_fails_its_test_unless_the_machine_is_said_to_be_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "CACHE", tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.delenv("TESTS_OFFLINE", raising=False)
+    with pytest.raises(AssertionError, match=r"pip install .*without a package index: TESTS_OFFLINE=1 leaves these"):
+        environment("4.56.2", VERSIONS["4.56.2"])
+    monkeypatch.setenv("TESTS_OFFLINE", "1")
+    with pytest.raises(pytest.skip.Exception, match="TESTS_OFFLINE is set; pip install"):
+        environment("4.56.2", VERSIONS["4.56.2"])
+    assert not (tmp_path / "transformers-4.56.2" / "done").exists()
 
 
 def test_a_version_that_came_later_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
