@@ -9,18 +9,22 @@ from typing import Any
 
 import pytest
 
+FOLDERS = ("benchmarks", "slurm")  # whose subject is processes of others and their time
 # what starts a process: of our helpers, of the standard library and of pytest
 STARTERS = {"run_ranks", "run_command", "run_script", "subprocess", "multiprocessing", "fork", "system"}
 
 
 def starts_processes(test: pytest.Function) -> bool:
     """Whether the test, a fixture that it asks for, or a helper in `tests` that these use starts a process."""
+    if test.path.parent.name in FOLDERS:
+        return True
     fixtures = (define.func for defines in test._fixtureinfo.name2fixturedefs.values() for define in defines)
-    return any(_starts(function) for function in (test.function, *fixtures))
+    return any(starts(function) for function in (test.function, *fixtures))
 
 
 @cache
-def _starts(called: Callable[..., Any]) -> bool:
+def starts(called: Callable[..., Any]) -> bool:
+    """Whether a function starts a process, itself or through helpers in `tests`."""
     todo, seen = [called], set()
     while todo:
         function = todo.pop()

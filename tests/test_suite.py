@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from tests.ranks import REPOSITORY
+from tests.lanes import starts
+from tests.mutants.table import MUTANTS, Mutant
+from tests.ranks import REPOSITORY, run_ranks
 
 TESTS = REPOSITORY / "tests"
 
@@ -61,3 +66,60 @@ def test_what_tests_share_lies_in_helper_modules() -> None:
 def test_an_import_from_a_test_is_seen_in_whatever_way_it_is_written(code: str) -> None:
     assert taken_from_tests(code)
     assert not taken_from_tests(code.replace("test_loop", "runs").replace("test_gate", "gate").replace("conftest", "x"))
+
+
+def plain() -> int:
+    return len(REPOSITORY.parts)
+
+
+def with_ranks() -> Any:
+    return run_ranks(plain, [None])
+
+
+def with_a_late_import() -> Any:
+    from tests.ranks import run_ranks as start
+
+    return start(plain, [None])
+
+
+def inside() -> Any:
+    return [(lambda: with_ranks()) for _ in range(2)]
+
+
+class Command:
+    def start(self) -> Any:
+        return subprocess.Popen(["true"])
+
+
+def through_a_class() -> Any:
+    return Command()
+
+
+def of_a_module() -> int:
+    return os.fork()
+
+
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest) -> Any:
+    return with_ranks if request.node else with_ranks()
+
+
+@pytest.mark.parametrize("start", [with_ranks, with_a_late_import, inside, through_a_class, of_a_module])
+def test_what_starts_processes_is_found_however_it_is_called(start: Any) -> None:
+    assert starts(start) and not starts(plain)
+
+
+def test_a_test_whose_fixture_starts_ranks_is_not_in_the_fast_lane(request: pytest.FixtureRequest, ranks: Any) -> None:
+    assert request.node.get_closest_marker("processes")
+
+
+def test_a_test_that_starts_nothing_is_in_the_fast_lane(request: pytest.FixtureRequest, tiny_shards: Any) -> None:
+    assert not request.node.get_closest_marker("processes")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_what_a_mutant_changes_stands_in_its_file_once(mutant: Mutant) -> None:
+    assert mutant.applied_to((REPOSITORY / mutant.file).read_text()) and mutant.old != mutant.new
+    for test in mutant.tests:
+        path, _, name = test.partition("::")
+        assert f"def {name}(" in (REPOSITORY / path).read_text() if name else (REPOSITORY / path).exists(), test

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from ponder_scale.errors import ConfigError
 from ponder_scale.evaluate.tasks import PAPER_TASKS, evaluate_tasks
 
+pytestmark = pytest.mark.slow  # the harness reads all its task files
 QUESTIONS = [
     ("The quick", [" brown fox", " lazy dog"], 0),
     ("def square", ["(number)", " dog"], 1),

@@ -1,0 +1,260 @@
+"""The slips: one change each to the arithmetic that matters, and the tests that have to notice it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old`, which stands in the file once, becomes `new`; then one of `tests` has to fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def applied_to(self, code: str) -> str:
+        """The code with the slip."""
+        assert code.count(self.old) == 1, f"{self.file}: {self.old!r} stands there {code.count(self.old)} times"
+        return code.replace(self.old, self.new)
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.old.strip()} -> {self.new.strip()}"
+
+
+def _of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
+    return [Mutant(file, old, new, tuple(tests.split())) for old, new in changes]
+
+
+PLAN = " ".join(
+    f"tests/planning/test_plan.py::test_{name}"
+    for name in (
+        "flops_are_those_that_torch_counts",
+        "hidden_feedback_costs_its_passes_and_a_product_for_statistics",
+        "a_steps_flops_follow_the_pondering_steps_that_it_took",
+        "the_peak_of_a_device_is_known_by_its_name",
+        "states_shrink_with_the_stage",
+        "gathering_follows_the_limits",
+        "weights_stay_gathered_only_where_they_fit",
+        "what_does_not_fit_is_warned_of",
+    )
+)
+HEALTH = " ".join(
+    f"tests/train/survive/test_health.py::test_{name}"
+    for name in (
+        "a_spike_is_so_many_deviations_above_the_mean_once_half_the_window_is_there",
+        "too_many_skips_in_a_row_end_the_run",
+        "a_restored_window_judges_alike",
+    )
+)
+SCHEDULES = " ".join(
+    f"tests/train/zero/test_engine.py::test_{name}"
+    for name in ("schedules_warm_up_and_end_at_the_minimum", "pondering_steps_are_drawn_by_step_and_seed_and_ramp_up")
+)
+MUTANTS = [
+    *_of(
+        "data_pipeline/clean/filters.py",
+        "tests/data_pipeline/test_cleaning.py",
+        ("if not min_words <= len(words) <= max_words:", "if not min_words < len(words) <= max_words:"),
+        ("min_words: int = 50", "min_words: int = 49"),
+        ("min_mean_word: float = 3.0", "min_mean_word: float = 2.9"),
+        ("sum(map(len, words)) / len(words) <= max_mean_word", "sum(map(len, words)) / len(words) < max_mean_word"),
+        ("max_symbols_per_word * len(words)", "max_symbols_per_word * len(text)"),
+        ('text.count("...") + text.count("…")', 'text.count("...")'),
+        ('startswith(("•", "-", "*", "‣"))', 'startswith(("•", "*", "‣"))'),
+        ("> max_ellipsis_lines * len(lines)", ">= max_ellipsis_lines * len(lines)"),
+        ("< min_alphabetic_words * len(words)", "<= min_alphabetic_words * len(words)"),
+        ("< min_stop_words:", "<= min_stop_words:"),
+        ("characters > character_bound * len(text)", "characters > character_bound * len(pieces)"),
+        ("enumerate(max_top_n_grams, start=2)", "enumerate(max_top_n_grams, start=3)"),
+        ("enumerate(max_duplicate_n_grams, start=5)", "enumerate(max_duplicate_n_grams, start=6)"),
+        ('count * len(" ".join(gram)) if count > 1 else 0', 'count * len(" ".join(gram))'),
+        ("            begin += n\n", "            begin += 1\n"),
+        ("max_word: int = 1000, **of_pages", "max_word: int = 999, **of_pages"),
+        ("< min_sentences:", "<= min_sentences:"),
+        ("if len(text) < min_characters:", "if len(text) <= min_characters:"),
+    ),
+    *_of(
+        "data_pipeline/clean/filters.py",
+        "tests/data_pipeline/test_own_filters.py",
+        ("bound = int(share * 2**64)", "bound = int(share * 2**63)"),
+        ("seed=2**32 + seed", "seed=seed"),
+    ),
+    *_of(
+        "data_pipeline/clean/dedup.py",
+        "tests/data_pipeline/test_cleaning.py",
+        ("NGRAM_WORDS, BANDS, HASHES_OF_BAND = 5, 14, 8", "NGRAM_WORDS, BANDS, HASHES_OF_BAND = 5, 8, 14"),
+        ("repeated = order[1:][keys[1:] == keys[:-1]]", "repeated = order[:-1][keys[1:] == keys[:-1]]"),
+        ("odd | np.uint64(1), mask", "odd & ~np.uint64(1), mask"),
+    ),
+    *_of(
+        "ponder_scale/data/order.py",
+        "tests/data/test_order.py",
+        ("0.5 + int(i) * (math.sqrt(5) - 1) / 2", "0.5 + int(i) * (math.sqrt(5) + 2) / 2"),
+        ("tau * self._shares - self._phases", "tau * self._shares + self._phases"),
+        ("epoch, position = np.divmod(served, size)", "position, epoch = np.divmod(served, size)"),
+        ("source_key + epoch.astype(np.uint64) * np.uint64(_GOLDEN)", "source_key + np.uint64(_GOLDEN)"),
+        (
+            "right = (right + _round(left, key, step + 1)) % columns",
+            "right = (right + _round(left, key, step)) % columns",
+        ),
+        ("(step + 1) * _GOLDEN % 2**64", "_GOLDEN % 2**64"),
+        ('f"{seed}:{name}"', 'f"{seed}"'),
+        ("while len(outside):", "if len(outside):"),
+    ),
+    *_of(
+        "ponder_scale/data/order.py",
+        "tests/data/test_mixture.py",
+        ("served + stretch.before[source]", "served"),
+        ("middle = (low + high + 1) // 2", "middle = (low + high) // 2 + (low + 1 == high)"),
+        ("np.where(before < limits", "np.where(before <= limits"),
+    ),
+    *_of(
+        "ponder_scale/data/mixture.py",
+        "tests/data/test_mixture.py",
+        ("max(1, math.floor(stream.max_epochs * count))", "max(1, math.ceil(stream.max_epochs * count))"),
+        ("if end > first), default=None)", "if end >= first), default=None)"),
+        ("math.ceil(phase.tokens / data.seq_len)", "math.floor(phase.tokens / data.seq_len)"),
+        ("config.weight * weight / total", "config.weight * weight"),
+    ),
+    *_of(
+        "ponder_scale/data/loader.py",
+        "tests/data/test_loader.py tests/data/test_mixture.py",
+        (
+            "reshape(-1, self._world_size, self._micro_batch)[:, self._rank]",
+            "reshape(self._world_size, -1, self._micro_batch)[self._rank]",
+        ),
+        ("if after > self._order.end:", "if after > self._order.end + 1:"),
+        ("if self._ahead is None or self._ahead[0] != sequences:", "if self._ahead is None:"),
+        ("left_out + max(0, end - first)", "left_out + max(0, end - first) + 1"),
+        ("first + mine < total", "first + mine <= total"),
+        ("min(sequences, sum(counts))", "max(sequences, sum(counts))"),
+        ('"consumed": self._consumed}', '"consumed": self._consumed + 1}'),
+    ),
+    *_of(
+        "ponder_scale/data/sequences.py",
+        "tests/data/test_loader.py tests/data/test_mixture.py tests/data/test_packing.py",
+        ("max(0, shard.info.tokens - 1) // seq_len", "max(0, shard.info.tokens) // seq_len"),
+        ("[Piece(first, self._seq_len + 1, False)]", "[Piece(first + 1, self._seq_len + 1, False)]"),
+        ("            into[end - 1 :] = IGNORE_INDEX", "            into[end:] = IGNORE_INDEX"),
+        ("if piece.continues and end:", "if end:"),
+    ),
+    *_of(
+        "ponder_scale/train/schedules.py",
+        SCHEDULES,
+        ("optim.lr * step / optim.warmup_steps", "optim.lr * (step - 1) / optim.warmup_steps"),
+        ("0.5 * (1.0 + math.cos(math.pi * progress))", "math.cos(0.5 * math.pi * progress)"),
+        ("max(1, steps - begin)", "max(1, steps)"),
+        ("math.sqrt(progress) if minus_sqrt", "progress**2 if minus_sqrt"),
+        ("optim.min_lr + (optim.lr - optim.min_lr) * shape", "optim.lr * shape"),
+        (".randint(schedule.low, highest)", ".randrange(schedule.low, highest)"),
+        ("math.floor((highest - schedule.low) * done)", "math.ceil((highest - schedule.low) * done)"),
+        ("min(1.0, step / schedule.ramp_steps)", "min(1.0, (step - 1) / schedule.ramp_steps)"),
+    ),
+    *_of(
+        "ponder_scale/runs/status.py",
+        "tests/runs/test_status.py",
+        ("STALE_SECONDS, STALE_STEPS = 60.0, 5.0", "STALE_SECONDS, STALE_STEPS = 60.0, 4.0"),
+        ("STALE_SECONDS, STALE_STEPS = 60.0, 5.0", "STALE_SECONDS, STALE_STEPS = 50.0, 5.0"),
+        ("patience = max(STALE_SECONDS,", "patience = min(STALE_SECONDS,"),
+        ('if now - heart["time"] > patience]', 'if now - heart["time"] > 2 * patience]'),
+        ("START_SECONDS = 3600.0", "START_SECONDS = 360.0"),
+        ('at > last["time"] + STALE_SECONDS for at', 'at > last["time"] for at'),
+        ("if len(hearts.stale) < len(working):", "if not hearts.stale:"),
+        ('if start is None or start["time"] <= known:', 'if start is None or start["time"] >= known:'),
+    ),
+    *_of(
+        "ponder_scale/train/survive/alarms.py",
+        "tests/train/measure/test_metrics.py",
+        ("IDLE_KL = 1e-5", "IDLE_KL = 1e-4"),
+        ("UNIFORM_SHARE = 0.98", "UNIFORM_SHARE = 0.97"),
+        ("LOGGED_STEPS = 5", "LOGGED_STEPS = 4"),
+        ("FIRST_STEP = 200", "FIRST_STEP = 201"),
+        ("if step < self._from:", "if step <= self._from:"),
+        ("max(kls) < IDLE_KL", "min(kls) < IDLE_KL"),
+        ("min(entropies) > self._uniform", "max(entropies) > self._uniform"),
+        ('means["pass_entropies"][:-1]', 'means["pass_entropies"]'),
+        ("if self._seen[kind] == LOGGED_STEPS:", "if self._seen[kind] >= LOGGED_STEPS:"),
+        ("self._seen[kind] + 1 if present else 0", "self._seen[kind] + 1 if present else self._seen[kind]"),
+        ("max(FIRST_STEP, config.optim.warmup_steps)", "FIRST_STEP"),
+    ),
+    *_of(
+        "ponder_scale/train/survive/health.py",
+        HEALTH,
+        ("self._config.spike_window // 2", "self._config.spike_window // 2 + 1"),
+        (
+            "if value > mean + self._config.spike_sigma * deviation:",
+            "if value > mean + self._config.spike_sigma * deviation**2:",
+        ),
+        ("if self._in_a_row > self._config.max_skips:", "if self._in_a_row >= self._config.max_skips:"),
+        ("        self._in_a_row = 0\n", ""),
+    ),
+    *_of(
+        "ponder_scale/train/survive/watchdog.py",
+        "tests/train/survive/test_watchdog.py::test_a_straggler_is_much_slower_than_the_median_and_worth_its_name",
+        ("if spent > factor * median and", "if spent >= factor * median or"),
+        ("max(HEARTBEAT_SECONDS, world_size / 200)", "max(HEARTBEAT_SECONDS, world_size / 2000)"),
+        ("NEGLIGIBLE = 0.05", "NEGLIGIBLE = 0.5"),
+    ),
+    *_of(
+        "ponder_scale/planning/cost.py",
+        PLAN,
+        ('"a100": (312e12, 80 * GIB)', '"a100": (624e12, 80 * GIB)'),
+        ('"a100-40": (312e12, 40 * GIB)', '"a100-40": (312e12, 48 * GIB)'),
+        ('"h100": (989e12, 80 * GIB)', '"h100": (1979e12, 80 * GIB)'),
+        ('"h200": (989e12, 141 * 10**9)', '"h200": (989e12, 141 * GIB)'),
+        ('"b200": (2250e12, 180 * 10**9)', '"b200": (2250e12, 192 * 10**9)'),
+        ('r"H100 PCIE": 756e12', 'r"H100 PCIE": 989e12'),
+        ('r"H[12]00 NVL": 835e12', 'r"H[12]00 NVL": 989e12'),
+        ('r"\\bA[18]00\\b": 312e12', 'r"\\bA[18]00\\b": 624e12'),
+        ('r"\\bL40S\\b": 362e12', 'r"\\bL40S\\b": 733e12'),
+        (
+            "2.0 * shape.layers * shape.hidden * (shape.sequence + 1)",
+            "4.0 * shape.layers * shape.hidden * (shape.sequence + 1)",
+        ),
+        ("passes=3.0 * (steps + 1) * forward", "passes=3.0 * steps * forward"),
+        ("pondering=6.0 * steps * product", "pondering=4.0 * steps * product"),
+        ("loss=3.0 * product", "loss=2.0 * product"),
+        ("* (steps + 1) * again + steps * product", "* (steps + 1) * again"),
+        ('again = forward - attention if recompute == "selective" else forward', "again = forward"),
+        ("masters=4 * sharded if has_masters else 0", "masters=4 * sharded"),
+        ("moments=(12 if average else 8) * sharded", "moments=8 * sharded"),
+        (
+            "gradients=narrow * (share if stage >= 2 else parameters)",
+            "gradients=narrow * (share if stage >= 1 else parameters)",
+        ),
+        ("2 * passes - 1 if again else 1", "2 * passes if again else 1"),
+        ("LIVE_LAYERS = 3 ", "LIVE_LAYERS = 2 "),
+    ),
+    *_of(
+        "ponder_scale/planning/plan.py",
+        PLAN,
+        ("USABLE = 0.92 ", "USABLE = 0.95 "),
+        ("USABLE = 0.92 ", "USABLE = 0.9 "),
+        ("return kept + max(in_backward, states.gradients)", "return kept + in_backward + states.gradients"),
+        ("(schedule.low + highest) / 2", "highest / 2"),
+        ("share * (highest - schedule.low) / 2", "share * (highest - schedule.low)"),
+    ),
+    *_of(
+        "ponder_scale/planning/failures.py",
+        "tests/planning/test_failures.py",
+        ("math.sqrt(2 * self.save * self.between)", "math.sqrt(self.save * self.between)"),
+        ("ratio / 9) - self.save", "ratio / 9)"),
+        ("(interval + self.save) / self.between", "interval / self.between"),
+        ("DEVICE_HOURS = 16_384 * 54 * 24 / 419", "DEVICE_HOURS = 16_384 * 54 * 24 / 466"),
+    ),
+    *_of(
+        "ponder_scale/train/zero/replicas.py",
+        "tests/train/survive/test_health.py::test_one_flipped_bit_names_its_rank_and_tensor",
+        ("MULTIPLIER = 6364136223846793005", "MULTIPLIER = 1"),
+        ("majority = votes > world_size / 2", "majority = votes >= world_size / 2"),
+        ("INTEGERS[tensor.element_size()]", "torch.int8"),
+    ),
+    *_of(
+        "ponder_scale/data/heldout.py",
+        "tests/evaluate/test_perplexity.py",
+        ("torch.cat([losses * count, count.unsqueeze(0)])", "torch.cat([losses, count.unsqueeze(0)])"),
+        ("[part.tokens / tokens for part in parts]", "[1 / len(parts) for part in parts]"),
+    ),
+]
