@@ -24,7 +24,7 @@ def starts_processes(test: pytest.Function) -> bool:
 
 @cache
 def starts(called: Callable[..., Any]) -> bool:
-    """Whether a function starts a process, itself or through helpers in `tests`."""
+    """Whether a function starts a process, itself or through helpers in `tests` and benchmarks."""
     todo, seen = [called], set()
     while todo:
         function = todo.pop()
@@ -43,7 +43,7 @@ def starts(called: Callable[..., Any]) -> bool:
 
 
 def _is_ours(value: Any) -> bool:
-    return str(getattr(value, "__module__", None)).split(".")[0] == "tests"
+    return str(getattr(value, "__module__", None)).split(".")[0] in ("tests", "benchmarks")
 
 
 def _names(code: CodeType) -> Iterator[str]:

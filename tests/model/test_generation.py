@@ -164,6 +164,7 @@ def test_a_compiled_step_on_a_static_cache_gives_the_same_logits(model: Any) -> 
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+@pytest.mark.slow
 def test_inductor_compiles_a_decoding_step_once() -> None:
     model = make_confident("llama", pondering_steps=1, scale_embeds=True, num_hidden_layers=1)
     cache = StaticCache(config=model.config, max_cache_len=16)

@@ -34,6 +34,8 @@ PLAN = " ".join(
         "hidden_feedback_costs_its_passes_and_a_product_for_statistics",
         "a_steps_flops_follow_the_pondering_steps_that_it_took",
         "the_peak_of_a_device_is_known_by_its_name",
+        "the_devices_that_are_planned_for_are_as_their_data_sheets_say",
+        "92_percent_of_a_device_may_be_planned_for",
         "states_shrink_with_the_stage",
         "gathering_follows_the_limits",
         "weights_stay_gathered_only_where_they_fit",
@@ -166,7 +168,7 @@ MUTANTS = [
     ),
     *_of(
         "ponder_scale/train/survive/alarms.py",
-        "tests/train/measure/test_metrics.py",
+        "tests/train/survive/test_alarms.py",
         ("IDLE_KL = 1e-5", "IDLE_KL = 1e-4"),
         ("UNIFORM_SHARE = 0.98", "UNIFORM_SHARE = 0.97"),
         ("LOGGED_STEPS = 5", "LOGGED_STEPS = 4"),

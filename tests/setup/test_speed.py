@@ -75,6 +75,7 @@ def gradients(chosen: Any, steps: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.skipif(not (torch.cuda.is_available() or shutil.which("g++")), reason="no C++ compiler: nothing compiled")
 @pytest.mark.parametrize("policy", ["none", "layer", "pass"])
+@pytest.mark.slow
 def test_compiled_layers_give_the_same_gradients_from_one_graph(policy: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

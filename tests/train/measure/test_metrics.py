@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +22,6 @@ from ponder_scale.train.measure.metrics import Metrics, StepMeans, StepTally
 from ponder_scale.train.measure.throughput import Throughput
 from ponder_scale.train.measure.work import Work
 from ponder_scale.train.schedules import pondering_steps
-from ponder_scale.train.survive.alarms import FIRST_STEP, LOGGED_STEPS, CollapseAlarms
 
 SHAPE = Shape(1000, 400, vocabulary=50, hidden=8, layers=2, sequence=16, pondering_steps=3)
 
@@ -113,36 +111,6 @@ def test_rates_follow_the_tokens_of_a_ramp(monkeypatch: pytest.MonkeyPatch) -> N
     assert found["seconds_per_step"] == pytest.approx(5.0 / 3)
     assert found["seconds_left"] == pytest.approx(5.0 / 7 * (3 + 94 * 4)) and found["mfu"] is None
     assert found["flops"] == pytest.approx(9 * 16 * flops_per_token(SHAPE, "pass").model)
-
-
-def means(kl: float, entropy: float) -> dict[str, list[float]]:
-    return {"pass_kls": [kl, kl / 2], "pass_entropies": [entropy, entropy, 1.0]}
-
-
-@pytest.mark.parametrize(
-    ("kind", "sign", "none"),
-    [
-        ("pondering_idle", means(1e-6, 2.0), means(1e-3, 2.0)),
-        ("pondering_uniform", means(0.3, 0.99 * math.log(50)), means(0.3, 0.9 * math.log(50))),
-    ],
-)
-def test_a_collapse_is_told_once_while_it_lasts(kind: str, sign: dict[str, Any], none: dict[str, Any]) -> None:
-    alarms = CollapseAlarms(config(), 50)
-    told = [step for step in range(1, FIRST_STEP + 60) for _ in alarms.of(step, sign)]
-    assert told == [FIRST_STEP + LOGGED_STEPS - 1]
-    assert alarms.of(1000, none) == []
-    again = [alarm for step in range(1001, 1050) for alarm in alarms.of(step, sign)]
-    assert [alarm["kind"] for alarm in again] == [kind] and "pondering" in again[0]["message"]
-    healthy = CollapseAlarms(config(), 50)
-    assert not any(healthy.of(step, none) for step in range(1, 2000))
-
-
-def test_steps_without_pondering_neither_give_nor_clear_an_alarm() -> None:
-    alarms = CollapseAlarms(config(), 50)
-    steps = range(FIRST_STEP, FIRST_STEP + 20)
-    vanilla = {"pass_kls": [], "pass_entropies": [3.9]}
-    told = [step for step in steps for _ in alarms.of(step, means(1e-7, 2.0) if step % 2 else vanilla)]
-    assert len(told) == 1
 
 
 def test_a_tally_is_the_mean_over_batches_by_their_weight() -> None:
