@@ -88,14 +88,10 @@ def test_memory_is_laid_out_by_pondering_steps(
 
 
 def test_cached_decoding_is_measured_where_it_equals_the_whole_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled step is measured by the command of docs/performance.md, which fails where its logits differ."""
     (row,) = decode.run(small(), contexts=[9], runs=1)
     assert row["context"] == 9 and row["cached difference"] < 1e-5
     assert all(row[name] > 0 for name in (PUBLISHED, "cached", "vanilla")) and "compiled" not in row
-    work = small()
-    (row,) = decode.run(
-        replace(work, model=replace(work.model, num_hidden_layers=1)), contexts=[9], runs=1, compiled=True
-    )
-    assert row["compiled difference"] < 1e-5 and row["compiled"] > 0
     original = published.next_logits
     monkeypatch.setattr(published, "next_logits", lambda model, tokens, steps: original(model, tokens, steps - 1))
     with pytest.raises(RuntimeError, match="cached and uncached logits differ"):

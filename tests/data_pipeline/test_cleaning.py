@@ -9,7 +9,7 @@ import pytest
 import xxhash
 
 from data_pipeline.clean import dedup
-from data_pipeline.clean.filters import FILTERS, c4, chosen, gopher_quality, gopher_repetition, length
+from data_pipeline.clean.filters import FILTERS, c4, c4_lines, chosen, gopher_quality, gopher_repetition, length
 from data_pipeline.cli import main
 from data_pipeline.tokenize.tokenizer import open_tokenizer
 from data_pipeline.write import shuffle
@@ -82,6 +82,11 @@ def test_c4_drops_whole_pages_by_its_rules(text, reason):
     assert c4(text) == (None if reason is None else f"c4: {reason}")
 
 
+def test_a_word_of_a_thousand_characters_stays_and_a_longer_one_takes_its_line_along():
+    assert c4_lines("one\n" + "x" * 1000 + "\n") == ("one\n" + "x" * 1000 + "\n", 0)
+    assert c4_lines("one\n" + "x" * 1001 + "\ntwo") == ("one\ntwo", 1)
+
+
 LINES = [f"the {word} of this line is like that of no other" for word in WORDS]
 
 
@@ -103,6 +108,11 @@ LINES = [f"the {word} of this line is like that of no other" for word in WORDS]
         (
             "the with " + "words " * 87 + "word... " * 10 + "words",
             "the with " + "words " * 86 + "word... " * 11 + "words",
+            "symbols",
+        ),
+        (
+            "the with " + "words " * 87 + "word\u2026 " * 10 + "words",
+            "the with " + "words " * 86 + "word\u2026 " * 11 + "words",
             "symbols",
         ),
         # "more than 90% of lines starting with a bullet point, or more than 30% ending with an ellipsis"

@@ -152,7 +152,9 @@ def test_a_static_cache_takes_left_padding(model: Any) -> None:
 
 
 @pytest.mark.slow  # the compiler works
-def test_a_compiled_step_on_a_static_cache_gives_the_same_logits(model: Any) -> None:
+@pytest.mark.parametrize("architecture", TINY)
+def test_a_compiled_step_on_a_static_cache_gives_the_same_logits(architecture: str) -> None:
+    model = make_confident(architecture, pondering_steps=1, scale_embeds=True)
     cache = StaticCache(config=model.config, max_cache_len=16)
     compiled = torch.compile(model.forward, backend="eager")
     with torch.no_grad():

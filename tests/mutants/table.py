@@ -88,13 +88,13 @@ MUTANTS = [
         "tests/data_pipeline/test_cleaning.py",
         ("NGRAM_WORDS, BANDS, HASHES_OF_BAND = 5, 14, 8", "NGRAM_WORDS, BANDS, HASHES_OF_BAND = 5, 8, 14"),
         ("repeated = order[1:][keys[1:] == keys[:-1]]", "repeated = order[:-1][keys[1:] == keys[:-1]]"),
-        ("odd | np.uint64(1), mask", "odd & ~np.uint64(1), mask"),
+        ("count = max(0, len(hashes) - n + 1)", "count = max(0, len(hashes) - n)"),
     ),
     *_of(
         "ponder_scale/data/order.py",
         "tests/data/test_order.py",
         ("0.5 + int(i) * (math.sqrt(5) - 1) / 2", "0.5 + int(i) * (math.sqrt(5) + 2) / 2"),
-        ("tau * self._shares - self._phases", "tau * self._shares + self._phases"),
+        ("(number + self._phases[source]) / self._shares[source]", "number / self._shares[source]"),
         ("epoch, position = np.divmod(served, size)", "position, epoch = np.divmod(served, size)"),
         ("source_key + epoch.astype(np.uint64) * np.uint64(_GOLDEN)", "source_key + np.uint64(_GOLDEN)"),
         (
