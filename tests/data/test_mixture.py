@@ -7,7 +7,7 @@ import torch
 
 from ponder_scale.config import DataConfig, PhaseConfig, RunConfig, SourceConfig
 from ponder_scale.data.loader import Loader, open_sources
-from ponder_scale.data.mixture import not_skipped
+from ponder_scale.data.mixture import mixture, not_skipped, run_order
 from ponder_scale.data.order import Mixture, Order, Phase
 from ponder_scale.data.sequences import IGNORE_INDEX
 from ponder_scale.errors import ConfigError
@@ -149,6 +149,13 @@ def test_how_much_each_source_has_served_is_what_counting_gives(weights):
             mixture.served(count, len(weights)).tolist() == np.bincount(source[:count], minlength=len(weights)).tolist()
         )
     assert mixture.served(10**12 + 7, len(weights)).sum() == 10**12 + 7
+
+
+@pytest.mark.parametrize(("max_epochs", "end"), [(1.5, 7), (1.0, 5), (0.39, 1), (0.01, 1)])
+def test_a_cap_within_an_epoch_is_rounded_down_to_at_least_one_sequence(folders, max_epochs, end):
+    source = SourceConfig(path=folders["math"], max_epochs=max_epochs)
+    data = DataConfig(sources={"math": source}, seq_len=SEQ_LEN)
+    assert run_order(data, mixture(data, open_sources(data)), [5], seed=0).end == end
 
 
 def test_data_that_ends_is_said_and_not_repeated(make):

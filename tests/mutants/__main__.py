@@ -25,8 +25,9 @@ from tests.mutants.table import MUTANTS, Mutant
 
 REPOSITORY = Path(__file__).parents[2]
 OURS = ("ponder_scale", "data_pipeline", "benchmarks", "tests")
-COPIED = (*OURS, "deepspeed_configs", "docs", "examples", "slurm", "pyproject.toml", "README.md", "CONTRIBUTING.md")
+MADE = ("runs", "build", "dist", "wandb", "__pycache__")  # by commands, and large
 HEAVY = ("torch", "transformers", "numpy", "pyarrow.parquet", "tokenizers", "xxhash", "yaml", "zstandard")
+SECONDS = 120  # that a test may take: a slip may be a loop without an end
 PASSED, FAILED = 0, 1  # of pytest.main; anything else is no verdict
 ENDS = {PASSED: "SURVIVED", FAILED: "killed"}
 
@@ -80,7 +81,7 @@ def _run_here(tree: Path, tests: Sequence[str]) -> int:
     os.environ |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     sys.dont_write_bytecode = True
     said = io.StringIO()
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--durations=0", f"--basetemp={tree}/temporary"]
+    options = ["-x", "-q", "-p", "no:cacheprovider", f"--timeout={SECONDS}", f"--basetemp={tree}/temporary"]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = int(pytest.main([*options, *tests]))
     if code not in ENDS:
@@ -91,11 +92,10 @@ def _run_here(tree: Path, tests: Sequence[str]) -> int:
 def copy_of_the_tree(place: Path) -> Path:
     """What the tests need of the repository, without compiled files, which could be taken for a mutant's."""
     place.mkdir()
-    for name in COPIED:
-        source = REPOSITORY / name
-        if source.is_dir():
-            shutil.copytree(source, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
+    for source in REPOSITORY.iterdir():
+        if source.is_dir() and source.name not in MADE and not source.name.startswith("."):
+            shutil.copytree(source, place / source.name, ignore=shutil.ignore_patterns("__pycache__"), symlinks=True)
+        elif source.is_file():
             shutil.copy(source, place)
     return place
 

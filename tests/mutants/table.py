@@ -109,8 +109,11 @@ MUTANTS = [
         "ponder_scale/data/order.py",
         "tests/data/test_mixture.py",
         ("served + stretch.before[source]", "served"),
-        ("middle = (low + high + 1) // 2", "middle = (low + high) // 2 + (low + 1 == high)"),
-        ("np.where(before < limits", "np.where(before <= limits"),
+        (
+            "(mixture.served(middle, len(limits)) <= limits).all()",
+            "(mixture.served(middle, len(limits)) < limits).all()",
+        ),
+        ("_within(mixture, left, limits - before)", "_within(mixture, left, limits)"),
     ),
     *_of(
         "ponder_scale/data/mixture.py",
