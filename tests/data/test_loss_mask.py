@@ -13,7 +13,7 @@ from ponder_scale.errors import ConfigError
 from ponder_scale.shards.format import ShardWriter, open_shards
 from ponder_scale.shards.manifest import Manifest, seal
 from ponder_scale.shards.packing import open_packing, pack
-from tests.conftest import make_shards
+from tests.tiny import make_shards
 
 SEQ_LEN, FILLER = 16, 59_999
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.cli import main
 from ponder_scale.shards.format import open_shards
 
 WORDS = ["ponder", "scale", "token", "shard", "a", "the", "of", "12", "\n", "Größe"]
@@ -35,3 +36,8 @@ def documents(folder: Path, split: str) -> list[list[int]]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def adopt(files, kind, tokenizer, out, *more) -> int:
+    names = [str(path) for path in files]
+    return main(["adopt", *names, "--kind", kind, "--tokenizer", str(tokenizer), "--out", str(out), *more])

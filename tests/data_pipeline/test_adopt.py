@@ -14,7 +14,7 @@ from ponder_scale.config import DataConfig, SourceConfig
 from ponder_scale.data.loader import Loader, open_sources
 from ponder_scale.shards.format import open_shards
 from ponder_scale.shards.manifest import read_manifest, verify
-from tests.data_pipeline.builds import arguments, make_texts, write_jsonl
+from tests.data_pipeline.builds import adopt, arguments, make_texts, write_jsonl
 
 
 def write_megatron(prefix, documents, dtype="<u2", code=8):
@@ -36,11 +36,6 @@ def documents(tiny_tokenizer):
         tokens, _ = tokenizer.encode_batch([text])
         found.append([*tokens.tolist(), tokenizer.eod_id])
     return found
-
-
-def adopt(files, kind, tokenizer, out, *more) -> int:
-    names = [str(path) for path in files]
-    return main(["adopt", *names, "--kind", kind, "--tokenizer", str(tokenizer), "--out", str(out), *more])
 
 
 def flat(documents) -> list[int]:

@@ -14,8 +14,7 @@ from data_pipeline.tokenize.tokenizer import open_tokenizer
 from ponder_scale.errors import ConfigError
 from ponder_scale.shards.format import open_shards
 from ponder_scale.shards.manifest import read_manifest
-
-from .test_loss_masks import build, documents, write
+from tests.data_pipeline.masked import build, documents, write
 
 TEMPLATE = """
 {%- if messages[0]['role'] == 'system' %}

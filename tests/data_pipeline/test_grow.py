@@ -16,8 +16,7 @@ from ponder_scale.data.loader import Loader, open_sources
 from ponder_scale.errors import ConfigError
 from ponder_scale.shards.format import open_shards
 from ponder_scale.shards.manifest import read_manifest, verify
-
-from .test_build import arguments, contents, documents, make_texts, write_jsonl
+from tests.data_pipeline.builds import arguments, contents, documents, make_texts, write_jsonl
 
 
 @pytest.fixture

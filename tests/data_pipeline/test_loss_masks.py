@@ -13,11 +13,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from data_pipeline.cli import main
 from data_pipeline.tokenize.backends import _byte_of_character
-from ponder_scale.shards.format import open_shards
 from ponder_scale.shards.manifest import read_manifest, verify
-
-from .test_adopt import adopt
-from .test_build import contents, make_texts
+from tests.data_pipeline.builds import adopt, contents, make_texts
+from tests.data_pipeline.masked import build, documents, write
 
 PAIR = ["sources.chat.loss={prompt: prompt, completion: completion}"]
 SPANS = ["sources.chat.loss.spans=spans"]
@@ -40,25 +38,6 @@ def spanned(count, seed=0):
         places.insert(int(generator.integers(0, len(places) + 1)), [first, first + 1])
         records.append({"text": text, "spans": places})
     return records
-
-
-def write(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def build(path, tokenizer, out, *more, kind="jsonl"):
-    source = [f"sources.chat.kind={kind}", f"sources.chat.path={path}"]
-    return main(["build", f"out={out}", f"tokenizer={tokenizer}", *source, "heldout_fraction=0", "workers=1", *more])
-
-
-def documents(folder, split="train"):
-    """(tokens, which count) of each document."""
-    for shard in open_shards(folder).split(split):
-        ends = np.cumsum(shard.lengths, dtype=np.int64)
-        for end, length in zip(ends.tolist(), shard.lengths.tolist(), strict=True):
-            counts = None if shard.mask is None else shard.mask.read(end - length, length).tolist()
-            yield shard.tokens[end - length : end].tolist(), counts
 
 
 class Bytes:

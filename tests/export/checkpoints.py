@@ -21,12 +21,14 @@ def save_checkpoint(case: dict[str, Any]) -> dict[str, Any]:
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from ponder_scale.checkpoint import save as checkpoint
-    from ponder_scale.checkpoint.parts import part_name, write_part
+    from ponder_scale.checkpoint.find import Ranks
+    from ponder_scale.checkpoint.save import Part, Saver
+    from ponder_scale.data.sequences import MicroBatch
     from ponder_scale.settings import to_dict
     from ponder_scale.setup.build import build_model, model_configuration
     from ponder_scale.setup.warm_start import warm_start
-    from ponder_scale.train.zero.engine import Engine, init_distributed, versions
+    from ponder_scale.train.versions import versions
+    from ponder_scale.train.zero.engine import Engine, init_distributed
     from tests.train.zero.gradients import run_config
 
     torch.set_num_threads(1)
@@ -40,12 +42,12 @@ def save_checkpoint(case: dict[str, Any]) -> dict[str, Any]:
     engine = Engine(model, config)
     engine.set_learning_rate(1e-2)
     generator = torch.Generator().manual_seed(engine.rank)
-    for number in range(case["steps"] * engine.micro_steps):
-        tokens = torch.randint(0, VOCABULARY, (1, SEQ_LEN + 1), generator=generator)
-        engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:]).loss)
-        engine.step()
-        if (number + 1) % engine.micro_steps == 0:
-            engine.average_weights((number + 1) // engine.micro_steps)
+    for step in range(1, case["steps"] + 1):
+        for _ in range(engine.micro_steps):
+            tokens = torch.randint(0, VOCABULARY, (1, SEQ_LEN + 1), generator=generator)
+            engine.micro_step(MicroBatch(tokens, tokens[:, 1:], None))
+        engine.update()
+        engine.average_weights(step)
     expected = {}
     for name, parameter in engine.module.named_parameters():
         full = safe_get_full_fp32_param(parameter)
@@ -66,17 +68,9 @@ def save_checkpoint(case: dict[str, Any]) -> dict[str, Any]:
         "versions": versions(),
     }
 
-    def gather(value: Any) -> list[Any]:
-        values: list[Any] = [None] * engine.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def write(folder: Path) -> checkpoint.Index:
-        name, partition = part_name(engine.rank), engine.partition
-        return {name: write_part(folder / name, partition.tensors(copy=False), {"begins": partition.begins()})}
-
-    ranks = checkpoint.Ranks(engine.rank, engine.world_size, gather)
-    checkpoint.save(run_dir, case["steps"], state, write, tokenizer=Path(case["tokenizer"]), ranks=ranks)
+    saver = Saver(run_dir, Path(case["tokenizer"]), ranks=Ranks(engine.rank, engine.world_size))
+    part = Part(engine.partition.tensors(copy=False), {"begins": engine.partition.begins()})
+    saver.save(case["steps"], state, part)
     return {}
 
 

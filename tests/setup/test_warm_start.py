@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ponder_scale.checkpoint.save import find, read_state
+from ponder_scale.checkpoint.find import find, read_state
 from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import Loader, open_sources
 from ponder_scale.errors import CheckpointError
 from ponder_scale.settings import load
 from ponder_scale.setup.warm_start import folder_configuration, warm_start
-from ponder_scale.train.zero.engine import code_commit
+from ponder_scale.train.versions import code_commit
 from tests.export.published import published_folder
 from tests.model.architectures import TINY, make
 from tests.model.published import CASES, ORACLE

@@ -9,7 +9,7 @@ from ponder_scale.errors import ShardError
 from ponder_scale.shards.format import ShardWriter, open_shards
 from ponder_scale.shards.manifest import MANIFEST, Manifest, read_manifest, seal, verify
 from ponder_scale.shards.packing import open_packing, pack
-from tests.conftest import make_shards
+from tests.tiny import make_shards
 
 
 def write(folder, parts, name="train-00000"):

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from ponder_scale.checkpoint.find import find
 from ponder_scale.checkpoint.parts import Parts
-from ponder_scale.checkpoint.save import find
 from ponder_scale.checkpoint.weights import read_weights
 from ponder_scale.config import RunConfig
+from ponder_scale.errors import UserError
 from ponder_scale.runs.records import COMPUTED
+from ponder_scale.runs.status import status
 from ponder_scale.settings import load
 from ponder_scale.shards.manifest import tokenizer_sha256
 
@@ -57,7 +59,7 @@ def train_on_a_rank(case: dict[str, Any]) -> str:
     torch.set_num_threads(1)
     fault = case.get("fault")
     if fault and os.environ["RANK"] == str(fault["rank"]):
-        owner: Any = {"save": state.RunState, "write_part": state, "sync": parts}.get(fault["at"], checkpoint)
+        owner: Any = {"save": state.RunState, "sync": parts}.get(fault["at"], checkpoint)
         original, calls = getattr(owner, fault["at"]), []
 
         def faulty(*arguments: Any, **options: Any) -> Any:
@@ -158,3 +160,17 @@ def tokenized_shards(tiny_shards: Any, tokenizer: Path, **arguments: Any) -> Pat
     for file in tokenizer.iterdir():
         (made.folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
     return made.folder
+
+
+def train_and_tell(case: dict[str, Any]) -> dict[str, Any]:
+    """What a training, or its refusal, logs on its only rank, and what `ponder-scale status` says after it."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ponder_scale").addHandler(handler)
+    logging.getLogger("ponder_scale").setLevel(logging.INFO)
+    try:
+        train_on_a_rank(case)
+    except UserError as error:
+        lines.append(str(error))
+    return {"log": lines, "status": status(Path(case["run_dir"]))}

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ponder_scale.config import RunConfig
-from ponder_scale.errors import UserError
-from ponder_scale.runs.status import status
 from ponder_scale.settings import load
 from ponder_scale.shards.packing import pack
 from ponder_scale.train.console import COLUMNS
 from tests.ranks import run_ranks
-from tests.train.runs import STEPS, overrides, records, train_on_a_rank
+from tests.train.runs import STEPS, overrides, records, train_and_tell, train_on_a_rank
 
 
 def test_metrics_hold_what_they_promise(shards: Any, tmp_path: Path) -> None:
@@ -61,20 +58,6 @@ def test_another_model_or_precision_is_refused_and_nothing_is_lost(shards: Any, 
         (1, 1, None),
         (2, 5, "step-00000004"),
     ]  # those that were refused took nothing over
-
-
-def train_and_tell(case: dict[str, Any]) -> dict[str, Any]:
-    """What a training, or its refusal, logs on its only rank, and what `ponder-scale status` says after it."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("ponder_scale").addHandler(handler)
-    logging.getLogger("ponder_scale").setLevel(logging.INFO)
-    try:
-        train_on_a_rank(case)
-    except UserError as error:
-        lines.append(str(error))
-    return {"log": lines, "status": status(Path(case["run_dir"]))}
 
 
 def test_a_finished_run_is_told_to_be_finished_also_after_a_start_that_is_refused(shards: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ponder_scale.config import RunConfig
+from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.settings import load
 from ponder_scale.setup.build import build_model, model_configuration
 from ponder_scale.train.optim import parameter_groups
@@ -86,8 +87,7 @@ def on_a_rank(case: dict[str, Any]) -> dict[str, Any]:
         for micro in range(engine.micro_steps):
             row = micro * engine.world_size + engine.rank
             sequence = batch[row : row + 1]
-            loss = engine.forward(sequence[:, :-1], sequence[:, 1:], ponder).loss
-            engine.backward(loss)
+            loss = engine.micro_step(MicroBatch(sequence, sequence[:, 1:], None), ponder).loss
             total += loss.detach() / engine.micro_steps
             if step == 0 and micro == engine.micro_steps - 1:
                 for name, parameter in engine.module.named_parameters():
@@ -95,7 +95,7 @@ def on_a_rank(case: dict[str, Any]) -> dict[str, Any]:
                     if engine.zero_stage == 0 and case.get("precision") != "bf16":
                         gradient = parameter.grad
                     gradients[name] = gradient.flatten().tolist() if engine.rank == 0 else None
-            norm = engine.step()
+        norm = engine.update()
         losses.append(engine.total(total).item() / engine.world_size)
         norms.append(norm)
         stacks.append(len(parameter_offload.FWD_MODULE_STACK))

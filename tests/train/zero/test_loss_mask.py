@@ -23,9 +23,9 @@ from ponder_scale.shards.format import ShardSet, ShardWriter
 from ponder_scale.shards.manifest import Manifest, seal
 from ponder_scale.shards.packing import pack
 from tests.ranks import run_ranks
-from tests.train.test_exact_resume import check_resume
-from tests.train.test_loop import STEPS, overrides, records, train_and_tell, train_on_a_rank, weights
-from tests.train.zero.test_gradients import small_buckets, worst
+from tests.train.resumes import check_resume
+from tests.train.runs import STEPS, overrides, records, train_and_tell, train_on_a_rank, weights
+from tests.train.zero.gradients import small_buckets, worst
 
 SEQUENCES = 8
 

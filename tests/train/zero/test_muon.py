@@ -108,7 +108,7 @@ def updates_of_transposed_weights(_: Any) -> list[list[Any]]:
     import torch._dynamo
     from torch import nn
 
-    from ponder_scale.train.zero.engine import _muon
+    from ponder_scale.train.zero.optimizer import _muon
 
     torch._dynamo.config.disable = True
     found = []
