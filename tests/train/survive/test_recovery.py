@@ -232,11 +232,11 @@ def test_a_held_out_loss_beyond_every_bound_ends_no_run_and_no_report(
 
 def train_with_a_slow_disk(case: dict[str, Any]) -> str:
     """Train; no part of a step but the last is written before the next step has begun to read its data."""
+    from ponder_scale.checkpoint import save as checkpoint
     from ponder_scale.data.loader import Loader
-    from ponder_scale.train import state
 
     begun, changed = [0], threading.Condition()
-    next_batches, write_part = Loader.next_batches, state.write_part
+    next_batches, write_part = Loader.next_batches, checkpoint.write_part
 
     def counting(self: Any, *sequences: int) -> Any:
         with changed:
@@ -250,7 +250,7 @@ def train_with_a_slow_disk(case: dict[str, Any]) -> str:
             assert step == STEPS or changed.wait_for(lambda: begun[0] > step + 1, timeout=60)
         return write_part(path, *arguments)
 
-    Loader.next_batches, state.write_part = counting, slow  # type: ignore[method-assign]
+    Loader.next_batches, checkpoint.write_part = counting, slow  # type: ignore[method-assign]
     return train_on_a_rank(case)
 
 
