@@ -79,17 +79,18 @@ def test_a_run_with_dropout_is_resumed_bit_for_bit(shards: Any, tmp_path: Path) 
 def losses_of_training(case: dict[str, Any]) -> list[float]:
     """The loss of each micro-batch of this rank."""
     from ponder_scale.train import loop
+    from ponder_scale.train.zero.engine import Engine
 
     torch.set_num_threads(1)
     losses: list[float] = []
-    forward = loop.Engine.forward
+    forward = Engine._forward
 
     def told(self: Any, *arguments: Any, **options: Any) -> Any:
         output = forward(self, *arguments, **options)
         losses.append(output.loss.item())
         return output
 
-    loop.Engine.forward = told  # type: ignore[method-assign]
+    Engine._forward = told  # type: ignore[method-assign]
     loop.train(load(RunConfig, None, case["overrides"]))
     return losses
 

@@ -14,10 +14,11 @@ def train_with_an_incident(case: dict[str, Any]) -> int:
     """Train; at step `at` of the attempt rank 1's second loss is multiplied by `factor`, or a bit of rank 2 flips."""
     from ponder_scale.train import loop
     from ponder_scale.train.survive.incidents import Incidents
+    from ponder_scale.train.zero.engine import Engine
 
     torch.set_num_threads(1)
     at, micro_batches, begins = case.get("at"), [], []
-    backward, begin_step = loop.Engine.backward, Incidents.begin_step
+    backward, begin_step = Engine._backward, Incidents.begin_step
 
     def begin(self: Any) -> None:
         begins.append(1)
@@ -31,7 +32,7 @@ def train_with_an_incident(case: dict[str, Any]) -> int:
         mine = len(begins) == at and len(micro_batches) == 2 and self.rank == 1
         backward(self, loss * case["factor"] if mine and "factor" in case else loss)
 
-    loop.Engine.backward = sick  # type: ignore[method-assign]
+    Engine._backward = sick  # type: ignore[method-assign]
     Incidents.begin_step = begin  # type: ignore[method-assign]
     return loop.train(load(RunConfig, None, case["overrides"]))
 

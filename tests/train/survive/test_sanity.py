@@ -20,11 +20,12 @@ from tests.train.runs import assert_same_run, overrides
 def train_in_trouble(case: dict[str, Any]) -> int:
     """Train with a limit on the size of files (`file_bytes`), a device too small (`memory`), or weights of nan."""
     from ponder_scale.train import loop
+    from ponder_scale.train.zero.engine import Engine
 
     torch.set_num_threads(1)
     if "file_bytes" in case:
         resource.setrlimit(resource.RLIMIT_FSIZE, (case["file_bytes"], resource.RLIM_INFINITY))
-    forward, calls = loop.Engine.forward, []
+    forward, calls = Engine._forward, []
 
     def sick(self: Any, *arguments: Any, **options: Any) -> Any:
         calls.append(1)
@@ -35,7 +36,7 @@ def train_in_trouble(case: dict[str, Any]) -> int:
             output.loss = output.loss * math.nan
         return output
 
-    loop.Engine.forward = sick  # type: ignore[method-assign]
+    Engine._forward = sick  # type: ignore[method-assign]
     return loop.train(load(RunConfig, None, case["overrides"]))
 
 
