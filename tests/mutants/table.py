@@ -27,21 +27,6 @@ def _of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
     return [Mutant(file, old, new, tuple(tests.split())) for old, new in changes]
 
 
-PLAN = " ".join(
-    f"tests/planning/test_plan.py::test_{name}"
-    for name in (
-        "flops_are_those_that_torch_counts",
-        "hidden_feedback_costs_its_passes_and_a_product_for_statistics",
-        "a_steps_flops_follow_the_pondering_steps_that_it_took",
-        "the_peak_of_a_device_is_known_by_its_name",
-        "the_devices_that_are_planned_for_are_as_their_data_sheets_say",
-        "92_percent_of_a_device_may_be_planned_for",
-        "states_shrink_with_the_stage",
-        "gathering_follows_the_limits",
-        "weights_stay_gathered_only_where_they_fit",
-        "what_does_not_fit_is_warned_of",
-    )
-)
 HEALTH = " ".join(
     f"tests/train/survive/test_health.py::test_{name}"
     for name in (
@@ -204,7 +189,7 @@ MUTANTS = [
     ),
     *_of(
         "ponder_scale/planning/cost.py",
-        PLAN,
+        "tests/planning/test_cost.py",
         ('"a100": (312e12, 80 * GIB)', '"a100": (624e12, 80 * GIB)'),
         ('"a100-40": (312e12, 40 * GIB)', '"a100-40": (312e12, 48 * GIB)'),
         ('"h100": (989e12, 80 * GIB)', '"h100": (1979e12, 80 * GIB)'),
@@ -234,7 +219,7 @@ MUTANTS = [
     ),
     *_of(
         "ponder_scale/planning/plan.py",
-        PLAN,
+        "tests/planning/test_cost.py",
         ("USABLE = 0.92 ", "USABLE = 0.95 "),
         ("USABLE = 0.92 ", "USABLE = 0.9 "),
         ("return kept + max(in_backward, states.gradients)", "return kept + in_backward + states.gradients"),
@@ -258,7 +243,7 @@ MUTANTS = [
     ),
     *_of(
         "ponder_scale/data/heldout.py",
-        "tests/evaluate/test_perplexity.py",
+        "tests/data/test_heldout.py",
         ("torch.cat([losses * count, count.unsqueeze(0)])", "torch.cat([losses, count.unsqueeze(0)])"),
         ("[part.tokens / tokens for part in parts]", "[1 / len(parts) for part in parts]"),
     ),

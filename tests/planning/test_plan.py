@@ -22,13 +22,11 @@ from ponder_scale.model.readout import Ops
 from ponder_scale.planning.auto import as_before, settle
 from ponder_scale.planning.cost import (
     CHUNK_ELEMENTS,
-    DEVICES,
     KERNEL_BLOCK,
     REUSE,
     flops_per_token,
     gather_limits,
     gathering,
-    peak_flops,
     state_bytes,
     step_flops,
 )
@@ -112,49 +110,6 @@ def test_a_steps_flops_follow_the_pondering_steps_that_it_took() -> None:
     vanilla = step_flops(shape, "none", 0, tokens=1)
     assert (vanilla.pondering, vanilla.recomputed) == (0, 0)
     assert step_flops(shape, "none", 1, tokens=1).passes == 2 * vanilla.passes
-
-
-@pytest.mark.parametrize(
-    ("name", "teraflops"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H200", 989),
-        ("NVIDIA H200 NVL", 835),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA H20", None),
-        ("NVIDIA A100-PCIE-40GB", 312),
-        ("NVIDIA A800-SXM4-80GB", 312),
-        ("NVIDIA A10", None),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H800", 989),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA L40", None),
-        ("NVIDIA GB200", 2250),
-        ("NVIDIA B200", 2250),
-        ("cpu", None),
-    ],
-)
-def test_the_peak_of_a_device_is_known_by_its_name(name: str, teraflops: float | None) -> None:
-    assert peak_flops(name) == (None if teraflops is None else teraflops * 1e12)
-
-
-def test_the_devices_that_are_planned_for_are_as_their_data_sheets_say() -> None:
-    """Dense bf16 operations a second, and memory: that of the A100 and the H100 in GiB, of later ones in GB."""
-    assert DEVICES == {
-        "a100": (312e12, 85_899_345_920),
-        "a100-40": (312e12, 42_949_672_960),
-        "h100": (989e12, 85_899_345_920),
-        "h200": (989e12, 141_000_000_000),
-        "b200": (2250e12, 180_000_000_000),
-    }
-
-
-def test_92_percent_of_a_device_may_be_planned_for() -> None:
-    config, configuration = small()
-    plan = plan_run(config, {"zero_optimization": {"stage": 0}}, configuration, ALONE)
-    assert plan.fits(round(plan.memory_bytes / 0.9199)) and not plan.fits(round(plan.memory_bytes / 0.9201))
 
 
 def test_states_shrink_with_the_stage() -> None:

@@ -1,0 +1,135 @@
+"""The arithmetic of a plan against the same by hand, on a shape with round numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from ponder_scale.config import RunConfig
+from ponder_scale.planning.cost import (
+    DEVICES,
+    LIVE,
+    REUSE,
+    Shape,
+    StateBytes,
+    flops_per_token,
+    gathering,
+    peak_flops,
+    state_bytes,
+    step_flops,
+)
+from ponder_scale.planning.plan import Plan, mean_steps
+from ponder_scale.settings import load
+
+# of 1,000 parameters 600 are in blocks; a product with the vocabulary is 2 x 50 x 8 = 800 operations; a pass forward
+# is 2 x 600, and 2 x 2 layers x 8 x 17 = 544 of attention
+SHAPE = Shape(1000, 400, vocabulary=50, hidden=8, layers=2, sequence=16, pondering_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "recomputed"),
+    [
+        ("none", 3 * 800),
+        ("selective", 3 * 800 + 4 * 1200),
+        ("layer", 3 * 800 + 4 * 1744),
+        ("pass", 3 * 800 + 4 * 1744),
+        ("pass+layer", 3 * 800 + 2 * 4 * 1744),
+    ],
+)
+def test_operations_of_a_token_by_hand(policy: str, recomputed: int) -> None:
+    flops = flops_per_token(SHAPE, policy)
+    assert (flops.passes, flops.pondering, flops.loss) == (3 * 4 * 1744, 6 * 3 * 800, 3 * 800)
+    assert (flops.recomputed, flops.model) == (recomputed, 20928 + 14400 + 2400)
+    assert flops_per_token(SHAPE, policy, 0).model == 3 * 1744 + 2400
+    assert step_flops(SHAPE, policy, 3, 7).hardware == 7 * (37728 + recomputed)
+
+
+def test_state_of_a_rank_by_hand() -> None:
+    assert state_bytes(1000, 0, 4, "fp32") == StateBytes(4000, 0, 8000, 4000)
+    assert state_bytes(1000, 1, 4, "fp32") == StateBytes(4000, 1000, 2000, 4000)
+    assert state_bytes(1000, 0, 4, "bf16") == StateBytes(2000, 4000, 8000, 2000)
+    assert state_bytes(1000, 1, 4, "bf16") == StateBytes(2000, 1000, 2000, 2000)
+    assert state_bytes(1000, 2, 4, "bf16") == StateBytes(2000, 1000, 2000, 500)
+    assert state_bytes(1000, 3, 4, "bf16", average=True) == StateBytes(500, 1000, 3000, 500)
+    assert state_bytes(1001, 3, 4, "bf16") == StateBytes(502, 1004, 2008, 502)
+
+
+def test_gathers_of_a_micro_step_by_hand() -> None:
+    """Three passes over eight layers that hold 80% of the weights: a sweep for each pass and each backward, one more
+    where passes are recomputed; 2.5 layers are still there where a sweep turns."""
+    shape = Shape(1000, 200, vocabulary=50, hidden=8, layers=8, sequence=16, pondering_steps=2)
+    zero = {"stage": 3, LIVE: 0, REUSE: 0}
+    for policy, rounds in (("none", 6 - 2.5 / 8), ("layer", 6 - 2.5 / 8), ("pass", 9 - 5 * 2.5 / 8)):
+        gathers = gathering(shape, zero, policy)
+        assert gathers is not None
+        assert (gathers.volume, gathers.live_share) == pytest.approx((0.8 * rounds + 0.2, 0.2 + 3 / 8 * 0.8)), policy
+    assert gathering(shape, {**zero, "stage": 2}, "pass") is None
+
+
+def test_mean_pondering_steps_by_hand() -> None:
+    settings = ["run_dir=unused", "data.sources.any.path=unused", "train.steps=100", "train.global_batch=4"]
+    settings += ["model.pondering_steps=3", "train.pondering.low=1"]
+
+    def mean(*more: str) -> float:
+        return mean_steps(load(RunConfig, None, [*settings, *more]))
+
+    assert mean() == 3.0
+    assert mean("train.pondering.schedule=uniform") == 2.0
+    assert mean("train.pondering.schedule=ramp", "train.pondering.ramp_steps=50") == 2.5
+    assert mean("train.pondering.schedule=ramp", "train.pondering.ramp_steps=400") == 2.0
+
+
+@pytest.mark.parametrize(("keeps_gradients", "bytes_of_plan"), [(False, 83), (True, 89)])
+def test_the_peak_of_a_rank_is_in_backward_or_with_all_gradients(keeps_gradients: bool, bytes_of_plan: int) -> None:
+    plan = Plan(
+        shape=SHAPE,
+        flops=flops_per_token(SHAPE, "pass"),
+        states=StateBytes(weights=10, masters=20, moments=40, gradients=8),
+        gathered_bytes=3,
+        bucket_bytes=2,
+        activation_bytes=5,
+        workspace_bytes=1,
+        keeps_gradients=keeps_gradients,
+        gathers=None,
+        ranks=4,
+        tokens=1000,
+    )
+    assert plan.memory_bytes == bytes_of_plan
+    if keeps_gradients:  # 92% of a device may be planned for
+        assert plan.fits(97) and not plan.fits(96)
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H20", None),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA A10", None),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H800", 989),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", None),
+        ("NVIDIA GB200", 2250),
+        ("NVIDIA B200", 2250),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_of_a_device_is_known_by_its_name(name: str, teraflops: float | None) -> None:
+    assert peak_flops(name) == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_the_devices_that_are_planned_for_are_as_their_data_sheets_say() -> None:
+    """Dense bf16 operations a second, and memory: that of the A100 and the H100 in GiB, of later ones in GB."""
+    assert DEVICES == {
+        "a100": (312e12, 85_899_345_920),
+        "a100-40": (312e12, 42_949_672_960),
+        "h100": (989e12, 85_899_345_920),
+        "h200": (989e12, 141_000_000_000),
+        "b200": (2250e12, 180_000_000_000),
+    }
