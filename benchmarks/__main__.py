@@ -7,11 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ponder_scale.commands.training import RECIPES
-from ponder_scale.config import RunConfig
+from ponder_scale.config import RunConfig, load_recipe
 from ponder_scale.errors import UserError
 from ponder_scale.planning.cost import RECOMPUTED_FORWARDS
-from ponder_scale.settings import find_recipe, load
 from ponder_scale.settings.commandline import Parser, outlive_readers, parse, path, whole
 
 POLICIES = tuple(RECOMPUTED_FORWARDS)
@@ -130,7 +128,7 @@ def _workload(options: argparse.Namespace, batch: int, seq_len: int) -> Any:
     from ponder_scale.setup.device import default_device
 
     return workload(
-        recipe=load(RunConfig, find_recipe(options.recipe, RECIPES)) if options.recipe else None,
+        recipe=load_recipe(options.recipe) if options.recipe else None,
         batch=batch,
         seq_len=seq_len,
         hidden=options.hidden,

@@ -12,6 +12,7 @@ import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from ponder_scale.errors import ConfigError, ShardError, UserError
 from ponder_scale.settings import MISSING, find_recipe, load
 from ponder_scale.settings.commandline import Parser, flags, new_folder, number, outlive_readers, parse, path, whole
 from ponder_scale.shards.manifest import read_manifest, verify
+from ponder_scale.version import __version__
 
 KINDS = ("megatron", "datatrove", "raw")  # of token files that can be adopted
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(str(resources.files("data_pipeline"))) / "recipes"
 MAX_TRAINING_BYTES = 2**26  # of one text that a tokenizer learns from
 MAX_BAD_FRACTION = 0.01  # of the records that one could learn from
 
@@ -73,6 +75,7 @@ def _ended_in_order() -> Iterator[None]:
 
 def _parser() -> Parser:
     parser = Parser(prog="ponder-data", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"ponder-data {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("build", help="make a folder of token shards")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
-from pathlib import Path
-
 import tomllib
+from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("ponder_scale", "data_pipeline", "benchmarks")

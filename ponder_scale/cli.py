@@ -13,6 +13,7 @@ from ponder_scale.config import RunConfig
 from ponder_scale.errors import INTERRUPTED, SignalledError, UserError
 from ponder_scale.settings.commandline import Parser, outlive_readers, parse
 from ponder_scale.train.survive import signals
+from ponder_scale.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,6 +72,7 @@ def _parser() -> Parser:
     from ponder_scale.commands import cluster, compare, evaluation, folders, runs, training
 
     parser = Parser(prog="ponder-scale", description="Pretraining of pondering language models.")
+    parser.add_argument("--version", action="version", version=f"ponder-scale {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for group in (training, cluster, compare, runs, folders, evaluation):
         group.add_commands(commands)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ponder_scale.errors import ConfigError
-from ponder_scale.settings import MISSING, knob
+from ponder_scale.files.shipped import RECIPES
+from ponder_scale.settings import MISSING, find_recipe, knob, load
 
 # Upper bounds that no run comes near: they tell a slip from a wish, and keep every number exact and finite.
 MOST_STEPS = 10**9
@@ -412,3 +414,14 @@ class RunConfig:
             raise ConfigError("train.offload_activations needs a train.recompute that keeps little; none keeps all")
         if not self.data.sources:
             raise ConfigError("data.sources is empty; name a folder of shards: data.sources.NAME.path=FOLDER")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run as a recipe and `key=value` overrides describe it.
+
+    Args:
+        name: a YAML file, or the name of a shipped recipe.
+
+    Raises ConfigError as `settings.load` does, and where there is no such recipe.
+    """
+    return load(RunConfig, find_recipe(name, RECIPES), overrides)

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from ponder_scale.runs.submit import HOME
+from ponder_scale.files.shipped import SLURM
+
+HOME = shlex.quote(str(SLURM.parent))
 
 
 def sourced(
     folder: Path, then: str = "true", before: str = "true", **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """A template with the arguments RECIPE and key=value in a folder: it sources the file, and does something."""
-    script = f"home={shlex.quote(str(HOME))}\n{before}\nsource $home/slurm/site.sh || exit 2\nset -uo pipefail\n{then}"
+    script = f"home={HOME}\n{before}\nsource $home/slurm/site.sh || exit 2\nset -uo pipefail\n{then}"
     words = ["bash", "-c", script, "template", "RECIPE", "key=value"]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "SLURM_SUBMIT_DIR": str(folder), **variables}
     return subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True, timeout=60)

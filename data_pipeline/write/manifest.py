@@ -21,6 +21,7 @@ from ponder_scale.files.write import hash_file, sync
 from ponder_scale.settings import to_dict
 from ponder_scale.shards.format import dtype_for
 from ponder_scale.shards.manifest import Manifest, ShardInfo, hash_of_json
+from ponder_scale.version import __version__
 
 QUARANTINE = "quarantine.jsonl"  # a line for each bad record
 DROPPED = "dropped.jsonl"  # a line for each document that was left out, if asked for
@@ -204,6 +205,8 @@ def compose(
 
 def _version(package: str) -> str:
     """That of an installed package; importlib's own reads its whole description as an e-mail, at ten times the cost."""
+    if package == "ponder-scale":
+        return __version__  # of the code that runs, which need not be the one installed
     found = distribution(package)
     # a checkout that is installed in place has an egg-info, whose file has the older name
     lines = (found.read_text("METADATA") or found.read_text("PKG-INFO") or "").splitlines()

@@ -1,4 +1,4 @@
-"""Runs on a cluster: `submit`, `stop`, `save`, `requeue`; and `config`, which the Slurm templates ask."""
+"""Runs on a cluster: `submit`, `templates`, `stop`, `save`, `requeue`; and `config`, which the Slurm templates ask."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.commands.training import RECIPES
-from ponder_scale.config import RunConfig
+from ponder_scale.config import RunConfig, load_recipe
 from ponder_scale.errors import ConfigError
 from ponder_scale.files.places import check_folder
+from ponder_scale.files.shipped import SLURM
 from ponder_scale.planning.cost import DEVICES
-from ponder_scale.settings import find_recipe, flat, load, meant, to_dict, to_yaml
-from ponder_scale.settings.commandline import number, path, whole
+from ponder_scale.settings import flat, meant, to_dict, to_yaml
+from ponder_scale.settings.commandline import new_folder, number, path, whole
 
 
 def add_commands(commands: Any) -> None:
@@ -37,10 +37,18 @@ def add_commands(commands: Any) -> None:
     submit.add_argument(
         "--mfu", type=number(above=0, most=1), default=0.4, help="for the plan: share of the device's FLOP/s"
     )
+    submit.add_argument(
+        "--templates", type=path, metavar="DIR", help="the Slurm files of your site; default: those that come along"
+    )
     only = submit.add_mutually_exclusive_group()
     only.add_argument("--dry-run", action="store_true", help="show the plan and the command; nothing is written")
     only.add_argument("--test-only", action="store_true", help="ask Slurm whether and when it could run")
     submit.set_defaults(run=_submit)
+
+    templates = commands.add_parser("templates", help="write the Slurm files out, for your site to edit")
+    templates.add_argument("folder", type=new_folder, metavar="DIR")
+    templates.add_argument("--overwrite", action="store_true", help="also files that are there and differ")
+    templates.set_defaults(run=_templates)
 
     for name, help_text, action in (
         ("stop", "save and end a run", _stop),
@@ -60,7 +68,7 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 
 def _config(options: argparse.Namespace, _: list[str]) -> None:
-    config = load(RunConfig, find_recipe(options.recipe, RECIPES), options.overrides)
+    config = load_recipe(options.recipe, options.overrides)
     if options.get is None:
         print(to_yaml(config), end="")
         return
@@ -77,11 +85,12 @@ def _submit(options: argparse.Namespace, _: list[str]) -> None:
     from ponder_scale.runs.submit import Resources, Submission
     from ponder_scale.train.zero.deepspeed_config import find_sharding
 
-    config = load(RunConfig, find_recipe(options.recipe, RECIPES), options.overrides)
+    config = load_recipe(options.recipe, options.overrides)
     resources = Resources(options.nodes, options.gpus_per_node, options.spares, options.time, tuple(options.sbatch))
     if not (options.dry_run or options.test_only):
         check_folder(Path(config.run_dir), "run_dir")
-    submission = Submission(config, find_sharding(config.train.deepspeed), resources)
+    templates = SLURM if options.templates is None else options.templates.absolute()
+    submission = Submission(config, find_sharding(config.train.deepspeed), resources, templates)
     submission.check_time()
     if not (options.dry_run or options.test_only):
         submission.check_free()  # said before a plan, which takes seconds
@@ -93,6 +102,12 @@ def _submit(options: argparse.Namespace, _: list[str]) -> None:
         print(submission.ask())
     else:
         print(submission.submit())
+
+
+def _templates(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.runs.templates import write_templates
+
+    print(write_templates(options.folder, overwrite=options.overwrite))
 
 
 def _stop(options: argparse.Namespace, _: list[str]) -> None:

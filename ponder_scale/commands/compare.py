@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.commands.training import RECIPES, open_data
-from ponder_scale.config import RunConfig
+from ponder_scale.commands.training import open_data
+from ponder_scale.config import RunConfig, load_recipe
 from ponder_scale.errors import ConfigError
 from ponder_scale.files.places import check_folder
-from ponder_scale.settings import find_recipe, load
 from ponder_scale.settings.commandline import whole
 
 
@@ -54,14 +53,13 @@ def add_commands(commands: Any) -> None:
 
 
 def _compare(options: argparse.Namespace, _: list[str]) -> int:
-    recipe = find_recipe(options.recipe, RECIPES)
     if not options.seeds and any("{seed}" in override for override in options.overrides):
         raise ConfigError("{seed} stands in an override; say by --seeds for which")
 
     def configure(more: Sequence[str]) -> RunConfig:
         first = str(options.seeds[0]) if options.seeds else ""
         seed = next((override.removeprefix("seed=") for override in more if override.startswith("seed=")), first)
-        return load(RunConfig, recipe, [*seeded(options.overrides, seed), *more])
+        return load_recipe(options.recipe, [*seeded(options.overrides, seed), *more])
 
     config = configure(())
     if "RANK" in os.environ:

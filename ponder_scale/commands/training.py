@@ -7,18 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.config import RunConfig
+from ponder_scale.config import RunConfig, load_recipe
 from ponder_scale.errors import REWOUND, ConfigError
 from ponder_scale.files.places import check_file, check_folder
 from ponder_scale.planning.cost import DEVICES
 from ponder_scale.planning.failures import DEVICE_HOURS, Failures
 from ponder_scale.planning.failures import report as failures_report
-from ponder_scale.settings import find_recipe, load
 from ponder_scale.settings.commandline import number, whole
 from ponder_scale.shards.format import ShardSet, check_vocabulary, open_all
 from ponder_scale.shards.manifest import MANIFEST
-
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def add_commands(commands: Any) -> None:
@@ -60,7 +57,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
-    config = load(RunConfig, find_recipe(options.recipe, RECIPES), options.overrides)
+    config = load_recipe(options.recipe, options.overrides)
     from ponder_scale.train.launch import default_processes, launch
     from ponder_scale.train.survive.control import check_time_limit
     from ponder_scale.train.zero.deepspeed_config import check_ranks, read_sharding
@@ -90,7 +87,7 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, _: list[str]) -> None:
-    config = load(RunConfig, find_recipe(options.recipe, RECIPES), options.overrides)
+    config = load_recipe(options.recipe, options.overrides)
     work = print_plan(config, options.gpus, per_node=options.gpus_per_node, device=options.gpu, utilization=options.mfu)
     if options.failures is not None:
         failures = Failures(options.failures * 3600 / options.gpus, options.save_seconds, options.restart_seconds)

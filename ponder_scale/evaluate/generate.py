@@ -22,7 +22,7 @@ from ponder_scale.setup.build import configuration_from_dict, model_class
 from ponder_scale.setup.device import default_device
 
 
-def load_folder(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_folder(folder: Path | str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer of an exported folder, on the GPU where there is one.
 
     Args:
@@ -33,6 +33,7 @@ def load_folder(folder: Path, *, trust_remote_code: bool = False) -> tuple[Any, 
         CheckpointError: it cannot be loaded; it holds code that is not this installation's and may not be run; or its
             model does not ponder.
     """
+    folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in it; expected a folder made by `ponder-scale export`")
     configuration = None if trust_remote_code else installed_configuration(folder)

@@ -18,8 +18,8 @@ tags: [pondering]
 
 # {name}
 
-A pondering language model ([arXiv 2505.20674](https://arxiv.org/abs/2505.20674)): the transformer runs {passes} times
-for each token; {feedback}.
+A pondering language model ([PonderLM: Pretraining Language Models to Ponder in Continuous
+Space](https://arxiv.org/abs/2505.20674)): the transformer runs {passes} times for each token; {feedback}.
 
 | | |
 |---|---|

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def export(
-    source: Path, out: Path, *, dtype: str = "float32", licence: str | None = None, average: bool = False
+    source: Path | str, out: Path | str, *, dtype: str = "float32", licence: str | None = None, average: bool = False
 ) -> Path:
     """Make the folder `out` from a run's newest whole checkpoint, or from a checkpoint; returns `out`.
 
@@ -28,7 +28,7 @@ def export(
     Raises:
         CheckpointError: no whole checkpoint, weights of another model than its configuration, or `out` exists.
     """
-    folder = find(source)
+    folder, out = find(Path(source)), Path(out)
     state = read_state(folder, "step", "tokens", "model", "config")
     parameters = write_folder(
         out,

@@ -1,7 +1,7 @@
 """Runs and Slurm: hand one over with its code and configuration, and send word to one that is there.
 
 RUN/submissions/0001/
-    code/           the files of this project as they were: what the job runs, now and after each requeue
+    code/           packages and templates as they were, laid out as a clone: what the job runs, now and when requeued
     commit.txt      the commit they come from
     diff.patch      how they differ from it
     config.yaml     the resolved configuration
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import time
 from dataclasses import dataclass
+from importlib import resources as installed
 from pathlib import Path
 
 import yaml
@@ -26,13 +27,14 @@ import yaml
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import UserError
 from ponder_scale.figures import seconds_of
+from ponder_scale.files.shipped import DEEPSPEED_CONFIGS, LINKS, PACKAGE, SLURM
 from ponder_scale.files.write import copy_file
 from ponder_scale.runs.requests import SAVE, SAVE_AND_STOP, STOP, request
+from ponder_scale.runs.templates import check_templates
 from ponder_scale.settings import to_dict
 
-HOME = Path(__file__).parents[2]
-PARTS = ("ponder_scale", "data_pipeline", "deepspeed_configs", "slurm")  # what a job needs of the project
-TEMPLATE = Path("slurm", "train.sbatch")
+TEMPLATE = "train.sbatch"
+PYTHON_PACKAGES = ("ponder_scale", "data_pipeline")
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED")
 ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
@@ -72,9 +74,13 @@ class Resources:
 class Submission:
     """A run that can be described, asked for, and submitted."""
 
-    def __init__(self, config: RunConfig, sharding: Path, resources: Resources) -> None:
-        """`sharding` is the file that `train.deepspeed` names."""
-        self._config, self._sharding, self._resources = config, sharding, resources
+    def __init__(self, config: RunConfig, sharding: Path, resources: Resources, templates: Path = SLURM) -> None:
+        """`sharding` is the file that `train.deepspeed` names; `templates` the folder of train.sbatch and site.sh.
+
+        Raises SubmitError where one of these is not there.
+        """
+        self._config, self._sharding, self._resources, self._templates = config, sharding, resources, templates
+        check_templates(templates)
         self._run_dir = Path(config.run_dir).absolute()
         number = 1 + max(
             (int(path.name) for path in self._run_dir.glob("submissions/*") if path.name.isdecimal()), default=0
@@ -89,7 +95,7 @@ class Submission:
         """Slurm's own answer: when and where the job could start. Raises SubmitError where it never could."""
         *options, _, configuration = self._command()
         # this project's template in place of the copy that would be made of it: only its head matters
-        words = [*options, "--test-only", str(HOME / TEMPLATE), configuration]
+        words = [*options, "--test-only", str(self._templates / TEMPLATE), configuration]
         return _slurm(words, self._environment()).stderr.strip()
 
     def check_free(self) -> None:
@@ -103,7 +109,7 @@ class Submission:
 
     def check_time(self) -> None:
         """Raise SubmitError where Slurm's signal before the time limit leaves no time for a step."""
-        template = (HOME / TEMPLATE).read_text(encoding="utf-8")
+        template = (self._templates / TEMPLATE).read_text(encoding="utf-8")
         limit, lead = (self._option(name, template) for name in ("time", "signal"))
         seconds, before = _slurm_seconds(limit), int(lead.partition("@")[2] or SIGNAL_SECONDS)
         if seconds is not None and seconds < before + START_SECONDS:
@@ -147,7 +153,7 @@ class Submission:
         command += ["--no-kill"] if resources.spares else []
         command += [f"--time={resources.time}"] if resources.time else []
         command += [*resources.options, *self._exported()]
-        return [*command, str(self.folder / "code" / TEMPLATE), str(self.folder / "config.yaml")]
+        return [*command, str(self.folder / "code" / "slurm" / TEMPLATE), str(self.folder / "config.yaml")]
 
     def _exported(self) -> list[str]:
         """An option that gives the job what is ours where the user, or the site, keeps the environment from it."""
@@ -170,7 +176,7 @@ class Submission:
 
     def _keep(self, command: list[str]) -> None:
         self.folder.mkdir(parents=True)
-        keep_code(self.folder)
+        keep_code(self.folder, self._templates)
         values = to_dict(self._config)
         shutil.copyfile(self._sharding, self.folder / "deepspeed.json")
         values["train"]["deepspeed"] = str(self.folder / "deepspeed.json")
@@ -178,24 +184,34 @@ class Submission:
         (self.folder / "command.txt").write_text(self._shown(command) + "\n", encoding="utf-8")
 
 
-def keep_code(folder: Path) -> None:
-    """Copy the project's files to folder/code, and note their commit and how they differ from it."""
-    files = _git("ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *PARTS)
-    if files is None:
-        names = [path.relative_to(HOME) for part in PARTS for path in (HOME / part).rglob("*") if path.suffix != ".pyc"]
-        commit, diff = "unknown: not a git checkout\n", ""
-    else:
-        names = [Path(name) for name in files.split("\0") if name]
-        commit, diff = (
-            _git("rev-parse", "HEAD") or "no commit yet\n",
-            _git("diff", "--binary", "HEAD", "--", *PARTS) or "",
-        )
-    for name in names:
-        if (HOME / name).is_file():
-            (folder / "code" / name).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(HOME / name, folder / "code" / name)
+def keep_code(folder: Path, templates: Path = SLURM) -> None:
+    """Copy packages, DeepSpeed files and templates to folder/code; note the commit and how they differ from it."""
+    code = folder / "code"
+    parts = {name: Path(str(installed.files(name))) for name in PYTHON_PACKAGES}
+    parts |= {"deepspeed_configs": DEEPSPEED_CONFIGS, "slurm": SLURM}
+    commit, diff = "unknown: not a git checkout\n", ""
+    if _git(PACKAGE, "ls-files", "--error-unmatch", "cli.py") is not None:  # else it may lie in a checkout of others
+        commit = _git(PACKAGE, "rev-parse", "HEAD") or "no commit yet\n"
+        diff = _git(PACKAGE, "diff", "--binary", "HEAD", "--", *map(str, parts.values())) or ""
+    for part, source in {**parts, "slurm": templates}.items():
+        for path in _names_in(source):
+            (code / part / path).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(source / path, code / part / path)
+    links = code / PACKAGE.name / LINKS
+    links.mkdir()
+    for name in ("deepspeed_configs", "slurm"):
+        (links / name).symlink_to(Path("..", "..", name))
     (folder / "commit.txt").write_text(commit, encoding="utf-8")
     (folder / "diff.patch").write_text(diff, encoding="utf-8")
+
+
+def _names_in(folder: Path) -> list[Path]:
+    """The files of a folder, from it: of a checkout those that git knows or would, else all."""
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix != ".pyc"]
+    if _git(folder, "ls-files", "-z"):
+        listed = _git(folder, "ls-files", "--cached", "--others", "--exclude-standard", "-z") or ""
+        names = [Path(name) for name in listed.split("\0") if name]
+    return sorted(name for name in names if LINKS not in name.parts and (folder / name).is_file())
 
 
 def state_of(run_dir: Path) -> tuple[str, str] | None:
@@ -275,8 +291,8 @@ def _plain(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 
-def _git(*words: str) -> str | None:
-    done = _call(["git", "-C", str(HOME), *words])
+def _git(folder: Path, *words: str) -> str | None:
+    done = _call(["git", "-C", str(folder), *words])
     return done.stdout if done.returncode == 0 else None
 
 

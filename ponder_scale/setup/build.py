@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 import ponder_scale.model
-from ponder_scale.config import ModelConfig
+from ponder_scale.config import ModelConfig, RunConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.model import configuration as configurations
 from ponder_scale.model import modeling
+from ponder_scale.shards.format import ShardSet
 
 try:
     from huggingface_hub.errors import StrictDataclassError
@@ -179,6 +180,19 @@ def _named(given: dict[str, Any], architecture: str, names: dict[str, str | None
 
 def _recipe_key(name: str, names: dict[str, str | None]) -> str:
     return next((key for key, own in names.items() if own == name), name)
+
+
+def make_model(config: RunConfig, shards: ShardSet) -> Any:
+    """The model that a run on these shards begins with, in fp32 on the CPU; `model.init_from` is not looked at.
+
+    Raises:
+        ConfigError: a value of the recipe does not fit the shards or the architecture.
+    """
+    manifest = shards.manifest
+    configuration = model_configuration(
+        config.model, vocab_size=manifest.vocab_size, seq_len=config.data.seq_len, eod_id=manifest.eod_id
+    )
+    return build_model(configuration, config.seed)
 
 
 def build_model(configuration: Any, seed: int) -> Any:

@@ -266,13 +266,14 @@ class ShardSet:
         return self._shards[name]
 
 
-def open_shards(folder: Path, *, check: bool = True) -> ShardSet:
+def open_shards(folder: Path | str, *, check: bool = True) -> ShardSet:
     """The shards of a folder, checked against its manifest without a pass over the data.
 
     With `check=False` a shard is checked when it is first used, or by whoever calls its `check`.
 
     Raises ShardError for a folder that is unfinished or damaged.
     """
+    folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest.dtype not in _DTYPE_CODES:
         raise ShardError(

@@ -8,11 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from ponder_scale.errors import AGAIN, INTERRUPTED
+from ponder_scale.config import RunConfig
+from ponder_scale.errors import AGAIN, INTERRUPTED, UserError
+from ponder_scale.settings import to_yaml
 from ponder_scale.train.survive import signals
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # that every launcher sets
@@ -33,6 +37,27 @@ def default_processes() -> int:
     import torch  # slow to import, and not needed when the user says how many
 
     return max(1, torch.cuda.device_count())
+
+
+def train_run(config: RunConfig, processes: int | None = None) -> None:
+    """Train a run, or go on with it, in processes of its own on this machine: what `ponder-scale train` does.
+
+    What the ranks print goes where this process prints.
+
+    Args:
+        processes: ranks; default: one a GPU, or one.
+
+    Raises:
+        UserError: it did not end trained. Its message has the exit code; what is wrong has been printed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder, "recipe.yaml")
+        recipe.write_text(to_yaml(config), encoding="utf-8")
+        number = [] if processes is None else ["--nproc", str(processes)]
+        code = subprocess.run([sys.executable, "-m", "ponder_scale.cli", "train", str(recipe), *number]).returncode
+    if code:
+        meaning = {AGAIN: "; it has saved, and goes on when it is trained again"}.get(code, "; see what it printed")
+        raise UserError(f"run {config.run_dir}: training ended with exit code {code}{meaning}")
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:

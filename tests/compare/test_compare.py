@@ -18,7 +18,7 @@ from ponder_scale.cli import _parser
 from ponder_scale.compare.findings import Result, Verdict, half_width, read_result, time_ratio, verdicts
 from ponder_scale.compare.members import EXTRAS, Member, Run, plan_runs
 from ponder_scale.compare.report import write_report
-from ponder_scale.config import RunConfig, TrainConfig
+from ponder_scale.config import RunConfig, TrainConfig, load_recipe
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings import load
 from ponder_scale.settings.commandline import parse
@@ -78,10 +78,8 @@ def test_the_baselines_are_equal_in_what_they_say() -> None:
 
 @pytest.mark.parametrize("recipe", ["pythia-70m", "llama-1.4b", "gpt2-124m", "quickstart"])
 def test_twice_the_parameters_is_found_for_the_shipped_recipes(recipe: str) -> None:
-    from ponder_scale.commands.training import RECIPES
-
     def of_recipe(more: Any = ()) -> RunConfig:
-        return load(RunConfig, RECIPES / f"{recipe}.yaml", more)
+        return load_recipe(recipe, more)
 
     members = {
         run.member.name: run.member for run in plan_runs(of_recipe, vocab_size=2000, steps=[1], seeds=[], extras=[])

@@ -15,12 +15,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

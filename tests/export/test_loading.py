@@ -6,12 +6,12 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer

@@ -31,7 +31,7 @@ from tests.ranks import run_ranks
 from tests.train.runs import assert_same_run, assert_same_state, records, resumed_from, train_on_a_rank
 from tests.train.zero.gradients import POLICIES
 
-SEED = int(os.environ.get("FUZZ_SEED") or datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d"))
+SEED = int(os.environ.get("FUZZ_SEED") or datetime.datetime.now(datetime.UTC).strftime("%Y%m%d"))
 COUNT = int(os.environ.get("FUZZ_COUNT") or 3)
 STEPS, HALF, SEQ_LEN = 4, 2, 12
 

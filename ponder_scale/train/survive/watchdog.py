@@ -170,7 +170,7 @@ class Watch:
             closed = self._closed.wait(0.5 if written is None else self._pause)
             where = (self._where, self._since_date)
             # the run folder is rank 0's to make, once it is known that the run can begin
-            if where != written and self._path.parents[1].is_dir():
+            if where != written and self._path.parent.parent.is_dir():
                 self._write(*where)
                 written = where
             if closed:

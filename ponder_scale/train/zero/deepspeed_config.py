@@ -13,8 +13,7 @@ from typing import Any
 
 from ponder_scale.config import OptimConfig, TrainConfig
 from ponder_scale.errors import ConfigError
-
-SHIPPED = Path(__file__).parents[3] / "deepspeed_configs"
+from ponder_scale.files.shipped import DEEPSPEED_CONFIGS
 
 ALLOWED = (
     "description",
@@ -147,8 +146,8 @@ def _for_muon(sharding: dict[str, Any]) -> dict[str, Any]:
 
 def find_sharding(name: str) -> Path:
     """The file that `train.deepspeed` names."""
-    for candidate in (Path(name), SHIPPED / name, SHIPPED / f"{name}.json"):
+    for candidate in (Path(name), DEEPSPEED_CONFIGS / name, DEEPSPEED_CONFIGS / f"{name}.json"):
         if candidate.is_file():
             return candidate
-    known = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.json"))) or "none"
+    known = ", ".join(sorted(path.stem for path in DEEPSPEED_CONFIGS.glob("*.json"))) or "none"
     raise ConfigError(f"train.deepspeed is {name}: no such file; give a path to a JSON file or one of: {known}")

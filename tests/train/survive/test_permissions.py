@@ -16,8 +16,8 @@ import pytest
 from ponder_scale.checkpoint.find import find, verify
 from ponder_scale.checkpoint.index import CHECKPOINTS, SAVING, saved_steps
 from ponder_scale.export.folder import making
+from ponder_scale.files.shipped import SLURM
 from ponder_scale.files.write import copy_file
-from ponder_scale.runs.submit import HOME
 from tests.faults import Fault
 from tests.ranks import run_ranks
 from tests.train.runs import STEPS, overrides, train_on_a_rank
@@ -124,7 +124,7 @@ def test_shards_that_nobody_may_write_are_copied_to_a_node_after_a_copy_that_was
     closed: Any, tmp_path: Path
 ) -> None:
     to = tmp_path / "local"
-    copy = [HOME / "slurm" / "copy_shards.sh", to, closed.folder]
+    copy = [SLURM / "copy_shards.sh", to, closed.folder]
     subprocess.run(copy, check=True, umask=0o002, preexec_fn=give_up_privileges)
     (made,) = (path for path in to.iterdir() if path.is_dir())
     assert all(path.stat().st_mode & 0o060 == 0o060 for path in (made, *made.rglob("*")))

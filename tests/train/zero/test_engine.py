@@ -17,11 +17,12 @@ import torch
 from ponder_scale.config import OptimConfig, PonderingSchedule, TrainConfig
 from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.errors import ConfigError
+from ponder_scale.files.shipped import DEEPSPEED_CONFIGS
 from ponder_scale.setup.recompute import apply_recompute
 from ponder_scale.train.launch import RANK_VARIABLES
 from ponder_scale.train.optim import parameter_groups
 from ponder_scale.train.schedules import learning_rate, pondering_steps
-from ponder_scale.train.zero.deepspeed_config import SHIPPED, deepspeed_config, read_sharding
+from ponder_scale.train.zero.deepspeed_config import deepspeed_config, read_sharding
 from tests.ranks import run_ranks
 from tests.train.zero.gradients import (
     POLICIES,
@@ -230,10 +231,10 @@ def test_a_missing_rank_variable_is_refused_and_none_at_all_is_a_run_of_one() ->
 
 
 def test_every_shipped_file_is_accepted() -> None:
-    names = {path.stem for path in SHIPPED.glob("*.json")}
+    names = {path.stem for path in DEEPSPEED_CONFIGS.glob("*.json")}
     assert {"zero0", "zero1", "zero2", "zero3", "zero3_offload"} <= names
     for name in names:
-        assert json.loads((SHIPPED / f"{name}.json").read_text())["description"]
+        assert json.loads((DEEPSPEED_CONFIGS / f"{name}.json").read_text())["description"]
         assert "description" not in read_sharding(name)
 
 
