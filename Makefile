@@ -4,10 +4,14 @@
 # make test-slurm   the templates on a real Slurm of twenty nodes, on this machine; Slurm has to be installed
 # make faults       the tests that injure a run, and the table of what they did and what was left
 # make mutants      slips put into the arithmetic, one at a time: the tests have to notice each
-# All make .venv and install the locked versions first.
+# make wheel        the tests of what `pip install` gives: the wheel in an environment of its own, outside the clone
+# make dist         the source distribution and the wheel, in dist/
+# make lock         the locks, made again from pyproject.toml and from what they hold; needs `uv`
+# All but the last make .venv and install the locked versions first.
 
 VENV := .venv
 BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTHON ?= python3
 RUN := runs/quickstart
 STDLIB = $(shell $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('stdlib'))")
@@ -18,18 +22,18 @@ RANKS := $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 # processes that share the test files; each may start two ranks of its own
 WORKERS ?= 2
 
-.PHONY: quickstart test test-fast test-slurm faults mutants install lint clean
+.PHONY: quickstart test test-fast test-slurm faults mutants wheel dist lock install lint clean
 
 install: $(VENV)/installed
 
-$(VENV)/installed: requirements.lock pyproject.toml
+$(VENV)/installed: requirements-dev.lock requirements-torch.txt requirements-triton.lock pyproject.toml
 	@echo "== installing the locked packages into $(VENV) (once; minutes on a slow network)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PIP) --no-deps --require-hashes -r requirements-dev.lock
+	$(PIP) -r requirements-torch.txt
 	@# torch's CUDA build brings the triton it was built for; its CPU build brings none, and the tests interpret kernels
-	$(BIN)/python -c "import triton" 2>/dev/null || \
-	    $(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.9.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) --no-deps --require-hashes -r requirements-triton.lock
+	$(PIP) --no-deps --editable .
 	@touch $@
 
 quickstart: install
@@ -56,5 +60,20 @@ faults: install
 mutants: install
 	$(BIN)/python -m tests.mutants
 
+wheel: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_package.py
+
+dist: install
+	$(BIN)/python -c "from setuptools import build_meta as made; made.build_sdist('dist'); made.build_wheel('dist')"
+
+# versions stay as they are; delete a line of requirements-dev.lock to take the newest, or raise it there
+COMPILE := uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+    --no-emit-package torch --no-emit-package triton --constraint requirements-torch.txt --custom-compile-command "make lock"
+
+lock:
+	$(COMPILE) --extra dev --output-file requirements-dev.lock
+	cp requirements-dev.lock requirements.lock
+	$(COMPILE) --constraint requirements-dev.lock --output-file requirements.lock
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from ponder_scale.errors import ConfigError
-from ponder_scale.files.delete import copy_file, delete_file
+from ponder_scale.files.write import copy_file, delete_file
 from ponder_scale.files.shipped import SLURM
 
 NEEDED = ("train.sbatch", "site.sh", "rank.sh", "check_node.sh")  # of a folder that a run is submitted with
