@@ -6,8 +6,9 @@ import shlex
 from pathlib import Path
 
 from ponder_scale.errors import ConfigError
-from ponder_scale.files.write import copy_file, delete_file
+from ponder_scale.files.delete import delete_file
 from ponder_scale.files.shipped import SLURM
+from ponder_scale.files.write import copy_file
 
 NEEDED = ("train.sbatch", "site.sh", "rank.sh", "check_node.sh")  # of a folder that a run is submitted with
 
