@@ -32,6 +32,7 @@ from ponder_scale.files.write import copy_file
 from ponder_scale.runs.requests import SAVE, SAVE_AND_STOP, STOP, request
 from ponder_scale.runs.templates import check_templates
 from ponder_scale.settings import to_dict
+from ponder_scale.version import __version__
 
 TEMPLATE = "train.sbatch"
 PYTHON_PACKAGES = ("ponder_scale", "data_pipeline")
@@ -189,7 +190,7 @@ def keep_code(folder: Path, templates: Path = SLURM) -> None:
     code = folder / "code"
     parts = {name: Path(str(installed.files(name))) for name in PYTHON_PACKAGES}
     parts |= {"deepspeed_configs": DEEPSPEED_CONFIGS, "slurm": SLURM}
-    commit, diff = "unknown: not a git checkout\n", ""
+    commit, diff = f"unknown: version {__version__}, not a git checkout\n", ""
     if _git(PACKAGE, "ls-files", "--error-unmatch", "cli.py") is not None:  # else it may lie in a checkout of others
         commit = _git(PACKAGE, "rev-parse", "HEAD") or "no commit yet\n"
         diff = _git(PACKAGE, "diff", "--binary", "HEAD", "--", *map(str, parts.values())) or ""

@@ -17,6 +17,7 @@ from ponder_scale.errors import ConfigError
 from ponder_scale.files.shipped import DEEPSPEED_CONFIGS, SLURM
 from ponder_scale.runs.submit import Resources, Submission, SubmitError, keep_code
 from ponder_scale.settings import load
+from ponder_scale.version import __version__
 from tests.commands import REPOSITORY, run_command
 from tests.installing import copy_of_the_clone
 from tests.tiny import TinyShards
@@ -224,4 +225,4 @@ def test_a_package_that_lies_in_a_checkout_of_others_is_kept_whole_and_not_calle
     subprocess.check_call([sys.executable, "-c", call], cwd=tmp_path, env=environment)
     for name in ("ponder_scale/cli.py", "data_pipeline/cli.py", "slurm/rank.sh", "ponder_scale/_files/slurm/rank.sh"):
         assert (kept / "code" / name).read_bytes()
-    assert (kept / "commit.txt").read_text() == "unknown: not a git checkout\n"
+    assert (kept / "commit.txt").read_text() == f"unknown: version {__version__}, not a git checkout\n"
