@@ -19,6 +19,7 @@ from typing import Any
 from data_pipeline.build.parallel import one_thread
 from data_pipeline.config import BuildConfig, SourceConfig
 from data_pipeline.progress import Progress
+from data_pipeline.read.remote import is_remote
 from ponder_scale.errors import ConfigError, ShardError, UserError
 from ponder_scale.settings import MISSING, find_recipe, load
 from ponder_scale.settings.commandline import Parser, flags, new_folder, number, outlive_readers, parse, path, whole
@@ -202,6 +203,8 @@ def _build(options: argparse.Namespace, command: str) -> None:
             print(f"dropped from {source}: {count:,} {reason}")
         if "lines_left_out" in counts:
             print(f"left out of documents of {source}: {counts['lines_left_out']:,} lines with an endless word (c4)")
+        for what, count in counts.get("replaced", {}).items():
+            print(f"replaced in documents of {source}: {count:,} {what} (pii)")
     print(f"built {config.out}" if built.new else f"{config.out} was built from these inputs and settings already")
 
 
@@ -302,6 +305,10 @@ def _train_tokenizer(options: argparse.Namespace, command: str) -> None:
     print(f"trained {options.out}: {size:,} tokens")
 
 
+def _is_override(text: str) -> bool:
+    return "=" in text and not is_remote(text) and not Path(text).exists()
+
+
 def _to_learn_from(options: argparse.Namespace) -> BuildConfig:
     """The sources of a recipe with overrides, or of files and folders. Raises ConfigError for a mixture of both."""
     from data_pipeline.read.sources import kind_of
@@ -309,11 +316,15 @@ def _to_learn_from(options: argparse.Namespace) -> BuildConfig:
     inputs, recipe = list(options.inputs), options.recipe
     if recipe is None and inputs and inputs[0].endswith((".yaml", ".yml")):
         recipe = inputs.pop(0)
-    if recipe is None and inputs and all("=" in name and not Path(name).exists() for name in inputs):
+    if recipe is None and inputs and all(map(_is_override, inputs)):
         recipe = ""  # a build without one
     unused = [f"out={options.out}", "tokenizer=none"]
     if recipe is not None:
-        if (files := [name for name in inputs if "=" not in name]) or options.field or options.pattern:
+        if (
+            (files := [name for name in inputs if "=" not in name or is_remote(name)])
+            or options.field
+            or options.pattern
+        ):
             what = files[0] if files else "--field" if options.field else "--pattern"
             raise ConfigError(f"{what} beside a recipe: its sources say what is read; give key=value to change them")
         more = [] if options.max_bad_fraction is None else [f"max_bad_fraction={options.max_bad_fraction}"]

@@ -41,15 +41,14 @@ class SourceConfig:
         "jsonl: an object on each line; parquet: a row each; text: UTF-8 text files; folder: a document per file of "
         "a tree; dataset: rows of a Hugging Face data set",
     )
-    path: str = knob(
+    path: str | list[str] = knob(
         MISSING,
         "jsonl, parquet, text: a file or a glob such as data/**/*.jsonl.gz; folder: the folder; dataset: its name on "
-        "the hub, or a folder written by save_to_disk",
+        "the hub, or a folder written by save_to_disk; all but the last may be URLs, s3://bucket/*.jsonl; a list of "
+        "these is read in its order",
         path=True,
     )
-    field: str = knob(
-        "text", "jsonl, parquet, dataset: the key or column of the text; jsonl, parquet: in another, data.text"
-    )
+    field: str = knob("text", "jsonl, parquet, dataset: the key or column of the text; data.text is text in data")
     repair: bool = knob(False, "jsonl: read lines with NaN or infinite numbers, and replace lone surrogates by U+FFFD")
     document: Literal["file", "paragraph"] = knob("file", "text: what one document is; blank lines end paragraphs")
     pattern: str = knob("**/*", "folder: glob of the files to read; it names hidden ones only with the dot")
@@ -68,6 +67,20 @@ class SourceConfig:
     weight: float | None = knob(
         None, "share in training relative to the other sources; null, for all sources: by size", above=0, max=1e15
     )
+
+    @property
+    def paths(self) -> list[str]:
+        """Each path once, in the order given."""
+        return [self.path] if isinstance(self.path, str) else list(dict.fromkeys(self.path))
+
+    @property
+    def url_field(self) -> str | None:
+        """The key or column of the URL of a document; None where no filter asks for it."""
+        if "url" not in self.filters:
+            return None
+        thresholds = self.filters["url"]
+        field = thresholds.get("field", "url") if isinstance(thresholds, dict) else "url"
+        return field if isinstance(field, str) else None
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,19 @@ class BuildConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ConfigError("sources is empty; name an input: sources.NAME.kind=jsonl sources.NAME.path=FILE")
+        for key, path in (("out", self.out), ("tokenizer", self.tokenizer)):
+            if "://" in path:
+                raise ConfigError(
+                    f"{key} is {path}, a URL; expected a path of this machine; only sources are read by URL"
+                )
         for name, source in self.sources.items():
+            if not source.paths:
+                raise ConfigError(f"sources.{name}.path is an empty list; name a file, such as [a.jsonl, b.jsonl]")
+            if source.url_field is not None and source.kind not in WITH_FIELDS:
+                raise ConfigError(
+                    f"sources.{name}.filters.url: files of kind={source.kind} say no URL of a document; remove it, or "
+                    f"give records with one"
+                )
             _check_loss(name, source, self.special_tokens_in_text)
         weighted = {name: source.weight is not None for name, source in self.sources.items()}
         if len(set(weighted.values())) > 1:

@@ -38,6 +38,7 @@ class Record(NamedTuple):
     text: str | None
     reason: str  # "" where there is a text
     counts: Spans | None = None  # the characters that count in the loss; None: all
+    url: str | None = None  # of the document, where a filter asks for it
 
 
 class Hasher(Protocol):

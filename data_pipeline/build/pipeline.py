@@ -136,8 +136,8 @@ def _check_loss(name: str, source: SourceConfig) -> None:
         return
     if edits(source.filters):
         raise ConfigError(
-            f"sources.{name}.loss: its filters leave lines out of texts (c4), and what counts would be other "
-            f"characters; choose other filters, or clean the texts before"
+            f"sources.{name}.loss: its filters leave lines out of texts (c4) or replace in them (pii), and what "
+            f"counts would be other characters; choose other filters, or clean the texts before"
         )
     if source.loss.template is not None:
         try:

@@ -14,10 +14,10 @@ import xxhash
 
 from data_pipeline.build.parallel import Report, Stage
 from data_pipeline.clean import dedup
-from data_pipeline.clean.filters import Filter, chosen, edits, sampled
+from data_pipeline.clean.filters import Filter, blocked, chosen, edits, sampled
 from data_pipeline.config import BuildConfig
 from data_pipeline.document import Record, Unit
-from data_pipeline.read.compressed import COMPRESSED
+from data_pipeline.read.compressed import suffix_of
 from data_pipeline.read.readers import read
 from data_pipeline.read.units import PLAN, Plan, check_unchanged
 from data_pipeline.tokenize.backends import REFERENCE, Encode, Mismatch, checked
@@ -250,18 +250,22 @@ class Tasks:
     def _documents(self, unit: Unit, ledger: Ledger | None) -> Iterator[Record]:
         """The records of a unit that are documents; `_consumed` counts the bytes of input read for them."""
         config = self.config.sources[unit.source]
-        shorten = edits(config.filters)
+        shorten, by_url = edits(config.filters), blocked(config.filters)
         self._consumed = self._told = done = 0
         for piece in unit.pieces:
-            hasher, compressed = _Stored(), piece.path.endswith(COMPRESSED)
+            hasher, compressed = _Stored(), bool(suffix_of(piece.path))
             for record in read(piece, config, self.config.max_document_bytes, hasher):
                 self._consumed = done + hasher.bytes if compressed else self._consumed + record.size
                 if record.text is not None:
                     text = record.text
+                    if by_url is not None and (reason := by_url(record.url)):  # as if it were not there: see `keys`
+                        if ledger is not None:
+                            ledger.reject(reason, record)
+                        continue
                     for edit in shorten:
-                        text, lines = edit(text)
-                        if lines and ledger is not None:
-                            ledger.shorten(lines)
+                        text, counts = edit(text)
+                        if counts and ledger is not None:
+                            ledger.edited(counts)
                     yield record if text is record.text else record._replace(text=text)
                 elif ledger is not None:
                     ledger.drop(piece, record)

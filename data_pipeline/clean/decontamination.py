@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from data_pipeline.clean.dedup import n_gram_hashes, words_of
 from data_pipeline.config import SourceConfig
 from data_pipeline.document import Piece
 from data_pipeline.read.readers import read
+from data_pipeline.read.remote import is_remote, name_of
 from data_pipeline.read.sources import LeftOut, files, kind_of, split
 from data_pipeline.read.walk import NOWHERE
 from ponder_scale.errors import ConfigError
@@ -52,7 +52,7 @@ def evaluation_sets(paths: tuple[str, ...], field: str, n: int) -> EvaluationSet
         raise ConfigError(f"decontaminate: n is {n}; expected at least 1 word, and a whole number")
     names: list[str] = []
     parts, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
-    for file in files_of(paths):
+    for file in files_of(paths, "decontaminate"):
         source = SourceConfig(kind=kind_of(file.path), path=file.path, field=field)
         grams = []
         for piece in split(file, source, 2**62):
@@ -67,19 +67,22 @@ def evaluation_sets(paths: tuple[str, ...], field: str, n: int) -> EvaluationSet
             raise ConfigError(f"decontaminate: no text of {file.name} has {n} words; lower n or leave it out")
         parts.append(np.concatenate(grams))
         owners.append(np.full(len(parts[-1]), len(names)))
-        names.append(Path(file.path).name)
+        names.append(name_of(file.path))
     every, first = np.unique(np.concatenate(parts), return_index=True)
     return EvaluationSets(names, every, np.concatenate(owners)[first])
 
 
-def files_of(paths: Iterable[str]) -> list[Piece]:
-    """The files that some paths and globs name. Raises ConfigError for one that names none, or a link to none."""
+def files_of(paths: Iterable[str], filter_name: str) -> list[Piece]:
+    """The files that some paths and globs of a filter name. Raises ConfigError for one that names none, or a link to
+    none."""
     found, left_out = [], LeftOut()
     for path in paths:
         try:
             found += files({path: SourceConfig(kind=kind_of(path), path=path)}, left_out)
         except ConfigError as error:
-            raise ConfigError(f"decontaminate: {path}: no such file, and no file matches it as a glob") from error
+            said = str(error).partition(f"{path}: ")[2] if is_remote(path) else ""
+            what = f"{path}: {said or 'no such file, and no file matches it as a glob'}"
+            raise ConfigError(f"{filter_name}: {what}") from error
     for line in left_out.of(NOWHERE):
-        raise ConfigError(f"decontaminate: {line}; mend it, or name the files without it")
+        raise ConfigError(f"{filter_name}: {line}; mend it, or name the files without it")
     return found

@@ -15,21 +15,28 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from data_pipeline.clean.decontamination import evaluation_sets, files_of
+from data_pipeline.clean.language import PACKAGE, check_languages, language
+from data_pipeline.clean.personal import personal
+from data_pipeline.clean.weblists import NO_URL, url
+from data_pipeline.read.compressed import CHUNK
+from data_pipeline.read.remote import is_remote, open_file
 from ponder_scale.errors import ConfigError
 from ponder_scale.files.write import hash_file
 
 Filter = Callable[[str], str | None]
-Edit = Callable[[str], tuple[str, int]]  # (what is left of a text, the lines left out of it)
+Edit = Callable[[str], tuple[str, dict[str, int]]]  # (what is left of a text, how much of what is not)
 
 _GOPHER_STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
 _SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019)]*(?:\s|$)")
 NOT_SAMPLED = "not in the sample"
+LINES = "lines"
 _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
@@ -119,13 +126,13 @@ def c4(
     return None
 
 
-def c4_lines(text: str, *, max_word: int = 1000, **of_pages: int) -> tuple[str, int]:
+def c4_lines(text: str, *, max_word: int = 1000, **of_pages: int) -> tuple[str, dict[str, int]]:
     """C4's rule for lines that is used here: one with an endless word goes, the page stays."""
     if max(map(len, text.split()), default=0) <= max_word:
-        return text, 0
+        return text, {}
     lines = text.splitlines(keepends=True)
     kept = [line for line in lines if max(map(len, line.split()), default=0) <= max_word]
-    return "".join(kept), len(lines) - len(kept)
+    return "".join(kept), {LINES: len(lines) - len(kept)}
 
 
 def decontaminate(text: str, *, against: Sequence[str] = (), field: str = "text", n: int = 13) -> str | None:
@@ -142,8 +149,12 @@ FILTERS: dict[str, Callable[..., str | None]] = {
     "gopher_repetition": gopher_repetition,
     "c4": c4,
     "decontaminate": decontaminate,
+    "language": language,
+    "url": url,  # of the document's, not of its text
 }
-EDITS: dict[str, Callable[..., tuple[str, int]]] = {"c4": c4_lines}  # before any filter looks at a text
+# before any filter looks at a text
+EDITS: dict[str, Callable[..., tuple[str, dict[str, int]]]] = {"c4": c4_lines, "pii": personal}
+_OF_FILES = {"decontaminate": "against", "url": "block"}  # the filters that read files, and which key names them
 
 
 def chosen(source: str, filters: Mapping[str, Any]) -> list[Filter]:
@@ -154,30 +165,59 @@ def chosen(source: str, filters: Mapping[str, Any]) -> list[Filter]:
     found: list[Filter] = []
     for name, thresholds in filters.items():
         key = f"sources.{source}.filters.{name}"
-        if ":" not in name and name not in FILTERS:
-            raise ConfigError(f"{key}: no such filter; expected one of: {', '.join(FILTERS)}, or MODULE:FUNCTION")
-        function = _imported(key, name) if ":" in name else FILTERS[name]
-        known = list(inspect.signature(function).parameters)[1:]
-        if not isinstance(thresholds or {}, Mapping):
-            raise ConfigError(f"{key} is {thresholds!r}; expected thresholds by name: {{{known[0]}: NUMBER}}")
-        for threshold, value in (thresholds or {}).items():
-            if threshold not in known:
-                raise ConfigError(f"{key}.{threshold}: unknown threshold; expected one of: {', '.join(known)}")
-            if ":" in name or threshold in ("against", "field") or (value is None and threshold == "max_characters"):
-                continue
-            default = inspect.signature(function).parameters[threshold].default
-            several = isinstance(default, tuple)
-            if not (isinstance(value, list) and all(map(_is_bound, value)) if several else _is_bound(value)):
-                expected = f"a list of numbers, such as {list(default)}, each" if several else "a number,"
-                raise ConfigError(f"{key}.{threshold} is {value!r}; expected {expected} at least 0")
-        screen = partial(function, **(thresholds or {}))
-        if name == "decontaminate":
-            against = screen.keywords.get("against")
-            if not against or isinstance(against, str):
-                raise ConfigError(f"{key}.against names no evaluation set; give a list of files")
+        if ":" not in name and name not in {**FILTERS, **EDITS}:
+            known = ", ".join({**FILTERS, **EDITS})
+            raise ConfigError(f"{key}: no such filter; expected one of: {known}, or MODULE:FUNCTION")
+        function = _imported(key, name) if ":" in name else FILTERS.get(name) or EDITS[name]
+        _check_thresholds(key, function, thresholds, own=":" in name)
+        screen: Any = partial(function, **(thresholds or {}))
+        if name in _OF_FILES:
+            given = screen.keywords.get(_OF_FILES[name])
+            if not given or isinstance(given, str):
+                what = "evaluation set" if name == "decontaminate" else "block list"
+                raise ConfigError(f"{key}.{_OF_FILES[name]} names no {what}; give a list of files")
             screen("")  # reads them
-        found.append(_guarded(key, screen) if ":" in name else screen)
+        if name == "language":
+            try:
+                check_languages((thresholds or {}).get("keep"))
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error}") from error
+        if name in FILTERS and name != "url":
+            found.append(screen)
+        elif ":" in name:
+            found.append(_guarded(key, screen))
     return found
+
+
+def blocked(filters: Mapping[str, Any]) -> Callable[[str | None], str | None] | None:
+    """Of the URL of a document, the reason to drop it; None where no filter of a source looks at it."""
+    if "url" not in filters:
+        return None
+    screen: Any = partial(url, **(filters["url"] or {}))
+    return lambda address: NO_URL if address is None else screen(address)
+
+
+def _check_thresholds(key: str, function: Callable[..., Any], thresholds: Any, *, own: bool) -> None:
+    """Raises ConfigError for a threshold that a filter does not have, and for a value that is none."""
+    parameters = inspect.signature(function).parameters
+    known = list(parameters)[1:]
+    if not isinstance(thresholds or {}, Mapping):
+        raise ConfigError(f"{key} is {thresholds!r}; expected thresholds by name: {{{known[0]}: NUMBER}}")
+    for threshold, value in (thresholds or {}).items():
+        if threshold not in known:
+            raise ConfigError(f"{key}.{threshold}: unknown threshold; expected one of: {', '.join(known)}")
+        default = parameters[threshold].default
+        may_be_null = default is None or "None" in str(parameters[threshold].annotation)
+        if own or default == () or (value is None and may_be_null):
+            continue
+        if isinstance(default, str):
+            if not isinstance(value, str):
+                raise ConfigError(f"{key}.{threshold} is {value!r}; expected text")
+            continue
+        several = isinstance(default, tuple)
+        if not (isinstance(value, list) and all(map(_is_bound, value)) if several else _is_bound(value)):
+            expected = f"a list of numbers, such as {list(default)}, each" if several else "a number,"
+            raise ConfigError(f"{key}.{threshold} is {value!r}; expected {expected} at least 0")
 
 
 def _is_bound(value: Any) -> bool:
@@ -186,15 +226,29 @@ def _is_bound(value: Any) -> bool:
 
 def identities(filters: Mapping[str, Any]) -> dict[str, str]:
     """What besides its settings decides what the filters of a source drop: the hash of the file of each function of the
-    user's own, and of each evaluation set."""
+    user's own, and of each evaluation set and block list, the version of a library."""
     found = {}
     for name, thresholds in filters.items():
         if ":" in name:
             file = inspect.getsourcefile(_imported(name, name))
             found[name] = hash_file(Path(file)) if file else ""
-        if name == "decontaminate":
-            found |= {file.name: hash_file(Path(file.path)) for file in files_of((thresholds or {}).get("against", ()))}
+        if name in _OF_FILES:
+            named = files_of((thresholds or {}).get(_OF_FILES[name], ()), name)
+            found |= {file.name: _hash(file.path) for file in named}
+        if name == "language":
+            found[name] = f"{PACKAGE} {version(PACKAGE)}"
     return found
+
+
+def _hash(path: str) -> str:
+    """That of a file's bytes, local or remote."""
+    if not is_remote(path):
+        return hash_file(Path(path))
+    whole = xxhash.xxh3_128()
+    with open_file(path) as stream:
+        while chunk := stream.read(CHUNK):
+            whole.update(chunk)
+    return whole.hexdigest()
 
 
 def _imported(key: str, name: str) -> Callable[..., str | None]:

@@ -9,12 +9,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.clean.filters import chosen, edits, sampled
+from data_pipeline.clean.filters import blocked, chosen, edits, sampled
 from data_pipeline.config import BuildConfig, SourceConfig
 from data_pipeline.document import Piece, Unit
-from data_pipeline.read.compressed import COMPRESSED
+from data_pipeline.read.compressed import suffix_of
 from data_pipeline.read.readers import read
-from data_pipeline.read.sources import LeftOut
+from data_pipeline.read.sources import LeftOut, parquet_about
 from data_pipeline.read.units import units
 from data_pipeline.tokenize.backends import REFERENCE, Mismatch, checked, choose
 from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer
@@ -80,7 +80,7 @@ def estimate(config: BuildConfig, sample_bytes: int) -> str:
     records = len(sample.texts) + sample.drops.total()
     drops = ", ".join(f"{count / records:.2%} {reason}" for reason, count in sample.drops.most_common()) or "nothing"
     largest = max(unit.size for unit in planned) / 1e6
-    whole = [piece for unit in planned for piece in unit.pieces if piece.path.endswith(COMPRESSED)]
+    whole = [piece for unit in planned for piece in unit.pieces if suffix_of(piece.path)]
     uncut = [piece for piece in whole if piece.size > max(WORTH_SPLITTING, total / (cores * UNITS_PER_CORE))]
     note = f"; {len(uncut):,} compressed files cannot be cut: split them to use all cores" if uncut else ""
     note += f"; {len(found) - len(planned):,} streamed units, of unknown size, not counted" if found != planned else ""
@@ -100,6 +100,7 @@ def estimate(config: BuildConfig, sample_bytes: int) -> str:
 def _read(unit: Unit, config: BuildConfig, size: int, sample: _Sample) -> None:
     source = config.sources[unit.source]
     filters, shorten = chosen(unit.source, source.filters), edits(source.filters)
+    by_url = blocked(source.filters)
     if source.sample is not None:
         filters.insert(0, sampled(source.sample, config.seed))
     begin, stored = time.process_time(), 0
@@ -109,7 +110,11 @@ def _read(unit: Unit, config: BuildConfig, size: int, sample: _Sample) -> None:
             text = record.text or ""
             for edit in shorten:
                 text, _ = edit(text)
-            reason = record.reason or next(filter(None, (screen(text) for screen in filters)), None)
+            reason = (
+                record.reason
+                or (by_url and by_url(record.url))
+                or next(filter(None, (screen(text) for screen in filters)), None)
+            )
             if record.text is not None and reason is None:
                 sample.texts.append(text)
             else:
@@ -127,9 +132,7 @@ def _read(unit: Unit, config: BuildConfig, size: int, sample: _Sample) -> None:
 def _rows(piece: Piece, source: SourceConfig) -> int | None:
     """How many there are, where bytes are not read one after another."""
     if source.kind == "parquet":
-        from pyarrow.parquet import read_metadata
-
-        metadata = read_metadata(piece.path)
+        _, metadata = parquet_about(piece)
         return sum(metadata.row_group(i).num_rows for i in range(piece.begin, piece.end))
     return piece.end - piece.begin if source.kind == "dataset" else None
 

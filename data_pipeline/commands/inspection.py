@@ -36,6 +36,8 @@ def _counts(shards: ShardSet) -> Iterator[str]:
         drops = ", ".join(f"{count:,} {reason}" for reason, count in counts["drops"].items()) or "nothing"
         if "lines_left_out" in counts:
             drops += f"; {counts['lines_left_out']:,} lines of documents (c4: endless word)"
+        for what, count in counts.get("replaced", {}).items():
+            drops += f"; replaced: {count:,} {what}"
         yield f"source      {source}: {counts['files']:,} files, {counts['bytes']:,} bytes; dropped: {drops}"
         documents, tokens = of_source.get(source, (0, 0))
         yield f"{'':<12}{source}: kept {documents:,} documents, {tokens:,} tokens"

@@ -11,10 +11,11 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import IO, Any
 
 from data_pipeline.document import Hasher, Piece
+from data_pipeline.read.remote import LOOK_BYTES, name_of, open_file
+from ponder_scale.errors import ConfigError
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 CHUNK = 2**17  # read at once; larger ones cost more, as each is new memory from the kernel
@@ -31,14 +32,20 @@ class Damaged(Exception):
         self.whole = whole
 
 
+def suffix_of(path: str) -> str:
+    """The end of a name that says how a file is compressed; "" where it is not."""
+    name = name_of(path)
+    return next((suffix for suffix in COMPRESSED if name.endswith(suffix)), "")
+
+
 def open_piece(piece: Piece, hasher: Hasher) -> IO[bytes]:
     """The bytes of a piece, decompressed; `hasher` is fed them as they are stored.
 
     `read` raises Damaged after all that can be read of a damaged file.
     """
     stored = _Stored(piece.path, piece.begin, piece.end, hasher)
-    suffix = Path(piece.path).suffix
-    if suffix not in COMPRESSED:
+    suffix = suffix_of(piece.path)
+    if not suffix:
         return stored  # type: ignore[return-value]
     reader = _Frames if suffix == ".zst" else _Members
     return _Salvaging(reader(stored, suffix), stored, suffix)  # type: ignore[return-value]
@@ -62,7 +69,7 @@ class _Stored(io.RawIOBase):
     """Bytes [begin, end) of a file, hashed as they are read; from `slowly` on one by one."""
 
     def __init__(self, path: str, begin: int, end: int, hasher: Hasher | None, slowly: int | None = None) -> None:
-        self._stream = Path(path).open("rb", buffering=0)  # noqa: SIM115 - closed by close
+        self._stream: Any = open_file(path)
         self._stream.seek(begin)
         self.path, self.position, self.end = path, begin, end
         self._hasher, self._slowly = hasher, end if slowly is None else slowly
@@ -205,7 +212,7 @@ def _one_step(current: Any, chunk: bytes, suffix: str) -> tuple[bytes, Any, byte
 def _salvage_frames(stored: _Stored, suffix: str, given: int) -> Iterator[bytes]:
     """As `_salvage_members`, of zstd frames."""
     end = _end_of_frames(stored.path)
-    with Path(stored.path).open("rb") as stream:
+    with open_file(stored.path, LOOK_BYTES) as stream:
         stream.seek(end)
         rest = stream.read(4)
     magic = _MAGIC[suffix]
@@ -225,7 +232,7 @@ def _salvage_frames(stored: _Stored, suffix: str, given: int) -> Iterator[bytes]
 
 def _check_is_damage(error: Exception) -> None:
     """Raises an error that is the disk's or the machine's, and not the decompressor's."""
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+    if isinstance(error, (MemoryError, ConfigError)) or getattr(error, "errno", None) is not None:
         raise error
 
 
@@ -237,7 +244,7 @@ def _behind(content: bytes, given: int) -> Iterator[bytes]:
 def _end_of_frames(path: str) -> int:
     """Where the last whole frame ends of those that a zstd file begins with, by its blocks' headers (RFC 8878)."""
     end = 0
-    with Path(path).open("rb") as stream:
+    with open_file(path, LOOK_BYTES) as stream:
         size = stream.seek(0, 2)
 
         def number(at: int, count: int) -> int:

@@ -45,9 +45,15 @@ def fields_of(config: SourceConfig) -> list[str]:
     return list(named_fields(config).values())
 
 
+def all_fields(config: SourceConfig) -> list[str]:
+    """All that is read of a record: also its URL, where a filter asks for it."""
+    return list(dict.fromkeys([*fields_of(config), *([] if config.url_field is None else [config.url_field])]))
+
+
 def check_fields(source: str, config: SourceConfig, columns: Sequence[str], path: str) -> None:
     """Raises ConfigError for a field that is none of the columns of an input."""
-    for key, field in named_fields(config).items():
+    of_url = {} if config.url_field is None else {"filters.url.field": config.url_field}
+    for key, field in {**named_fields(config), **of_url}.items():
         if field not in columns:
             raise ConfigError(f"sources.{source}.{key} is {field!r}; the columns of {path} are: {', '.join(columns)}")
 

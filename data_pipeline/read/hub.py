@@ -15,29 +15,32 @@ import xxhash
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.document import EMPTY, NOT_TEXT, NOT_UTF8, TOO_LONG, Hasher, Piece, Record
-from data_pipeline.read.counted import check_fields, fields_of, record_of
+from data_pipeline.read.columns import names_of, place_of, values
+from data_pipeline.read.counted import all_fields, check_fields, record_of
 from ponder_scale.errors import ConfigError
 
 _ROWS_READ_TOGETHER = 64
 
 
-def pieces(source: str, config: SourceConfig) -> list[Piece]:
-    """The data set as one piece of all its rows, or a piece for each shard of a stream.
+def pieces(source: str, path: str, config: SourceConfig) -> list[Piece]:
+    """The data set `path` as one piece of all its rows, or a piece for each shard of a stream.
 
     Raises ConfigError when it cannot be loaded and when it has no such column.
     """
     _open.cache_clear()  # it may have changed since
     _files_of_stream.cache_clear()
-    if config.streaming and _saved(config):
-        raise ConfigError(f"sources.{source}.streaming is true; {config.path} is stored already: set it to false")
-    content = _load(source, config)
+    if config.streaming and _saved(path, config):
+        raise ConfigError(f"sources.{source}.streaming is true; {path} is stored already: set it to false")
+    content = _load(source, path, config)
     columns = content.column_names or []  # a stream may not know them before it is read
+    if content.features is not None:
+        columns = names_of(content.features.arrow_schema)
     if columns:
-        check_fields(source, config, columns, config.path)
-    seal = _fingerprint(source, config, content)
+        check_fields(source, config, columns, path)
+    seal = _fingerprint(source, path, config, content)
     if config.streaming:
-        return [_piece(source, config, i, i + 1, 0, seal) for i in range(content.num_shards)]
-    return [_piece(source, config, 0, len(content), max(len(content), content.data.nbytes), seal)]
+        return [_piece(source, path, config, i, i + 1, 0, seal) for i in range(content.num_shards)]
+    return [_piece(source, path, config, 0, len(content), max(len(content), content.data.nbytes), seal)]
 
 
 def split(whole: Piece, size: int) -> Iterator[Piece]:
@@ -54,17 +57,17 @@ def read(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> 
 
     Raises ConfigError when the data set is not the one that was planned.
     """
-    whole = _load(piece.source, config)
+    whole = _load(piece.source, piece.path, config)
     _check_unchanged(piece, config, whole)
     if config.streaming:
         content, first = whole.shard(num_shards=whole.num_shards, index=piece.begin), 0
     else:
         content, first = whole.select(range(piece.begin, piece.end)), piece.begin
     number = first
-    fields = fields_of(config)
-    rows = content.select_columns(fields).with_format("arrow")
-    for table in rows.iter(batch_size=_ROWS_READ_TOGETHER):
-        columns = {field: table.column(field) for field in fields}
+    fields = all_fields(config)
+    for table in _of_fields(content, fields).with_format("arrow").iter(batch_size=_ROWS_READ_TOGETHER):
+        check_fields(piece.source, config, names_of(table.schema), piece.path)
+        columns = {field: values(table, field) for field in fields}
         for place, found in enumerate(records(number, columns, config, max_bytes)):
             for value in (column[place] for column in columns.values()):
                 if hasattr(value, "as_buffer") and value.is_valid:  # text, and not a number or a list
@@ -76,15 +79,39 @@ def read(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> 
     _check_unchanged(piece, config, whole)
 
 
+def _of_fields(content: Any, fields: list[str]) -> Any:
+    """The rows without the columns that are not asked for, where they are known before rows are read."""
+    if content.features is None:
+        return content
+    places = [place_of(content.features.arrow_schema, field) for field in fields]
+    names = dict.fromkeys(place[0] for place in places if place)
+    return content.select_columns(list(names)) if all(places) else content
+
+
 def records(number: int, columns: Mapping[str, Any], config: SourceConfig, max_bytes: int) -> Iterator[Record]:
     """The rows from `number` on, from the Arrow columns of their fields."""
+    urls = None if config.url_field is None else columns[config.url_field]
+    for place, found in enumerate(_records(number, columns, config, max_bytes)):
+        yield found if urls is None or found.text is None else found._replace(url=_url(urls[place]))
+
+
+def _url(value: Any) -> str | None:
+    try:
+        url = value.as_py()
+    except UnicodeDecodeError:
+        return None
+    return url if isinstance(url, str) and url.strip() else None
+
+
+def _records(number: int, columns: Mapping[str, Any], config: SourceConfig, max_bytes: int) -> Iterator[Record]:
+    """As `records`, without URLs."""
     if config.loss is None:
         for value in columns[config.field]:
             yield _record(number, value, max_bytes)
             number += 1
     else:
-        for values in zip(*columns.values(), strict=True):
-            row = dict(zip(columns, values, strict=True))
+        for cells in zip(*columns.values(), strict=True):
+            row = dict(zip(columns, cells, strict=True))
 
             def value_of(field: str, row: dict[str, Any] = row) -> Any:
                 return row[field].as_py()
@@ -112,20 +139,20 @@ def _record(number: int, value: Any, max_bytes: int) -> Record:
     return Record(number, size, None, EMPTY) if not text or text.isspace() else Record(number, size, text, "")
 
 
-def _piece(source: str, config: SourceConfig, begin: int, end: int, size: int, seal: int) -> Piece:
-    name = "/".join(filter(None, [config.path, config.name, config.split, config.revision]))
-    return Piece(source, config.path, name, begin, end, size, -1, seal)
+def _piece(source: str, path: str, config: SourceConfig, begin: int, end: int, size: int, seal: int) -> Piece:
+    name = "/".join(filter(None, [path, config.name, config.split, config.revision]))
+    return Piece(source, path, name, begin, end, size, -1, seal)
 
 
 def _check_unchanged(piece: Piece, config: SourceConfig, content: Any) -> None:
-    if _fingerprint(piece.source, config, content) != piece.modified:
+    if _fingerprint(piece.source, piece.path, config, content) != piece.modified:
         raise ConfigError(
             f"sources.{piece.source}: data set {piece.name} was changed while it was read; build again with "
             f"overwrite=true"
         )
 
 
-def _fingerprint(source: str, config: SourceConfig, content: Any) -> int:
+def _fingerprint(source: str, path: str, config: SourceConfig, content: Any) -> int:
     """63 bits that another content of the same name, rows and bytes does not have.
 
     A data set that save_to_disk wrote: the library's own, and size and time of its files, as of all other inputs. One
@@ -133,7 +160,7 @@ def _fingerprint(source: str, config: SourceConfig, content: Any) -> int:
     which on the hub hold the commit, and what the library knows of each.
     """
     known: Any
-    if (folder := _saved(config)) is not None:
+    if (folder := _saved(path, config)) is not None:
         try:
             state = json.loads((folder / "state.json").read_bytes())
             stats = [(folder / file["filename"]).stat() for file in state["_data_files"]]
@@ -141,15 +168,15 @@ def _fingerprint(source: str, config: SourceConfig, content: Any) -> int:
             raise ConfigError(f"sources.{source}: data set {folder} cannot be read: {error}") from error
         known = [state, [[about.st_size, about.st_mtime_ns] for about in stats]]
     elif config.streaming:
-        known = _files_of_stream(config.path, config.name, config.split, config.revision)
+        known = _files_of_stream(path, config.name, config.split, config.revision)
     else:
         known = content._fingerprint
     return xxhash.xxh3_64_intdigest(json.dumps(known, sort_keys=True, default=str).encode()) >> 1
 
 
-def _saved(config: SourceConfig) -> Path | None:
+def _saved(path: str, config: SourceConfig) -> Path | None:
     """The folder that save_to_disk wrote for a source, if it is one."""
-    for folder in (Path(config.path), Path(config.path, config.split)):
+    for folder in (Path(path), Path(path, config.split)):
         if (folder / "state.json").is_file():
             return folder
     return None
@@ -175,11 +202,11 @@ def _open(path: str, name: str | None, split: str, revision: str | None, streami
     return datasets.load_dataset(path, name, split=split, revision=revision, streaming=streaming)
 
 
-def _load(source: str, config: SourceConfig) -> Any:
+def _load(source: str, path: str, config: SourceConfig) -> Any:
     try:
-        return _open(config.path, config.name, config.split, config.revision, config.streaming)
+        return _open(path, config.name, config.split, config.revision, config.streaming)
     except Exception as error:  # the library raises whatever its loaders do
         raise ConfigError(
-            f"sources.{source}: data set {config.path}, split {config.split}, cannot be loaded: "
+            f"sources.{source}: data set {path}, split {config.split}, cannot be loaded: "
             f"{' '.join(str(error).split())[:300]}"
         ) from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, Any
 
 import orjson
@@ -30,8 +29,10 @@ from data_pipeline.document import (
 )
 from data_pipeline.read import hub
 from data_pipeline.read.badjson import REPAIRABLE, is_cut_at, is_packed, repaired, why_not
+from data_pipeline.read.columns import values
 from data_pipeline.read.compressed import CHUNK, Damaged, open_piece
-from data_pipeline.read.counted import fields_of, record_of
+from data_pipeline.read.counted import all_fields, fields_of, record_of
+from data_pipeline.read.remote import open_file
 from ponder_scale.errors import ConfigError
 
 _BOM = b"\xef\xbb\xbf"
@@ -80,7 +81,8 @@ def _read_jsonl(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hash
             except (orjson.JSONDecodeError, KeyError, TypeError):
                 yield _any_line(offset, line, size, config, max_bytes)
                 continue
-            yield _record(offset, size, text, max_bytes)
+            record = _record(offset, size, text, max_bytes)
+            yield record if config.url_field is None else record._replace(url=_url(value, config.url_field))
 
 
 def _any_line(offset: int, line: bytes, size: int, config: SourceConfig, max_bytes: int) -> Record:
@@ -98,11 +100,13 @@ def _any_line(offset: int, line: bytes, size: int, config: SourceConfig, max_byt
     if not isinstance(value, dict):
         return Record(offset, size, None, NOT_AN_OBJECT)
     if config.loss is not None:
-        return record_of(offset, size, lambda field: _at(value, field), config, max_bytes)
-    try:
-        return _record(offset, size, _at(value, config.field), max_bytes)
-    except KeyError:
-        return Record(offset, size, None, NO_FIELD)
+        record = record_of(offset, size, lambda field: _at(value, field), config, max_bytes)
+    else:
+        try:
+            record = _record(offset, size, _at(value, config.field), max_bytes)
+        except KeyError:
+            return Record(offset, size, None, NO_FIELD)
+    return record if config.url_field is None else record._replace(url=_url(value, config.url_field))
 
 
 def _at(value: Any, field: str) -> Any:
@@ -114,6 +118,14 @@ def _at(value: Any, field: str) -> Any:
             with suppress(KeyError):
                 return _at(value.get(field[:end]), field[end + 1 :])
     raise KeyError(field)
+
+
+def _url(value: Any, field: str) -> str | None:
+    try:
+        found = _at(value, field)
+    except KeyError:
+        return None
+    return found if isinstance(found, str) and found.strip() else None
 
 
 def _read_paragraphs(piece: Piece, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
@@ -163,15 +175,14 @@ def _read_whole(piece: Piece, max_bytes: int, hasher: Hasher) -> Iterator[Record
 
 def _read_parquet(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
     from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
 
-    fields = fields_of(config)
+    fields = all_fields(config)
     try:
-        with ParquetFile(piece.path, pre_buffer=False, buffer_size=CHUNK, page_checksum_verification=True) as file:
+        with open_file(piece.path) as stream, _parquet(stream) as file:
             number = sum(file.metadata.row_group(i).num_rows for i in range(piece.begin))
             groups = list(range(piece.begin, piece.end))
             for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=fields, use_threads=False):
-                columns = {field: _leaf(_column(batch, field), field) for field in fields}
+                columns = {field: values(batch, field) for field in fields}
                 for record in hub.records(number, columns, config, max_bytes):
                     yield record
                     number += 1
@@ -183,22 +194,15 @@ def _read_parquet(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Ha
         ) from error
 
 
-def _column(batch: Any, field: str) -> Any:
-    return batch.column(field if field in batch.schema.names else field.split(".")[0])
+def _parquet(stream: IO[bytes]) -> Any:
+    from pyarrow.parquet import ParquetFile
 
-
-def _leaf(column: Any, field: str) -> Any:
-    """The values of a column, or of a field in it."""
-    import pyarrow.compute
-
-    for name in field.split(".")[1:] if pyarrow.types.is_struct(column.type) else []:
-        column = pyarrow.compute.struct_field(column, name)
-    return column
+    return ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK, page_checksum_verification=True)
 
 
 def _hash_column(piece: Piece, metadata: Any, field: str, hasher: Hasher) -> None:
     """Feed `hasher` the stored bytes of one column in the row groups of a piece."""
-    with Path(piece.path).open("rb") as stream:
+    with open_file(piece.path) as stream:
         for group in (metadata.row_group(i) for i in range(piece.begin, piece.end)):
             for column in (group.column(i) for i in range(group.num_columns)):
                 if f"{column.path_in_schema}.".startswith(f"{field}."):

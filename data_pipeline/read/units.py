@@ -19,6 +19,7 @@ import xxhash
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.document import Piece, Unit
+from data_pipeline.read.remote import stat
 from data_pipeline.read.sources import LeftOut, files, split
 from ponder_scale.errors import ConfigError
 from ponder_scale.files.write import writing
@@ -98,10 +99,10 @@ def check_unchanged(piece: Piece) -> None:
     if piece.file_size < 0:
         return
     try:
-        about = Path(piece.path).stat()
+        size, modified = stat(piece.path)
     except OSError as error:
         raise ConfigError(f"sources.{piece.source}: {piece.path} cannot be read: {error.strerror}") from error
-    if (about.st_size, about.st_mtime_ns) != (piece.file_size, piece.modified):
+    if (size, modified) != (piece.file_size, piece.modified):
         raise ConfigError(
             f"sources.{piece.source}: {piece.path} was changed while it was read; when that is over, start the same "
             f"command again"

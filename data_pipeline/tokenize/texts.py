@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from data_pipeline.clean.filters import chosen, edits, sampled
+from data_pipeline.clean.filters import blocked, chosen, edits, sampled
 from data_pipeline.config import BuildConfig
 from data_pipeline.document import BAD
 from data_pipeline.progress import Progress
-from data_pipeline.read.compressed import COMPRESSED
+from data_pipeline.read.compressed import suffix_of
 from data_pipeline.read.readers import read
 from data_pipeline.read.sources import LeftOut
 from data_pipeline.read.units import check_unchanged, units
@@ -101,6 +101,7 @@ def _documents(config: BuildConfig, counts: dict[str, Read], what: str) -> Itera
         if source.sample is not None:
             filters[name].insert(0, sampled(source.sample, config.seed))
     shorten = {name: edits(source.filters) for name, source in config.sources.items()}
+    by_url = {name: blocked(source.filters) for name, source in config.sources.items()}
     left_out = LeftOut()
     planned = list(units(config.sources, config.shard_bytes, left_out))
     for line in left_out if what == "read" else ():
@@ -108,16 +109,20 @@ def _documents(config: BuildConfig, counts: dict[str, Read], what: str) -> Itera
     with Progress(what, sum(unit.size for unit in planned)) as progress:
         for piece in (piece for unit in planned for piece in unit.pieces):
             count, stored, told, consumed = counts[piece.source], _Stored(), 0, 0
+            compressed = bool(suffix_of(piece.path))
             for record in read(piece, config.sources[piece.source], config.max_document_bytes, stored):
                 # of compressed files and parquet, records are larger than what they take there
                 consumed += record.size
-                now = min(piece.size, stored.bytes if piece.path.endswith(COMPRESSED) else consumed)
+                now = min(piece.size, stored.bytes if compressed else consumed)
                 progress.add(now - told, record.text is not None)
                 told, text, reason = now, record.text, record.reason
                 if text is not None:
                     for edit in shorten[piece.source]:
                         text, _ = edit(text)
-                    reason = next(filter(None, (screen(text) for screen in filters[piece.source])), "")
+                    of_url = by_url[piece.source]
+                    reason = (of_url and of_url(record.url)) or next(
+                        filter(None, (screen(text) for screen in filters[piece.source])), ""
+                    )
                 if text is None or reason:
                     count.drops[reason] += 1
                     if reason in BAD and not count.first_bad:

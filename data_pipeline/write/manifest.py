@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from data_pipeline.clean.filters import NOT_SAMPLED, identities
+from data_pipeline.clean.filters import LINES, NOT_SAMPLED, identities
 from data_pipeline.config import RUNNING, BuildConfig
 from data_pipeline.document import BAD, DAMAGED, EMPTY, NO_LABEL, Piece, Record
 from data_pipeline.read.chat import content_of
@@ -41,7 +41,7 @@ class Ledger:
         self.documents = 0
         self._source = source
         self._drops: Counter[str] = Counter()
-        self._lines = 0
+        self._edits: Counter[str] = Counter()
         self._inputs: list[dict[str, Any]] = []
         self._first_bad: list[Any] | None = None
         self._path = quarantine
@@ -64,9 +64,9 @@ class Ledger:
             masked = {} if record.counts is None else {"spans": record.counts}
             self._dropped.write(orjson.dumps({**line, **masked}) + b"\n")
 
-    def shorten(self, lines: int) -> None:
-        """Count lines that a filter leaves out of a document."""
-        self._lines += lines
+    def edited(self, counts: Mapping[str, int]) -> None:
+        """Count what is left out of a document that stays, or replaced in it."""
+        self._edits.update(counts)
 
     def was_read(self, piece: Piece, digest: str) -> None:
         """Note a piece that was read to its end, with the xxh3-128 of its bytes."""
@@ -82,7 +82,8 @@ class Ledger:
             "source": self._source,
             "documents": self.documents,
             "drops": dict(sorted(self._drops.items())),
-            "lines": self._lines,
+            "lines": self._edits[LINES],
+            "replaced": {name: count for name, count in sorted(self._edits.items()) if name != LINES},
             "inputs": self._inputs,
             "first_bad": self._first_bad,
         }
@@ -104,6 +105,7 @@ def totals(results: Iterable[dict[str, Any]], config: BuildConfig) -> dict[str, 
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     drops: dict[str, Counter[str]] = defaultdict(Counter)
     files: dict[str, set[str]] = defaultdict(set)
+    replaced: dict[str, Counter[str]] = defaultdict(Counter)
     first_bad = None
     for result in results:
         source = result["source"]
@@ -112,11 +114,17 @@ def totals(results: Iterable[dict[str, Any]], config: BuildConfig) -> dict[str, 
         drops[source].update(result["drops"])
         if result.get("lines"):
             counts[source].update(lines_left_out=result["lines"])
+        replaced[source].update(result.get("replaced", {}))
         first_bad = first_bad or result["first_bad"]
     documents = sum(count["documents"] for count in counts.values())
     _check(documents, sum(drops.values(), Counter[str]()), first_bad, config)
     return {
-        source: {**count, "files": len(files[source]), "drops": dict(sorted(drops[source].items()))}
+        source: {
+            **count,
+            **({"replaced": dict(sorted(replaced[source].items()))} if replaced[source] else {}),
+            "files": len(files[source]),
+            "drops": dict(sorted(drops[source].items())),
+        }
         for source, count in counts.items()
     }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.read.sources import root
+from data_pipeline.read.sources import roots
 from ponder_scale.errors import ConfigError, ShardError
 from ponder_scale.files.delete import MARK, Ours, check_ours, delete_file, delete_made, held, is_unfinished, mark
 from ponder_scale.files.write import sync_folder
@@ -66,12 +66,12 @@ def check_places(out: Path, sources: Mapping[str, SourceConfig], tokenizer: Path
         if Path.cwd().is_relative_to(place):
             raise ConfigError(f"out is {out}, where this program runs ({place}); choose another folder")
     for name, source in sources.items():
-        path = root(source)
-        if path is not None and (within := _holds(places(out), path)):
-            raise ConfigError(
-                f"sources.{name}.path is {source.path}, which lies in {within}, where the build of {out} writes and "
-                f"deletes; move it, or choose another out"
-            )
+        for path, place in roots(source):
+            if within := _holds(places(out), place):
+                raise ConfigError(
+                    f"sources.{name}.path is {path}, which lies in {within}, where the build of {out} writes and "
+                    f"deletes; move it, or choose another out"
+                )
     if within := _holds(places(out)[1:], tokenizer.resolve()):
         raise ConfigError(f"tokenizer is {tokenizer}, which lies in {within}, where the build of {out} writes; move it")
     check_replaceable(out, overwrite)

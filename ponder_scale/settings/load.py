@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings.spelling import check_names, kind_at
 from ponder_scale.settings.tree import NULL, Listing, Mapping, Scalar, Tree, describe, from_plain, parse, read_recipe
-from ponder_scale.settings.values import build, is_scalar, is_text, optional, parts
+from ponder_scale.settings.values import build, is_scalar, is_text, list_in, optional
 
 T = TypeVar("T")
 BASE = "base"  # of a recipe: another one that it begins with
@@ -130,6 +129,8 @@ def _is_group(schema: type, key: str) -> bool:
 def _value(kind: Any, text: str, origin: str) -> Tree:
     """What stands behind the =: as typed where the key takes a word or a number, else YAML."""
     if is_scalar(kind):
+        if list_in(kind) and (listed := _listed(text, origin)) is not None:
+            return listed
         empty = text.strip() in (*NULL, "~") and not is_text(kind)
         return Scalar(text, origin, is_null=empty or (optional(kind) and text in NULL), quoted=True)
     if kind is not Any:
@@ -138,6 +139,15 @@ def _value(kind: Any, text: str, origin: str) -> Tree:
         return parse(text, origin)
     except ConfigError:  # *.py and {a are no YAML; they are what they look like
         return Scalar(text, origin, quoted=True)
+
+
+def _listed(text: str, origin: str) -> Listing | None:
+    """What is written as a list of two or more, for a key that takes text too: [ab]*.txt and [x] are globs."""
+    try:
+        tree = parse(text, origin) if text.strip().startswith("[") else None
+    except ConfigError:
+        return None
+    return tree if isinstance(tree, Listing) and len(tree.entries) > 1 else None
 
 
 def _enter(schema: type, place: Tree, key: str, origin: str) -> Tree:
@@ -152,8 +162,7 @@ def _enter(schema: type, place: Tree, key: str, origin: str) -> Tree:
         entries, at = place.entries, name
         found = place.entries.get(name)
     if not isinstance(found, (Mapping, Listing)):
-        is_list = typing.get_origin(parts(kind_at(schema, key, origin))[0]) is list
-        found = entries[at] = Listing([], origin) if is_list else Mapping({}, origin)
+        found = entries[at] = Listing([], origin) if list_in(kind_at(schema, key, origin)) else Mapping({}, origin)
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings.elsewhere import ELSEWHERE, ELSEWHERE_IN_FULL
 from ponder_scale.settings.tree import Listing, Mapping, Tree
-from ponder_scale.settings.values import hints, optional, parts
+from ponder_scale.settings.values import hints, list_in, optional, parts
 
 NAME, NUMBER = "NAME", "N"  # stand in a key for the name of an entry, and its place in a list
 _NEAR = 0.72  # from 0, nothing in common, to 1, equal
@@ -94,7 +94,7 @@ def _likeness(one: str, other: str) -> float:
 def _within(kind: Any, name: str) -> Any:
     """The declared type of an entry; None where there can be none of that name."""
     if len(parts(kind)) != 1:
-        return None
+        return typing.get_args(list_in(kind))[0] if list_in(kind) and name.isdecimal() else None
     (main,) = parts(kind)
     if dataclasses.is_dataclass(main):
         return hints(typing.cast(type, main)).get(name)

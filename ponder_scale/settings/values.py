@@ -18,6 +18,7 @@ MISSING = "???"  # the default of a key that a recipe or an override has to give
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_]\w*))")
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*)?\.?\d*([eE][-+]?\d+)?")
+_LIST = "a list, such as [a, b]"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -42,6 +43,11 @@ def optional(kind: Any) -> bool:
 def is_text(kind: Any) -> bool:
     """Whether a value of the declared type is what was typed: text, or a choice."""
     return any(part is str or typing.get_origin(part) is typing.Literal for part in parts(kind))
+
+
+def list_in(kind: Any) -> Any:
+    """The list type that a declared type allows, None where it allows none."""
+    return next((part for part in parts(kind) if typing.get_origin(part) is list), None)
 
 
 def is_scalar(kind: Any) -> bool:
@@ -97,7 +103,7 @@ def _convert(kind: Any, tree: Tree, key: str, metadata: typing.Mapping[str, Any]
     choices = [part for part in parts(kind) if typing.get_origin(part) is typing.Literal]
     if choices and isinstance(tree, Scalar) and tree.text in typing.get_args(choices[0]):
         return tree.text
-    (main,) = [part for part in parts(kind) if part not in choices] or choices
+    main = _meant(tree, [part for part in parts(kind) if part not in choices] or choices)
     origin, inner = typing.get_origin(main), typing.get_args(main)
     if main is Any:
         return to_plain(tree)
@@ -109,7 +115,7 @@ def _convert(kind: Any, tree: Tree, key: str, metadata: typing.Mapping[str, Any]
         return {name: _convert(inner[1], entry, f"{key}.{name}", metadata) for name, entry in tree.entries.items()}
     if origin is list:
         if not isinstance(tree, Listing):
-            raise _wrong(tree, key, "a list, such as [a, b]")
+            raise _wrong(tree, key, _LIST)
         return [_convert(inner[0], entry, f"{key}.{number}", metadata) for number, entry in enumerate(tree.entries)]
     or_null = " or null" if optional(kind) else ""
     if not isinstance(tree, Scalar) or tree.is_null:
@@ -122,6 +128,14 @@ def _convert(kind: Any, tree: Tree, key: str, metadata: typing.Mapping[str, Any]
     if main is not bool:
         check_bounds(value, key, metadata)
     return value
+
+
+def _meant(tree: Tree, kinds: list[Any]) -> Any:
+    """Of the types that a key takes, the one that a value of this form is to have."""
+    if len(kinds) == 1:
+        return kinds[0]
+    lists = [kind for kind in kinds if typing.get_origin(kind) is list]
+    return (lists if isinstance(tree, Listing) and lists else [kind for kind in kinds if kind not in lists])[0]
 
 
 def check_bounds(value: float, key: str, bounds: typing.Mapping[str, Any]) -> None:
@@ -202,6 +216,8 @@ def _expected(kind: Any) -> str:
     for part in parts(kind):
         if typing.get_origin(part) is typing.Literal:
             words += [str(choice) for choice in typing.get_args(part)]
+        elif typing.get_origin(part) is list:
+            words.append(_LIST)
         else:
             words.append({int: "a whole number", float: "a number", bool: "true or false"}.get(part, "text"))
     return words[0] if len(words) == 1 else f"one of {', '.join(words)}"

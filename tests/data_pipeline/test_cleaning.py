@@ -9,7 +9,16 @@ import pytest
 import xxhash
 
 from data_pipeline.clean import dedup
-from data_pipeline.clean.filters import FILTERS, c4, c4_lines, chosen, gopher_quality, gopher_repetition, length
+from data_pipeline.clean.filters import (
+    EDITS,
+    FILTERS,
+    c4,
+    c4_lines,
+    chosen,
+    gopher_quality,
+    gopher_repetition,
+    length,
+)
 from data_pipeline.cli import main
 from data_pipeline.tokenize.tokenizer import open_tokenizer
 from data_pipeline.write import shuffle
@@ -141,7 +150,7 @@ def test_all_thresholds_are_the_published_ones():
     """Gopher, Rae et al. 2021, A.1.1 and table A1; C4, Raffel et al. 2020, 2.2."""
     defaults = {
         name: {key: one.default for key, one in list(inspect.signature(some).parameters.items())[1:]}
-        for name, some in FILTERS.items()
+        for name, some in {**FILTERS, "pii": EDITS["pii"]}.items()
     }
     assert defaults == {
         "length": {"min_characters": 1, "max_characters": None},
@@ -166,6 +175,9 @@ def test_all_thresholds_are_the_published_ones():
         },
         "c4": {"min_sentences": 5, "max_lorem_ipsum": 0, "max_braces": 0, "max_word": 1000},
         "decontaminate": {"against": (), "field": "text", "n": 13},
+        "language": {"keep": (), "min_score": 0.5, "characters": 10_000},
+        "url": {"field": "url", "block": ()},
+        "pii": {"email": "email@example.com", "ip": "192.0.2.1"},
     }
 
 

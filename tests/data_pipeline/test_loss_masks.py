@@ -292,6 +292,7 @@ def test_a_tokenizer_that_puts_something_before_each_piece_is_refused(make, tmp_
         (["sources.chat.loss={span: a}"], "jsonl", "did you mean sources.chat.loss.spans?"),
         (SPANS, "text", "sources.chat.loss: kind text has no fields that could say what counts"),
         ([*SPANS, "sources.chat.filters={c4: {}}"], "jsonl", "sources.chat.loss: its filters leave lines out of texts"),
+        ([*SPANS, "sources.chat.filters={pii: {}}"], "jsonl", "or replace in them (pii), and what counts would be"),
         (
             ["sources.chat.loss={prompt: prompt, completion: answer}"],
             "parquet",

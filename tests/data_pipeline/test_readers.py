@@ -371,3 +371,54 @@ def test_lines_with_nan_and_lone_surrogates_are_read_when_asked(tmp_path):
     assert texts(config) == []
     assert texts(replace(config, repair=True)) == ["good", "a\ufffdb\ufffd", "\U0001f600 pair, \ufffd alone"]
     assert [reason for _, reason in drops(replace(config, repair=True))] == ["field is not a string", "malformed JSON"]
+
+
+NESTED = [{"text": "one", "id": 1}, None, {"text": None, "id": 2}, {"text": "two", "id": 3}]
+
+
+def test_a_column_whose_own_name_has_a_dot_comes_before_a_field_in_another(tmp_path):
+    own = ["own one", "own two", "own three", "own four"]
+    for name, table in (
+        ("before", pa.table({"data.text": own, "data": NESTED})),
+        ("behind", pa.table({"data": NESTED, "data.text": own})),
+    ):
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=3)
+        config = SourceConfig(kind="parquet", path=str(tmp_path / f"{name}.parquet"), field="data.text")
+        assert texts(config) == own
+        datasets = pytest.importorskip("datasets")
+        datasets.Dataset(table).save_to_disk(str(tmp_path / name))
+        assert texts(replace(config, kind="dataset", path=str(tmp_path / name))) == own
+
+
+@pytest.mark.parametrize("name", ["a.b", "a", "x.a.b"])
+def test_names_with_dots_lead_on_into_other_columns(tmp_path, name):
+    inner = [{"c.d": "deep", "c": {"d": "deeper"}}, {"c.d": "last", "c": None}]
+    column = [{"a": {"b": value}} for value in inner] if name == "x.a.b" else inner
+    table = pa.table({name.split(".a")[0]: column, "text": ["other"] * 2})
+    pq.write_table(table, tmp_path / "a.parquet")
+    pytest.importorskip("datasets").Dataset(table).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    for kind, path in (("parquet", "a.parquet"), ("dataset", "saved"), ("jsonl", "a.jsonl")):
+        config = SourceConfig(kind=kind, path=str(tmp_path / path), field=f"{name}.c.d")
+        assert texts(config) == ["deep", "last"], kind
+
+
+@pytest.mark.parametrize("form", ["saved", "hub", "stream", "stream of jsonl"])
+def test_a_field_of_a_data_set_may_stand_in_another(tmp_path, form):
+    datasets = pytest.importorskip("datasets")
+    table = pa.table({"data": NESTED, "text": ["other"] * 4})
+    if form == "saved":
+        datasets.Dataset(table).save_to_disk(str(tmp_path / "in"))
+    else:
+        (tmp_path / "in").mkdir()
+        if form == "stream of jsonl":  # whose columns nobody knows before it is read
+            (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+        else:
+            pq.write_table(table, tmp_path / "in" / "a.parquet")
+    config = SourceConfig(
+        kind="dataset", path=str(tmp_path / "in"), field="data.text", streaming=form.startswith("stream")
+    )
+    assert texts(config) == ["one", "two"]
+    assert drops(config) == [(1, "field is not a string"), (2, "field is not a string")]
+    with pytest.raises(ConfigError, match=r"sources.it.field is 'data.body'; the columns of .*in are: .*data.text"):
+        records(replace(config, field="data.body"))

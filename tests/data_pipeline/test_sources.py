@@ -4,9 +4,11 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 from data_pipeline.cli import main
 from data_pipeline.config import SourceConfig
+from data_pipeline.read.readers import read
 from data_pipeline.read.sources import LeftOut, files
 from data_pipeline.read.units import Plan, share, units, write_plan
 from ponder_scale.errors import ConfigError
@@ -221,3 +223,55 @@ def test_shares_cover_each_task_once_and_are_balanced(workers):
     assert sorted(task for tasks in shares for task in tasks) == list(range(200))
     loads = [sum(sizes[task] for task in tasks) for tasks in shares]
     assert max(loads) - min(loads) <= max(sizes)
+
+
+def test_a_list_of_paths_is_read_in_its_order_and_each_file_once(tmp_path):
+    tree(tmp_path, "a/x.txt", "a/.y.txt", "b/x.txt", "b/z.txt")
+    (tmp_path / "linked").symlink_to("b")
+    config = SourceConfig(
+        kind="text", path=[f"{tmp_path}/b/*.txt", f"{tmp_path}/a/*", f"{tmp_path}/{{linked,b}}/x.txt"]
+    )
+    names, said = found(config)
+    assert [name.removeprefix(f"{tmp_path}/") for name in names] == ["b/x.txt", "b/z.txt", "a/x.txt"]
+    assert said == [
+        f"left out of it: 1 hidden files, the first is {tmp_path}/a/.y.txt; a pattern that spells the dot reads them",
+        f"left out of it: 1 files that are there by another name too, the first is {tmp_path}/linked/x.txt",
+    ]
+    for path, message in (("c.txt", "c.txt; no such file"), ("a", "a, which is a folder"), ("a/[.]*", "is left out")):
+        with pytest.raises(ConfigError, match=message):
+            files({"it": replace(config, path=[str(tmp_path / "b" / "*"), str(tmp_path / path)])})
+
+
+def test_several_folders_are_read_and_reported_apart(tmp_path):
+    tree(tmp_path, "a/x.py", "b/x.py", "b/deep/y.py")
+    config = SourceConfig(kind="folder", path=[str(tmp_path / "b"), str(tmp_path / "a")], pattern="**/*.py")
+    names, said = found(config)
+    assert ([name.removeprefix(f"{tmp_path}/") for name in names], said) == (["b/deep/y.py", "b/x.py", "a/x.py"], [])
+
+
+def test_several_data_sets_are_read_one_after_another(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for name, rows in (("one", ["1", "2"]), ("two", ["3"])):
+        datasets.Dataset.from_dict({"text": rows}).save_to_disk(str(tmp_path / name))
+    config = SourceConfig(kind="dataset", path=[str(tmp_path / "two"), str(tmp_path / "one")])
+    units_of = [piece for unit in units({"it": config}, 1) for piece in unit.pieces]
+    hasher = xxhash.xxh3_128()
+    texts = [record.text for piece in units_of for record in read(piece, config, 2**20, hasher)]
+    assert texts == ["3", "1", "2"]
+
+
+def test_a_build_and_the_training_of_a_tokenizer_read_lists_of_paths(tiny_tokenizer, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "some text of {name} to learn from"}}\n')
+    source = ["sources.web.kind=jsonl", f"sources.web.path=[{tmp_path}/b.jsonl, {tmp_path}/a.jsonl]"]
+    build = ["build", *source, f"tokenizer={tiny_tokenizer}", "heldout_fraction=0", "workers=1"]
+    assert main([*build, f"out={tmp_path / 'out'}"]) == 0
+    assert "kept of web: 2 documents" in capsys.readouterr().out
+    assert main(["train-tokenizer", *source, "--vocab-size", "260", "--out", str(tmp_path / "new")]) == 0
+    assert "learned from web: 2 documents" in capsys.readouterr().out
+    assert main([*build, f"out={tmp_path}", "overwrite=true"]) == 2
+    (tmp_path / "own.partial").mkdir()
+    (tmp_path / "own.partial" / "c.jsonl").write_text('{"text": "kept"}\n')
+    source[1] = f"sources.web.path=[{tmp_path}/b.jsonl, {tmp_path}/own.partial/c.jsonl]"
+    assert main(["build", *source, f"tokenizer={tiny_tokenizer}", f"out={tmp_path / 'own'}"]) == 2
+    assert "own.partial/c.jsonl, which lies in" in capsys.readouterr().err

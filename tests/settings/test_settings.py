@@ -492,3 +492,69 @@ def test_required_keys_are_asked_for() -> None:
     for schema in (RunConfig, BuildConfig):
         required = [known for known, _, item in known_keys(schema) if item.default == MISSING]
         assert f"{required[0]} is required" in refusal(lambda schema=schema: load(schema, None))
+
+
+@pytest.mark.parametrize(
+    ("typed", "path"),
+    [
+        ("a.jsonl", "a.jsonl"),
+        ("[a.jsonl, ~/b.jsonl, '$SCRATCH/c d.jsonl']", ["a.jsonl", "/home/me/b.jsonl", "/scratch/me/c d.jsonl"]),
+        ("[s3://bucket/*.jsonl, 1]", ["s3://bucket/*.jsonl", "1"]),
+        (" [a, b]", ["a", "b"]),
+        ("[a]", "[a]"),
+        ("[ab]*.jsonl", "[ab]*.jsonl"),
+        ("[ab]/x-[cd]", "[ab]/x-[cd]"),
+        ("[a, b", "[a, b"),
+        ("{a,b}.jsonl", "{a,b}.jsonl"),
+        ("null", "null"),
+    ],
+)
+def test_a_key_of_text_or_a_list_takes_either(
+    typed: str, path: str | list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    config = load(BuildConfig, None, [*BUILD, f"sources.a.path={typed}"])
+    assert config.sources["a"].path == path
+    assert config.sources["a"].paths == ([path] if isinstance(path, str) else path)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(config))
+    assert load(BuildConfig, tmp_path / "recipe.yaml") == config == from_dict(BuildConfig, to_dict(config))
+    if isinstance(path, list):
+        typed = typed if len(path) > 2 else f"[{path[0]!r}]"  # in a recipe there is no doubt
+        path = path if len(path) > 2 else path[:1]
+        (tmp_path / "recipe.yaml").write_text(
+            f"{{sources: {{a: {{kind: jsonl, path: {typed}}}}}, out: o, tokenizer: t}}"
+        )
+        assert load(BuildConfig, tmp_path / "recipe.yaml").sources["a"].path == path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sources.a={kind: jsonl, path: []}"], "sources.a.path is an empty list; name a file"),
+        (["sources.a.path=[a, ~]"], "sources.a.path.1 is null; expected text"),
+        (["sources.a.path=[a, '$NOWHERE/x']"], "sources.a.path.1 is '$NOWHERE/x': there is no environment variable"),
+        (["sources.a.path=[a, '']"], "sources.a.path.1 is empty; expected a path"),
+        (["sources.a.path=[a, [b]]"], "sources.a.path.1 is a list; expected text"),
+        (["sources.a.path=[a, {b: c}]"], "sources.a.path.1 is keys and values; expected text"),
+        (
+            ["sources.a={kind: jsonl, path: {b: c}}"],
+            "path is keys and values; expected one of text, a list, such as [a",
+        ),
+        (["sources.a.path=[a, b]", "sources.a.path.2=c"], "sources.a.path has 2 entries, counted from 0"),
+        (["sources.a.path=a", "sources.a.path.0=c"], "sources.a.path has 0 entries, counted from 0"),
+        (["sources.a.path.b=c"], "unknown key sources.a.path.b"),
+        (["out=s3://bucket/shards"], "out is s3://bucket/shards, a URL; expected a path of this machine"),
+        (["tokenizer=hf://gpt2"], "tokenizer is hf://gpt2, a URL; expected a path of this machine"),
+    ],
+)
+def test_a_list_of_paths_that_is_wrong_is_refused_with_its_entry(
+    overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NOWHERE", raising=False)
+    assert message in refusal(lambda: load(BuildConfig, None, [*BUILD, *overrides]))
+
+
+def test_an_entry_of_a_list_of_paths_is_set_by_its_number() -> None:
+    config = load(BuildConfig, None, [*BUILD, "sources.a.path=[a, b]", "sources.a.path.1=c"])
+    assert config.sources["a"].path == ["a", "c"]
