@@ -92,7 +92,7 @@ def test_what_is_whole_in_a_damaged_file_of_a_url_is_read(store, suffix):
     publish()
     local = SourceConfig(kind="jsonl", path=str(path))
     expected, _ = records(local)
-    assert expected[-1][-1] == "compressed data is damaged or cut off" and len(expected) > 500
+    assert expected[-1][3] == "compressed data is damaged or cut off" and len(expected) > 500
     assert records(replace(local, path=f"{url}/{path.name}")) == records(local)
 
 
