@@ -12,6 +12,7 @@ from data_pipeline.clean import dedup
 from data_pipeline.clean.filters import (
     EDITS,
     FILTERS,
+    LINES,
     c4,
     c4_lines,
     chosen,
@@ -92,8 +93,8 @@ def test_c4_drops_whole_pages_by_its_rules(text, reason):
 
 
 def test_a_word_of_a_thousand_characters_stays_and_a_longer_one_takes_its_line_along():
-    assert c4_lines("one\n" + "x" * 1000 + "\n") == ("one\n" + "x" * 1000 + "\n", 0)
-    assert c4_lines("one\n" + "x" * 1001 + "\ntwo") == ("one\ntwo", 1)
+    assert c4_lines("one\n" + "x" * 1000 + "\n") == ("one\n" + "x" * 1000 + "\n", {})
+    assert c4_lines("one\n" + "x" * 1001 + "\ntwo") == ("one\ntwo", {LINES: 1})
 
 
 LINES = [f"the {word} of this line is like that of no other" for word in WORDS]

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.cli import main
-from tests.export.test_loading import CACHE, install
+from tests.export.versions import CACHE, install
 from tests.ranks import REPOSITORY
 
 from .test_build import contents, make_texts, write_jsonl

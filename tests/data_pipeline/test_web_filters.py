@@ -18,7 +18,7 @@ from data_pipeline.cli import main
 from data_pipeline.tokenize.tokenizer import open_tokenizer
 from ponder_scale.errors import ConfigError
 from ponder_scale.shards.manifest import read_manifest
-from tests.export.test_loading import CACHE, install
+from tests.export.versions import CACHE, install
 
 from .test_build import arguments, documents, write_jsonl
 
