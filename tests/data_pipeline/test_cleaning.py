@@ -97,7 +97,7 @@ def test_a_word_of_a_thousand_characters_stays_and_a_longer_one_takes_its_line_a
     assert c4_lines("one\n" + "x" * 1001 + "\ntwo") == ("one\ntwo", {LINES: 1})
 
 
-LINES = [f"the {word} of this line is like that of no other" for word in WORDS]
+SENTENCES = [f"the {word} of this line is like that of no other" for word in WORDS]
 
 
 @pytest.mark.parametrize(
@@ -127,13 +127,13 @@ LINES = [f"the {word} of this line is like that of no other" for word in WORDS]
         ),
         # "more than 90% of lines starting with a bullet point, or more than 30% ending with an ellipsis"
         (
-            "\n".join(["- " + line for line in LINES[:9]] + LINES[9:10]),
-            "\n".join(["- " + line for line in LINES[:10]] + LINES[10:11]),
+            "\n".join(["- " + line for line in SENTENCES[:9]] + SENTENCES[9:10]),
+            "\n".join(["- " + line for line in SENTENCES[:10]] + SENTENCES[10:11]),
             "bullets",
         ),
         (
-            "\n".join([line + "..." for line in LINES[:3]] + LINES[3:10]),
-            "\n".join([line + "..." for line in LINES[:4]] + LINES[4:13]),
+            "\n".join([line + "..." for line in SENTENCES[:3]] + SENTENCES[3:10]),
+            "\n".join([line + "..." for line in SENTENCES[:4]] + SENTENCES[4:13]),
             "ellipses",
         ),
         # "80% of words in a document contain at least one alphabetic character"

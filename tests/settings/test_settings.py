@@ -189,7 +189,7 @@ def test_every_path_key_expands_home_and_variables_or_is_refused(
     names = {known.replace("NAME", "a") for known, kind, _ in known_keys(schema) if str in parts(kind)}
     assert set(paths) == names & {
         *("run_dir", "model.init_from", "data.sources.a.path", "train.deepspeed"),
-        *("out", "tokenizer", "sources.a.path"),
+        *("out", "tokenizer", "sources.a.path", "sources.a.loss.template"),
     }
     for key in paths:
 
