@@ -111,6 +111,9 @@ def _add_plan(commands: Any) -> None:
     command.add_argument(
         "--sample-mb", type=number(above=0, most=1e9), default=8.0, help="input to read and tokenize (default: 8)"
     )
+    command.add_argument(
+        "--tokens", type=number(above=0, most=1e16), help="of a run, of which to say how often it reads each source"
+    )
     command.set_defaults(run=_plan)
 
 
@@ -140,6 +143,12 @@ def _add_grow(commands: Any) -> None:
     command.add_argument("out", type=new_folder, help="the folder to make")
     command.add_argument(
         "folders", type=path, nargs="+", metavar="FOLDER", help="in reading order; they stay as they are"
+    )
+    command.add_argument(
+        "--allow-duplicates", action="store_true", help="also where sets have files or documents in common"
+    )
+    command.add_argument(
+        "--without-last", type=whole(1), metavar="N", help="of one set: as it was before its last N appends"
     )
     command.set_defaults(run=_merge)
 
@@ -205,6 +214,8 @@ def _build(options: argparse.Namespace, command: str) -> None:
             print(f"left out of documents of {source}: {counts['lines_left_out']:,} lines with an endless word (c4)")
         for what, count in counts.get("replaced", {}).items():
             print(f"replaced in documents of {source}: {count:,} {what} (pii)")
+        if "bytes_behind_cap" in counts:
+            print(f"left out of {source}: {counts['bytes_behind_cap']:,} bytes of input behind the cap")
     print(f"built {config.out}" if built.new else f"{config.out} was built from these inputs and settings already")
 
 
@@ -212,7 +223,7 @@ def _plan(options: argparse.Namespace, command: str) -> None:
     one_thread()
     from data_pipeline.commands.estimate import estimate
 
-    print(estimate(_config(options.settings), int(options.sample_mb * 1e6)))
+    print(estimate(_config(options.settings), int(options.sample_mb * 1e6), options.tokens))
 
 
 def _adopt(options: argparse.Namespace, command: str) -> None:
@@ -238,10 +249,16 @@ def _append(options: argparse.Namespace, command: str) -> None:
 
 
 def _merge(options: argparse.Namespace, command: str) -> None:
-    from data_pipeline.commands.grow import merge
+    from data_pipeline.commands.grow import before_appends, merge
     from data_pipeline.write.manifest import kept
 
-    _say_kept(kept(merge(options.out, options.folders, command)), options.out)
+    if options.without_last is None:
+        manifest = merge(options.out, options.folders, command, allow_duplicates=options.allow_duplicates)
+    elif len(options.folders) == 1:
+        manifest = before_appends(options.out, options.folders[0], options.without_last, command)
+    else:
+        raise ConfigError(f"--without-last is of one set, and {len(options.folders)} are named; name one")
+    _say_kept(kept(manifest), options.out)
 
 
 def _say_kept(counts: dict[str, tuple[int, int]], folder: Path) -> None:

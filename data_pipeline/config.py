@@ -61,6 +61,16 @@ class SourceConfig:
     sample: float | None = knob(
         None, "share of its documents that is taken, chosen by the hash of their text; null: all", above=0, max=1
     )
+    max_documents: int | None = knob(
+        None, "its first documents that are kept; those behind them are left out; null: all", min=1, max=2**50
+    )
+    max_tokens: int | None = knob(
+        None,
+        "the same by tokens of both splits together: the documents before the first that would exceed them",
+        unit="tokens",
+        min=1,
+        max=2**50,
+    )
     loss: LossConfig | None = knob(
         None, "jsonl, parquet, dataset: what of a document counts in the loss; null: every token"
     )

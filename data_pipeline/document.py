@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 EMPTY = "empty"  # nothing but white space: dropped and counted, but not the input's fault
+BEHIND = "behind the cap"  # of its source: neither is this
 NO_LABEL = "nothing in it counts in the loss"  # neither is this
 NOT_UTF8 = "not UTF-8"
 NOT_PLAIN = "compressed or packed under a name that does not say so"

@@ -9,6 +9,11 @@ from typing import Any
 
 LETTERS = (("T", 1e12), ("B", 1e9), ("M", 1e6))
 BYTES = (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10))
+# (unit, bytes, the least that is not rounded to 1,000 of the next smaller one, digits)
+DECIMALS = (
+    *(("TB", 1e12, 0.9999995e12, 3), ("GB", 1e9, 0.99995e9, 3)),
+    *(("MB", 1e6, 0.99995e6, 1), ("kB", 1e3, 0.9995e3, 1)),
+)
 TIMES = (("days", 86400.0), ("h", 3600.0), ("min", 60.0))
 
 
@@ -70,6 +75,14 @@ def size(number: float) -> str:
     for name, unit in BYTES:
         if number >= unit:
             return f"{_three_digits(number / unit)} {name}"
+    return f"{number:.0f} bytes"
+
+
+def stored(number: float) -> str:
+    """Of data on disk, from bytes, in the decimal units of disks: 1.250 GB, 12.5 MB, 3.1 kB, 812 bytes."""
+    for name, unit, least, digits in DECIMALS:
+        if number >= least:
+            return f"{number / unit:,.{digits}f} {name}"
     return f"{number:.0f} bytes"
 
 

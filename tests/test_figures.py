@@ -11,7 +11,7 @@ import pytest
 from ponder_scale.data.heldout import HeldOut
 from ponder_scale.evaluate.plot import line_chart
 from ponder_scale.export.card import trained_card
-from ponder_scale.figures import bound, count, json_text, perplexity, rate, shown, size, span
+from ponder_scale.figures import bound, count, json_text, perplexity, rate, shown, size, span, stored
 
 LARGEST = 709.78  # whose exp a float holds
 
@@ -84,6 +84,17 @@ def test_counts_keep_every_digit_until_there_are_millions(number: float, text: s
 )
 def test_sizes_have_three_digits(number: float, text: str) -> None:
     assert size(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        *((0, "0 bytes"), (999, "999 bytes"), (1234, "1.2 kB"), (999_960, "1.0 MB"), (12.5e6, "12.5 MB")),
+        *((999.96e6, "1.000 GB"), (1.25e9, "1.250 GB"), (3e12, "3.000 TB")),
+    ],
+)
+def test_stored_data_has_the_units_of_disks(number: float, text: str) -> None:
+    assert stored(number) == text
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,10 @@ class Stage:
         done = {path.name for path in self.folder.glob("*.json")}
         return [task for task in range(len(self.sizes)) if self._journal(task).name not in done]
 
+    def done(self) -> set[int]:
+        """The tasks that have a journal."""
+        return {int(path.stem) for path in self.folder.glob("*.json")}
+
     def result(self, task: int) -> dict[str, Any]:
         """What a finished task left."""
         content: dict[str, Any] = orjson.loads(self._journal(task).read_bytes())

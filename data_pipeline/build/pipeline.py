@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from data_pipeline.build.parallel import Stage, assemble, part
-from data_pipeline.build.tasks import SPLITS
+from data_pipeline.build.caps import room_of
+from data_pipeline.build.parallel import assemble, part
+from data_pipeline.build.tasks import SPLITS, Tasks
 from data_pipeline.build.workers import run_stage
 from data_pipeline.clean.filters import chosen, edits
 from data_pipeline.config import BuildConfig, SourceConfig
@@ -34,7 +35,7 @@ from data_pipeline.tokenize.autotokenizer import check_agreement
 from data_pipeline.tokenize.backends import choose
 from data_pipeline.tokenize.masked import check_cuts
 from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer, save
-from data_pipeline.write.manifest import DROPPED, INPUTS, QUARANTINE, compose, origin, totals, write_inputs
+from data_pipeline.write.manifest import DROPPED, INPUTS, KEYS, QUARANTINE, compose, origin, totals, write_inputs
 from data_pipeline.write.output import WORK, check_places, named_by_build, places, publish, unfinished, workspace
 from ponder_scale.errors import ConfigError, UserError
 from ponder_scale.files.delete import MARK, delete_contents, delete_file, delete_if_empty, delete_made
@@ -55,20 +56,42 @@ class Built(NamedTuple):
     new: bool
 
 
+class Added(NamedTuple):
+    """What a build knows of the set that its documents are to be added to."""
+
+    keys: Path  # of its documents
+    hash: str  # of that file
+
+
 def build(config: BuildConfig, command: str) -> Built | None:
     """Make the folder `config.out`; what it holds. Under MPI every rank calls it and rank 0 gets the answer.
 
     Raises a UserError when an input, the tokenizer or `out` cannot be used; what is done by then is kept, and
     used when the same build is started again.
     """
+    done = run(config, command)
+    return None if done is None else Built(read_manifest(Path(config.out).resolve()), done)
+
+
+def run(
+    config: BuildConfig, command: str, first: Callable[[], bool] = lambda: True, seen: Added | None = None
+) -> bool | None:
+    """Do the work of `build`; whether there was any, on rank 0, and None on all others.
+
+    Args:
+        first: what rank 0 does before all else; there is nothing to do if it returns False.
+        seen: documents that `deduplicate` takes for earlier ones.
+    """
     out = Path(config.out).resolve()
     folder = unfinished(out)
     with ExitStack() as held:
 
         def prepare() -> bool:
+            if not first():
+                return False
             check_folder(Path(config.out), "out")
             check_places(out, config.sources, Path(config.tokenizer), config.overwrite)
-            return _prepare(held.enter_context(workspace(out)), out, config, command)
+            return _prepare(held.enter_context(workspace(out)), out, config, command, seen)
 
         team, to_do = assemble(config.workers, prepare)
         if to_do:
@@ -82,16 +105,24 @@ def build(config: BuildConfig, command: str) -> Built | None:
                 if (folder / WORK).is_dir():
                     (folder / WORK / _FAILED).write_text(f"{error}\n", encoding="utf-8")
                 raise
-    return Built(read_manifest(out), to_do) if team.rank == 0 else None
+    return to_do if team.rank == 0 else None
 
 
 def _stages(config: BuildConfig) -> Iterator[str]:
     if config.deduplicate != "none":
         yield from ("keys", "duplicates")
-    yield from ("scatter", "gather") if config.shuffle else ("shards",)
+    yield "scatter" if config.shuffle else "shards"
+    if _is_capped(config):
+        yield "cut"
+    if config.shuffle:
+        yield "gather"
 
 
-def _prepare(folder: Path, out: Path, config: BuildConfig, command: str) -> bool:
+def _is_capped(config: BuildConfig) -> bool:
+    return any(room_of(source) is not None for source in config.sources.values())
+
+
+def _prepare(folder: Path, out: Path, config: BuildConfig, command: str, seen: Added | None) -> bool:
     """Leave a plan and the tokenizer in `folder`; False where `out` is already what is asked for."""
     work = folder / WORK
     new = {path.name for path in folder.iterdir()} == {MARK}
@@ -106,6 +137,8 @@ def _prepare(folder: Path, out: Path, config: BuildConfig, command: str) -> bool
         work.mkdir(exist_ok=True)
         planned = units(config.sources, config.shard_bytes, left_out, places(out))
         made_from = origin(config, tokenizer, write_plan(work / _NEW_PLAN, planned, {}))
+        if seen is not None:
+            made_from["seen"] = seen.hash
         for line in left_out:
             print(line, file=sys.stderr, flush=True)
         if _is_built(out, made_from, config.overwrite):
@@ -114,6 +147,8 @@ def _prepare(folder: Path, out: Path, config: BuildConfig, command: str) -> bool
             publish(folder, out)
             return False
         header = {"origin": made_from, "command": command, "left_out": left_out.counts}
+        if seen is not None:
+            header["seen"] = str(seen.keys)
         if _goes_on(folder, made_from, config.overwrite):
             for leftover in ("claims", "scratch", "ranks"):  # of workers that are gone
                 _delete_work(folder, leftover)
@@ -226,7 +261,8 @@ def _was_mended(folder: Path, header: dict[str, Any], config: BuildConfig) -> bo
     kept. False where there is no such build, and where units depend on each other.
     """
     work = folder / WORK
-    if not (work / PLAN).is_file() or config.deduplicate != "none" or config.shuffle or config.overwrite:
+    depending = config.deduplicate != "none" or config.shuffle or _is_capped(config)
+    if not (work / PLAN).is_file() or depending or config.overwrite:
         return False
     old, new = Plan(work / PLAN), Plan(work / _NEW_PLAN)
     if {**old.header["origin"], "plan": ""} != {**header["origin"], "plan": ""}:
@@ -255,6 +291,8 @@ def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
         keys.append("tokenizer files")
     if one["ends"] != other["ends"]:
         keys.append("tokens that begin and end documents")
+    if one.get("seen") != other.get("seen"):
+        keys.append("documents of the set that it adds to")
     if one.get("templates") != other.get("templates"):
         keys.append("chat templates")
     if one.get("filters") != other.get("filters"):
@@ -278,23 +316,24 @@ def _is_built(out: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
 
 def _finish(folder: Path, out: Path, config: BuildConfig) -> None:
     """Seal the manifest from the journals of all tasks and give the folder its name."""
-    plan = Plan(folder / WORK / PLAN)
-
-    def results(name: str) -> Iterator[dict[str, Any]]:
-        stage = Stage(folder / WORK, name, plan.sizes, config.lease_seconds)
-        return map(stage.result, range(len(list(stage.folder.glob("*.json")))))
-
-    read_by, made_by = ("scatter", "gather") if config.shuffle else ("shards", "shards")
-    counts = totals(results(read_by), config)
-    write_inputs(results(read_by), folder / INPUTS)
+    tasks = Tasks(folder, config, lambda size, documents, tokens: None)
+    plan, journals, behind = tasks.plan, tasks.journals, tasks.journals.behind
+    counts = totals(journals.results(), config)
+    for unit in behind:
+        of_source = counts[plan.unit(unit).source]
+        of_source["bytes_behind_cap"] = of_source.get("bytes_behind_cap", 0) + plan.sizes[unit]
+    write_inputs(journals.results(), folder / INPUTS)
     joined = {QUARANTINE: "*[0-9].jsonl", **({DROPPED: "*.dropped.jsonl"} if config.keep_dropped else {})}
     for name, parts in joined.items():
-        _join(sorted((folder / WORK / "quarantine").glob(parts)), folder / name)
+        found = sorted((folder / WORK / "quarantine").glob(parts))
+        _join([part for part in found if int(part.name.partition(".")[0]) not in behind], folder / name)
     splits: dict[str, list[ShardInfo]] = {split: [] for split in SPLITS}
-    for result in results(made_by):
+    for result in journals.made():
         for split in SPLITS:
             splits[split] += [ShardInfo(**info) for info in result["shards"][split]]
-    engines = [result["engine"] for result in results(read_by)]
+    if behind and not config.shuffle:
+        _delete_behind(tasks, behind)
+    engines = [result["engine"] for result in journals.results()]
     provenance = {
         **{key: plan.header[key] for key in ("command", "origin")},
         "sources": counts,
@@ -302,11 +341,23 @@ def _finish(folder: Path, out: Path, config: BuildConfig) -> None:
     }
     if plan.header["left_out"]:
         provenance["left_out"] = plan.header["left_out"]  # files that sources name and nobody read
-    files = [folder / INPUTS, *(folder / name for name in joined), *sorted((folder / TOKENIZER).iterdir())]
+    names = [INPUTS, *joined]
+    if config.deduplicate != "none":
+        tasks.write_keys(folder / KEYS)
+        names.append(KEYS)
+    files = [*(folder / name for name in names), *sorted((folder / TOKENIZER).iterdir())]
     tokenizer = _open_tokenizer(folder / TOKENIZER, config)
     seal(folder, compose(folder, config, tokenizer, splits, files, provenance))
     open_shards(folder)
     publish(folder, out)
+
+
+def _delete_behind(tasks: Tasks, behind: set[int]) -> None:
+    """Delete the shards of units that were read before it was known that the cap of their source lies before them."""
+    results = map(tasks.journals.read.result, behind)
+    for infos in (infos for result in results for infos in result["shards"].values()):
+        for name in (name for info in infos for name in ShardInfo(**info).files):
+            delete_file(tasks.folder / name)
 
 
 def _join(parts: list[Path], whole: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from data_pipeline.build.caps import Room, not_read, room_of
+from data_pipeline.build.journals import Journals
 from data_pipeline.build.parallel import Report, Stage
 from data_pipeline.clean import dedup
 from data_pipeline.clean.filters import Filter, blocked, chosen, edits, sampled
 from data_pipeline.config import BuildConfig
-from data_pipeline.document import Record, Unit
+from data_pipeline.document import BEHIND, Record, Unit
 from data_pipeline.read.compressed import suffix_of
 from data_pipeline.read.readers import read
 from data_pipeline.read.units import PLAN, Plan, check_unchanged
@@ -26,8 +29,10 @@ from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer
 from data_pipeline.write import shuffle
 from data_pipeline.write.manifest import Ledger
 from data_pipeline.write.output import WORK, PartWriter
+from ponder_scale.files.delete import delete_file
 from ponder_scale.files.write import sync, sync_folder
 from ponder_scale.shards.format import TOKENIZER, dtype_for
+from ponder_scale.shards.manifest import ShardInfo
 
 SPLITS = ("train", "heldout")
 BATCH_DOCUMENTS = 1024
@@ -69,6 +74,7 @@ class Tasks:
         self.folder, self.work, self.config = folder, folder / WORK, config
         self.plan = Plan(self.work / PLAN)
         self._report = report
+        self.journals = Journals(self.plan, config, self.stage)
 
     def stage(self, name: str) -> Stage:
         """The tasks of a stage. Those before it must be done."""
@@ -77,6 +83,8 @@ class Tasks:
             sizes = [dedup.KEY_BYTES * self._keys // self._key_buckets] * self._key_buckets
         elif name == "gather":
             sizes = [bucket.size for bucket in self._buckets]
+        elif name == "cut":
+            sizes = [self.plan.sizes[number] for number, _ in self.journals.cut_units]
         return Stage(self.work, name, sizes, self.config.lease_seconds)
 
     def keys(self, number: int, scratch: Path) -> dict[str, Any]:
@@ -98,8 +106,8 @@ class Tasks:
 
     def duplicates(self, bucket: int, scratch: Path) -> dict[str, Any]:
         """The duplicates whose key lies in a bucket."""
-        units, numbers = dedup.find_duplicates(self.work / "keys", self._key_runs, bucket, self._key_buckets)
-        for name, values in (("units", units), ("numbers", numbers)):
+        found = dedup.find_duplicates(self.work / "keys", self._key_runs, bucket, self._key_buckets, self._seen)
+        for name, values in found._asdict().items():
             with (scratch / f"{name}.npy").open("wb") as stream:
                 np.save(stream, values)
                 sync(stream)
@@ -110,17 +118,28 @@ class Tasks:
     def shards(self, number: int, scratch: Path) -> dict[str, Any]:
         """A unit as its shard of each split."""
         unit = self.plan.unit(number)
+        if self.journals.is_behind(number, unit.source):
+            self._report(unit.size, 0, 0)
+            return {**not_read(unit.source), "shards": {split: [] for split in SPLITS}}
+        return self._shards_of(number, unit, scratch, room_of(self.config.sources[unit.source]))
 
+    def _shards_of(self, number: int, unit: Unit, scratch: Path, room: Room | None) -> dict[str, Any]:
         def writer(split: str) -> Writer:
             name = f"{split}-{number:05d}"
             return self._part(scratch, name, unit.source)
 
-        result, writers = self._tokenize(number, unit, scratch, writer)
+        result, writers = self._tokenize(number, unit, scratch, writer, room)
         return {**result, "shards": self._place(writers)}
 
     def scatter(self, number: int, scratch: Path) -> dict[str, Any]:
         """A unit as documents sorted by the bucket that each is to go to."""
         unit = self.plan.unit(number)
+        if self.journals.is_behind(number, unit.source):
+            self._report(unit.size, 0, 0)
+            return not_read(unit.source)
+        return self._scatter_of(number, unit, scratch, room_of(self.config.sources[unit.source]))
+
+    def _scatter_of(self, number: int, unit: Unit, scratch: Path, room: Room | None) -> dict[str, Any]:
         own = sum(bucket.source == unit.source for bucket in self._buckets)
 
         def writer(split: str) -> Writer:
@@ -128,7 +147,7 @@ class Tasks:
             prefix = scratch / f"{number:06d}-{split}"
             return shuffle.Scatter(prefix, own, self._dtype, seed, self._is_masked(unit.source))
 
-        result, writers = self._tokenize(number, unit, scratch, writer)
+        result, writers = self._tokenize(number, unit, scratch, writer, room)
         for some in writers.values():
             some.close()
         for path in scratch.glob(f"{number:06d}-*"):
@@ -136,11 +155,25 @@ class Tasks:
         sync_folder(self.work / "scatter")
         return result
 
+    def cut(self, number: int, scratch: Path) -> dict[str, Any]:
+        """The unit in which the cap of a source lies, done again with the room that those before it leave."""
+        of_unit, cut = self.journals.cut_units[number]
+        unit, room = self.plan.unit(of_unit), Room(cut.documents, cut.tokens)
+        if self.config.shuffle:
+            return self._scatter_of(of_unit, unit, scratch, room)
+        before = self.journals.read.result(of_unit)
+        result = self._shards_of(of_unit, unit, scratch, room)
+        left = {info["name"] for infos in result["shards"].values() for info in infos}
+        for info in (ShardInfo(**info) for infos in before["shards"].values() for info in infos):
+            for name in info.files if info.name not in left else ():
+                delete_file(self.folder / name)
+        return result
+
     def gather(self, number: int, scratch: Path) -> dict[str, Any]:
         """A bucket as its shard of each split, documents in random order."""
         source, bucket, size = self._buckets[number]
         documents = tokens_written = 0
-        units = [i for i in range(len(self.plan)) if self._sources[i] == source]
+        units = [i for i in self.journals.units_of(source) if i not in self.journals.behind]
         writers = {}
         for split in SPLITS:
             name = f"{split}-{number:05d}"
@@ -164,14 +197,16 @@ class Tasks:
     def _place(self, writers: dict[str, Any]) -> dict[str, Any]:
         return {split: [asdict(info) for info in writer.close(self.folder)] for split, writer in writers.items()}
 
-    def _tokenize(self, number: int, unit: Unit, scratch: Path, writer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _tokenize(
+        self, number: int, unit: Unit, scratch: Path, writer: Any, room: Room | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """(the journal, the writer of each split, not closed), by the fast engine while it agrees."""
         for name in (self._engine, REFERENCE):
             self._told = 0
             try:
                 encode = checked(name, self._tokenizer)
                 writers = {split: writer(split) for split in SPLITS}
-                return {**self._fill(number, unit, scratch, encode, writers), "engine": name}, writers
+                return {**self._fill(number, unit, scratch, encode, writers, copy(room)), "engine": name}, writers
             except Mismatch as error:
                 self._tell(0, 0, 0)  # takes back what it had done
                 print(
@@ -181,29 +216,34 @@ class Tasks:
                 )
         raise AssertionError("the reference agrees with itself")
 
-    def _fill(self, number: int, unit: Unit, scratch: Path, encode: Encode, writers: dict[str, Any]) -> dict[str, Any]:
-        """Read, clean and tokenize a unit into the writers of its splits; the journal."""
+    def _fill(
+        self, number: int, unit: Unit, scratch: Path, encode: Encode, writers: dict[str, Any], room: Room | None
+    ) -> dict[str, Any]:
+        """Read, clean and tokenize a unit into the writers of its splits, as far as there is room; the journal."""
         dropped = scratch / f"{number:06d}.dropped.jsonl" if self.config.keep_dropped else None
         ledger = Ledger(unit.source, scratch / "quarantine", dropped)
-        wanted = self._wanted(number, unit, ledger)
-        documents, size, tokens_written = 0, 0, 0
-        batch: dict[str, list[Record]] = {split: [] for split in SPLITS}
+        batch: list[tuple[str, Record]] = []
         masked = self._is_masked(unit.source)
         bound = int(self.config.heldout_fraction * 2**64)
-        for record in wanted:
+        size = tokens = 0
+
+        def write(consumed: int) -> None:
+            nonlocal size, tokens
+            lengths = self._write(batch, encode, writers, masked, room)
+            for _, record in batch[len(lengths) :]:
+                ledger.reject(BEHIND, record)
+            self._tell(consumed, len(lengths), sum(lengths))
+            ledger.documents, tokens, size = ledger.documents + len(lengths), tokens + sum(lengths), 0
+            batch.clear()
+
+        for record in self._wanted(number, unit, ledger):
             text = record.text or ""
-            batch["heldout" if bound and self._side(text) < bound else "train"].append(record)
-            documents += 1
+            batch.append(("heldout" if bound and self._side(text) < bound else "train", record))
             size += len(text)
-            if documents % BATCH_DOCUMENTS == 0 or size >= BATCH_BYTES:
-                tokens_written += self._write(batch, encode, writers, masked)
-                self._tell(min(self._consumed, unit.size), documents - ledger.documents, tokens_written)
-                size, tokens_written = 0, 0
-                ledger.documents = documents
-        tokens_written += self._write(batch, encode, writers, masked)
-        self._tell(unit.size, documents - ledger.documents, tokens_written)
-        ledger.documents = documents
-        result = ledger.close()
+            if len(batch) == BATCH_DOCUMENTS or size >= BATCH_BYTES:
+                write(min(self._consumed, unit.size))
+        write(unit.size)
+        result = {**ledger.close(), "tokens": tokens, "full": room is not None and room.full}
         if dropped is not None:
             dropped.rename(self.work / "quarantine" / dropped.name)
         (scratch / "quarantine").rename(self.work / "quarantine" / f"{number:06d}.jsonl")
@@ -214,15 +254,28 @@ class Tasks:
         decides = text.strip() if self.config.split_by == "stripped" else text
         return xxhash.xxh3_64_intdigest(decides.encode(), seed=self.config.seed)
 
-    def _write(self, batch: dict[str, list[Record]], encode: Encode, writers: dict[str, Any], masked: bool) -> int:
-        count, eod_id = 0, self._tokenizer.eod_id if self.config.append_eod else None
-        for split, records in batch.items():
-            if records:
-                documents = framed(encode_documents(encode, records, masked), self._tokenizer.bos_id, eod_id)
-                writers[split].add(*documents)
-                count += len(documents.tokens)
-                records.clear()
-        return count
+    def _write(
+        self,
+        batch: list[tuple[str, Record]],
+        encode: Encode,
+        writers: dict[str, Any],
+        masked: bool,
+        room: Room | None,
+    ) -> list[int]:
+        """Tokenize some documents, each of a split, and write those for which there is room: the tokens of each."""
+        if room is not None and room.full:
+            return []
+        eod_id = self._tokenizer.eod_id if self.config.append_eod else None
+        encoded = {}
+        for split in SPLITS:
+            if records := [record for name, record in batch if name == split]:
+                encoded[split] = framed(encode_documents(encode, records, masked), self._tokenizer.bos_id, eod_id)
+        left = {split: iter(documents.lengths.tolist()) for split, documents in encoded.items()}
+        lengths = [next(left[split]) for split, _ in batch]
+        taken = len(lengths) if room is None else room.take(lengths)
+        for split, documents in encoded.items():
+            writers[split].add(*documents.first(sum(name == split for name, _ in batch[:taken])))
+        return lengths[:taken]
 
     def _wanted(self, number: int, unit: Unit, ledger: Ledger) -> Iterator[Record]:
         """The documents of a unit that are to be kept; what is left out is counted."""
@@ -297,17 +350,27 @@ class Tasks:
         return dtype_for(self._tokenizer.vocab_size)
 
     @cached_property
-    def _sources(self) -> list[str]:
-        return [self.plan.unit(i).source for i in range(len(self.plan))]
-
-    @cached_property
     def _key_runs(self) -> list[int]:
         stage = self.stage("keys")
         return [stage.result(i)["runs"] for i in range(len(self.plan))]
 
     @cached_property
     def _key_buckets(self) -> int:
-        return dedup.buckets(self._keys)
+        return dedup.buckets(self._keys + len(self._seen))
+
+    @cached_property
+    def _seen(self) -> np.ndarray:
+        """The keys of the set that this build adds to."""
+        seen = self.plan.header.get("seen")
+        return np.empty(0, dtype=np.uint64) if seen is None else dedup.open_keys(Path(seen))
+
+    def write_keys(self, path: Path) -> None:
+        """Write the keys of all documents that were compared, for what will be added to them."""
+        with path.open("wb") as stream:
+            for bucket in range(self._key_buckets):
+                keys = np.load(self.work / "duplicates" / f"{bucket:06d}.new.npy", mmap_mode="r")
+                stream.write(keys.astype("<u8").tobytes())
+            sync(stream)
 
     @cached_property
     def _keys(self) -> int:
@@ -319,7 +382,7 @@ class Tasks:
         """Those of the shuffle."""
         found = []
         for source in self.config.sources:
-            sizes = [size for size, name in zip(self.plan.sizes, self._sources, strict=True) if name == source]
+            sizes = [self.plan.sizes[number] for number in self.journals.units_of(source)]
             count = max(1, -(-sum(sizes) // shuffle.BUCKET_BYTES))
             if self.config.sources[source].streaming:  # of unknown size
                 count = len(sizes)

@@ -33,6 +33,8 @@ def run_stage(folder: Path, config: BuildConfig, name: str, team: Team, what: st
         _without_torch()
     tasks = Tasks(folder, config, lambda size, documents, tokens: None)
     stage = tasks.stage(name)
+    if not stage.sizes:
+        return
     waiting = set(stage.unfinished())
     done = sum(stage.sizes) - sum(stage.sizes[task] for task in waiting)
     with Progress(what, sum(stage.sizes), quiet=team.rank > 0, done=done) as progress:

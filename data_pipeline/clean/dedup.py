@@ -15,10 +15,11 @@ from __future__ import annotations
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import IO, NamedTuple
 
 import numpy as np
 import xxhash
@@ -34,6 +35,7 @@ KEY_BYTES = 12  # on disk: the key, and the number of its document in the unit
 _JOINERS = "\u200c\u200d"  # within words of Persian and Indic scripts, and within emoji
 _ASCII_WORD = re.compile(r"\w+")
 _NGRAMS_AT_ONCE = 4096
+_BEFORE = np.uint32(2**32 - 1)  # the unit of keys that were there before
 
 
 def exact_keys(text: str) -> np.ndarray:
@@ -152,28 +154,58 @@ def buckets(keys: int) -> int:
     return max(1, -(-keys // BUCKET_KEYS))
 
 
-def find_duplicates(folder: Path, runs: Iterable[int], bucket: int, total: int) -> tuple[np.ndarray, np.ndarray]:
-    """The duplicates in one of `total` buckets: (units (n,), numbers (n,)) uint32, sorted by unit and number.
+class Found(NamedTuple):
+    """What the keys of one bucket say."""
 
-    folder: of the keys; runs: of each unit.
+    units: np.ndarray  # (n,) uint32, of the duplicates, sorted by unit and number
+    numbers: np.ndarray  # (n,) uint32, of their documents
+    new: np.ndarray  # (m,) uint64, the keys that were not seen before, ascending, each once
+
+
+def find_duplicates(folder: Path, runs: Iterable[int], bucket: int, total: int, seen: np.ndarray) -> Found:
+    """The duplicates in one of `total` buckets.
+
+    folder: of the keys; runs: of each unit; seen: keys that were there before, ascending: what has one of them is a
+    duplicate, too.
     """
-    parts = []
+    begin, end = (_first_of_bucket(seen, some, total) for some in (bucket, bucket + 1))
+    before = np.full(end - begin, _BEFORE, dtype=np.uint32)
+    parts = [(np.array(seen[begin:end]), before, before)]
     for unit, count in enumerate(runs):
         for run in range(count):
             keys = np.load(folder / f"{unit:06d}-{run}.keys.npy", mmap_mode="r")
             begin, end = (_first_of_bucket(keys, some, total) for some in (bucket, bucket + 1))
             numbers = np.load(folder / f"{unit:06d}-{run}.numbers.npy", mmap_mode="r")[begin:end]
             parts.append((np.array(keys[begin:end]), np.full(end - begin, unit, dtype=np.uint32), np.array(numbers)))
-    if not parts:
-        return np.empty(0, np.uint32), np.empty(0, np.uint32)
     keys, units, numbers = (np.concatenate(column) for column in zip(*parts, strict=True))
     del parts
     order = np.argsort(keys, kind="stable")  # stable: within equal keys the order of the plan
     keys = keys[order]
-    repeated = order[1:][keys[1:] == keys[:-1]]
-    del keys, order
+    first = np.concatenate([np.ones(min(1, len(keys)), dtype=bool), keys[1:] != keys[:-1]])
+    repeated, new = order[~first], keys[first & (units[order] != _BEFORE)]
+    del keys, order, first
     found = np.unique(units[repeated].astype(np.uint64) << np.uint64(32) | numbers[repeated])
-    return (found >> np.uint64(32)).astype(np.uint32), found.astype(np.uint32)
+    return Found((found >> np.uint64(32)).astype(np.uint32), found.astype(np.uint32), new)
+
+
+def open_keys(path: Path) -> np.ndarray:
+    """The keys that a set keeps of its documents, (n,) uint64, ascending, each once; memory-mapped."""
+    return np.memmap(path, dtype="<u8", mode="r") if path.stat().st_size else np.empty(0, dtype="<u8")
+
+
+def unite(sets: Sequence[np.ndarray], stream: IO[bytes]) -> int:
+    """Write the keys of several sets as those of one; how many are in more than one of them."""
+    sizes, shared = sum(map(len, sets)), 0
+    total = buckets(sizes)
+    for bucket in range(total):
+        parts = []
+        for keys in sets:
+            begin, end = (_first_of_bucket(keys, some, total) for some in (bucket, bucket + 1))
+            parts.append(np.array(keys[begin:end]))
+        found = np.unique(np.concatenate(parts))
+        shared += sum(map(len, parts)) - len(found)
+        stream.write(found.astype("<u8").tobytes())
+    return shared
 
 
 class Duplicates:

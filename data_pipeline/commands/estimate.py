@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_pipeline.clean.dedup import BANDS
 from data_pipeline.clean.filters import blocked, chosen, edits, sampled
 from data_pipeline.config import BuildConfig, SourceConfig
 from data_pipeline.document import Piece, Unit
@@ -20,11 +23,12 @@ from data_pipeline.tokenize.backends import REFERENCE, Mismatch, checked, choose
 from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer
 from data_pipeline.write.output import places
 from ponder_scale.errors import ConfigError
-from ponder_scale.figures import span
+from ponder_scale.figures import count, span, stored
 from ponder_scale.shards.format import dtype_for
 
 SAMPLES = 16  # places in the corpus that are looked at
-INDEX_BYTES_PER_DOCUMENT = 20
+INDEX_BYTES = 20  # of a document
+KEY_BYTES = {"none": 0, "exact": 8, "minhash": 8 * BANDS}  # of a document
 WORTH_SPLITTING = 2**26  # bytes of a compressed file
 UNITS_PER_CORE = 4  # at least, for all cores to end at about the same time
 
@@ -49,8 +53,21 @@ class _Sample:
     drops: Counter[str] = field(default_factory=Counter)
 
 
-def estimate(config: BuildConfig, sample_bytes: int) -> str:
-    """Some lines: the units of the build, and what a sample of about `sample_bytes` lets expect of the whole.
+@dataclass
+class _Expected:
+    """What a source lets expect of itself."""
+
+    documents: float
+    tokens: float  # of both splits
+    seconds: float  # of processor time
+    records: float
+    drops: dict[str, float]
+    capped: bool  # the source has more than its cap
+
+
+def estimate(config: BuildConfig, sample_bytes: int, training_tokens: float | None = None) -> str:
+    """Some lines: the units of the build, what a sample of about `sample_bytes` lets expect of the whole and of each
+    source, and how often a run of `training_tokens` would read each.
 
     Raises a UserError for inputs and a tokenizer that cannot be used.
     """
@@ -67,34 +84,91 @@ def estimate(config: BuildConfig, sample_bytes: int) -> str:
             f"read; plan with streaming=false, or build without a plan"
         )
     total = sum(unit.size for unit in planned)
-    sample = _Sample()
-    looked_at = [planned[i * len(planned) // SAMPLES] for i in range(min(SAMPLES, len(planned)))]
-    for unit in looked_at:
-        _read(unit, config, sample_bytes // len(looked_at), sample)
-    engine = _tokenize(config, sample)
-    factor = total / max(1, sample.input_bytes)
+    samples, looked_at = _samples(planned, total, config, sample_bytes)
+    engine = _tokenize(config, list(samples.values()))
+    sizes = {name: sum(unit.size for unit in planned if unit.source == name) for name in samples}
+    expected = {name: _expect(config.sources[name], sample, sizes[name]) for name, sample in samples.items()}
+    documents, tokens, seconds, records = (
+        sum(getattr(one, what) for one in expected.values()) for what in ("documents", "tokens", "seconds", "records")
+    )
+    drops = sum((Counter(one.drops) for one in expected.values()), Counter[str]())
+    dropped = ", ".join(f"{count / records:.2%} {reason}" for reason, count in drops.most_common()) or "nothing"
+    shuffled = 2 if config.shuffle else 1
+    disk = shuffled * (tokens * dtype_for(_tokenizer(config).vocab_size).itemsize + documents * INDEX_BYTES)
+    disk += documents * KEY_BYTES[config.deduplicate]
+    cores, read = len(os.sched_getaffinity(0)), sum(sample.input_bytes for sample in samples.values())
+    return "\n".join(
+        [
+            f"input       {stored(total)} in {len(planned):,} units of up to "
+            f"{stored(max(unit.size for unit in planned))}{_note(planned, len(found), total, cores)}",
+            f"sampled     {stored(read)} at {looked_at} places, by {engine}",
+            f"documents   about {documents:,.0f}; dropped: {dropped}",
+            f"tokens      about {count(round(tokens))}, {tokens / max(total, 1):.3f} for each byte of input",
+            *_source_lines(config, expected, training_tokens),
+            f"disk        about {stored(disk)}",
+            f"time        about {_of_cores(seconds)}; {span(seconds / cores)} on all {cores} cores of this machine",
+        ]
+    )
+
+
+def _of_cores(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} core hours" if seconds >= 3600 else f"{span(seconds)} of one core"
+
+
+def _samples(planned: list[Unit], total: int, config: BuildConfig, sample_bytes: int) -> tuple[dict[str, _Sample], int]:
+    """What is in some places of each source, by its size, but in one at least; and in how many places of all."""
+    samples, looked_at = {}, 0
+    for name in config.sources:
+        of_source = [unit for unit in planned if unit.source == name]
+        if not of_source:
+            continue
+        share = sum(unit.size for unit in of_source) / max(total, 1)
+        places = max(1, min(len(of_source), round(SAMPLES * share)))
+        samples[name] = _Sample()
+        for unit in (of_source[i * len(of_source) // places] for i in range(places)):
+            _read(unit, config, max(1, int(sample_bytes * share / places)), samples[name])
+        looked_at += places
+    return samples, looked_at
+
+
+def _expect(source: SourceConfig, sample: _Sample, size: int) -> _Expected:
+    factor = size / max(1, sample.input_bytes)
     documents, tokens = len(sample.texts) * factor, sample.tokens * factor
-    itemsize = dtype_for(_tokenizer(config).vocab_size).itemsize
-    disk = tokens * itemsize + documents * INDEX_BYTES_PER_DOCUMENT
-    hours, cores = sample.seconds * factor / 3600, len(os.sched_getaffinity(0))
-    records = len(sample.texts) + sample.drops.total()
-    drops = ", ".join(f"{count / records:.2%} {reason}" for reason, count in sample.drops.most_common()) or "nothing"
-    largest = max(unit.size for unit in planned) / 1e6
+    caps = [(source.max_documents, documents), (source.max_tokens, tokens)]
+    part = min((cap / most for cap, most in caps if cap is not None and most > cap), default=1.0)
+    drops = {reason: dropped * factor * part for reason, dropped in sample.drops.items()}
+    records = (len(sample.texts) + sample.drops.total()) * factor * part
+    return _Expected(documents * part, tokens * part, sample.seconds * factor * part, records, drops, part < 1)
+
+
+def _source_lines(
+    config: BuildConfig, expected: Mapping[str, _Expected], training_tokens: float | None
+) -> Iterator[str]:
+    """A line for each source: what it gives, and how often a run reads it by its weight, or else by its size."""
+    weights = {name: source.weight for name, source in config.sources.items() if source.weight is not None}
+    whole = math.fsum(weights.values()) if weights else sum(one.tokens for one in expected.values())
+    for name in config.sources:
+        if name not in expected:
+            yield f"source      {name}: a stream, of which nobody knows the size"
+            continue
+        one = expected[name]
+        share = (weights[name] if weights else one.tokens) / whole if whole else 0.0
+        trained = one.tokens * (1 - config.heldout_fraction)
+        line = f"source      {name}: about {one.documents:,.0f} documents, {count(round(one.tokens))} tokens"
+        line += f"{' (its cap)' if one.capped else ''}, {share:.1%} of a run"
+        if training_tokens is not None and trained:
+            line += f", {training_tokens * share / trained:.3g} epochs in {count(training_tokens)} tokens"
+        elif weights and share:
+            line += f", an epoch in {count(round(trained / share))} tokens of it"
+        yield line
+
+
+def _note(planned: list[Unit], units: int, total: int, cores: int) -> str:
     whole = [piece for unit in planned for piece in unit.pieces if suffix_of(piece.path)]
     uncut = [piece for piece in whole if piece.size > max(WORTH_SPLITTING, total / (cores * UNITS_PER_CORE))]
     note = f"; {len(uncut):,} compressed files cannot be cut: split them to use all cores" if uncut else ""
-    note += f"; {len(found) - len(planned):,} streamed units, of unknown size, not counted" if found != planned else ""
-    return "\n".join(
-        [
-            f"input       {total / 1e9:,.3f} GB in {len(planned):,} units of up to {largest:,.1f} MB{note}",
-            f"sampled     {sample.input_bytes / 1e6:,.1f} MB at {len(looked_at)} places, by {engine}",
-            f"documents   about {documents:,.0f}; dropped: {drops}",
-            f"tokens      about {tokens / 1e6:,.1f} million, {tokens / max(total, 1):.3f} for each byte of input",
-            f"disk        about {disk * (2 if config.shuffle else 1) / 1e9:,.3f} GB",
-            f"time        about {hours:,.3f} core hours; {span(3600 * hours / cores)} on all {cores} cores of this "
-            "machine",
-        ]
-    )
+    streamed = units - len(planned)
+    return note + (f"; {streamed:,} streamed units, of unknown size, not counted" if streamed else "")
 
 
 def _read(unit: Unit, config: BuildConfig, size: int, sample: _Sample) -> None:
@@ -103,10 +177,10 @@ def _read(unit: Unit, config: BuildConfig, size: int, sample: _Sample) -> None:
     by_url = blocked(source.filters)
     if source.sample is not None:
         filters.insert(0, sampled(source.sample, config.seed))
-    begin, stored = time.process_time(), 0
+    begin, read_bytes = time.process_time(), 0
     for piece in unit.pieces:
         meter, rows, taken = _Meter(), _rows(piece, source), 0
-        for count, record in enumerate(read(piece, source, config.max_document_bytes, meter), start=1):
+        for number, record in enumerate(read(piece, source, config.max_document_bytes, meter), start=1):
             text = record.text or ""
             for edit in shorten:
                 text, _ = edit(text)
@@ -119,13 +193,13 @@ def _read(unit: Unit, config: BuildConfig, size: int, sample: _Sample) -> None:
                 sample.texts.append(text)
             else:
                 sample.drops[reason or ""] += 1
-            taken = meter.stored if rows is None else piece.size * count // rows
-            if stored + taken >= size:
+            taken = meter.stored if rows is None else piece.size * number // rows
+            if read_bytes + taken >= size:
                 break
-        stored += meter.stored if rows is None else taken
-        if stored >= size:
+        read_bytes += meter.stored if rows is None else taken
+        if read_bytes >= size:
             break
-    sample.input_bytes += stored
+    sample.input_bytes += read_bytes
     sample.seconds += time.process_time() - begin
 
 
@@ -137,25 +211,28 @@ def _rows(piece: Piece, source: SourceConfig) -> int | None:
     return piece.end - piece.begin if source.kind == "dataset" else None
 
 
-def _tokenize(config: BuildConfig, sample: _Sample) -> str:
+def _tokenize(config: BuildConfig, samples: list[_Sample]) -> str:
     tokenizer = _tokenizer(config)
+    around = int(config.append_eod) + int(tokenizer.bos_id is not None)  # tokens of a document beside its text's
 
     def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)
 
-    def count(engine: str) -> None:
-        encode, begin, sample.tokens = checked(engine, tokenizer), time.process_time(), 0
-        for first in range(0, len(sample.texts), 256):
-            tokens, lengths = encode(sample.texts[first : first + 256])
-            sample.tokens += len(tokens) + len(lengths)
-        sample.seconds += time.process_time() - begin
+    def tokenize(engine: str) -> None:
+        encode = checked(engine, tokenizer)
+        for sample in samples:
+            begin, sample.tokens = time.process_time(), 0
+            for first in range(0, len(sample.texts), 256):
+                tokens, lengths = encode(sample.texts[first : first + 256])
+                sample.tokens += len(tokens) + around * len(lengths)
+            sample.seconds += time.process_time() - begin
 
-    engine = choose(config.backend, tokenizer, sample.texts[:32], warn)
+    engine = choose(config.backend, tokenizer, [text for sample in samples for text in sample.texts][:32], warn)
     try:
-        count(engine)
+        tokenize(engine)
     except Mismatch as error:
         warn(f"{engine} {error}; the sample is done again by the reference")
-        count(engine := REFERENCE)
+        tokenize(engine := REFERENCE)
     return engine
 
 

@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import orjson
-
-from data_pipeline.build.pipeline import build
+from data_pipeline.build.pipeline import Added, run
+from data_pipeline.clean.dedup import open_keys, unite
+from data_pipeline.commands.alike import OF_THE_SPLIT, check_alike, check_documents, check_new, check_repeated, setting
 from data_pipeline.config import BuildConfig
-from data_pipeline.read.sources import LeftOut
-from data_pipeline.read.units import units
-from data_pipeline.write.manifest import BEFORE, DROPPED, INPUTS, QUARANTINE
+from data_pipeline.write.manifest import BEFORE, DROPPED, INPUTS, KEYS, QUARANTINE
 from data_pipeline.write.output import (
     check_replaceable,
     delete_set,
@@ -37,7 +33,7 @@ from data_pipeline.write.output import (
 )
 from ponder_scale.errors import ConfigError
 from ponder_scale.files.delete import MARK, delete_contents
-from ponder_scale.files.write import copy_file, hash_file, sync_file, sync_folder
+from ponder_scale.files.write import copy_file, hash_file, sync, sync_file, sync_folder
 from ponder_scale.settings import load
 from ponder_scale.shards.format import TOKENIZER, ShardSet, open_shards
 from ponder_scale.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, seal
@@ -45,13 +41,15 @@ from ponder_scale.shards.manifest import MANIFEST, Manifest, ShardInfo, read_man
 APPENDING = ".appending"  # ends the name of the folder in which new files become shards first
 # what all documents of a set have in common; `out` and `overwrite` are not the user's to say here
 _OF_THE_SET = ("tokenizer", "eod_token", "append_eod", "bos_token", "special_tokens_in_text")
-_OF_THE_SPLIT = ("heldout_fraction", "split_by", "seed")
-_SIDE_FILES = (INPUTS, QUARANTINE, DROPPED)
+_JOINED = (INPUTS, QUARANTINE, DROPPED)  # files beside the shards, of one set behind those of the other
 _NAME = re.compile(r"([a-z]+)-(\d+)(.*)")
+_COPIED_AT_ONCE = 2**20
 
 
 def append(folder: Path, settings: Sequence[str], command: str) -> Manifest | None:
     """Add new files to a set, with the tokenizer, ends and split that it has; None on ranks of MPI above 0.
+
+    Where the set was built with deduplicate, new documents that are equal, or nearly equal, to its own are left out.
 
     Args:
         settings: `key=value` of a build: the sources, and what may differ from document to document.
@@ -60,56 +58,121 @@ def append(folder: Path, settings: Sequence[str], command: str) -> Manifest | No
         ConfigError, ShardError: the set was not made by a build; a setting is the set's; a file is in it already.
     """
     folder = folder.resolve()
+    _give_name(folder)
     new = folder.with_name(folder.name + APPENDING)
     config = _config(folder, new, settings)
-    before = _opened(folder)
-    check_replaceable(folder, replaces=True)
-    if _was_added(before, new):
-        repeated = read_manifest(new).provenance["command"] == command
-        delete_set(new)
-        if repeated:
-            return before.manifest
-    _check_new(before, config)
-    built = build(config, command)
-    if built is None:
+    known = read_manifest(folder).files
+    seen = Added(folder / KEYS, known[KEYS]) if config.deduplicate != "none" and KEYS in known else None
+    done = False
+
+    def first() -> bool:
+        nonlocal done
+        before = _opened(folder)
+        check_replaceable(folder, replaces=True)
+        if _was_added(before, new):
+            done = read_manifest(new).provenance["command"] == command
+            delete_set(new)
+        if not done:
+            check_new(before, config)
+        return not done
+
+    if run(config, command, first, seen) is None:
         return None
-    manifest = _put_together(folder, [before, _opened(new)], command, replaces=True)
+    if done:
+        return read_manifest(folder)
+    sets = [_opened(folder), _opened(new)]
+    try:
+        check_repeated(sets)
+    except ConfigError:
+        delete_set(new)
+        raise
+    grown = [*sets[0].manifest.provenance.get("grown", ()), _before(sets[0])]
+    manifest = _put_together(folder, sets, command, replaces=True, grown=grown)
     delete_set(new)
     return manifest
 
 
-def merge(out: Path, folders: Sequence[Path], command: str) -> Manifest:
+def merge(out: Path, folders: Sequence[Path], command: str, *, allow_duplicates: bool = False) -> Manifest:
     """Make the folder `out` of several sets, which stay as they are.
 
+    Args:
+        allow_duplicates: also of sets that have files or documents in common.
+
     Raises:
-        ConfigError, ShardError: sets of different tokenizers, ends or splits; a file is in two of them; `out` exists.
+        ConfigError, ShardError: sets of different tokenizers, ends or splits; a file or, where they were built with
+            deduplicate, a document is in two of them; `out` exists.
     """
-    out = out.resolve()
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError("merge: a set is named twice; name each once")
     sets = [_opened(folder.resolve()) for folder in folders]
-    if within := next((one for one in sets for place in places(out) if one.folder.is_relative_to(place)), None):
+    if (made := _made(out, sets, sets)) is not None:
+        return made
+    check_alike(sets)
+    if not allow_duplicates:
+        check_repeated(sets)
+        check_documents(sets)
+    return _put_together(out.resolve(), sets, command, replaces=False)
+
+
+def before_appends(out: Path, folder: Path, appends: int, command: str) -> Manifest:
+    """Make the folder `out` of a set as it was before its last appends, for a run that began with it.
+
+    Raises:
+        ConfigError, ShardError: the set has not had so many appends; `out` exists.
+    """
+    now = _opened(folder.resolve())
+    grown = now.manifest.provenance.get("grown", [])
+    if not 0 < appends <= len(grown):
+        raise ConfigError(f"merge: --without-last is {appends}; {folder} has had {len(grown)} appends; give 1 to that")
+    was = grown[-appends]
+    manifest = replace(
+        now.manifest,
+        splits={split: infos[: was["shards"].get(split, 0)] for split, infos in now.manifest.splits.items()},
+        weights={name: now.manifest.weights[name] for name in was["weights"]},
+        files={name: known for name, known in now.manifest.files.items() if name in was["bytes"]},
+        provenance={**was["provenance"], "grown": grown[:-appends]},
+    )
+    then = replace(now, manifest=manifest)
+    if (made := _made(out, [now], [then])) is not None:
+        return made
+    return _put_together(
+        out.resolve(), [then], command, replaces=False, grown=manifest.provenance["grown"], sizes=was["bytes"]
+    )
+
+
+def _made(out: Path, read: Sequence[ShardSet], sets: Sequence[ShardSet]) -> Manifest | None:
+    """What stands at `out` if it is made of these sets. Raises ConfigError if it is anything else, or where it is one
+    of the places of what is read."""
+    out = out.resolve()
+    if within := next((one for one in read for place in places(out) if one.folder.is_relative_to(place)), None):
         raise ConfigError(f"merge: {within.folder} lies in {out} or where that is made; choose another folder to make")
-    if out.exists() and any(out.iterdir()):
-        made = read_manifest(out) if (out / MANIFEST).is_file() else None
-        if made is not None and made.provenance.get("origin") == _origin([one.manifest for one in sets]):
-            return made
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    made = read_manifest(out) if (out / MANIFEST).is_file() else None
+    if made is None or made.provenance.get("origin") != _origin([one.manifest for one in sets]):
         raise ConfigError(f"merge: {out} exists; choose another folder to make")
-    return _put_together(out, sets, command, replaces=False)
+    return made
+
+
+def _give_name(folder: Path) -> None:
+    """Finish what was killed between taking the name from the set as it was and giving it to the grown one."""
+    _, partial, replaced = places(folder)
+    if not folder.exists() and all((place / MANIFEST).is_file() for place in (partial, replaced)):
+        with workspace(folder):
+            publish(partial, folder)
 
 
 def _config(folder: Path, new: Path, settings: Sequence[str]) -> BuildConfig:
     """The build of the new files alone."""
-    origin = read_manifest(folder).provenance.get("origin")
-    if not isinstance(origin, dict) or "config" not in origin:
-        raise ConfigError(f"append: {folder} was not made by `ponder-data build`; adopt all token files in one set")
-    fixed = (*_OF_THE_SET, *_OF_THE_SPLIT, "out", "overwrite")
-    for setting in settings:
-        if (key := setting.partition("=")[0].strip()) in fixed:
+    setting(open_shards(folder, check=False), "deduplicate")
+    fixed = (*_OF_THE_SET, *OF_THE_SPLIT, "out", "overwrite")
+    for given in settings:
+        if (key := given.partition("=")[0].strip()) in fixed:
             raise ConfigError(f"append: {key} is what {folder} has; leave it out")
-    known = {**BEFORE, **origin["config"], "tokenizer": str(folder / TOKENIZER), "out": str(new)}
-    if not any(setting.startswith("sources") for setting in settings):
+    if not any(given.startswith("sources") for given in settings):
         raise ConfigError("append: name the new files: sources.NAME.kind=jsonl sources.NAME.path=FILE")
+    built = read_manifest(folder).provenance["origin"]["config"]
+    known = {**BEFORE, **built, "tokenizer": str(folder / TOKENIZER), "out": str(new)}
     kept = [f"{key}={_as_typed(value)}" for key, value in known.items() if key != "sources"]
     return load(BuildConfig, None, [*kept, *settings])
 
@@ -142,38 +205,34 @@ def _was_added(before: ShardSet, new: Path) -> bool:
     return read_manifest(new).provenance["origin"] in before.manifest.provenance["origin"].get("with", ())
 
 
-def _check_new(before: ShardSet, config: BuildConfig) -> None:
-    """Raise ConfigError where a file of the build is in the set already, or a source's weight does not fit."""
-    there = {str(Path(line["file"]).resolve()): line["file"] for line in _lines(before.folder / INPUTS)}
-    for unit in units(config.sources, config.shard_bytes, LeftOut(), places(Path(config.out))):
-        for piece in unit.pieces:
-            if (path := str(Path(piece.path).resolve())) in there:
-                raise ConfigError(f"append: {there[path]} is in {before.folder} already; name new files only")
-    weights = {name: source.weight for name, source in config.sources.items() if source.weight is not None}
-    if bool(weights) != bool(before.manifest.weights):
-        has = "weights" if before.manifest.weights else "no weights"
-        raise ConfigError(
-            f"append: the sources of {before.folder} have {has}; give the new ones the same: sources.NAME.weight"
-        )
-    for name, weight in weights.items():
-        if before.manifest.weights.get(name, weight) != weight:
-            raise ConfigError(
-                f"append: sources.{name}.weight is {weight:g}, in {before.folder} it is "
-                f"{before.manifest.weights[name]:g}; give that, or another name"
-            )
-    if config.deduplicate != "none":
-        print(
-            f"warning: deduplicate={config.deduplicate} compares the new documents with each other, not with those of "
-            f"{before.folder}, whose texts are not read again",
-            file=sys.stderr,
-            flush=True,
-        )
+def _before(one: ShardSet) -> dict[str, Any]:
+    """What a set is before an append, so that it can be made again, and runs can tell what became of it."""
+    manifest = one.manifest
+    return {
+        "identity": manifest.identity,
+        "shards": {split: len(infos) for split, infos in manifest.splits.items()},
+        "weights": sorted(manifest.weights),
+        "bytes": {name: (one.folder / name).stat().st_size for name in _JOINED if name in manifest.files},
+        "provenance": {key: value for key, value in manifest.provenance.items() if key != "grown"},
+    }
 
 
-def _put_together(out: Path, sets: Sequence[ShardSet], command: str, *, replaces: bool) -> Manifest:
-    """Make `out` of the sets, in their order."""
-    _check_alike(sets)
+def _put_together(
+    out: Path,
+    sets: Sequence[ShardSet],
+    command: str,
+    *,
+    replaces: bool,
+    grown: Sequence[Mapping[str, Any]] = (),
+    sizes: Mapping[str, int] | None = None,
+) -> Manifest:
+    """Make `out` of the sets, in their order.
+
+    grown: what `out` was before each append; sizes: how much of the files beside the shards is taken; None: all.
+    """
+    check_alike(sets)
     check_replaceable(out, replaces)
+    weights, provenance = _weights(sets), _provenance([one.manifest for one in sets], command)
     with workspace(out):
         partial = unfinished(out)
         delete_contents(partial, named_by_build, keep=[MARK])
@@ -182,18 +241,19 @@ def _put_together(out: Path, sets: Sequence[ShardSet], command: str, *, replaces
         for one in sets:
             numbers = _take(one, partial, numbers, splits)
         (partial / TOKENIZER).mkdir()
-        first = sets[0].folder
-        for path in sorted((first / TOKENIZER).iterdir()):
+        for path in sorted((sets[0].folder / TOKENIZER).iterdir()):
             _link(path, partial / TOKENIZER / path.name)
-        joined = [name for name in _SIDE_FILES if _join([one.folder / name for one in sets], partial / name)]
+        joined = [name for name in _JOINED if _join(name, sets, partial, sizes)]
+        if _join_keys(sets, partial):
+            joined.append(KEYS)
         files = [*(partial / name for name in joined), *sorted((partial / TOKENIZER).iterdir())]
         sync_folder(partial / TOKENIZER)
         manifest = replace(
             sets[0].manifest,
             splits=splits,
-            weights=_weights(sets),
+            weights=weights,
             files={path.relative_to(partial).as_posix(): hash_file(path) for path in files},
-            provenance=_provenance([one.manifest for one in sets], command),
+            provenance={**provenance, **({"grown": list(grown)} if grown else {})},
             version=max(one.manifest.version for one in sets),
         )
         sync_folder(partial)
@@ -229,49 +289,35 @@ def _link(old: Path, new: Path) -> None:
         sync_file(new)
 
 
-def _join(parts: Sequence[Path], whole: Path) -> bool:
-    """Write the parts that are there one after the other; False where none is."""
-    parts = [part for part in parts if part.is_file()]
+def _join(name: str, sets: Sequence[ShardSet], partial: Path, sizes: Mapping[str, int] | None) -> bool:
+    """Write a file beside the shards, that of each set behind the other's; False where none has it."""
+    parts = [one.folder / name for one in sets if name in one.manifest.files]
     if not parts:
         return False
-    with whole.open("wb") as stream:
+    with (partial / name).open("wb") as stream:
         for part in parts:
-            with part.open("rb") as content:
-                shutil.copyfileobj(content, stream)
-    sync_file(whole)
+            _copy(part, stream, part.stat().st_size if sizes is None else sizes[name])
+        sync(stream)
     return True
 
 
-def _check_alike(sets: Sequence[ShardSet]) -> None:
-    """Raise ConfigError unless all sets are of one tokenizer, with the same ends and the same split."""
-    for one, other in pairwise(sets):
-        places = f"{one.folder} and {other.folder}"
-        for key in ("tokenizer", "dtype", "vocab_size", "eod_id", "bos_id"):
-            mine, theirs = (getattr(each.manifest, key) for each in (one, other))
-            if mine != theirs:
-                raise ConfigError(f"{places} differ in {key} ({mine} and {theirs}); they cannot be one set")
-        for key in ("special_tokens_in_text", *_OF_THE_SPLIT):
-            mine, theirs = (_setting(each.manifest, key) for each in (one, other))
-            if mine != theirs:
-                raise ConfigError(f"{places} were built with {key} {mine} and {theirs}; they cannot be one set")
-        if bool(one.manifest.weights) != bool(other.manifest.weights):
-            raise ConfigError(
-                f"{places}: the sources of one have weights, those of the other have none; build one again"
-            )
-    seen: dict[tuple[str, int, int], Path] = {}
-    for one in sets:
-        for piece in {(line["file"], line["begin"], line["end"]) for line in _lines(one.folder / INPUTS)}:
-            if piece in seen:
-                where = f"{seen[piece]} and in {one.folder}"
-                raise ConfigError(f"{piece[0]} is in {where}; its documents would be there twice")
-            seen[piece] = one.folder
+def _copy(part: Path, stream: IO[bytes], size: int) -> None:
+    """Copy the first `size` bytes of a file."""
+    with part.open("rb") as content:
+        while size and (piece := content.read(min(size, _COPIED_AT_ONCE))):
+            stream.write(piece)
+            size -= len(piece)
 
 
-def _setting(manifest: Manifest, key: str) -> Any:
-    origin = manifest.provenance.get("origin")
-    if not isinstance(origin, dict) or "config" not in origin:
-        raise ConfigError("merge: a set was not made by `ponder-data build`; adopt all token files in one set")
-    return {**BEFORE, **origin["config"]}.get(key)
+def _join_keys(sets: Sequence[ShardSet], partial: Path) -> bool:
+    """Write the keys of all documents; False where some sets have none, or other ones."""
+    parts = [one.folder / KEYS for one in sets if KEYS in one.manifest.files]
+    if len(parts) < len(sets) or len({setting(one, "deduplicate") for one in sets}) > 1:
+        return False
+    with (partial / KEYS).open("wb") as stream:
+        unite([open_keys(part) for part in parts], stream)
+        sync(stream)
+    return True
 
 
 def _weights(sets: Sequence[ShardSet]) -> dict[str, float]:
@@ -292,19 +338,20 @@ def _origin(manifests: Sequence[Manifest]) -> dict[str, Any]:
         own = dict(manifest.provenance["origin"])
         others = own.pop("with", [])
         flat += [own, *others]
-    return {**flat[0], "with": flat[1:]}
+    return {**flat[0], "with": flat[1:]} if len(flat) > 1 else flat[0]
 
 
 def _provenance(manifests: Sequence[Manifest], command: str) -> dict[str, Any]:
     """What made all of it: counts are added up, by source."""
     sources: dict[str, Counter[str]] = {}
     drops: dict[str, Counter[str]] = {}
+    left_out: dict[str, Counter[str]] = {}
     engines: Counter[str] = Counter()
-    left_out: Counter[str] = Counter()
     for manifest in manifests:
         made = manifest.provenance
         engines.update(made.get("engines", {}))
-        left_out.update(made.get("left_out", {}))
+        for name, reasons in made.get("left_out", {}).items():
+            left_out.setdefault(name, Counter()).update(reasons)
         for name, counts in made["sources"].items():
             sources.setdefault(name, Counter()).update({key: n for key, n in counts.items() if key != "drops"})
             drops.setdefault(name, Counter()).update(counts["drops"])
@@ -316,7 +363,7 @@ def _provenance(manifests: Sequence[Manifest], command: str) -> dict[str, Any]:
         "origin": _origin(manifests),
         "sources": counted,
         "engines": dict(sorted(engines.items())),
-        **({"left_out": dict(left_out)} if left_out else {}),
+        **({"left_out": {name: dict(reasons) for name, reasons in left_out.items()}} if left_out else {}),
         **{key: last[key] for key in ("python", "packages") if key in last},
     }
 
@@ -324,9 +371,3 @@ def _provenance(manifests: Sequence[Manifest], command: str) -> dict[str, Any]:
 def _commands(provenance: Mapping[str, Any]) -> list[str]:
     """Those that built the sets."""
     return list(provenance.get("commands", [provenance["command"]]))
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        with path.open("rb") as stream:
-            yield from map(orjson.loads, stream)

@@ -38,6 +38,8 @@ def _counts(shards: ShardSet) -> Iterator[str]:
             drops += f"; {counts['lines_left_out']:,} lines of documents (c4: endless word)"
         for what, count in counts.get("replaced", {}).items():
             drops += f"; replaced: {count:,} {what}"
+        if "bytes_behind_cap" in counts:
+            drops += f"; {counts['bytes_behind_cap']:,} bytes of input behind the cap"
         yield f"source      {source}: {counts['files']:,} files, {counts['bytes']:,} bytes; dropped: {drops}"
         documents, tokens = of_source.get(source, (0, 0))
         yield f"{'':<12}{source}: kept {documents:,} documents, {tokens:,} tokens"

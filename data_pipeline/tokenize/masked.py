@@ -27,6 +27,11 @@ class Encoded(NamedTuple):
     lengths: np.ndarray  # (documents,)
     counts: np.ndarray | None  # (n,) bool, whether each token counts in the loss; None: all do
 
+    def first(self, documents: int) -> Encoded:
+        """The first of them."""
+        end = int(self.lengths[:documents].sum())
+        return Encoded(self.tokens[:end], self.lengths[:documents], None if self.counts is None else self.counts[:end])
+
 
 def encode_documents(encode: Encode, records: Sequence[Record], masked: bool) -> Encoded:
     """The tokens of the texts of some records, and which of them count if the source is `masked`."""

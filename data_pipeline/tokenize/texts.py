@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from data_pipeline.clean.filters import blocked, chosen, edits, sampled
 from data_pipeline.config import BuildConfig
-from data_pipeline.document import BAD
+from data_pipeline.document import BAD, BEHIND
 from data_pipeline.progress import Progress
 from data_pipeline.read.compressed import suffix_of
 from data_pipeline.read.readers import read
@@ -50,6 +50,12 @@ def texts_to_learn(config: BuildConfig, counts: dict[str, Read]) -> Iterator[str
     spread, that the bytes of text are as the weights. Raises ConfigError when more than `max_bad_fraction` of the
     records are bad, of all, or where they are all there is of a source with a field.
     """
+    if capped := [f"sources.{name}.max_tokens" for name, source in config.sources.items() if source.max_tokens]:
+        print(
+            f"warning: {', '.join(capped)}: no cap here, since there are no tokens yet; max_documents is one",
+            file=sys.stderr,
+            flush=True,
+        )
     shares = dict.fromkeys(config.sources, 1.0)
     weights = {name: source.weight for name, source in config.sources.items() if source.weight is not None}
     if weights:
@@ -123,6 +129,8 @@ def _documents(config: BuildConfig, counts: dict[str, Read], what: str) -> Itera
                     reason = (of_url and of_url(record.url)) or next(
                         filter(None, (screen(text) for screen in filters[piece.source])), ""
                     )
+                if text is not None and not reason and count.documents == config.sources[piece.source].max_documents:
+                    reason = BEHIND
                 if text is None or reason:
                     count.drops[reason] += 1
                     if reason in BAD and not count.first_bad:

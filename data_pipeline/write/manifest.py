@@ -13,7 +13,7 @@ import orjson
 
 from data_pipeline.clean.filters import LINES, NOT_SAMPLED, identities
 from data_pipeline.config import RUNNING, BuildConfig
-from data_pipeline.document import BAD, DAMAGED, EMPTY, NO_LABEL, Piece, Record
+from data_pipeline.document import BAD, BEHIND, DAMAGED, EMPTY, NO_LABEL, Piece, Record
 from data_pipeline.read.chat import content_of
 from data_pipeline.tokenize.tokenizer import Tokenizer
 from ponder_scale.errors import ConfigError
@@ -26,9 +26,10 @@ from ponder_scale.version import __version__
 QUARANTINE = "quarantine.jsonl"  # a line for each bad record
 DROPPED = "dropped.jsonl"  # a line for each document that was left out, if asked for
 INPUTS = "inputs.jsonl"  # a line for each piece of input read
+KEYS = "compared.keys"  # of deduplicate: what documents that are added later are compared with
 # What builds did before there were these keys: an origin is without them where they say so, as in older folders.
 BEFORE = {"split_by": "text", "keep_dropped": False}
-BEFORE_OF_SOURCE = {"sample": None, "repair": False, "loss": None}
+BEFORE_OF_SOURCE = {"sample": None, "repair": False, "loss": None, "max_documents": None, "max_tokens": None}
 CLEANING = 2  # raised when near duplicates or filters leave out others than before: no build mixes both
 PACKAGES = ("ponder-scale", "datasets", "isal", "numpy", "orjson", "pyarrow", "sentencepiece", "tokenizers", "xxhash")
 
@@ -59,7 +60,7 @@ class Ledger:
     def reject(self, reason: str, record: Record) -> None:
         """Count a document that a filter or deduplication leaves out."""
         self._drops[reason] += 1
-        if self._dropped is not None and reason != NOT_SAMPLED:
+        if self._dropped is not None and reason not in (NOT_SAMPLED, BEHIND):
             line = {"source": self._source, "reason": reason, "text": record.text}
             masked = {} if record.counts is None else {"spans": record.counts}
             self._dropped.write(orjson.dumps({**line, **masked}) + b"\n")

@@ -23,9 +23,9 @@ WORK = "work"  # in the unfinished folder: the plan, claims, journals, and what 
 MAX_SHARD_DOCUMENTS = 2**24  # bounds the memory that a shard's index takes
 PARTIAL, REPLACED = ".partial", ".replaced"  # ends of the names that `out` has before and after its time
 
-_STAGES = "keys|duplicates|scatter|gather|shards"
+_STAGES = "keys|duplicates|scatter|gather|shards|cut"
 _UNFINISHED = re.compile(
-    rf"{re.escape(MARK)}|manifest\.json(\.tmp)?|(inputs|quarantine|dropped)\.jsonl"
+    rf"{re.escape(MARK)}|manifest\.json(\.tmp)?|(inputs|quarantine|dropped)\.jsonl|compared\.keys"
     r"|(train|heldout)-\d{5,}(-\d+)?\.(bin|idx|mask)|tokenizer/|tokenizer/[^/]+\.(json|model|jinja)"
     r"|work/|work/plan(\.new)?\.jsonl(\.tmp)?|work/failed"
     rf"|work/({_STAGES}|quarantine|claims|scratch|ranks)/|work/({_STAGES}|quarantine)/\d{{6,}}[-.][^/]+"

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,10 @@ from ponder_scale.data.order import Order, Places
 from ponder_scale.data.sequences import IGNORE_INDEX, MicroBatch, Reader, sequences_of
 from ponder_scale.errors import ConfigError, ShardError
 from ponder_scale.shards.format import ShardSet, open_all
+from ponder_scale.shards.manifest import Manifest
 from ponder_scale.shards.packing import Packing, open_packing
 
+_HISTORIES = 10_000  # of sets that were appended to, tried to explain a difference
 _Ahead = tuple[int, Future[tuple[list[MicroBatch], int]]]  # the sequences of a step, and what will be read of it
 
 
@@ -85,10 +88,12 @@ class Loader:
         self._identity = {
             "seq_len": data.seq_len,
             "seed": seed,
-            "shards": _hash([[name, sources[name].manifest.identity] for name in sorted(sources)]),
+            "shards": _hash_of_shards({name: shards.manifest.identity for name, shards in sources.items()}),
             "weights": _hash(describe(data, streams)),
             "packing": _hash([[name, packings[name].identity] for name in sorted(packings)]) if packings else "concat",
         }
+        self._folders = {name: source.path for name, source in data.sources.items()}
+        self._histories = {name: _histories(shards.manifest) for name, shards in sorted(sources.items())}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead: _Ahead | None = None
         self.wait_seconds = 0.0  # that `next_batches` has waited for data in all
@@ -149,12 +154,28 @@ class Loader:
             saved = state.get(name, "concat")  # the only packing there was when states did not name it
             own = self._identity[name]
             if saved != own:
+                if name == "shards" and (grown := self._grown_since(saved)):
+                    raise ConfigError(grown)
                 raise ConfigError(
                     f"{key}: {name} of the checkpoint: {', of this run: '.join(_in_words(name, saved, own))}; "
                     f"the data would come in another order; use what the checkpoint used, or start a new run"
                 )
         self._consumed = state["consumed"]
         self._ahead = None
+
+    def _grown_since(self, saved: str) -> str:
+        """What to do where the sources are those of a checkpoint, and were appended to since; else nothing."""
+        for some in islice(product(*(range(len(history)) for history in self._histories.values())), _HISTORIES):
+            appends = dict(zip(self._histories, some, strict=True))
+            if _hash_of_shards({name: self._histories[name][count] for name, count in appends.items()}) == saved:
+                name, count = next((name, count) for name, count in appends.items() if count)
+                path = self._folders[name]
+                return (
+                    f"data.sources.{name}.path is {path}, which has grown since the checkpoint ({count} x ponder-data "
+                    f"append), so the data would come in another order; make the set as it was: ponder-data merge NEW "
+                    f"{path} --without-last {count}, and give data.sources.{name}.path=NEW; or start a new run"
+                )
+        return ""
 
     def close(self) -> None:
         """End the background thread."""
@@ -240,6 +261,15 @@ def open_packings(data: DataConfig, sources: Mapping[str, ShardSet]) -> dict[str
 def _filler(sources: Mapping[str, ShardSet]) -> int:
     """The token that fills up what no document reaches; no label counts there."""
     return next(iter(sources.values())).manifest.eod_id or 0
+
+
+def _histories(manifest: Manifest) -> list[str]:
+    """The identity of a set, and those it had before each append, the last one first."""
+    return [manifest.identity, *(was["identity"] for was in reversed(manifest.provenance.get("grown", [])))]
+
+
+def _hash_of_shards(identities: Mapping[str, str]) -> str:
+    return _hash([[name, identities[name]] for name in sorted(identities)])
 
 
 def _hash(content: Any) -> str:

@@ -416,10 +416,11 @@ def test_a_duplicate_takes_few_bytes_of_memory_while_a_bucket_is_compared(tmp_pa
     count = 100_000
     np.save(tmp_path / "000000-0.keys.npy", np.full(count, 7, np.uint64))
     np.save(tmp_path / "000000-0.numbers.npy", np.arange(count, dtype=np.uint32))
-    dedup.find_duplicates(tmp_path, [1], 0, 1)  # loads what numpy loads on first use
+    none = np.empty(0, np.uint64)
+    dedup.find_duplicates(tmp_path, [1], 0, 1, none)  # loads what numpy loads on first use
     tracemalloc.start()
     try:
-        units, numbers = dedup.find_duplicates(tmp_path, [1], 0, 1)
+        units, numbers, _ = dedup.find_duplicates(tmp_path, [1], 0, 1, none)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

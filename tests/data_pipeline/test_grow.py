@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from data_pipeline.cli import main
@@ -14,7 +19,6 @@ from data_pipeline.commands import grow
 from ponder_scale.config import DataConfig, SourceConfig
 from ponder_scale.data.loader import Loader, open_sources
 from ponder_scale.errors import ConfigError
-from ponder_scale.shards.format import open_shards
 from ponder_scale.shards.manifest import read_manifest, verify
 from tests.data_pipeline.builds import arguments, contents, documents, make_texts, write_jsonl
 
@@ -162,19 +166,230 @@ def test_a_mask_goes_with_its_shard(halves: tuple[Path, Path], tiny_tokenizer: P
     assert masked and all((out / f"{info.name}.mask").is_file() for info in masked) and verify(out) == []
 
 
-def test_a_run_and_a_packing_notice_that_their_set_has_grown(
+def test_a_run_and_a_packing_notice_that_their_set_has_grown_and_how_to_go_on(
     halves: tuple[Path, Path], tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = built(halves[0], tiny_tokenizer, tmp_path / "out")
+    out, code = built(halves[0], tiny_tokenizer, tmp_path / "out"), tmp_path / "code"
+    built(write_jsonl(tmp_path / "code.jsonl", make_texts(50, seed=9)), tiny_tokenizer, code)
     assert main(["pack", str(out), "--seq-len", "16"]) == 0
-    data = DataConfig(seq_len=16, sources={"web": SourceConfig(path=str(out))})
 
-    def loader() -> Loader:
+    def loader(web: Path = out) -> Loader:
+        sources = {"web": SourceConfig(path=str(web)), "code": SourceConfig(path=str(code))}
+        data = DataConfig(seq_len=16, sources=sources)
         return Loader(data, open_sources(data), seed=1, global_batch=2, micro_batch=2)
 
-    state = loader().state()
+    first = loader()
+    rows, state = first.next_batches()[0].tokens, first.state()
+    then = first.next_batches()[0].tokens
+    before = read_manifest(out)
+    three = write_jsonl(tmp_path / "three.jsonl", make_texts(30, seed=5))
     assert main(added(out, halves[1])) == 0
+    assert main(added(out, three, name="late")) == 0
     assert not (out / "packing-16").exists() and "pack it again" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"data\.sources"):
+    with pytest.raises(ConfigError, match=rf"data.sources.web.path is {out}, which has grown .*2 x.* --without-last 2"):
         loader().restore(state)
-    assert open_shards(out)
+    was = tmp_path / "was"
+    again = ["merge", str(was), str(out), "--without-last", "2"]
+    assert main(again) == 0 and verify(was) == []
+    assert read_manifest(was).identity == before.identity
+    assert read_manifest(was).provenance["sources"] == before.provenance["sources"]
+    assert (was / "inputs.jsonl").read_text().count("one.jsonl") == (was / "inputs.jsonl").read_text().count("\n")
+    restored = loader(was)
+    restored.restore(state)
+    assert restored.next_batches()[0].tokens.equal(then) and not then.equal(rows)
+    assert main(again) == 0  # done already
+    assert main(["inspect", str(was)]) == 0 and main(added(was, three, name="late")) == 0
+    assert "3 appends" not in refused(capsys, "merge", tmp_path / "no", out, "--without-last", 3)
+    assert "name one" in refused(capsys, "merge", tmp_path / "no", out, was, "--without-last", 1)
+    other = loader(code)
+    with pytest.raises(ConfigError, match="those it began with"):  # another set is no grown one
+        other.restore(state)
+
+
+def held_by(out: Path) -> int:
+    return sum(info.documents for infos in read_manifest(out).splits.values() for info in infos)
+
+
+@pytest.mark.parametrize("way", ["exact", "minhash"])
+def test_documents_that_are_in_the_set_are_not_taken_again(
+    tiny_tokenizer: Path, tmp_path: Path, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = make_texts(120)
+    more = [*texts[100:], *make_texts(40, seed=4), texts[3], *(f"{text}!" for text in texts[:10])]
+    one, two = write_jsonl(tmp_path / "one.jsonl", texts), write_jsonl(tmp_path / "two.jsonl", more)
+    whole = write_jsonl(tmp_path / "whole.jsonl", [*texts, *more])
+    ways = [f"deduplicate={way}", "shard_bytes=4000"]
+    expected = built(whole, tiny_tokenizer, tmp_path / "expected", *ways)
+    out = built(one, tiny_tokenizer, tmp_path / "out", *ways)
+    assert main(added(out, two, "keep_dropped=true", name="more")) == 0
+    for split in ("train", "heldout"):
+        assert documents(out, split) == documents(expected, split)
+    dropped = read_manifest(out).provenance["sources"]["more"]["drops"]["duplicate"]
+    assert dropped >= (21 if way == "exact" else 28) and verify(out) == []
+    assert (out / "compared.keys").read_bytes() == (expected / "compared.keys").read_bytes()
+    # a third time: nothing of either is taken, nor of what was dropped
+    third = write_jsonl(tmp_path / "third.jsonl", [texts[0], "a text that nobody has seen before, not even in part"])
+    assert main(added(out, third, name="third")) == 0
+    assert read_manifest(out).provenance["sources"]["third"]["documents"] == 1
+    # every new document, where that is wanted
+    held = held_by(out)
+    again = write_jsonl(tmp_path / "again.jsonl", texts[:7])
+    capsys.readouterr()
+    assert main(added(out, again, "deduplicate=none", name="again")) == 0
+    assert "are compared with nothing" in capsys.readouterr().err and held_by(out) == held + 7
+    last = write_jsonl(tmp_path / "last.jsonl", ["something else"])
+    assert "has no compared.keys" in refused(capsys, *added(out, last, name="last"))
+
+
+def test_what_was_built_without_keys_says_so_and_other_ways_are_refused(
+    halves: tuple[Path, Path], tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = built(halves[0], tiny_tokenizer, tmp_path / "out", "deduplicate=exact")
+    assert "deduplicate is minhash, in" in refused(capsys, *added(out, halves[1], "deduplicate=minhash"))
+    plain = built(halves[0], tiny_tokenizer, tmp_path / "plain")
+    assert main(added(plain, halves[1], "deduplicate=exact", name="more")) == 0
+    assert "compared with each other only" in capsys.readouterr().err
+
+
+def test_sets_with_documents_in_common_are_not_merged_unless_asked(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = make_texts(60)
+    files = [texts[:40], texts[35:], make_texts(9, seed=8)]
+    inputs = [write_jsonl(tmp_path / f"{number}.jsonl", some) for number, some in enumerate(files)]
+    sets = [
+        built(file, tiny_tokenizer, tmp_path / f"set-{number}", "deduplicate=exact")
+        for number, file in enumerate(inputs)
+    ]
+    assert "5 texts are in more than one" in refused(capsys, "merge", tmp_path / "out", *sets)
+    apart = tmp_path / "apart"
+    assert main(["merge", str(apart), str(sets[0]), str(sets[2])]) == 0 and verify(apart) == []
+    last = write_jsonl(tmp_path / "last.jsonl", [texts[0], files[2][0], "new"])
+    assert main(added(apart, last, name="last")) == 0  # compared with both
+    assert read_manifest(apart).provenance["sources"]["last"]["documents"] == 1
+    assert main(["merge", str(tmp_path / "out"), "--allow-duplicates", *map(str, sets)]) == 0
+    assert held_by(tmp_path / "out") == 40 + 25 + 9
+    plain = built(inputs[1], tiny_tokenizer, tmp_path / "plain")
+    assert "deduplicate exact and none" in refused(capsys, "merge", tmp_path / "no", sets[0], plain)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_same_input_under_another_name_is_noticed(
+    halves: tuple[Path, Path],
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one, two = halves
+    (there := tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    out = built(Path("one.jsonl"), tiny_tokenizer, tmp_path / "out")
+    shutil.copy(one, there / "copy.jsonl")
+    for name in (there / "copy.jsonl", one):
+        assert f"{name} is in {out} already as one.jsonl" in refused(capsys, *added(out, name, "shard_bytes=900"))
+    with one.open("a") as stream:
+        stream.write('{"text": "a line more"}\n')
+    assert "is in" in refused(capsys, *added(out, Path("one.jsonl")))  # its first lines would be there twice
+    monkeypatch.chdir(there)
+    shutil.copy(two, there / "one.jsonl")  # another file of the same name in another place
+    assert main(added(out, Path("one.jsonl"))) == 0 and verify(out) == []
+    assert read_manifest(out).provenance["sources"]["web"]["documents"] == 400
+
+
+def test_a_folder_given_twice_is_refused_and_a_few_equal_files_are_said(
+    tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, files in {"old": ("a", "b", "c"), "new": ("a", "x", "y")}.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / f"{file}.txt").write_text(f"the text of file {file}")
+    (tmp_path / "new" / "empty.txt").touch()
+    (tmp_path / "old" / "empty.txt").touch()
+    out = tmp_path / "out"
+    source = ["sources.code.kind=folder", f"sources.code.path={tmp_path / 'old'}"]
+    assert main(["build", f"out={out}", f"tokenizer={tiny_tokenizer}", *source]) == 0
+    made = contents(out)
+    moved = shutil.copytree(tmp_path / "old", tmp_path / "moved")
+    command = ["append", str(out), "sources.more.kind=folder"]
+    capsys.readouterr()
+    assert main([*command, f"sources.more.path={moved}"]) == 2
+    assert "would be there twice" in capsys.readouterr().err.splitlines()[-1]  # behind the progress
+    assert contents(out) == made and not list(tmp_path.glob("out.*"))
+    assert main([*command, f"sources.more.path={tmp_path / 'new'}"]) == 0
+    assert "1 of 3 files of more are in" in capsys.readouterr().err and held_by(out) == 6
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl.gz", "dataset"])
+def test_other_kinds_given_twice_are_noticed(
+    kind: str, tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = make_texts(30)
+    path, copy = tmp_path / f"one.{kind}", tmp_path / f"two.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=10)
+        shutil.copy(path, copy)
+    elif kind == "dataset":
+        pytest.importorskip("datasets").Dataset.from_dict({"text": texts}).save_to_disk(str(path))
+        copy = path
+    else:
+        path.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
+        shutil.copy(path, copy)
+    kind, out = kind.split(".")[0], tmp_path / "out"
+    source = [f"sources.web.kind={kind}", f"sources.web.path={path}"]
+    assert main(["build", f"out={out}", f"tokenizer={tiny_tokenizer}", *source]) == 0
+    assert "already" in refused(capsys, "append", out, f"sources.more.kind={kind}", f"sources.more.path={copy}")
+
+
+def test_what_is_left_out_of_both_sets_is_counted(
+    halves: tuple[Path, Path], tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ".hidden.jsonl").write_text("")
+    sets = []
+    for number in (1, 2):
+        (folder := tmp_path / f"in-{number}").mkdir()
+        shutil.copy(halves[number - 1], folder / "a.jsonl")
+        (folder / ".hidden.jsonl").write_text("")
+        sets.append(built(folder / "*.jsonl", tiny_tokenizer, tmp_path / f"set-{number}"))
+    assert main(["merge", str(tmp_path / "out"), *map(str, sets)]) == 0
+    assert read_manifest(tmp_path / "out").provenance["left_out"] == {"web": {"hidden files": 2}}
+
+
+def test_killed_between_two_names_an_append_goes_on(
+    halves: tuple[Path, Path], tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old set has given up its name, and the new one has not got it yet."""
+    out = built(halves[0], tiny_tokenizer, tmp_path / "out")
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name == "out.partial":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        assert main(added(out, halves[1], name="more")) == 130
+    assert not out.exists()
+    assert main(added(out, halves[1], name="more")) == 0
+    assert held_by(out) == 400 and verify(out) == [] and not list(tmp_path.glob("out.*"))
+
+
+def test_ranks_of_mpi_append_together(halves: tuple[Path, Path], tiny_tokenizer: Path, tmp_path: Path) -> None:
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    if not mpiexec.exists():
+        pytest.skip("no MPI")
+    made = []
+    for ranks in (1, 2):
+        (folder := tmp_path / str(ranks)).mkdir()
+        out = built(halves[0], tiny_tokenizer, folder / "out", "deduplicate=exact")
+        alone = [sys.executable, "-m", "data_pipeline.cli", *added(out, halves[1], name="more")]
+        started = [mpiexec, "-n", "2", *alone] if ranks == 2 else alone
+        for expected in (0, 2):  # the second time its file is in the set
+            done = subprocess.run(started, capture_output=True, text=True, timeout=300)
+            assert bool(done.returncode) == bool(expected), done.stderr
+        assert "already" in done.stderr
+        made.append({name: some for name, some in contents(out).items() if name != "manifest.json"})
+        made[-1].pop("inputs.jsonl")
+        assert not list(folder.glob("out.*")) and verify(out) == []
+    assert made[0] == made[1]

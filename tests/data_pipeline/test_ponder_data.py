@@ -14,6 +14,7 @@ import pytest
 
 from data_pipeline.cli import RECIPES, main
 from data_pipeline.config import BuildConfig
+from data_pipeline.write.manifest import kept
 from ponder_scale.settings import load
 from ponder_scale.shards.manifest import read_manifest
 
@@ -217,13 +218,49 @@ def test_plan_estimates_what_a_build_then_makes(settings, capsys):
     assert run("plan", settings) == 0
     told = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert told["documents"] == "about 3,000; dropped: 0.03% field is not a string"
-    assert "1 units" in told["input"] and "by gigatoken" in told["sampled"] and "core hours" in told["time"]
+    assert "1 units" in told["input"] and "by gigatoken" in told["sampled"] and "of one core" in told["time"]
     assert not settings["out"].exists()
     assert run("build", settings) == 0
     tokens = sum(info.tokens for infos in read_manifest(settings["out"]).splits.values() for info in infos)
-    assert told["tokens"].startswith(f"about {tokens / 1e6:,.1f} million")
+    assert told["tokens"].startswith(f"about {tokens:,}")
     assert run("plan", {**settings, "sources.web.field": "body"}) == 0
     assert "100.00% field missing" in capsys.readouterr().out
+
+
+def planned(settings, capsys, *more):
+    assert main(["plan", *(f"{key}={value}" for key, value in settings.items()), *more]) == 0
+    return capsys.readouterr().out
+
+
+def test_plan_says_what_each_source_gives_and_how_often_a_run_reads_it(settings, capsys):
+    books = settings["sources.web.path"].with_name("books.jsonl")
+    for path, count in ((settings["sources.web.path"], 3000), (books, 200)):
+        rows = [json.dumps({"text": f"document number {i} of some, with more"}) for i in range(count)]
+        path.write_text("\n".join(rows))
+    settings = {**settings, "sources.books.kind": "jsonl", "sources.books.path": books, "heldout_fraction": 0.1}
+    weights = {"sources.web.weight": 1, "sources.books.weight": 3}
+    assert run("build", {**settings, **weights}) == 0
+    of_source = kept(read_manifest(settings["out"]))
+    web, books = (tokens for _, tokens in (of_source["web"], of_source["books"]))
+    said = planned(settings, capsys)
+    assert f"source      web: about 3,000 documents, {web:,} tokens, {web / (web + books):.1%} of a run\n" in said
+    said = planned({**settings, **weights}, capsys, "--tokens", "1e6")
+    epochs = 250_000 / (0.9 * web)
+    assert f"web: about 3,000 documents, {web:,} tokens, 25.0% of a run, {epochs:.3g} epochs in 1.000M tokens" in said
+    assert f"books: about 200 documents, {books:,} tokens, 75.0% of a run, {750000 / (0.9 * books):.3g} epochs" in said
+    said = planned({**settings, **weights}, capsys)
+    assert f"75.0% of a run, an epoch in {round(0.9 * books / 0.75):,} tokens of it" in said
+    said = planned({**settings, "sources.web.max_documents": 1000, "sources.books.max_tokens": books // 2}, capsys)
+    assert f"web: about 1,000 documents, {round(web / 3):,} tokens (its cap)" in said
+    assert f"books: about 100 documents, {books // 2:,} tokens (its cap)" in said
+    assert f"tokens      about {round(web / 3) + books // 2:,}" in said
+
+
+def test_plan_of_a_tiny_input_has_units_that_fit(settings, capsys):
+    settings["sources.web.path"].write_text('{"text": "one"}\n')
+    said = planned(settings, capsys)
+    assert "input       16 bytes in 1 units of up to 16 bytes" in said
+    assert not re.search(r"(?<![\d.])0(\.0+)?(?![\d.])(?! million)", said), said
 
 
 @pytest.mark.parametrize("kind", ["parquet", "dataset"])
@@ -247,7 +284,7 @@ def test_plan_does_not_guess_how_large_a_stream_is(settings, capsys):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), folder / "train-00000-of-00001.parquet")
     stream = {"sources.s.kind": "dataset", "sources.s.path": folder, "sources.s.streaming": "true"}
     assert run("plan", {**settings, **stream}) == 0
-    assert "1 units of up to 0.0 MB; 1 streamed units, of unknown size, not counted" in capsys.readouterr().out
+    assert " kB; 1 streamed units, of unknown size, not counted" in capsys.readouterr().out
     alone = {key: value for key, value in settings.items() if not key.startswith("sources")}
     assert run("plan", {**alone, **stream}) == 2
     assert "nobody knows how large a stream is" in capsys.readouterr().err

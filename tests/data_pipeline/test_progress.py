@@ -35,6 +35,13 @@ def test_a_log_file_gets_a_line_every_few_seconds_and_one_at_the_end(clock, caps
     ]
 
 
+def test_a_small_input_has_units_that_fit(clock, capsys):
+    with Progress("build", 3_210) as work:
+        clock[0] += 1.0
+        work.add(3_210, documents=10)
+    assert capsys.readouterr().err == "build: 3.2 of 3.2 kB (100%), 3.2 kB/s, 10 documents/s, 0 s left\n"
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ""])
 def test_progress_within_a_file_that_cannot_be_cut_is_by_its_stored_bytes(
     suffix, tiny_tokenizer, tmp_path, monkeypatch, capsys
