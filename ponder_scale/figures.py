@@ -70,6 +70,11 @@ def count(number: float) -> str:
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
 
 
+def times(number: float) -> str:
+    """How often, to three digits and every whole one: 0.0125, 3.33, 8,113."""
+    return f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"
+
+
 def size(number: float) -> str:
     """Of memory and files, from bytes: 61.2 GiB, 2.06 MiB, to three digits."""
     for name, unit in BYTES:

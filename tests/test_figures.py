@@ -11,7 +11,7 @@ import pytest
 from ponder_scale.data.heldout import HeldOut
 from ponder_scale.evaluate.plot import line_chart
 from ponder_scale.export.card import trained_card
-from ponder_scale.figures import bound, count, json_text, perplexity, rate, shown, size, span, stored
+from ponder_scale.figures import bound, count, json_text, perplexity, rate, shown, size, span, stored, times
 
 LARGEST = 709.78  # whose exp a float holds
 
@@ -95,6 +95,11 @@ def test_sizes_have_three_digits(number: float, text: str) -> None:
 )
 def test_stored_data_has_the_units_of_disks(number: float, text: str) -> None:
     assert stored(number) == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0"), (0.0125, "0.0125"), (3.3333, "3.33"), (8112.7, "8,113")])
+def test_how_often_has_three_digits_and_every_whole_one(number: float, text: str) -> None:
+    assert times(number) == text
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from data_pipeline.tokenize.backends import REFERENCE, Mismatch, checked, choose
 from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer
 from data_pipeline.write.output import places
 from ponder_scale.errors import ConfigError
-from ponder_scale.figures import count, span, stored
+from ponder_scale.figures import count, span, stored, times
 from ponder_scale.shards.format import dtype_for
 
 SAMPLES = 16  # places in the corpus that are looked at
@@ -157,7 +157,7 @@ def _source_lines(
         line = f"source      {name}: about {one.documents:,.0f} documents, {count(round(one.tokens))} tokens"
         line += f"{' (its cap)' if one.capped else ''}, {share:.1%} of a run"
         if training_tokens is not None and trained:
-            line += f", {training_tokens * share / trained:.3g} epochs in {count(training_tokens)} tokens"
+            line += f", {times(training_tokens * share / trained)} epochs in {count(training_tokens)} tokens"
         elif weights and share:
             line += f", an epoch in {count(round(trained / share))} tokens of it"
         yield line

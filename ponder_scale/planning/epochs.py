@@ -8,7 +8,7 @@ from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import open_packings
 from ponder_scale.data.mixture import mixture, run_order
 from ponder_scale.data.sequences import sequences_of
-from ponder_scale.figures import count
+from ponder_scale.figures import count, times
 from ponder_scale.shards.format import ShardSet
 
 
@@ -29,7 +29,7 @@ def epoch_lines(config: RunConfig, sources: Mapping[str, ShardSet]) -> list[str]
         tokens = sum(shard.info.tokens for shard in stream.shards)
         lines.append(
             f"source         {stream.name}: {count(tokens)} tokens in {own:,} sequences, {taken / sum(served):.1%} of "
-            f"the run, {taken / own:.3g} epochs"
+            f"the run, {times(taken / own)} epochs"
         )
     if wanted > order.end:
         lines.append(

@@ -15,8 +15,7 @@ from data_pipeline.build.caps import find_cut, is_behind
 from data_pipeline.cli import main
 from data_pipeline.config import SourceConfig
 from ponder_scale.shards.manifest import read_manifest, verify
-
-from .test_build import arguments, contents, documents, make_texts, write_jsonl
+from tests.data_pipeline.builds import arguments, contents, documents, make_texts, write_jsonl
 
 COUNT = 240
 SMALL = "shard_bytes=3000"
@@ -65,7 +64,7 @@ def test_so_many_documents_are_the_first_of_their_source(
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_so_many_tokens_are_those_of_the_documents_before_the_first_that_exceeds_them(
+def test_so_many_tokens_are_the_documents_before_the_first_that_exceeds_them(
     corpus: Path, tiny_tokenizer: Path, tmp_path: Path, shuffle: bool
 ) -> None:
     ends = np.cumsum(lengths_in_order(corpus, tiny_tokenizer, tmp_path / "whole"))

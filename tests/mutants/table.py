@@ -72,8 +72,20 @@ MUTANTS = [
         "data_pipeline/clean/dedup.py",
         "tests/data_pipeline/test_cleaning.py",
         ("NGRAM_WORDS, BANDS, HASHES_OF_BAND = 5, 14, 8", "NGRAM_WORDS, BANDS, HASHES_OF_BAND = 5, 8, 14"),
-        ("repeated = order[1:][keys[1:] == keys[:-1]]", "repeated = order[:-1][keys[1:] == keys[:-1]]"),
+        ("repeated, new = order[~first],", "repeated, new = order[:-1][~first[1:]],"),
         ("count = max(0, len(hashes) - n + 1)", "count = max(0, len(hashes) - n)"),
+    ),
+    *_of(
+        "data_pipeline/clean/dedup.py",
+        "tests/data_pipeline/test_grow.py::test_documents_that_are_in_the_set_are_not_taken_again",
+        ("keys[first & (units[order] != _BEFORE)]", "keys[first & (units[order] == _BEFORE)]"),
+    ),
+    *_of(
+        "data_pipeline/build/caps.py",
+        "tests/data_pipeline/test_caps.py::test_where_a_cap_lies_by_the_journals_of_units "
+        "tests/data_pipeline/test_caps.py::test_so_many_tokens_are_the_documents_before_the_first_that_exceeds_them",
+        ('side="right"', 'side="left"'),
+        ('ended = room.full or result["full"]', "ended = room.full"),
     ),
     *_of(
         "ponder_scale/data/order.py",
