@@ -1,0 +1,1 @@
+"""Pondering models inside vLLM: the one room that imports it."""

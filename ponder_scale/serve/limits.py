@@ -1,0 +1,154 @@
+"""What is not served, said in one sentence each, and what this vLLM has to be like.
+
+A pass that attends to another pass's keys, or a softmax over rows that are no tokens, changes the text without a word.
+So whatever has not been seen to be right is refused here, by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import vllm
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+    VocabParallelEmbeddingShardIndices,
+)
+
+from ponder_scale.model.configuration import FEEDBACKS, PONDERING_FIELDS, RESIDUALS
+
+TESTED = ("0.32",)  # minor versions of vLLM
+# the fields of a folder that `model.py` acts upon; `init_by_passes` is of training only
+SERVED_FIELDS = frozenset(
+    {
+        *("pondering_steps", "scale_embeds", "initial_scale", "pondering_temperature", "feedback", "residual"),
+        *("pondering_top_k", "init_by_passes"),
+    }
+)
+SERVED_RESIDUALS, SERVED_FEEDBACKS = ("accumulate", "restart", "replace"), ("embedding", "hidden")
+# drafts that need no model; all others have key-value slots of their own
+PLAIN_DRAFTS = ("ngram", "ngram_gpu", "suffix")
+ATTENTION_ARGUMENTS = ("num_heads", "head_size", "scale", "num_kv_heads", "cache_config", "prefix")
+SHARD_FIELDS = ("num_org_elements", "num_added_elements")
+
+logger = logging.getLogger("vllm.ponder_scale")  # a child of vLLM's, which has its handler
+
+
+def check_version() -> None:
+    """Warn of a minor version of vLLM that was not tested.
+
+    Raises:
+        RuntimeError: this vLLM lacks something that serving rests on; names it.
+    """
+    broken = list(_broken_assumptions())
+    if broken:
+        raise RuntimeError(
+            f"vLLM {vllm.__version__} cannot serve pondering models: {'; '.join(broken)}; install vLLM {TESTED[-1]}"
+        )
+    if ".".join(vllm.__version__.split(".")[:2]) not in TESTED:
+        logger.warning(
+            "pondering models were tested with vLLM %s, and this is %s; compare some greedy answers with those of "
+            "transformers before you rely on it",
+            ", ".join(TESTED),
+            vllm.__version__,
+        )
+
+
+def _broken_assumptions() -> Iterator[str]:
+    attention = inspect.signature(Attention.__init__).parameters
+    for name in ATTENTION_ARGUMENTS:
+        if name not in attention:
+            yield f"its Attention takes no {name}"
+    for name in SHARD_FIELDS:
+        if not hasattr(VocabParallelEmbeddingShardIndices, name):
+            yield f"its shard indices of the vocabulary have no {name}"
+    if "dynamic_arg_dims" not in inspect.signature(support_torch_compile).parameters:
+        yield "its support_torch_compile takes no dynamic_arg_dims"
+    if not hasattr(VllmConfig, "with_hf_config"):
+        yield "its VllmConfig has no with_hf_config"
+
+
+def check_configuration(config: VllmConfig) -> None:
+    """Raise ValueError for what was asked of the engine, or of the model, and is not served. Warn of a lossy cache."""
+    hf = config.model_config.hf_config
+    hf.check_pondering()  # `--hf-overrides` sets fields after the configuration was made
+    for what in (*_refused_fields(hf), *_refused_settings(config)):
+        raise ValueError(f"pondering models are not served with {what}")
+    cache = str(config.cache_config.cache_dtype)
+    if cache != "auto" and _narrower(cache, config.model_config.dtype):
+        logger.warning(
+            "the key-value cache of %s is lossy: each pass reads it and feeds the error to the next, and greedy text "
+            "was seen to change; --kv-cache-dtype auto keeps the model's own",
+            cache,
+        )
+
+
+def _narrower(cache: str, dtype: torch.dtype) -> bool:
+    of_cache = getattr(torch, cache, None)
+    return not isinstance(of_cache, torch.dtype) or of_cache.itemsize < dtype.itemsize or of_cache.itemsize < 2
+
+
+def _refused_fields(hf: Any) -> Iterator[str]:
+    values = hf.to_dict()
+    for field in PONDERING_FIELDS:
+        if field not in SERVED_FIELDS and getattr(hf, field) != getattr(type(hf)(), field):
+            yield f"{field}, which changes what the model computes in a way that the plugin does not know"
+    for field in values:
+        if "ponder" in field and field not in PONDERING_FIELDS:
+            yield f"{field}, which is no field of theirs; those are {', '.join(sorted(SERVED_FIELDS))}"
+    if hf.residual not in SERVED_RESIDUALS:
+        yield f"the residual {hf.residual!r}; of {', '.join(RESIDUALS)} these are: {', '.join(SERVED_RESIDUALS)}"
+    if hf.feedback not in SERVED_FEEDBACKS:
+        yield f"the feedback {hf.feedback!r}; of {', '.join(FEEDBACKS)} these are: {', '.join(SERVED_FEEDBACKS)}"
+
+
+def _refused_settings(config: VllmConfig) -> Iterator[str]:
+    parallel, drafts = config.parallel_config, config.speculative_config
+    if parallel.pipeline_parallel_size > 1:
+        yield "pipeline parallelism, since a token goes through all layers S + 1 times; use tensor parallelism"
+    if getattr(parallel, "use_ubatching", False):
+        yield "dual batch overlap, since its threads would switch each other's passes"
+    if config.lora_config is not None:
+        yield "LoRA adapters; merge the adapter into the weights and export them"
+    if config.quant_config is not None or config.model_config.quantization is not None:
+        yield "quantized weights, since the feedback reads head and table as they are; use bfloat16 or float16"
+    if config.model_config.runner_type == "pooling":
+        yield "a pooling runner; they generate only"
+    if drafts is not None and drafts.method not in PLAIN_DRAFTS:
+        yield f"the draft method {drafts.method!r}; {', '.join(PLAIN_DRAFTS)} draft without a model"
+
+
+def check_attention(attention: Attention) -> None:
+    """Raise ValueError unless it is full causal attention of its own, which further passes get too."""
+    impl = attention.impl
+    refused = {
+        "a sliding window": attention.sliding_window is not None,
+        "attention sinks": attention.has_sink,
+        "ALiBi": getattr(impl, "alibi_slopes", None) is not None,
+        "a soft cap of attention scores": bool(getattr(impl, "logits_soft_cap", None)),
+        "keys and values of another layer": getattr(attention, "kv_sharing_target_layer_name", None) is not None,
+        "attention that is not causal": getattr(attention, "attn_type", "decoder") != "decoder",
+    }
+    for what, found in refused.items():
+        if found:
+            raise ValueError(f"pondering models are not served with {what}, which {attention.layer_name} has")
+
+
+def check_tables(*tables: VocabParallelEmbedding) -> None:
+    """Raise ValueError unless head and table are plain rows of the vocabulary."""
+    for table in tables:
+        name = "head" if isinstance(table, ParallelLMHead) else "embedding table"
+        if type(table.quant_method) is not UnquantizedEmbeddingMethod:
+            raise ValueError(f"pondering models are not served with a quantized {name}; keep it in the model's dtype")
+        if getattr(table, "bias", None) is not None:
+            raise ValueError(f"pondering models are not served with a bias in the {name}; they have none")
+        if table.shard_indices.num_added_elements:
+            raise ValueError(f"pondering models are not served with rows added to the {name}, as those of LoRA are")

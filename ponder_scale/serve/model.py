@@ -1,0 +1,211 @@
+"""The recurrence over whatever class vLLM serves the stock architecture with.
+
+One set of weights, and (S + 1) x L instances of `Attention` with a key-value slot each: layer i of pass s has the slot
+s * L + i. vLLM compiles its inner models once and drops what the compiler would check, so a loop around one of them
+would run every pass with the first one's slots. Here the outermost class is what it compiles, the whole recurrence in
+one graph, in which the passes are different code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.model_executor.models.utils import extract_layer_index
+
+from ponder_scale.model.configuration import PONDERING_FIELDS
+from ponder_scale.model.ponder import ponder
+from ponder_scale.serve.feedback import Mixing, mix, mix_parts
+from ponder_scale.serve.limits import check_attention, check_configuration, check_tables, check_version
+from ponder_scale.serve.plugin import STOCK
+from ponder_scale.serve.weights import Tensors
+
+
+class _TensorParallel:
+    """The ranks among which vLLM shards the vocabulary."""
+
+    gather = staticmethod(tensor_model_parallel_all_gather)
+    sum = staticmethod(tensor_model_parallel_all_reduce)
+
+
+@torch.library.custom_op("ponder_scale::serve_feedback", mutates_args=())
+def _feedback(
+    hidden: Tensor,
+    head: Tensor,
+    table: Tensor,
+    temperature: float,
+    scale: float,
+    top_k: int | None,
+    part: int,
+    vocabulary: int,
+) -> Tensor:
+    """The pondering embedding as one node of the graph, so that its blocks are not unrolled."""
+    mixing = Mixing(temperature, scale, top_k)
+    if get_tensor_model_parallel_world_size() == 1:
+        return mix(hidden, head, table, mixing)
+    rank = get_tensor_model_parallel_rank()
+    return mix_parts(
+        hidden, head, table, mixing, ranks=_TensorParallel(), rank=rank, part=part, vocabulary=vocabulary
+    )
+
+
+@_feedback.register_fake
+def _(hidden: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+class PassAttention(nn.Module):
+    """The attention of one layer in every pass. `Ponder.forward` says which pass runs."""
+
+    def __init__(self, passes: list[Attention]) -> None:
+        super().__init__()
+        self.passes = nn.ModuleList(passes)
+        self.index = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the `Attention` of the pass that runs."""
+        return self.passes[self.index](*args, **kwargs)
+
+
+def tokens_of(table: VocabParallelEmbedding) -> Tensor:
+    """The rows that stand for tokens: vLLM pads the vocabulary with rows of zeros, whose logit 0 is no token's."""
+    return table.weight[: table.shard_indices.num_org_elements]
+
+
+def stock_configuration(hf: Any) -> Any:
+    """The configuration of the stock architecture, of transformers."""
+    left_out = (*PONDERING_FIELDS, "model_type", "auto_map", "architectures")
+    values = {key: value for key, value in hf.to_dict().items() if key not in left_out}
+    return AutoConfig.for_model(hf.model_type.removeprefix("ponder_"), **values)
+
+
+class Ponder:
+    """Mixin before a causal language model of vLLM."""
+
+    supports_lora = supports_pp = False
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        check_version()
+        check_configuration(vllm_config)
+        self.pondering = hf = vllm_config.model_config.hf_config
+        stock = stock_configuration(hf)
+        engine = vllm_config.with_hf_config(stock, [STOCK[type(self).__name__][0]])
+        super().__init__(vllm_config=engine, prefix=prefix)  # type: ignore[call-arg]
+        self.tensors: Tensors | None = Tensors(stock)
+        self.switches = self._switches(vllm_config)
+        modules = list(self.modules())  # type: ignore[attr-defined]
+        tables = [m for m in modules if isinstance(m, VocabParallelEmbedding) and not isinstance(m, ParallelLMHead)]
+        assert len(tables) == 1, tables
+        self.ends = (self.lm_head, tables[0])  # type: ignore[attr-defined]  # in a tuple, which registers no module again
+        check_tables(*self.ends)
+        self.embed_scale = math.sqrt(hf.hidden_size) if hf.scale_embeds else 1.0
+
+    def _switches(self, config: VllmConfig) -> list[PassAttention]:
+        """One for each layer, put where its attention was."""
+        found = [
+            (parent, name)
+            for parent in list(self.modules())  # type: ignore[attr-defined]
+            for name, child in list(parent.named_children())
+            if isinstance(child, Attention)
+        ]
+        assert len(found) == self.pondering.num_hidden_layers, len(found)
+        switches = []
+        for parent, name in found:
+            first = getattr(parent, name)
+            check_attention(first)
+            more = [self._another(first, index, config) for index in range(1, self.pondering.pondering_steps + 1)]
+            switches.append(PassAttention([first, *more]))
+            setattr(parent, name, switches[-1])
+        return switches
+
+    def _another(self, first: Attention, index: int, config: VllmConfig) -> Attention:
+        """The same attention with the key-value slot of pass `index`; its name says which."""
+        layer = extract_layer_index(first.layer_name)
+        slot = index * self.pondering.num_hidden_layers + layer
+        return Attention(
+            num_heads=first.num_heads,
+            head_size=first.head_size,
+            scale=first.impl.scale,
+            num_kv_heads=first.num_kv_heads,
+            cache_config=config.cache_config,
+            prefix=first.layer_name.replace(f".{layer}.", f".{slot}."),
+        )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """As vLLM's, of all the tensors first; later calls may bring some of them, as trainers do.
+
+        Raises:
+            ValueError: the folder lacks tensors, or has others.
+        """
+        if self.tensors is None:
+            return super().load_weights(weights)  # type: ignore[misc]
+        loaded = super().load_weights(self.tensors.noted(weights))  # type: ignore[misc]
+        self.tensors.check_complete()
+        self.tensors = None
+        return loaded
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The hidden states of the last pass, (N, D); N tokens of all requests, one behind the other."""
+        hf = self.pondering
+        head, table = (tokens_of(end) for end in self.ends)
+
+        def run_pass(e: Tensor, index: int) -> Tensor:
+            for switch in self.switches:
+                switch.index = index
+            return super(Ponder, self).forward(None, positions, None, e, **kwargs)  # type: ignore[misc]
+
+        def feedback(hidden: Tensor, index: int) -> Tensor:
+            if hf.feedback == "hidden":
+                return hidden
+            return torch.ops.ponder_scale.serve_feedback(
+                hidden,
+                head,
+                table,
+                hf.pondering_temperature,
+                self.embed_scale,
+                hf.pondering_top_k,
+                self.ends[1].num_embeddings_per_partition,
+                hf.vocab_size,
+            )
+
+        embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[attr-defined]
+        if self.embed_scale * hf.initial_scale != 1.0:
+            embeds = embeds * (self.embed_scale * hf.initial_scale)
+        return ponder(run_pass, feedback, embeds, hf.pondering_steps, hf.residual)
+
+
+def _served(name: str) -> type:
+    """The pondering class over what this vLLM has for the stock one, its own class or one over transformers'."""
+    base = ModelRegistry.models[STOCK[name][0]].load_model_cls()
+    cls = type(name, (Ponder, base), {"__module__": __name__})
+    dims = {"input_ids": 0, "positions": -1, "intermediate_tensors": 0, "inputs_embeds": 0}
+    return support_torch_compile(dynamic_arg_dims=dims)(cls)
+
+
+def __getattr__(name: str) -> type:
+    if name in STOCK:
+        globals()[name] = _served(name)
+        return globals()[name]
+    raise AttributeError(name)

@@ -1,0 +1,58 @@
+"""Whether a folder has exactly the tensors of its model.
+
+vLLM serves memory as it was found for a linear layer whose tensor is missing, and counts a fused projection as loaded
+when one of its parts is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+# of old files, and made anew by every class that uses them
+BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+
+
+class Tensors:
+    """Takes note of the names that go by, and compares them with those of the stock model.
+
+    Args:
+        stock: the stock configuration of transformers.
+    """
+
+    def __init__(self, stock: Any) -> None:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(stock)
+        self._prefix = f"{model.base_model_prefix}."
+        self._expected = {name.removeprefix(self._prefix) for name, _ in model.named_parameters()}
+        self._tied = {name.removeprefix(self._prefix) for name in model.state_dict()} - self._expected
+        self._seen: set[str] = set()
+
+    def noted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The same weights.
+
+        Raises:
+            ValueError: one is of no use to the model.
+        """
+        for name, tensor in weights:
+            bare = name.removeprefix(self._prefix)
+            if bare not in self._expected | self._tied and not name.endswith(BUFFERS):
+                raise ValueError(
+                    f"{name} is among the folder's weights and no tensor of {self._prefix.rstrip('.')}: the model is "
+                    "of a kind that is not served"
+                )
+            self._seen.add(bare)
+            yield name, tensor
+
+    def check_complete(self) -> None:
+        """Raise ValueError for tensors that have not gone by."""
+        missing = sorted(self._expected - self._seen)
+        if missing:
+            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+            raise ValueError(
+                f"the folder's weights have no {', '.join(missing[:4])}{more}; export the checkpoint again"
+            )
