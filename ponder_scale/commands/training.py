@@ -53,6 +53,15 @@ def add_commands(commands: Any) -> None:
         "--save-seconds", type=number(above=0), default=60.0, help="that training stands still for a checkpoint"
     )
     plan.add_argument("--restart-seconds", type=number(above=0), default=900.0, help="from a failure to the next step")
+    plan.add_argument(
+        "--serve",
+        nargs="?",
+        type=whole(1),
+        const=1,
+        metavar="DEVICES",
+        help="also the memory of a vLLM server whose devices share the model: its weights, and the caches of S + 1 "
+        "passes (default: one device)",
+    )
     plan.set_defaults(run=_plan)
 
 
@@ -92,6 +101,8 @@ def _plan(options: argparse.Namespace, _: list[str]) -> None:
     if options.failures is not None:
         failures = Failures(options.failures * 3600 / options.gpus, options.save_seconds, options.restart_seconds)
         print("\n".join(failures_report(failures, devices=options.gpus, work=work, steps=config.train.steps)))
+    if options.serve is not None:
+        print_serving(config, options.serve, device=options.gpu)
 
 
 def check_run(config: RunConfig, ranks: int) -> None:
@@ -112,7 +123,6 @@ def print_plan(config: RunConfig, ranks: int, *, device: str, utilization: float
     """
     from ponder_scale.planning.auto import settle
     from ponder_scale.planning.plan import Devices, plan_run, report, settle_sharding, training_seconds
-    from ponder_scale.setup.build import model_configuration
     from ponder_scale.train.zero.deepspeed_config import check_ranks, read_sharding
 
     in_a_node = min(per_node, ranks)
@@ -120,10 +130,7 @@ def print_plan(config: RunConfig, ranks: int, *, device: str, utilization: float
         raise ConfigError(f"--gpus is {ranks}; expected a multiple of the {per_node} of a node (--gpus-per-node)")
     sharding = read_sharding(config.train.deepspeed)
     check_ranks(sharding, config.train, ranks)
-    vocab_size = config.model.vocab_size
-    if vocab_size is None:
-        vocab_size = max(shards.manifest.vocab_size for shards in open_data(config).values())
-    configuration = model_configuration(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len, eod_id=None)
+    configuration = _configuration(config)
     devices = Devices(ranks, round(DEVICES[device][1]), in_a_node)
     config = settle(config, sharding, configuration, devices)
     sharding = settle_sharding(config, sharding, configuration, devices)
@@ -140,6 +147,24 @@ def _epochs(config: RunConfig) -> list[str]:
         if not (Path(source.path) / MANIFEST).is_file():
             return [f"epochs         unknown: data.sources.{name}.path is {source.path}, where no shards are"]
     return epoch_lines(config, open_data(config))
+
+
+def print_serving(config: RunConfig, ranks: int, *, device: str) -> None:
+    """Print what a server of the model needs on `ranks` devices that share it. Raises ConfigError as `plan_serving`."""
+    from ponder_scale.planning.serving import plan_serving, report
+
+    plan = plan_serving(_configuration(config), ranks)
+    print("\n".join(report(plan, config.data.seq_len, device=device, memory_bytes=DEVICES[device][1])))
+
+
+def _configuration(config: RunConfig) -> Any:
+    """Of the model of a run, with the vocabulary of its data where the recipe names none."""
+    from ponder_scale.setup.build import model_configuration
+
+    vocab_size = config.model.vocab_size
+    if vocab_size is None:
+        vocab_size = max(shards.manifest.vocab_size for shards in open_data(config).values())
+    return model_configuration(config.model, vocab_size=vocab_size, seq_len=config.data.seq_len, eod_id=None)
 
 
 def open_data(config: RunConfig) -> dict[str, ShardSet]:

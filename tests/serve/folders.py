@@ -44,10 +44,11 @@ def make_model(architecture: str, **fields: Any) -> Any:
     config, model_class, shape = ARCHITECTURES[architecture]
     torch.manual_seed(0)
     model = model_class(config(**{**shape, "scale_embeds": True, **fields})).eval()
+    tied = model.config.tie_word_embeddings  # whose tables say their own token again
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.mul_(2.0 if "layers" in name or ".h." in name else 4.0)
+                parameter.mul_(2.0 if "layers" in name or ".h." in name else 2.0 if tied else 4.0)
             elif "norm" in name or "ln_" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
