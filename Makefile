@@ -2,6 +2,7 @@
 # make test-fast    lint, types, layers and the tests that start no processes: for every change
 # make test         lint, types, layers and all tests but those of a cluster
 # make test-slurm   the templates on a real Slurm of twenty nodes, on this machine; Slurm has to be installed
+# make test-vllm    exported folders in vLLM against transformers, in an environment of its own that is kept
 # make faults       the tests that injure a run, and the table of what they did and what was left
 # make mutants      slips put into the arithmetic, one at a time: the tests have to notice each
 # make wheel        the tests of what `pip install` gives: the wheel in an environment of its own, outside the clone
@@ -21,8 +22,10 @@ RANKS := $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
 # processes that share the test files; each may start two ranks of its own
 WORKERS ?= 2
+# where the environment with vLLM is kept between runs
+VLLM ?= $(HOME)/.cache/ponder-scale-vllm
 
-.PHONY: quickstart test test-fast test-slurm faults mutants wheel dist lock install lint clean
+.PHONY: quickstart test test-fast test-slurm test-vllm faults mutants wheel dist lock install lint clean
 
 install: $(VENV)/installed
 
@@ -53,6 +56,11 @@ test-fast: lint
 
 test-slurm: install
 	OMP_NUM_THREADS=1 REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm
+
+test-vllm:
+	@PYTHON=$(PYTHON) sh tests/serve/environment.sh "$(VLLM)"
+	OMP_NUM_THREADS=1 REQUIRE_VLLM=1 "$(VLLM)/venv/bin/python" -m pytest tests/serve --confcutdir tests/serve \
+	    -n $(WORKERS) --dist loadfile
 
 faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n $(WORKERS) --dist loadfile

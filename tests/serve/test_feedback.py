@@ -1,0 +1,107 @@
+"""The feedback of a vocabulary in parts, on real ranks, against the equation in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ponder_scale.model import backends
+from ponder_scale.serve.feedback import Mixing, mix, mix_parts
+
+pytest.importorskip("deepspeed", reason="the ranks of the tests are those of training")
+
+from tests.ranks import run_ranks
+
+TOKENS, WIDTH = 12, 8
+
+
+class _Group:
+    def gather(self, tensor: Tensor) -> Tensor:
+        """See `Ranks`."""
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts, dim=-1)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """See `Ranks`."""
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+
+def operands(vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (TOKENS, WIDTH), (vocabulary, WIDTH), (vocabulary, WIDTH)
+    hidden, head, table = (torch.randn(*shape, generator=generator) for shape in shapes)
+    return hidden, head, table
+
+
+def equation(vocabulary: int, mixing: Mixing) -> Tensor:
+    hidden, head, table = (tensor.double() for tensor in operands(vocabulary))
+    z = hidden @ head.t()
+    if mixing.top_k is not None and mixing.top_k < vocabulary:
+        least = z.topk(mixing.top_k, dim=-1).values[:, -1:]
+        z = z.masked_fill(z < least, -torch.inf)
+    return mixing.scale * torch.softmax(z / mixing.temperature, dim=-1) @ table
+
+
+def feed_back(settings: list[dict[str, Any]]) -> list[list[list[float]]]:
+    dist.init_process_group("gloo")
+    found = []
+    for case in settings:
+        rank, vocabulary, part = dist.get_rank(), case["vocabulary"], case["part"]
+        backends.CPU_CHUNK_ELEMENTS = case["block"]
+        hidden, head, table = operands(vocabulary)
+        own = slice(min(rank * part, vocabulary), min((rank + 1) * part, vocabulary))
+        mixing = Mixing(case["temperature"], case["scale"], case["top_k"])
+        given = hidden, head[own], table[own], mixing
+        found.append(mix_parts(*given, ranks=_Group(), rank=rank, part=part, vocabulary=vocabulary).tolist())
+    return found
+
+
+def test_parts_of_a_vocabulary_give_the_feedback_of_the_whole() -> None:
+    settings = [
+        {"vocabulary": vocabulary, "part": 32, "block": block, "temperature": 0.7, "scale": 3.0, "top_k": top_k}
+        # 174: five rows of a part, but six of the 29 that the second rank has of 61 tokens
+        for vocabulary, block in ((61, 174), (61, 10**6), (32, 174), (20, 174))
+        for top_k in (None, 1, 5, 29, 40, 61, 1000)
+    ]
+    for rank in run_ranks(feed_back, [settings])[0]:
+        assert not isinstance(rank, dict), rank
+        for case, found in zip(settings, rank, strict=True):
+            expected = equation(case["vocabulary"], Mixing(case["temperature"], case["scale"], case["top_k"]))
+            torch.testing.assert_close(torch.tensor(found).double(), expected, rtol=1e-4, atol=1e-5, msg=str(case))
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_prefill_of_thousands_of_tokens_never_holds_its_scores(top_k: int | None) -> None:
+    tokens, vocabulary = 8192, 4096
+    seen: list[int] = []
+
+    class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            seen.extend(each.numel() for each in torch.utils._pytree.tree_leaves(result) if isinstance(each, Tensor))
+            return result
+
+    hidden, head = torch.randn(tokens, WIDTH), torch.randn(vocabulary, WIDTH)
+
+    class Alone:
+        def gather(self, tensor: Tensor) -> Tensor:
+            """See `Ranks`."""
+            return tensor
+
+        sum = gather
+
+    mixing = Mixing(1.0, 1.0, top_k)
+    with torch.inference_mode(), Watching():
+        whole = mix(hidden, head, head, mixing)
+        parts = mix_parts(
+            hidden, head, head, mixing, ranks=Alone(), rank=0, part=vocabulary, vocabulary=vocabulary
+        )
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
+    assert max(seen) <= backends.CPU_CHUNK_ELEMENTS < tokens * vocabulary

@@ -1,0 +1,109 @@
+"""What is not served is refused in one sentence, before a token is made."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.serve.conftest import REPOSITORY
+from tests.serve.engine import ENVIRONMENT
+from tests.serve.folders import make_folder, make_model
+
+MISSING, EXTRA = "a missing part of a fused projection", "a tensor that is not the model's"
+# arguments of `LLM`, and what is said
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "pipeline parallelism": ({"pipeline_parallel_size": 2}, "[Pp]ipeline parallelism"),
+    "LoRA": ({"enable_lora": True}, "LoRA adapters; merge"),
+    "quantization": ({"quantization": "fp8"}, "quantized weights"),
+    "a pooling runner": ({"runner": "pooling"}, "a pooling runner"),
+    "a sliding window": ({"hf_overrides": {"sliding_window": 64}}, "a sliding window"),
+    "a draft model": (
+        {"speculative_config": {"method": "draft_model", "model": "FOLDER", "num_speculative_tokens": 2}},
+        "the draft method 'draft_model'",
+    ),
+    "a field that is misspelt": ({"hf_overrides": {"pondering_step": 1}}, "pondering_step, which is no field"),
+    "steps below 0": ({"hf_overrides": {"pondering_steps": -1}}, "pondering_steps is -1"),
+    "an unknown residual": ({"hf_overrides": {"residual": "gated"}}, "residual is 'gated'"),
+    MISSING: ({}, r"no layers\.1\.self_attn\.k_proj\.weight"),
+    EXTRA: ({}, r"model\.gate\.weight is among the folder's weights"),
+}
+
+
+@pytest.fixture(scope="module")
+def said(
+    vllm: None, run: Callable[..., Any], tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    base = tmp_path_factory.mktemp("refused")
+    model = make_model("llama", pondering_steps=2)
+    folders = {name: make_folder(base / name, model, tokenizer) for name in ("whole", "missing", "extra")}
+    for name in ("missing", "extra"):
+        file = folders[name] / "model.safetensors"
+        tensors = load_file(file)
+        if name == "missing":
+            del tensors["model.layers.1.self_attn.k_proj.weight"]
+        else:
+            tensors["model.gate.weight"] = tensors["model.norm.weight"].clone()
+        save_file(tensors, file, metadata={"format": "pt"})
+    jobs = {}
+    for name, (engine, _) in REFUSED.items():
+        folder = folders[{MISSING: "missing", EXTRA: "extra"}.get(name, "whole")]
+        filled = json.loads(json.dumps(engine).replace("FOLDER", str(folder)))
+        jobs[name] = {"folder": str(folder), "engine": filled, "prompts": [[1, 2, 3]]}
+    return run(jobs)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_served_is_refused_by_name(name: str, said: dict[str, Any]) -> None:
+    assert "error" in said[name], "it was served"
+    assert re.search(REFUSED[name][1], said[name]["error"]), said[name]["error"]
+
+
+@pytest.fixture(scope="module")
+def stand_ins(vllm: None) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serve.stand_ins"],
+        cwd=REPOSITORY,
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_attention_that_further_passes_would_not_have_is_refused(stand_ins: dict[str, Any]) -> None:
+    assert stand_ins["plain"] == ""
+    assert "attention sinks, which layers.0 has" in stand_ins["sinks"]
+    assert "a sliding window" in stand_ins["window"]
+    assert "ALiBi" in stand_ins["alibi"]
+    assert "soft cap" in stand_ins["soft cap"]
+
+
+def test_heads_and_tables_that_are_not_plain_rows_are_refused(stand_ins: dict[str, Any]) -> None:
+    assert stand_ins["plain table"] == ""
+    assert "a quantized embedding table" in stand_ins["quantized table"]
+    assert "a bias" in stand_ins["bias"]
+    assert "rows added" in stand_ins["added rows"]
+
+
+def test_another_minor_version_is_warned_of_and_one_that_lacks_something_is_refused(stand_ins: dict[str, Any]) -> None:
+    assert stand_ins["this version"] == []
+    assert re.fullmatch(r"pondering models were tested with vLLM 0\.32, and this is 0\.33\.1; .*", stand_ins["next version"][0])
+    assert "its shard indices of the vocabulary have no num_org_elements" in stand_ins["without rows"]
+
+
+def test_without_the_plugin_a_folder_is_refused(
+    run: Callable[..., Any], tokenizer: Path, tmp_path: Path
+) -> None:
+    folder = make_folder(tmp_path / "model", make_model("llama", pondering_steps=2), tokenizer)
+    jobs = {"llama": {"folder": str(folder), "engine": {}, "prompts": [[1, 2, 3]]}}
+    assert "error" in run(jobs, VLLM_PLUGINS="none")["llama"]
