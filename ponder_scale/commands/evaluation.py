@@ -33,7 +33,13 @@ def _add_kinds(kinds: Any) -> None:
     tasks.add_argument("--steps", type=whole(0), nargs="+", default=(None,), help="default: what it was trained with")
     tasks.add_argument("--include", type=path, help="folder of task files with their data, for use without a network")
     tasks.add_argument("--limit", type=whole(1), help="documents of each task")
-    tasks.add_argument("--batch-size", type=whole(1), default=8)
+    tasks.add_argument("--batch-size", type=whole(1), default=8, help="of transformers")
+    tasks.add_argument(
+        "--engine",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="what runs the model; vllm needs an environment of its own (docs/serving.md)",
+    )
     tasks.add_argument("--json", dest="json_file", metavar="FILE", type=new_file, help="also write the metrics there")
     tasks.set_defaults(run=_evaluate_tasks)
     answers = kinds.add_parser("answers", help="how many prompts are answered right, by group and pondering steps")

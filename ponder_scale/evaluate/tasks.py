@@ -1,7 +1,12 @@
-"""The standard harness (lm-evaluation-harness) over a folder, for several numbers of pondering steps."""
+"""The standard harness (lm-evaluation-harness) over a folder, for several numbers of pondering steps.
+
+The model runs in transformers, or in vLLM with the plugin of `serve`, through the harness's own class for each.
+"""
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import logging
 import traceback
 from collections.abc import Iterator, Sequence
@@ -18,6 +23,7 @@ PAPER_TASKS = (
     *("lambada_openai", "lambada_standard", "arc_easy", "arc_challenge", "winogrande"),
     *("piqa", "hellaswag", "sciq", "race"),
 )
+ENGINES = ("transformers", "vllm")
 
 
 def evaluate_tasks(
@@ -30,6 +36,7 @@ def evaluate_tasks(
     batch_size: int = 8,
     json_file: Path | None = None,
     trust_remote_code: bool = False,
+    engine: str = "transformers",
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Print and return the metrics of each task, as {steps: {task: {metric: value}}}; "trained" stands for None.
 
@@ -40,30 +47,28 @@ def evaluate_tasks(
             harness too, but their data come from the network unless they have been downloaded before. A task file may
             name Python functions, which the harness runs.
         limit: documents of each task; None: all.
-        trust_remote_code: let a folder that is not known to be ours run its own code.
+        trust_remote_code: let a folder that is not known to be ours run its own code, in transformers.
+        engine: one of `ENGINES`; vLLM makes batches of its own.
 
     Raises:
-        ConfigError: the harness is not installed, does not know a task, or cannot get its data.
+        ConfigError: the harness or the engine is not installed, or does not know a task, or cannot get its data.
         CheckpointError: `folder` is not an exported folder.
     """
-    harness, wrap = _harness()
+    harness = _harness()
+    _check_engine(engine, trust_remote_code)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in it; expected a folder made by `ponder-scale export`")
     if not trust_remote_code:
         installed_configuration(folder)  # refused before the harness has read its thousands of files
     names, manager = _find_tasks(tasks, include)
-    loaded, tokenizer = load_folder(folder, trust_remote_code=trust_remote_code)
-    trained = loaded.config.pondering_steps
+    if engine == "vllm":
+        models = _in_vllm(folder, steps)
+    else:
+        models = _in_transformers(folder, steps, batch_size, trust_remote_code)
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for number in steps:
-        loaded.config.pondering_steps = trained if number is None else number
+    for number, model in zip(steps, models, strict=True):
         with _explained():
-            result = harness.simple_evaluate(
-                model=wrap(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=names,
-                task_manager=manager,
-                limit=limit,
-            )
+            result = harness.simple_evaluate(model=model, tasks=names, task_manager=manager, limit=limit)
         found["trained" if number is None else str(number)] = {
             task: {key: value for key, value in metrics.items() if isinstance(value, float)}
             for task, metrics in result["results"].items()
@@ -74,14 +79,13 @@ def evaluate_tasks(
     return found
 
 
-def _harness() -> tuple[Any, Any]:
-    """The harness, and what makes a model of transformers one of its own."""
+def _harness() -> Any:
+    """The harness."""
     try:
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise ConfigError(f"evaluate tasks needs lm-eval ({error}); pip install 'ponder-scale[eval]'") from error
-    return lm_eval, HFLM
+    return lm_eval
 
 
 def _find_tasks(tasks: Sequence[str], include: Path | None) -> tuple[list[str], Any]:
@@ -100,6 +104,55 @@ def _find_tasks(tasks: Sequence[str], include: Path | None) -> tuple[list[str], 
             f"--tasks: the harness does not know {', '.join(unknown)}; {known}its own are listed by `lm_eval ls tasks`"
         )
     return names, manager
+
+
+def _check_engine(engine: str, trust_remote_code: bool) -> None:
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine is {engine!r}; expected one of {', '.join(ENGINES)}")
+    if engine != "vllm":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "--engine vllm needs vLLM, which is not installed here; it pins versions of its own, so give it an "
+            "environment and `pip install --no-deps ponder-scale` there (docs/serving.md), or leave --engine out"
+        )
+    if trust_remote_code:
+        raise ConfigError(
+            "--engine vllm runs the plugin and no code of a folder, so --trust-remote-code says nothing there; leave "
+            "one of the two out"
+        )
+
+
+def _in_transformers(
+    folder: Path, steps: Sequence[int | None], batch_size: int, trust_remote_code: bool
+) -> Iterator[Any]:
+    """The harness's model for each number of steps; one is loaded, its configuration changes."""
+    from lm_eval.models.huggingface import HFLM
+
+    loaded, tokenizer = load_folder(folder, trust_remote_code=trust_remote_code)
+    trained = loaded.config.pondering_steps
+    for number in steps:
+        loaded.config.pondering_steps = trained if number is None else number
+        yield HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _in_vllm(folder: Path, steps: Sequence[int | None]) -> Iterator[Any]:
+    """The same, of one engine after the other: what an engine compiles and caches is of one number of steps."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    dtype = installed_configuration(folder).dtype
+    for number in steps:
+        # asked for "auto", vLLM would make bf16 of fp32
+        options: dict[str, Any] = {"dtype": "auto" if dtype is None else str(dtype).removeprefix("torch.")}
+        if number is not None:
+            options["hf_overrides"] = {"pondering_steps": number}
+        model: Any = VLLM(pretrained=str(folder), batch_size="auto", **options)
+        try:
+            yield model
+        finally:
+            model.model.llm_engine.engine_core.shutdown()
+            del model
+            gc.collect()
 
 
 @contextmanager

@@ -122,6 +122,20 @@ def test_an_unknown_task_is_answered(folder: Path, task_files: Path) -> None:
         evaluate_tasks(folder, ["nonsense"], include=task_files)
 
 
+def test_an_engine_that_is_not_installed_or_runs_no_code_of_folders_is_answered(
+    folder: Path, task_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, Any] = {"vllm": None}
+    monkeypatch.setattr("ponder_scale.evaluate.tasks.importlib.util.find_spec", found.get)
+    with pytest.raises(ConfigError, match=r"--engine vllm needs vLLM, which is not installed here.*docs/serving\.md"):
+        evaluate_tasks(folder, [], include=task_files, engine="vllm")
+    found["vllm"] = "a spec"
+    with pytest.raises(ConfigError, match="--engine vllm runs the plugin and no code of a folder"):
+        evaluate_tasks(folder, [], include=task_files, engine="vllm", trust_remote_code=True)
+    with pytest.raises(ConfigError, match="--engine is 'sglang'; expected one of transformers, vllm"):
+        evaluate_tasks(folder, [], include=task_files, engine="sglang")
+
+
 @pytest.mark.parametrize(
     "place", ["EleutherAI/lambada_openai", "json\ndataset_kwargs: {data_files: {test: nowhere.json}}"]
 )

@@ -25,5 +25,5 @@ def test_with_only_the_inner_model_compiled_the_passes_share_slots_and_decoding_
     case = Case(tmp_path / "model", tokenizer, pondering_steps=3, engine=COMPILED, broken="compile")
     found = run({"llama": case.job}, VLLM_CACHE_ROOT=str(tmp_path / "cache"))["llama"]
     assert "error" not in found, found["error"]
-    assert case.decoding(found) > 100 * BOUND
+    assert found["tokens"] != [tokens for tokens, _, _ in case.expected]
     assert case.prompting(found) < BOUND  # which is why prompts alone prove nothing
