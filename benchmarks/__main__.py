@@ -63,6 +63,15 @@ def _parser() -> Parser:
     )
     scale.add_argument("--stage", type=int, choices=range(4), default=3, help="of ZeRO")
     scale.set_defaults(run=_bench_scale)
+    serve = bench.add_parser("serve", help="generation by transformers against vLLM, where that is installed")
+    serve.add_argument("folder", nargs="?", type=path, help="an exported folder; default: a model of width 256")
+    serve.add_argument("--batch", type=whole(1), nargs="+", default=[16, 64], help="requests at a time")
+    serve.add_argument("--prompt-tokens", type=whole(1), default=64)
+    serve.add_argument("--new-tokens", type=whole(1), default=64)
+    serve.add_argument("--runs", type=whole(1), default=3)
+    serve.add_argument("--threads", type=whole(1), default=1, help="of torch, on a CPU")
+    serve.add_argument("--eager", action="store_true", help="vLLM without compilation, which takes minutes on a CPU")
+    serve.set_defaults(run=_bench_serve)
     data = bench.add_parser("data", help="tokenization and loading, against what others do")
     data.add_argument("corpus", type=path, help="a .jsonl file; some 50 MB or more give steady numbers")
     data.add_argument("--tokenizer", type=path, required=True, help="a folder with tokenizer.json")
@@ -121,6 +130,20 @@ def _bench_decode(options: argparse.Namespace) -> None:
 
     work = _workload(options, 1, max(options.context))
     run(work, contexts=options.context, runs=options.runs, threads=options.threads, compiled=options.compile)
+
+
+def _bench_serve(options: argparse.Namespace) -> None:
+    from benchmarks.serve import run
+
+    run(
+        options.folder,
+        batches=options.batch,
+        prompt=options.prompt_tokens,
+        new=options.new_tokens,
+        runs=options.runs,
+        threads=options.threads,
+        eager=options.eager,
+    )
 
 
 def _workload(options: argparse.Namespace, batch: int, seq_len: int) -> Any:

@@ -80,7 +80,7 @@ def report(serving: Serving, sequence: int, *, device: str, memory_bytes: float)
     ]
     if room < sequence:
         lines.append(
-            f"warning: not one request of {sequence:,} tokens fits; serve on more devices (--serve N), shorter requests "
-            "(--max-model-len), or with fewer pondering steps"
+            f"warning: not one request of {sequence:,} tokens fits; serve on more devices (--serve N), shorter "
+            "requests (--max-model-len), or with fewer pondering steps"
         )
     return lines

@@ -82,9 +82,7 @@ def _whole_part(z: Tensor, table: Tensor, mixing: Mixing, ranks: Ranks) -> Tenso
     return ranks.sum(p.to(table.dtype) @ table) / total * mixing.scale
 
 
-def _largest_part(
-    z: Tensor, table: Tensor, mixing: Mixing, ranks: Ranks, rank: int, here: int, top_k: int
-) -> Tensor:
+def _largest_part(z: Tensor, table: Tensor, mixing: Mixing, ranks: Ranks, rank: int, here: int, top_k: int) -> Tensor:
     """`here` of the scores are sent from each rank, padded with -inf where it has fewer rows."""
     values, index = z.topk(min(here, z.shape[1]), dim=-1)
     missing = here - values.shape[1]

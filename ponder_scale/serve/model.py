@@ -59,9 +59,7 @@ def _feedback(
     if get_tensor_model_parallel_world_size() == 1:
         return mix(hidden, head, table, mixing)
     rank = get_tensor_model_parallel_rank()
-    return mix_parts(
-        hidden, head, table, mixing, ranks=_TensorParallel(), rank=rank, part=part, vocabulary=vocabulary
-    )
+    return mix_parts(hidden, head, table, mixing, ranks=_TensorParallel(), rank=rank, part=part, vocabulary=vocabulary)
 
 
 @_feedback.register_fake

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoConfig
 from vllm import ModelRegistry
 
 from ponder_scale.model import configuration
 
 # the pondering class: what vLLM's registry calls the stock one, and the configuration of a folder
-STOCK = {
+STOCK: dict[str, tuple[str, Any]] = {
     "PonderLlamaForCausalLM": ("LlamaForCausalLM", configuration.PonderLlamaConfig),
     "PonderGPTNeoXForCausalLM": ("GPTNeoXForCausalLM", configuration.PonderGPTNeoXConfig),
     "PonderGPT2LMHeadModel": ("GPT2LMHeadModel", configuration.PonderGPT2Config),

@@ -54,5 +54,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from data_pipeline.tokenize.training import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
-    train_tokenizer(["The quick brown fox jumps over the lazy dog, and the dog does not mind."] * 20, 300, "bpe", folder)
+    train_tokenizer(
+        ["The quick brown fox jumps over the lazy dog, and the dog does not mind."] * 20, 300, "bpe", folder
+    )
     return folder

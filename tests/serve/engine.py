@@ -25,7 +25,7 @@ NEW = 24
 
 
 def answers(job: dict[str, Any]) -> dict[str, Any]:
-    """Greedy tokens and their log-probabilities, the prompt's, and what the engine counted. Twice: with a warm cache."""
+    """Greedy tokens, cold and with a warm cache, log-probabilities of text and prompt, and what the engine counted."""
     from vllm import LLM, SamplingParams
 
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "disable_log_stats": False}

@@ -1,7 +1,7 @@
 """Small exported folders that vLLM can serve, and what transformers says of prompts on them.
 
-vLLM's attention on a CPU takes heads of 32 and more. The vocabulary is no multiple of 64, to which vLLM pads it. Weights
-are far from fresh ones, or a wrong pass would change nothing that greedy decoding shows.
+vLLM's attention on a CPU takes heads of 32 and more. The vocabulary is no multiple of 64, to which vLLM pads it.
+Weights are far from fresh ones, or a wrong pass would change nothing that greedy decoding shows.
 """
 
 from __future__ import annotations
@@ -27,8 +27,14 @@ DECODER: dict[str, Any] = {
 GROUPED = {**DECODER, "num_key_value_heads": 2}
 GPT2: dict[str, Any] = {
     **NAMES,
-    **{"n_embd": WIDTH, "n_inner": 192, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS},
-    **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "n_embd": WIDTH,
+    "n_inner": 192,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": POSITIONS,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
 }
 ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (configuration.PonderLlamaConfig, modeling.PonderLlamaForCausalLM, GROUPED),

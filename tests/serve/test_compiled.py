@@ -1,4 +1,4 @@
-"""What vLLM compiles, which is its default: the whole recurrence, or every pass would run with the first one's slots."""
+"""What vLLM compiles, its default: the whole recurrence, or every pass would run with the first one's slots."""
 
 from __future__ import annotations
 

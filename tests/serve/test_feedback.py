@@ -100,8 +100,6 @@ def test_a_prefill_of_thousands_of_tokens_never_holds_its_scores(top_k: int | No
     mixing = Mixing(1.0, 1.0, top_k)
     with torch.inference_mode(), Watching():
         whole = mix(hidden, head, head, mixing)
-        parts = mix_parts(
-            hidden, head, head, mixing, ranks=Alone(), rank=0, part=vocabulary, vocabulary=vocabulary
-        )
+        parts = mix_parts(hidden, head, head, mixing, ranks=Alone(), rank=0, part=vocabulary, vocabulary=vocabulary)
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
     assert max(seen) <= backends.CPU_CHUNK_ELEMENTS < tokens * vocabulary

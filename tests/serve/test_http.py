@@ -63,7 +63,14 @@ def test_curl_gets_the_text_of_transformers(case: Case, address: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(case.folder, trust_remote_code=True)
     prompt = "The quick brown"
     (said, log_p, _), *_ = reference(case.model, [tokenizer(prompt).input_ids])
-    asked = {"model": "ponder", "prompt": prompt, "max_tokens": NEW, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+    asked = {
+        "model": "ponder",
+        "prompt": prompt,
+        "max_tokens": NEW,
+        "temperature": 0,
+        "logprobs": 1,
+        "ignore_eos": True,
+    }
     command = ["curl", "-s", f"{address}/completions", "-H", "Content-Type: application/json", "-d", json.dumps(asked)]
     choice = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["choices"][0]
     assert choice["text"] == tokenizer.decode(said)

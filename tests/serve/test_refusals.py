@@ -97,13 +97,13 @@ def test_heads_and_tables_that_are_not_plain_rows_are_refused(stand_ins: dict[st
 
 def test_another_minor_version_is_warned_of_and_one_that_lacks_something_is_refused(stand_ins: dict[str, Any]) -> None:
     assert stand_ins["this version"] == []
-    assert re.fullmatch(r"pondering models were tested with vLLM 0\.32, and this is 0\.33\.1; .*", stand_ins["next version"][0])
+    assert re.fullmatch(
+        r"pondering models were tested with vLLM 0\.32, and this is 0\.33\.1; .*", stand_ins["next version"][0]
+    )
     assert "its shard indices of the vocabulary have no num_org_elements" in stand_ins["without rows"]
 
 
-def test_without_the_plugin_a_folder_is_refused(
-    run: Callable[..., Any], tokenizer: Path, tmp_path: Path
-) -> None:
+def test_without_the_plugin_a_folder_is_refused(run: Callable[..., Any], tokenizer: Path, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model", make_model("llama", pondering_steps=2), tokenizer)
     jobs = {"llama": {"folder": str(folder), "engine": {}, "prompts": [[1, 2, 3]]}}
     assert "error" in run(jobs, VLLM_PLUGINS="none")["llama"]

@@ -1,0 +1,166 @@
+"""`python -m benchmarks serve`: the time of `transformers.generate` to that of vLLM, in one process, on one folder.
+
+Transformers runs a batch until its longest text is done, and pads the prompts to one length; vLLM takes a request in as
+another one ends. So the ratio is of two engines at equal lengths, and of two ways of batching at mixed ones.
+Transformers runs first: vLLM changes some of its classes.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import check_numbers, default_device, device_name
+from ponder_scale.errors import ConfigError
+from ponder_scale.figures import size
+from ponder_scale.planning.serving import token_bytes
+
+SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 8}
+VOCABULARY, STEPS = 32000, 3
+Work = list[tuple[list[int], int]]  # prompts, and how many tokens are to follow each
+
+
+def run(
+    folder: Path | None, *, batches: list[int], prompt: int, new: int, runs: int, threads: int, eager: bool
+) -> list[dict[str, Any]]:
+    """Measure, print the table, and return its rows.
+
+    Args:
+        folder: an exported one; None: one of width 256 is made.
+        prompt, new: tokens; the most, where lengths are mixed, of a quarter and more.
+        eager: without compilation in vLLM.
+
+    Raises:
+        ConfigError: vLLM is not installed here.
+        RuntimeError: the engines do not say the same at equal lengths in fp32.
+    """
+    check_numbers(prompt_tokens=prompt, new_tokens=new, runs=runs, threads=threads)
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as made:
+        folder = _small_folder(Path(made, "model")) if folder is None else folder
+        return _measure(folder, batches, prompt, new, runs, threads, eager)
+
+
+def _small_folder(out: Path) -> Path:
+    from ponder_scale.export.folder import write_folder
+    from ponder_scale.model.configuration import PonderLlamaConfig
+    from ponder_scale.model.modeling import PonderLlamaForCausalLM
+
+    torch.manual_seed(0)
+    fields = {"vocab_size": VOCABULARY, "pondering_steps": STEPS, "max_position_embeddings": 1024}
+    model = PonderLlamaForCausalLM(PonderLlamaConfig(**SHAPE, **fields, scale_embeds=True))
+    write_folder(out, model.config, model.named_parameters(), dtype="float32", card=str, tokenizer=None)
+    return out
+
+
+def _measure(
+    folder: Path, batches: list[int], prompt: int, new: int, runs: int, threads: int, eager: bool
+) -> list[dict[str, Any]]:
+    from ponder_scale.evaluate.trust import installed_configuration
+    from ponder_scale.setup.build import model_class
+
+    device, configuration = default_device(), installed_configuration(folder)
+    model = model_class(configuration).from_pretrained(folder, config=configuration, local_files_only=True)
+    model = model.to(device).eval()
+    config, dtype = model.config, model.dtype
+    works = {
+        (batch, lengths): _work(config.vocab_size, batch, prompt, new, lengths == "mixed")
+        for batch in batches
+        for lengths in ("equal", "mixed")
+    }
+    theirs = {key: _timed(partial(_transformers, model, work), runs) for key, work in works.items()}
+    engine = _engine(folder, dtype, prompt + new, max(batches), eager)
+    served = {key: _timed(partial(_vllm, engine, work), runs) for key, work in works.items()}
+    rows = []
+    for (batch, lengths), work in works.items():
+        seconds, texts = theirs[batch, lengths]
+        faster, said = served[batch, lengths]
+        if lengths == "equal" and dtype == torch.float32 and device == "cpu" and texts != said:
+            raise RuntimeError(f"transformers and vLLM do not say the same to a batch of {batch}")
+        tokens = sum(count for _, count in work)
+        rows.append({"batch": batch, "lengths": lengths, "ratio": seconds / faster, "tokens_s": tokens / faster})
+    print(
+        f"serving, S = {config.pondering_steps}: width {config.hidden_size}, {config.num_hidden_layers} layers, "
+        f"vocabulary {config.vocab_size:,}, {str(dtype).removeprefix('torch.')}; prompts of {prompt} tokens and {new} "
+        f"new ones at most; {device_name(device, threads)}; medians of {runs} runs"
+    )
+    print(f"{'batch':>6s} {'lengths':>8s} {'transformers / vLLM':>20s} {'tokens/s in vLLM':>17s}")
+    for row in rows:
+        print(f"{row['batch']:6d} {row['lengths']:>8s} {row['ratio']:20.2f} {row['tokens_s']:17.0f}")
+    held, counted = _cache_bytes(engine), token_bytes(config, width=dtype.itemsize)
+    print(f"key-value cache: {size(held)} a token held, {size(counted)} by arithmetic")
+    return rows
+
+
+def _work(vocabulary: int, batch: int, prompt: int, new: int, mixed: bool) -> Work:
+    generator = torch.Generator().manual_seed(batch)
+
+    def length(most: int) -> int:
+        least = max(1, most // 4) if mixed else most
+        return int(torch.randint(least, most + 1, (), generator=generator))
+
+    return [
+        (torch.randint(1, vocabulary, (length(prompt),), generator=generator).tolist(), length(new))
+        for _ in range(batch)
+    ]
+
+
+def _timed(function: Any, runs: int) -> tuple[float, list[list[int]]]:
+    """Median seconds, and what was said; once before, to warm up."""
+    said, seconds = function(), []
+    for _ in range(runs):
+        begun = time.perf_counter()
+        said = function()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds), said
+
+
+def _transformers(model: Any, work: Work) -> list[list[int]]:
+    longest = max(len(ids) for ids, _ in work)
+    padding = [longest - len(ids) for ids, _ in work]
+    given = torch.tensor([[0] * pad + ids for pad, (ids, _) in zip(padding, work, strict=True)], device=model.device)
+    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=model.device)
+    most = max(count for _, count in work)
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    said = model.generate(given, attention_mask=mask, max_new_tokens=most, **options)[:, longest:]
+    return [row[:count].tolist() for row, (_, count) in zip(said, work, strict=True)]
+
+
+def _engine(folder: Path, dtype: torch.dtype, length: int, batch: int, eager: bool) -> Any:
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ConfigError(f"bench serve needs vLLM ({error}); see docs/serving.md, or run `make test-vllm`") from error
+    return LLM(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=length,
+        max_num_seqs=batch,
+        enforce_eager=eager,
+        enable_prefix_caching=False,  # the same prompts come again
+    )
+
+
+def _vllm(engine: Any, work: Work) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    prompts: Any = [{"prompt_token_ids": ids} for ids, _ in work]
+    wishes = [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False) for _, count in work]
+    return [list(one.outputs[0].token_ids) for one in engine.generate(prompts, wishes, use_tqdm=False)]
+
+
+def _cache_bytes(engine: Any) -> float:
+    """Bytes that vLLM holds for a token, over all layers and passes."""
+    runner = engine.llm_engine.model_executor.driver_worker.model_runner
+    config = engine.llm_engine.vllm_config.cache_config
+    return sum(cache.nbytes for cache in runner.kv_caches) / (config.num_gpu_blocks * config.block_size)
