@@ -30,20 +30,26 @@ def vllm() -> None:
 
 @pytest.fixture(scope="session")
 def run(vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Takes jobs by name (see `engine`) and variables of the environment, returns the answers by name."""
+    """Takes jobs by name (see `engine`) and variables of the environment, returns the answers by name.
+
+    Beside them "log": what the process and those that it started have printed.
+    """
 
     def in_a_process(jobs: dict[str, Any], **variables: str) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("jobs")
         asked, said = folder / "jobs.json", folder / "answers.json"
         asked.write_text(json.dumps(jobs))
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "tests.serve.engine", str(asked), str(said)],
             cwd=REPOSITORY,
             env={**os.environ, **ENVIRONMENT, **variables},
-            check=True,
-            timeout=500,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=550,
         )
-        return json.loads(said.read_text())
+        assert done.returncode == 0, done.stdout[-5000:]
+        return {**json.loads(said.read_text()), "log": done.stdout}
 
     return in_a_process
 
