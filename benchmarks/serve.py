@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import check_numbers, default_device, device_name
+from benchmarks.measure import check_numbers, device_name
 from ponder_scale.errors import ConfigError
 from ponder_scale.figures import size
 from ponder_scale.planning.serving import token_bytes
+from ponder_scale.setup.device import default_device
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 8}
 VOCABULARY, STEPS = 32000, 3
