@@ -49,10 +49,10 @@ lint: install
 	$(BIN)/lint-imports
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/slurm --ignore tests/serve
 
 test-fast: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not processes and not slow" -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not processes and not slow" --ignore tests/serve -n $(WORKERS) --dist loadfile
 
 test-slurm: install
 	OMP_NUM_THREADS=1 REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm
@@ -63,7 +63,7 @@ test-vllm:
 	    -n $(WORKERS) --dist loadfile
 
 faults: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --ignore tests/serve -n $(WORKERS) --dist loadfile
 
 mutants: install
 	$(BIN)/python -m tests.mutants

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from openai import OpenAI
 from transformers import AutoTokenizer
 
 from ponder_scale.train.launch import free_port
@@ -78,6 +77,8 @@ def test_curl_gets_the_text_of_transformers(case: Case, address: str) -> None:
 
 
 def test_the_openai_client_gets_tokens_as_transformers_makes_them(case: Case, address: str) -> None:
+    from openai import OpenAI  # in the environment of vLLM only
+
     client = OpenAI(base_url=address, api_key="none")
     ids = case.job["prompts"][6]
     body = {"ignore_eos": True, "return_token_ids": True}
