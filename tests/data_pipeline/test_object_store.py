@@ -20,11 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.cli import main
+from tests.data_pipeline.builds import contents, make_texts, write_jsonl
+from tests.data_pipeline.reading import stored
 from tests.export.versions import CACHE, install
 from tests.ranks import REPOSITORY
-
-from .test_build import contents, make_texts, write_jsonl
-from .test_readers import stored
 
 MOTO = "5.2.5"
 SERVER = """

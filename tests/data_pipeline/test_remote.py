@@ -21,9 +21,9 @@ from data_pipeline.read.sources import LeftOut, files, split
 from data_pipeline.read.units import check_unchanged
 from ponder_scale.errors import ConfigError
 from ponder_scale.shards.manifest import read_manifest
+from tests.data_pipeline.builds import contents, documents, make_texts, write_jsonl
+from tests.data_pipeline.reading import SUFFIXES, stored
 
-from .test_build import contents, documents, make_texts, write_jsonl
-from .test_readers import SUFFIXES, stored
 from .webserver import serving
 
 ROWS = [f"{i}: größe {'x' * (i * 37 % 500)}" for i in range(2000)]

@@ -18,9 +18,8 @@ from data_pipeline.cli import main
 from data_pipeline.tokenize.tokenizer import open_tokenizer
 from ponder_scale.errors import ConfigError
 from ponder_scale.shards.manifest import read_manifest
+from tests.data_pipeline.builds import arguments, documents, write_jsonl
 from tests.export.versions import CACHE, install
-
-from .test_build import arguments, documents, write_jsonl
 
 ENGLISH = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all today."
 GERMAN = "Der schnelle braune Fuchs springt über den faulen Hund, und der Hund hat nichts dagegen."

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.serve.engine import ENVIRONMENT
+from tests.serve.engine import ENVIRONMENT, REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 Run = Callable[..., dict[str, Any]]
 
 

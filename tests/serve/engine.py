@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",

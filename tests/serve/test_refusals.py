@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.serve.conftest import REPOSITORY
-from tests.serve.engine import ENVIRONMENT
+from tests.serve.engine import ENVIRONMENT, REPOSITORY
 from tests.serve.folders import make_folder, make_model
 
 MISSING, EXTRA = "a missing part of a fused projection", "a tensor that is not the model's"

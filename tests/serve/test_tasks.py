@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import REPOSITORY
-from tests.serve.engine import ENVIRONMENT
+from tests.serve.engine import ENVIRONMENT, REPOSITORY
 from tests.serve.folders import make_folder, make_model
 
 WORDS = ["The quick brown fox", "jumps over", "the lazy dog", "and the dog", "does not mind", "fox over dog"]

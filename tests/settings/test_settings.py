@@ -191,7 +191,11 @@ def test_every_path_key_expands_home_and_variables_or_is_refused(
         *("run_dir", "model.init_from", "data.sources.a.path", "train.deepspeed"),
         *("out", "tokenizer", "sources.a.path", "sources.a.loss.template"),
     }
-    beside = {"sources.a.loss.template": ["sources.a.loss.messages=m", "special_tokens_in_text=tokens"]}
+    beside = {
+        "sources.a.loss.template": [
+            *("sources.a.kind=jsonl", "sources.a.loss.messages=m", "special_tokens_in_text=tokens")
+        ]
+    }
     for key in paths:
 
         def value(text: str, key: str = key) -> Any:
