@@ -14,10 +14,10 @@ are narrower. All of it gives the same bits again for the same inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -25,6 +25,8 @@ from torch.autograd.function import once_differentiable
 # allocator returns memory at every release, and GPUs want products thousands wide
 CPU_CHUNK_ELEMENTS = 2**22
 CUDA_CHUNK_ELEMENTS = 2**27
+WIDENED_ELEMENTS = 2**20  # of a narrow operand, whose fp32 copy exists at a time
+CENTRE_ROWS = 1000
 IGNORE_INDEX = -100
 
 
@@ -69,27 +71,112 @@ def total_loss(loss: Tensor, squares: Tensor, labels: Tensor, z_loss: float) -> 
     return loss.sum() + z_loss * torch.where(labels == IGNORE_INDEX, 0.0, squares).sum()
 
 
-def _mean_score(p: Tensor, z: Tensor) -> Tensor:
-    """sum_v p z, (n,), as a batched dot product so that p * z is never stored."""
-    return torch.bmm(p.unsqueeze(1), z.unsqueeze(2)).flatten()
+def entropy_of(p: Tensor, z: Tensor, largest: Tensor, peak: Tensor) -> Tensor:
+    """-sum_v p log p, (n,), of p = peak exp(z - largest); `z` is used up.
+
+    Of differences from the largest score, as both the log-sum-exp and the mean score are as large as that. Softmax adds
+    a row's terms one by one, and the p of a large vocabulary do not add up to 1; `sum` adds them in a tree.
+    """
+    total = p.sum(-1)
+    return (total / peak).log() - z.sub_(largest.unsqueeze(1)).mul_(p).sum(-1) / total
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """left @ right into `out`, which may be wider than they are."""
-    if left.dtype == out.dtype:
+def wide_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """left @ right into `out`, (n, m), which has the dtype of sums: a product of narrow operands is not rounded."""
+    if right.dtype == out.dtype:
         return torch.mm(left, right, out=out)
-    return out.copy_(torch.mm(left, right))
+    if left.is_cuda and torch.version.hip is None:
+        return torch.mm(left, right, out_dtype=out.dtype, out=out)
+    # elsewhere torch has no such product: the operands are widened, the larger one in blocks
+    left, (inner, columns) = left.to(out.dtype), right.shape
+    if inner > columns:
+        out.zero_()
+        for part in _parts(inner, columns):
+            out.addmm_(left[:, part], right[part].to(out.dtype))
+    else:
+        for part in _parts(columns, inner):
+            out[:, part] = torch.mm(left, right[:, part].to(out.dtype))
+    return out
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, (n, m), in the dtype of `total`."""
+    if right.dtype == total.dtype:
+        total.addmm_(left, right)
+        return
+    if not (left.is_cuda and torch.version.hip is None):
+        right = right.to(total.dtype)
+    for part in _parts(*total.shape):
+        rows = left[part]
+        if right.dtype == total.dtype:
+            total[part].addmm_(rows.to(total.dtype), right)
+        else:
+            total[part].add_(torch.mm(rows, right, out_dtype=total.dtype))
+
+
+def _parts(extent: int, other: int) -> list[slice]:
+    """Slices of `extent` rows, `other` long, of which one is widened at a time."""
+    rows = max(1, WIDENED_ELEMENTS // max(1, other))
+    return [slice(start, min(start + rows, extent)) for start in range(0, extent, rows)]
+
+
+def as_dtype(gradient: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if gradient is None else gradient.to(like.dtype)
+
+
+def common_row(table: Tensor) -> Tensor:
+    """About the mean row of E, (D,): of a thousand rows, as any row that they have in common will do."""
+    return wide(table[:: max(1, table.shape[0] // CENTRE_ROWS)]).mean(0)
+
+
+def mean_slope(grad: Tensor, mean: Tensor, centre: Tensor | None, temperature: float, scale: float) -> Tensor:
+    """<g, T> / tau, (N,), of what `Kept` has of T."""
+    if centre is None:
+        return (wide(grad) * wide(mean)).sum(-1).div_(temperature)
+    return (wide(grad) * (wide(mean) + centre)).sum(-1).mul_(scale / temperature)
+
+
+def shrinkage(grad: Tensor, table: Tensor, factor: float) -> Tensor | None:
+    """In fp16 the power of two, a scalar, by which g is divided so that no dz overflows; None elsewhere.
+
+    |dz| <= 2 factor |g| max |E_v|, with factor = c / tau.
+    """
+    if grad.dtype != torch.float16 or grad.numel() == 0:
+        return None
+    norms = (torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32).amax() for tensor in (grad, table))
+    return power_above(2.0 * factor * next(norms) * next(norms))
+
+
+def power_above(bound: Tensor) -> Tensor:
+    """The least power of two, at least 1, that brings numbers up to `bound` into half of what fp16 holds."""
+    return torch.exp2(torch.log2(bound / 2**15).ceil_().clamp_(min=0.0))
 
 
 def _scores(hidden: Tensor, weights: Tensor, offset: Tensor, factor: float, out: Tensor) -> Tensor:
     """factor * hidden @ weights^T - offset into `out`, (N, n); offset (N, 1)."""
     if hidden.dtype == out.dtype:
         return torch.addmm(offset, hidden, weights.t(), beta=-1, alpha=factor, out=out)
-    return out.copy_(torch.mm(hidden, weights.t())).mul_(factor).sub_(offset)
+    return wide_product(hidden, weights.t(), out).mul_(factor).sub_(offset)
+
+
+class Kept(NamedTuple):
+    """What forward leaves for backward.
+
+    In narrow dtypes T is kept without the row that all of E have in common. Rounded with that row in it, its error
+    would be as large as all that tells tokens apart.
+    """
+
+    hidden: Tensor
+    head: Tensor
+    table: Tensor
+    mean: Tensor  # (N, D): T, or T / c - centre
+    centre: Tensor | None  # (D,)
+    largest: Tensor  # (N,): p = peak exp(z - largest)
+    peak: Tensor  # (N,)
 
 
 class Chunked(torch.autograd.Function):
-    """Over the whole vocabulary. Saves the inputs, the output and two numbers a token."""
+    """Over the whole vocabulary. Saves the inputs, the mean row of E and two numbers a token."""
 
     @staticmethod
     def forward(
@@ -100,16 +187,19 @@ class Chunked(torch.autograd.Function):
         labels: Tensor | None,
         temperature: float,
         scale: float,
+        with_gradient: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens, vocabulary = hidden.shape[0], head.shape[0]
         rows = chunk(hidden, tokens, vocabulary)
         mixed = table.new_empty(tokens, table.shape[1])
+        narrow = table.dtype != width(table)
+        centre, mean = (common_row(table), torch.empty_like(mixed)) if narrow and with_gradient else (None, mixed)
         largest, peak, loss, entropy = (hidden.new_zeros(tokens, dtype=width(hidden)) for _ in range(4))
         buffers = [hidden.new_empty(rows, vocabulary, dtype=width(hidden)) for _ in range(2)]
         for start in range(0, tokens, rows):
             part = slice(start, min(start + rows, tokens))
             z, p = (buffer[: part.stop - start] for buffer in buffers)  # (n, V)
-            _product(hidden[part], head.t(), z)
+            wide_product(hidden[part], head.t(), z)
             if labels is not None and temperature != 1.0:
                 loss[part] = label_loss(z, labels[part], z.logsumexp(-1))
             if temperature != 1.0:
@@ -117,13 +207,17 @@ class Chunked(torch.autograd.Function):
             torch.softmax(z, dim=-1, out=p)
             largest[part], peak[part] = z.amax(-1), p.amax(-1)
             if labels is not None:
-                lse = largest[part] - peak[part].log()
-                entropy[part] = lse - _mean_score(p, z)
                 if temperature == 1.0:
-                    loss[part] = label_loss(z, labels[part], lse)
-            torch.mm(p.to(table.dtype), table, out=mixed[part])
-        mixed.mul_(scale)
-        ctx.save_for_backward(hidden, head, table, mixed, largest, peak)
+                    loss[part] = label_loss(z, labels[part], largest[part] - peak[part].log())
+                entropy[part] = entropy_of(p, z, largest[part], peak[part])
+            if not narrow:
+                torch.mm(p, table, out=mixed[part]).mul_(scale)
+                continue
+            exact = _mean_row(p.to(table.dtype), table)
+            mixed[part] = exact * scale
+            if centre is not None:
+                mean[part] = exact - centre
+        ctx.save_for_backward(*Kept(hidden, head, table, mean, centre, largest, peak))
         ctx.temperature, ctx.scale = temperature, scale
         ctx.mark_non_differentiable(loss, entropy)
         return mixed, loss, entropy
@@ -131,189 +225,60 @@ class Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, head, table, mixed, largest, peak = ctx.saved_tensors
-        need_hidden, need_head, need_table = ctx.needs_input_grad[:3]
-        tokens, vocabulary = hidden.shape[0], head.shape[0]
-        d_hidden = torch.zeros_like(hidden, dtype=width(hidden)) if need_hidden else None
-        d_head = torch.empty_like(head) if need_head else None
-        d_table = torch.empty_like(table) if need_table else None
-        delta = (wide(grad) * wide(mixed)).sum(-1, keepdim=True).div_(ctx.temperature)  # (N, 1)
-        grad, largest, peak = grad.contiguous(), largest.unsqueeze(1), peak.unsqueeze(1)
-        columns = chunk(hidden, vocabulary, tokens)
-        buffers = [hidden.new_empty(tokens * columns, dtype=width(hidden)) for _ in range(2)]
-        for start in range(0, vocabulary, columns):
-            part = slice(start, min(start + columns, vocabulary))
-            p, dz = (buffer[: tokens * (part.stop - start)].view(tokens, -1) for buffer in buffers)  # (N, n)
-            _scores(hidden, head[part], largest, 1.0 / ctx.temperature, p).exp_().mul_(peak)
-            if d_table is not None:
-                torch.mm(p.to(grad.dtype).t(), grad, out=d_table[part])
-            if d_hidden is None and d_head is None:
-                continue
-            _scores(grad, table[part], delta, ctx.scale / ctx.temperature, dz).mul_(p)
-            narrow = dz.to(hidden.dtype)
-            if d_hidden is not None:
-                _add_product(d_hidden, narrow, head[part])
-            if d_head is not None:
-                torch.mm(narrow.t(), hidden, out=d_head[part])
-        if d_table is not None and ctx.scale != 1.0:
-            d_table.mul_(ctx.scale)
-        return _as(d_hidden, hidden), d_head, d_table, None, None, None
+        kept = Kept(*ctx.saved_tensors)
+        return *gradients(kept, grad, ctx.needs_input_grad[:3], ctx.temperature, ctx.scale), None, None, None, None
 
 
-class Attention(torch.autograd.Function):
-    """Over the whole vocabulary by torch's CPU flash kernel: query h, keys W, values E, one head of width D."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        table: Tensor,
-        labels: Tensor | None,
-        temperature: float,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        mean, lse = attend(_one_head(hidden), _one_head(head), _one_head(table), 0.0, False, scale=1.0 / temperature)
-        loss, entropy = (hidden.new_zeros(hidden.shape[0], dtype=width(hidden)) for _ in range(2))
-        if labels is not None:
-            loss, entropy = _attention_statistics(hidden, head, table, labels, mean, lse.flatten(), temperature)
-        ctx.save_for_backward(hidden, head, table, mean, lse)
-        ctx.temperature, ctx.scale = temperature, scale
-        ctx.mark_non_differentiable(loss, entropy)
-        return mean[0, 0] * scale, loss, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, head, table, mean, lse = ctx.saved_tensors
-        attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        # the kernel takes for granted that a row's elements lie side by side
-        operands = [_one_head(tensor) for tensor in ((grad * ctx.scale).contiguous(), hidden, head, table)]
-        gradients = attend_backward(*operands, mean, lse, 0.0, False, scale=1.0 / ctx.temperature)
-        return *(gradient[0, 0] for gradient in gradients), None, None, None
+def _mean_row(p: Tensor, table: Tensor) -> Tensor:
+    """sum_v p E / sum_v p, (n, D) in fp32, of p (n, V) as rounded: its errors cancel in the row that all E share."""
+    mean = wide_product(p, table, torch.empty(p.shape[0], table.shape[1], dtype=width(table), device=table.device))
+    return mean.div_(p.sum(-1, keepdim=True, dtype=mean.dtype))
 
 
-def _one_head(tensor: Tensor) -> Tensor:
-    return tensor.unsqueeze(0).unsqueeze(0)  # batch 1, head 1
+def gradients(
+    kept: Kept, grad: Tensor, needed: Sequence[bool], temperature: float, scale: float
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dh, dW and dE of the mixture over the whole vocabulary, each None unless `needed`, from g (N, D)."""
+    hidden, head, table, mean, centre, largest, peak = kept
+    tokens, vocabulary = hidden.shape[0], head.shape[0]
+    d_hidden = torch.zeros_like(hidden, dtype=width(hidden)) if needed[0] else None
+    d_head = torch.empty_like(head) if needed[1] else None
+    d_table = torch.empty_like(table) if needed[2] else None
+    grad, largest, peak = grad.contiguous(), largest.unsqueeze(1), peak.unsqueeze(1)
+    shrink = shrinkage(grad, table, scale / temperature)
+    above = grad if shrink is None else grad / shrink.to(grad.dtype)
+    delta = mean_slope(above, mean, centre, temperature, scale).unsqueeze(1)  # (N, 1)
+    columns = chunk(hidden, vocabulary, tokens)
+    leaks = None if centre is None else torch.zeros_like(delta)
+    buffers = [hidden.new_empty(tokens * columns, dtype=width(hidden)) for _ in range(2)]
+    for start in range(0, vocabulary, columns):
+        part = slice(start, min(start + columns, vocabulary))
+        p, dz = (buffer[: tokens * (part.stop - start)].view(tokens, -1) for buffer in buffers)  # (N, n)
+        _scores(hidden, head[part], largest, 1.0 / temperature, p).exp_().mul_(peak)
+        if d_table is not None:
+            torch.mm(p.to(grad.dtype).t(), grad, out=d_table[part])
+        if d_hidden is None and d_head is None:
+            continue
+        _scores(above, table[part], delta, scale / temperature, dz).mul_(p)
+        narrow = dz.to(hidden.dtype)
+        if d_hidden is not None:
+            add_product(d_hidden, narrow, head[part])
+            if leaks is not None:
+                leaks += narrow.sum(-1, keepdim=True, dtype=leaks.dtype)
+        if d_head is not None:
+            torch.mm(narrow.t(), hidden, out=d_head[part])
+    if d_hidden is not None and leaks is not None:
+        d_hidden.sub_(leaks * common_row(head))  # sum_v dz is 0 before dz is rounded
+    if d_table is not None and scale != 1.0:
+        d_table.mul_(scale)
+    return finished(d_hidden, shrink, hidden), finished(d_head, shrink, head), d_table
 
 
-def _attention_statistics(
-    hidden: Tensor, head: Tensor, table: Tensor, labels: Tensor, mean: Tensor, lse: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Loss and entropy after attention: free at temperature 1 with W = E, where sum_v p z = h . sum_v p W_v.
-
-    Elsewhere one more product with the vocabulary, in blocks of tokens.
-    """
-    lse = lse.to(width(hidden))
-    if head is table and temperature == 1.0:
-        picked = (wide(hidden) * wide(F.embedding(labels.clamp(min=0), head))).sum(-1)
-        loss = torch.where(labels == IGNORE_INDEX, torch.zeros_like(lse), lse - picked)
-        return loss, lse - (wide(hidden) * wide(mean[0, 0])).sum(-1)
-    loss, entropy = torch.empty_like(lse), torch.empty_like(lse)
-    rows = chunk(hidden, hidden.shape[0], head.shape[0])
-    for start in range(0, hidden.shape[0], rows):
-        part = slice(start, start + rows)
-        logits = wide(F.linear(hidden[part], head))  # (n, V)
-        unit = lse[part] if temperature == 1.0 else logits.logsumexp(-1)
-        loss[part] = label_loss(logits, labels[part], unit)
-        p = (logits / temperature).sub_(lse[part].unsqueeze(1)).exp_()
-        entropy[part] = lse[part] - _mean_score(p, logits) / temperature
-    return loss, entropy
-
-
-class TopK(torch.autograd.Function):
-    """Over the K most probable tokens, renormalised. Saves (N, K) indices and probabilities."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        table: Tensor,
-        labels: Tensor | None,
-        temperature: float,
-        scale: float,
-        top_k: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, rows = hidden.shape[0], chunk(hidden, hidden.shape[0], head.shape[0])
-        index = hidden.new_empty(tokens, top_k, dtype=torch.int64)
-        p = hidden.new_empty(tokens, top_k, dtype=width(hidden))
-        loss, entropy = (hidden.new_zeros(tokens, dtype=width(hidden)) for _ in range(2))
-        for start in range(0, tokens, rows):
-            part = slice(start, start + rows)
-            z = wide(F.linear(hidden[part], head))  # (n, V)
-            if labels is not None:
-                loss[part] = label_loss(z, labels[part], z.logsumexp(-1))
-            values, index[part] = z.topk(top_k, dim=-1)
-            p[part] = torch.softmax(values / temperature, dim=-1)
-        if labels is not None:
-            entropy = -torch.special.xlogy(p, p).sum(-1)
-        mixed = F.embedding_bag(index, table, per_sample_weights=p.to(table.dtype), mode="sum")
-        ctx.save_for_backward(hidden, head, table, index, p)
-        ctx.temperature, ctx.scale = temperature, scale
-        ctx.mark_non_differentiable(loss, entropy)
-        return mixed.mul_(scale), loss, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, head, table, index, p = ctx.saved_tensors
-        need_hidden, need_head, need_table = ctx.needs_input_grad[:3]
-        in_bags = hidden.device.type == "cpu" and hidden.dtype == p.dtype
-        gradients = _gradients_in_bags if in_bags else _gradients_in_blocks
-        dp, d_table = gradients(index, p, table, grad * ctx.scale, True, need_table)
-        dz = p * (dp - (p * dp).sum(-1, keepdim=True)) / ctx.temperature
-        d_head = gradients(index, dz, head, hidden, False, need_head)[1]
-        d_hidden = None
-        if need_hidden:
-            d_hidden = F.embedding_bag(index, head, per_sample_weights=dz.to(head.dtype), mode="sum")
-        return d_hidden, _as(d_head, head), _as(d_table, table), None, None, None, None
-
-
-def _gradients_in_bags(
-    index: Tensor, weights: Tensor, matrix: Tensor, upstream: Tensor, need_weights: bool, need_matrix: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Of sum_k weights[n, k] matrix[index[n, k]] (N, D), to the weights (N, K) and to the matrix (V, D).
-
-    By the backward of torch's CPU kernel, which gathers nothing, but in narrow dtypes would also sum in them.
-    """
-    with torch.enable_grad():
-        leaves = weights.detach().requires_grad_(need_weights), matrix.detach().requires_grad_(need_matrix)
-        if not (need_weights or need_matrix):
-            return weights, None
-        bag = F.embedding_bag(index, leaves[1], per_sample_weights=leaves[0], mode="sum")
-    asked = [leaf for leaf in leaves if leaf.requires_grad]
-    found: list[Tensor] = list(torch.autograd.grad(bag, asked, upstream))
-    d_weights = found.pop(0) if need_weights else weights
-    return d_weights, found[0] if need_matrix else None
-
-
-def _gradients_in_blocks(
-    index: Tensor, weights: Tensor, matrix: Tensor, upstream: Tensor, need_weights: bool, need_matrix: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The same for any device and dtype, gathering (n, K, D) for a block of n tokens at a time."""
-    (tokens, top_k), hidden_size = index.shape, matrix.shape[1]
-    d_weights = torch.empty_like(weights)
-    d_matrix = torch.zeros_like(matrix, dtype=width(matrix)) if need_matrix else None
-    rows = chunk(matrix, tokens, top_k * hidden_size)
-    for start in range(0, tokens, rows):
-        part = slice(start, start + rows)
-        picked, above = index[part].flatten(), wide(upstream[part])  # (n * K,), (n, D)
-        if need_weights:
-            gathered = wide(matrix[picked]).view(-1, top_k, hidden_size)
-            d_weights[part] = torch.bmm(gathered, above.unsqueeze(2)).squeeze(2)
-        if d_matrix is not None:
-            _add_rows(d_matrix, picked, weights[part].unsqueeze(2) * above.unsqueeze(1))
-    return d_weights, d_matrix
-
-
-def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
-    """total[index] += rows, (n, K, D) for (n * K,) indices into (V, D)."""
-    if total.device.type == "cpu":
-        total.index_add_(0, index, rows.flatten(0, 1))
-    else:  # sorts the indices, where index_add_ would use atomics in any order
-        total.index_put_((index,), rows.flatten(0, 1), accumulate=True)
+def finished(gradient: Tensor | None, shrink: Tensor | None, like: Tensor) -> Tensor | None:
+    """A gradient at its true size, in the dtype of what it is of."""
+    if gradient is not None and shrink is not None:
+        gradient.mul_(shrink.to(gradient.dtype))
+    return as_dtype(gradient, like)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -336,11 +301,12 @@ class CrossEntropy(torch.autograd.Function):
         for start in range(0, tokens, rows):
             part = slice(start, min(start + rows, tokens))
             z, p = (buffer[: part.stop - start] for buffer in buffers)  # (n, V)
-            _product(hidden[part], head.t(), z)
+            wide_product(hidden[part], head.t(), z)
             torch.softmax(z, dim=-1, out=p)
-            lse = z.amax(-1) - p.amax(-1).log()  # z_j - log p_j is the same for every j
+            largest, peak = z.amax(-1), p.amax(-1)
+            lse = largest - peak.log()  # z_j - log p_j is the same for every j
             loss[part] = label_loss(z, labels[part], lse)
-            entropy[part] = lse - _mean_score(p, z)
+            entropy[part] = entropy_of(p, z, largest, peak)
             squares[part] = lse.square()
             if d_hidden is None and d_head is None:
                 continue
@@ -352,8 +318,8 @@ class CrossEntropy(torch.autograd.Function):
             if d_hidden is not None:
                 torch.mm(dz, head, out=d_hidden[part])
             if d_head is not None:
-                _add_product(d_head, dz.t(), hidden[part])
-        ctx.save_for_backward(d_hidden, _as(d_head, head))
+                add_product(d_head, dz.t(), hidden[part])
+        ctx.save_for_backward(d_hidden, as_dtype(d_head, head))
         ctx.mark_non_differentiable(loss, entropy)
         return total_loss(loss, squares, labels, z_loss), loss, entropy
 
@@ -361,17 +327,14 @@ class CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         d_hidden, d_head = ctx.saved_tensors
-        scaled = [None if d is None else d * grad.to(d.dtype) for d in (d_hidden, d_head)]
-        return scaled[0], scaled[1], None, None, None
+        return _times(d_hidden, grad), _times(d_head, grad), None, None, None
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in the width of `total`."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(torch.mm(left, right))
-
-
-def _as(gradient: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if gradient is None else gradient.to(like.dtype)
+def _times(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
+    """In narrow dtypes the factor stays wide: a loss scale of 2^16 is infinite in fp16."""
+    if gradient is None or gradient.dtype == width(gradient):
+        return None if gradient is None else gradient * factor.to(gradient.dtype)
+    scaled = torch.empty_like(gradient)
+    for part in _parts(*gradient.shape):
+        scaled[part] = wide(gradient[part]) * factor
+    return scaled

@@ -20,10 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import IGNORE_INDEX, Attention, Chunked, CrossEntropy, Statistics, TopK, is_fake, label_loss, wide
+from .attention import Attention
+from .backends import IGNORE_INDEX, Chunked, CrossEntropy, Statistics, is_fake, label_loss, wide
+from .tiles import tiles_for
+from .top_k import TopK
 
 __all__ = ["BACKENDS", "IGNORE_INDEX", "Statistics", "choose_backend", "cross_entropy", "pondering_embedding"]
 
+ALIGNED = 16  # elements: rows of another width start at addresses that GPUs cannot load from in one piece
 BACKENDS = ("auto", "eager", "chunked", "sdpa", "triton", "top_k")
 
 
@@ -77,7 +81,7 @@ def pondering_embedding(
     flat_labels = None if labels is None else labels.reshape(-1)
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         if backend == "eager":
-            logits = F.linear(flat, head)
+            logits = F.linear(wide(flat), wide(head))
             mixed, loss, entropy = mixture(
                 logits, table, flat_labels, temperature=temperature, scale=scale, top_k=top_k
             )
@@ -85,7 +89,9 @@ def pondering_embedding(
             mixed, loss, entropy = TopK.apply(flat, head, table, flat_labels, temperature, scale, top_k)
         else:
             function = _FUNCTIONS[backend] if backend in _FUNCTIONS else _kernels().PonderingEmbedding
-            mixed, loss, entropy = function.apply(flat, head, table, flat_labels, temperature, scale)
+            mixed, loss, entropy = function.apply(
+                flat, head, table, flat_labels, temperature, scale, torch.is_grad_enabled()
+            )
     return mixed.view(hidden.shape), None if labels is None else Statistics(loss, entropy)
 
 
@@ -154,7 +160,7 @@ def _triton_is_fastest(hidden: Tensor) -> bool:
     narrow = hidden.dtype in (torch.bfloat16, torch.float16)
     if hidden.device.type != "cuda" or not narrow or importlib.util.find_spec("triton") is None:
         return False
-    return torch.version.hip is None and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+    return torch.version.hip is None and hidden.shape[-1] % ALIGNED == 0 and tiles_for(hidden) is not None
 
 
 def _attention_refusal(hidden: Tensor) -> str | None:

@@ -115,7 +115,8 @@ class Readout:
             loss = label_loss(logits, targets, lse)
             total = total_loss(loss, lse.square(), targets, z_loss)
             with torch.no_grad():
-                entropy = lse - (logits.softmax(-1) * logits).sum(-1)
+                p = logits.softmax(-1)
+                entropy = -torch.special.xlogy(p, p).sum(-1)
             return total.view(1), loss.detach(), entropy
 
         check_labels(labels, self._config.vocab_size)

@@ -1,5 +1,7 @@
 """Run the Triton backend on the CPU by Triton's interpreter and print its errors against float64, as JSON.
 
+`python -m tests.model.interpret_kernels bf16` does so in bf16, which the interpreter itself multiplies as integers.
+
 Run by test_kernels.py in a process of its own: TRITON_INTERPRET=1 counts when triton is imported.
 """
 
@@ -11,10 +13,11 @@ from typing import Any
 
 import torch
 
-from ponder_scale.model import kernels
+from ponder_scale.model import kernels, tiles
 from ponder_scale.model.pondering_embedding import cross_entropy, pondering_embedding
+from tests.model.interpret_bf16 import right_bf16
 
-TOKENS, WIDTH, VOCABULARY = 50, 80, 1003  # no multiple of any tile
+TOKENS, WIDTH, VOCABULARY = 150, 80, 1003  # no multiple of any tile
 NAMES = ("value", "loss", "entropy", "hidden", "head", "table")
 
 
@@ -65,9 +68,11 @@ def loss_errors(dtype: torch.dtype, **options: Any) -> dict[str, float]:
 
 
 def main() -> None:
-    """Errors of every case: blocks small enough that there are several."""
-    kernels.TOKEN_BLOCK, kernels.VOCABULARY_BLOCK = 32, 512
-    dtype = {"fp32": torch.float32, "fp16": torch.float16}[sys.argv[1]]
+    """Errors of every case: blocks small enough that there are several, the last of them of few tokens."""
+    kernels.TOKEN_BLOCK, kernels.VOCABULARY_BLOCK = 96, 512
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[sys.argv[1]]
+    right_bf16()
+    assert tiles.FEW_TOKENS < kernels.TOKEN_BLOCK and TOKENS % kernels.TOKEN_BLOCK <= tiles.FEW_TOKENS
     cases = {
         "plain": embedding_errors(dtype, False),
         "temperature and scale": embedding_errors(dtype, False, temperature=0.9, scale=2.5),

@@ -1,0 +1,183 @@
+"""The Triton kernels of the pondering embedding and the loss: matrix products with the softmax inside them.
+
+What they compute together, and in which order, is in `kernels`. N tokens, D hidden size, V vocabulary. Scores are kept
+in powers of two, z = h W^T log2(e) / tau, and exponents as integers, so that bringing two tiles to one offset is exact
+in any dtype. No atomics: same inputs, same bits. Offsets into (N, V) are 64-bit. Sums are in fp32.
+"""
+
+# Triton gives its own meaning to the annotations of a kernel, and ships no types
+# mypy: disable-error-code="no-untyped-def, import-untyped"
+from __future__ import annotations
+
+try:  # guarded for the loader of remote code, which asks for every package that a file imports
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("the triton backend needs the package triton; use backend 'auto' or 'chunked'") from error
+
+
+@triton.jit
+def _tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Row and column tile of a program: GROUP row tiles go through the columns together."""
+    group = program // (GROUP * column_tiles)
+    first = group * GROUP
+    size = min(row_tiles - first, GROUP)
+    return first + program % (GROUP * column_tiles) % size, program % (GROUP * column_tiles) // size
+
+
+@triton.jit
+def exp_product(
+    hidden, head, out, exponents, sums, kept, weighted, unit_exponents, unit_sums,
+    tokens, vocabulary, width, out_stride, factor, unit_factor,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    STATISTICS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """q (tokens, vocabulary) of hidden (tokens, width) and head; per (tile, row) exponent, sum q, sum of stored q.
+
+    With STATISTICS sum q (z - exponent) too; with UNIT exponent and sum at temperature 1.
+    """
+    row_tile, tile = _tile_of(tl.program_id(0), tl.cdiv(tokens, M), tl.cdiv(vocabulary, N), GROUP)
+    rows = row_tile * M + tl.arange(0, M)
+    columns = tile * N + tl.arange(0, N)
+    depth = tl.arange(0, K)
+    left = hidden + (rows % tokens).to(tl.int64)[:, None] * width + depth[None, :]
+    right = head + (columns % vocabulary).to(tl.int64)[None, :] * width + depth[:, None]
+    acc = tl.zeros((M, N), dtype=tl.float32)
+    for step in range(tl.cdiv(width, K)):
+        if EVEN:
+            a, b = tl.load(left), tl.load(right)
+        else:
+            rest = depth < width - step * K
+            a, b = tl.load(left, mask=rest[None, :], other=0.0), tl.load(right, mask=rest[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        left += K
+        right += K
+    inside = columns[None, :] < vocabulary
+    exists = rows < tokens
+    place = tile * tokens + rows
+    if UNIT:
+        y = tl.where(inside, acc * unit_factor, float("-inf"))
+        unit = tl.ceil(tl.max(y, 1))
+        tl.store(unit_exponents + place, unit, mask=exists)
+        tl.store(unit_sums + place, tl.sum(tl.exp2(y - unit[:, None]), 1), mask=exists)
+    z = tl.where(inside, acc * factor, float("-inf"))
+    exponent = tl.ceil(tl.max(z, 1))
+    z = z - exponent[:, None]
+    q = tl.exp2(z)
+    tl.store(exponents + place, exponent, mask=exists)
+    tl.store(sums + place, tl.sum(q, 1), mask=exists)
+    if STATISTICS:
+        tl.store(weighted + place, tl.sum(q * tl.maximum(z, -1e30), 1), mask=exists)
+    stored = q.to(out.dtype.element_ty)
+    tl.store(kept + place, tl.sum(stored.to(tl.float32), 1), mask=exists)
+    cells = out + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    tl.store(cells, stored, mask=exists[:, None] & inside)
+
+
+@triton.jit
+def scaled_product(
+    left, right, powers, scales, out,
+    tokens, inner, width, left_stride, steps,
+    TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """SCALED: out = scales * ((left * powers) @ right) over `steps` steps of K rows of `right` for each split.
+
+    Otherwise out += left @ right, in one split. left (tokens, inner), right (inner, width), powers
+    (inner / TILE, tokens), scales (tokens,), out (splits, tokens, width).
+    """
+    row_tile, tile = _tile_of(tl.program_id(0), tl.cdiv(tokens, M), tl.cdiv(width, N), GROUP)
+    split = tl.program_id(1)
+    rows = row_tile * M + tl.arange(0, M)
+    columns = tile * N + tl.arange(0, N)
+    start = split * steps * K
+    depth = start + tl.arange(0, K)
+    rows_read, columns_read = rows % tokens, columns % width
+    a_cells = left + rows_read.to(tl.int64)[:, None] * left_stride + depth[None, :]
+    b_cells = right + depth.to(tl.int64)[:, None] * width + columns_read[None, :]
+    cells = out + (split.to(tl.int64) * tokens + rows)[:, None] * width + columns[None, :]
+    exists = (rows < tokens)[:, None] & (columns < width)[None, :]
+    if SCALED:
+        acc = tl.zeros((M, N), dtype=tl.float32)
+    else:
+        acc = tl.load(cells, mask=exists, other=0.0)
+    for step in range(min(steps, tl.cdiv(inner - start, K))):
+        if EVEN:
+            a, b = tl.load(a_cells), tl.load(b_cells)
+        else:
+            rest = depth < inner - step * K
+            a, b = tl.load(a_cells, mask=rest[None, :], other=0.0), tl.load(b_cells, mask=rest[:, None], other=0.0)
+        if SCALED:
+            power = tl.load(powers + ((start + step * K) // TILE) * tokens + rows_read)
+            a = a * power.to(a.dtype)[:, None]
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        a_cells += K
+        b_cells += K * width
+    if SCALED:
+        acc = acc * tl.load(scales + rows_read)[:, None]
+    tl.store(cells, acc.to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def gradient_products(
+    hidden, head, grad, table, exponents, shares, deltas, probabilities, gradients, leaks,
+    tokens, vocabulary, width, out_stride, factor, grad_factor,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+    TIED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """p and dz (tokens, vocabulary) of a block of the vocabulary; per (tile, row) the sum of dz as stored, `leaks`.
+
+    TIED: table is head, and loaded once.
+    p = 2^(hidden head^T factor - exponents) * shares and dz = p * (grad table^T grad_factor - deltas).
+    """
+    row_tile, tile = _tile_of(tl.program_id(0), tl.cdiv(tokens, M), tl.cdiv(vocabulary, N), GROUP)
+    rows = row_tile * M + tl.arange(0, M)
+    columns = tile * N + tl.arange(0, N)
+    depth = tl.arange(0, K)
+    rows_read, columns_read = rows % tokens, columns % vocabulary
+    row_cells = rows_read.to(tl.int64)[:, None] * width + depth[None, :]
+    column_cells = columns_read.to(tl.int64)[None, :] * width + depth[:, None]
+    scores = tl.zeros((M, N), dtype=tl.float32)
+    slopes = tl.zeros((M, N), dtype=tl.float32)
+    for step in range(tl.cdiv(width, K)):
+        if EVEN:
+            a, b, c = tl.load(hidden + row_cells), tl.load(head + column_cells), tl.load(grad + row_cells)
+        else:
+            rest = depth < width - step * K
+            a = tl.load(hidden + row_cells, mask=rest[None, :], other=0.0)
+            b = tl.load(head + column_cells, mask=rest[:, None], other=0.0)
+            c = tl.load(grad + row_cells, mask=rest[None, :], other=0.0)
+        if TIED:
+            d = b
+        elif EVEN:
+            d = tl.load(table + column_cells)
+        else:
+            d = tl.load(table + column_cells, mask=(depth < width - step * K)[:, None], other=0.0)
+        scores = tl.dot(a, b, scores, input_precision=PRECISION)
+        slopes = tl.dot(c, d, slopes, input_precision=PRECISION)
+        row_cells += K
+        column_cells += K
+    p = tl.exp2(scores * factor - tl.load(exponents + rows_read)[:, None]) * tl.load(shares + rows_read)[:, None]
+    dz = p * (slopes * grad_factor - tl.load(deltas + rows_read)[:, None])
+    cells = rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    exists = (rows < tokens)[:, None] & (columns < vocabulary)[None, :]
+    tl.store(probabilities + cells, p.to(probabilities.dtype.element_ty), mask=exists)
+    stored = tl.where(exists, dz, 0.0).to(gradients.dtype.element_ty)
+    tl.store(gradients + cells, stored, mask=exists)
+    tl.store(leaks + tile * tokens + rows, tl.sum(stored.to(tl.float32), 1), mask=rows < tokens)
+
+
+@triton.jit
+def loss_gradient(q, powers, labels, tokens, vocabulary, stride, ignored, TILE: tl.constexpr, M: tl.constexpr):
+    """In place: q * powers - [column is the label], 0 in rows without a label; powers (V / TILE, tokens)."""
+    tile = tl.program_id(1)
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    columns = tile * TILE + tl.arange(0, TILE)
+    exists = rows < tokens
+    label = tl.load(labels + rows, mask=exists, other=ignored)
+    power = tl.load(powers + tile * tokens + rows, mask=exists, other=0.0)
+    cells = q + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    inside = exists[:, None] & (columns < vocabulary)[None, :]
+    p = tl.load(cells, mask=inside, other=0.0).to(tl.float32) * power[:, None]
+    dz = p - tl.where(columns[None, :] == label[:, None], 1.0, 0.0)
+    tl.store(cells, tl.where((label == ignored)[:, None], 0.0, dz).to(q.dtype.element_ty), mask=inside)

@@ -1,0 +1,149 @@
+"""How the Triton kernels cut their products, by compute capability of the GPU and width of an element.
+
+A tile that compiles for one GPU needs more shared memory than another has, or spills registers there. So each GPU has
+its own row, and tests compile every row for its GPU. A GPU without a row takes the backend `chunked`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+FEW_TOKENS = 64  # up to so many the tables are read once and the products wait for memory, as in decoding
+INTERPRETED = (9, 0)  # whose row Triton's interpreter takes on a CPU
+PROCESSORS_INTERPRETED = 132
+BUSY_ENOUGH = 0.85  # share of the device's processors below which a sum is split
+MOST_SPLITS = 64
+LEAST_STEPS = 8  # of the depth, in one part of a split sum
+
+
+class Tiles(NamedTuple):
+    """Extent of one program's product (rows, columns, depth of a step), warps and pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+class DeviceTiles(NamedTuple):
+    """The tiles of every product on one GPU; the depth of a mix divides the columns of the exp before it."""
+
+    exp: Tiles  # scores and their exponentials
+    mix: Tiles  # exponentials with the table
+    add: Tiles  # dz with the head, onto d_hidden
+    gradient: Tiles  # p and dz, from two products
+    tied: Tiles  # the same where head and table are one, which is loaded once
+    few_exp: Tiles  # the first two for few tokens
+    few_mix: Tiles
+
+
+# shared memory that one block may ask for, in bytes
+SHARED_MEMORY = {
+    (8, 0): 166_912,  # A100, A30
+    (8, 6): 101_376,  # RTX 30, A10, A40
+    (8, 9): 101_376,  # RTX 40, L4, L40S
+    (9, 0): 232_448,  # H100, H200
+    (10, 0): 232_448,  # B200
+    (12, 0): 101_376,  # RTX 50, RTX PRO Blackwell
+}
+_AMPERE = DeviceTiles(
+    exp=Tiles(128, 128, 64, 8, 3),
+    mix=Tiles(128, 128, 64, 8, 3),
+    add=Tiles(128, 128, 64, 8, 3),
+    gradient=Tiles(128, 64, 64, 8, 3),
+    tied=Tiles(128, 128, 64, 8, 3),
+    few_exp=Tiles(64, 128, 64, 4, 4),
+    few_mix=Tiles(64, 128, 64, 4, 4),
+)
+_HOPPER = _AMPERE._replace(
+    exp=Tiles(128, 256, 64, 8, 3), mix=Tiles(128, 256, 64, 8, 3), gradient=Tiles(128, 128, 64, 8, 3)
+)
+_FP32 = DeviceTiles(
+    exp=Tiles(64, 128, 32, 8, 3),
+    mix=Tiles(64, 128, 32, 8, 3),
+    add=Tiles(64, 128, 32, 8, 3),
+    gradient=Tiles(64, 64, 32, 8, 3),
+    tied=Tiles(64, 64, 32, 8, 3),
+    few_exp=Tiles(64, 128, 32, 8, 3),
+    few_mix=Tiles(64, 128, 32, 8, 3),
+)
+# by capability and bytes of an element
+TABLE: dict[tuple[tuple[int, int], int], DeviceTiles] = {
+    ((8, 0), 2): _AMPERE,
+    ((8, 6), 2): _AMPERE,
+    ((8, 9), 2): _AMPERE,
+    ((9, 0), 2): _HOPPER,
+    ((10, 0), 2): _HOPPER,
+    ((12, 0), 2): _AMPERE,
+    **{(capability, 4): _FP32 for capability in SHARED_MEMORY},
+}
+_failed: set[tuple[tuple[int, int], torch.dtype]] = set()
+
+
+def tiles_for(tensor: Tensor) -> DeviceTiles | None:
+    """The tiles for operands like this one, on its device; None where the kernels are not to be started."""
+    capability = _capability(tensor)
+    return None if (capability, tensor.dtype) in _failed else _row(capability, tensor.element_size())
+
+
+def give_up(tensor: Tensor, failure: Exception) -> None:
+    """From now on the kernels are not started for operands like this one; says so once."""
+    capability = _capability(tensor)
+    if (capability, tensor.dtype) not in _failed:
+        _failed.add((capability, tensor.dtype))
+        logger.warning(
+            "a Triton kernel of the pondering embedding did not start on compute capability %d.%d (%s); this process "
+            "goes on with the backend 'chunked', which is slower and gives the same within rounding",
+            *capability,
+            failure,
+        )
+
+
+@functools.cache  # which also lets it say so once
+def _row(capability: tuple[int, int], element_bytes: int) -> DeviceTiles | None:
+    row = TABLE.get((capability, element_bytes))
+    if row is None:
+        known = ", ".join(f"{major}.{minor}" for major, minor in SHARED_MEMORY)
+        logger.warning(
+            "the Triton kernels of the pondering embedding have no tiles for compute capability %d.%d (known: %s); "
+            "this process takes the backend 'chunked', which is slower and gives the same within rounding",
+            *capability,
+            known,
+        )
+    return row
+
+
+def _capability(tensor: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else INTERPRETED
+
+
+def processors(tensor: Tensor) -> int:
+    """Of the device of a tensor, each of which runs programs of its own."""
+    if not tensor.is_cuda:
+        return PROCESSORS_INTERPRETED
+    count: int = torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return count
+
+
+def splits(programs: int, steps: int, available: int) -> int:
+    """In how many parts a sum of `steps` steps is made, with `programs` tiles of the result and so many processors.
+
+    The fewest that leave no more than a few processors idle, or else those that leave the fewest.
+    """
+    choices = range(1, max(1, min(MOST_SPLITS, steps // LEAST_STEPS)) + 1)
+    return next((parts for parts in choices if _busy(programs * parts, available) >= BUSY_ENOUGH), None) or max(
+        choices, key=lambda parts: _busy(programs * parts, available)
+    )
+
+
+def _busy(programs: int, available: int) -> float:
+    """Share of the processors at work, over all waves of programs."""
+    return programs / (-(-programs // available) * available)

@@ -1,0 +1,119 @@
+"""The pondering embedding over the K most probable tokens, renormalised: sparse forward and backward.
+
+N tokens, D hidden size, V vocabulary. The equations are those of `backends` with every sum over v cut to K terms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backends import as_dtype, chunk, finished, label_loss, power_above, wide, wide_product, width
+
+
+class TopK(torch.autograd.Function):
+    """Over the K most probable tokens, renormalised. Saves (N, K) indices and probabilities."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        table: Tensor,
+        labels: Tensor | None,
+        temperature: float,
+        scale: float,
+        top_k: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, rows = hidden.shape[0], chunk(hidden, hidden.shape[0], head.shape[0])
+        index = hidden.new_empty(tokens, top_k, dtype=torch.int64)
+        p = hidden.new_empty(tokens, top_k, dtype=width(hidden))
+        loss, entropy = (hidden.new_zeros(tokens, dtype=width(hidden)) for _ in range(2))
+        for start in range(0, tokens, rows):
+            part = slice(start, start + rows)
+            z = _logits(hidden[part], head)  # (n, V)
+            if labels is not None:
+                loss[part] = label_loss(z, labels[part], z.logsumexp(-1))
+            values, index[part] = z.topk(top_k, dim=-1)
+            p[part] = torch.softmax(values / temperature, dim=-1)
+        if labels is not None:
+            entropy = -torch.special.xlogy(p, p).sum(-1)
+        mixed = F.embedding_bag(index, table, per_sample_weights=p.to(table.dtype), mode="sum")
+        ctx.save_for_backward(hidden, head, table, index, p)
+        ctx.temperature, ctx.scale = temperature, scale
+        ctx.mark_non_differentiable(loss, entropy)
+        return mixed.mul_(scale), loss, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        hidden, head, table, index, p = ctx.saved_tensors
+        need_hidden, need_head, need_table = ctx.needs_input_grad[:3]
+        in_bags = hidden.device.type == "cpu" and hidden.dtype == p.dtype
+        gradients = _gradients_in_bags if in_bags else _gradients_in_blocks
+        dp, d_table = gradients(index, p, table, grad * ctx.scale, True, need_table)
+        dz = p * (dp - (p * dp).sum(-1, keepdim=True)) / ctx.temperature
+        d_head = gradients(index, dz, head, hidden, False, need_head)[1]
+        d_hidden = None
+        if need_hidden:
+            # in fp16 a dz may be more than it holds while its product with the head is not
+            shrink = power_above(dz.abs().amax()) if dz.numel() and head.dtype == torch.float16 else None
+            narrow = (dz if shrink is None else dz / shrink).to(head.dtype)
+            d_hidden = finished(F.embedding_bag(index, head, per_sample_weights=narrow, mode="sum"), shrink, hidden)
+        return d_hidden, as_dtype(d_head, head), as_dtype(d_table, table), None, None, None, None
+
+
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """(n, V), not rounded to a narrow dtype, in which the K most probable would be others."""
+    if hidden.dtype == width(hidden):
+        return F.linear(hidden, head)
+    return wide_product(hidden, head.t(), hidden.new_empty(hidden.shape[0], head.shape[0], dtype=width(hidden)))
+
+
+def _gradients_in_bags(
+    index: Tensor, weights: Tensor, matrix: Tensor, upstream: Tensor, need_weights: bool, need_matrix: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Of sum_k weights[n, k] matrix[index[n, k]] (N, D), to the weights (N, K) and to the matrix (V, D).
+
+    By the backward of torch's CPU kernel, which gathers nothing, but in narrow dtypes would also sum in them.
+    """
+    with torch.enable_grad():
+        leaves = weights.detach().requires_grad_(need_weights), matrix.detach().requires_grad_(need_matrix)
+        if not (need_weights or need_matrix):
+            return weights, None
+        bag = F.embedding_bag(index, leaves[1], per_sample_weights=leaves[0], mode="sum")
+    asked = [leaf for leaf in leaves if leaf.requires_grad]
+    found: list[Tensor] = list(torch.autograd.grad(bag, asked, upstream))
+    d_weights = found.pop(0) if need_weights else weights
+    return d_weights, found[0] if need_matrix else None
+
+
+def _gradients_in_blocks(
+    index: Tensor, weights: Tensor, matrix: Tensor, upstream: Tensor, need_weights: bool, need_matrix: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same for any device and dtype, gathering (n, K, D) for a block of n tokens at a time."""
+    (tokens, top_k), hidden_size = index.shape, matrix.shape[1]
+    d_weights = torch.empty_like(weights)
+    d_matrix = torch.zeros_like(matrix, dtype=width(matrix)) if need_matrix else None
+    rows = chunk(matrix, tokens, top_k * hidden_size)
+    for start in range(0, tokens, rows):
+        part = slice(start, start + rows)
+        picked, above = index[part].flatten(), wide(upstream[part])  # (n * K,), (n, D)
+        if need_weights:
+            gathered = wide(matrix[picked]).view(-1, top_k, hidden_size)
+            d_weights[part] = torch.bmm(gathered, above.unsqueeze(2)).squeeze(2)
+        if d_matrix is not None:
+            _add_rows(d_matrix, picked, weights[part].unsqueeze(2) * above.unsqueeze(1))
+    return d_weights, d_matrix
+
+
+def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """total[index] += rows, (n, K, D) for (n * K,) indices into (V, D)."""
+    if total.device.type == "cpu":
+        total.index_add_(0, index, rows.flatten(0, 1))
+    else:  # sorts the indices, where index_add_ would use atomics in any order
+        total.index_put_((index,), rows.flatten(0, 1), accumulate=True)
