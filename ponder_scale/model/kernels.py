@@ -117,7 +117,8 @@ def _buffer(like: Tensor, rows: int, columns: int) -> Tensor:
 def _scores(hidden: Tensor, head: Tensor, labels: Tensor | None, temperature: float, plan: DeviceTiles) -> _Scores:
     """q, log-sum-exp and statistics of a block of tokens, by one product."""
     (tokens, width), vocabulary = hidden.shape, head.shape[0]
-    shape = plan.few_exp if tokens <= FEW_TOKENS else plan.exp
+    # not by what is asked beside q: statistics never change the result
+    shape = plan.few_exp if tokens <= FEW_TOKENS else plan.exp if temperature == 1.0 else plan.tempered
     tiles = triton.cdiv(vocabulary, shape.n)
     unit = labels is not None and temperature != 1.0
     q = _buffer(hidden, tokens, vocabulary)

@@ -27,7 +27,7 @@ from .top_k import TopK
 
 __all__ = ["BACKENDS", "IGNORE_INDEX", "Statistics", "choose_backend", "cross_entropy", "pondering_embedding"]
 
-ALIGNED = 16  # elements: rows of another width start at addresses that GPUs cannot load from in one piece
+WHOLE_DEPTH = 64  # of every product's step, as all models have it: the kernels that mask a rest need more registers
 BACKENDS = ("auto", "eager", "chunked", "sdpa", "triton", "top_k")
 
 
@@ -160,7 +160,7 @@ def _triton_is_fastest(hidden: Tensor) -> bool:
     narrow = hidden.dtype in (torch.bfloat16, torch.float16)
     if hidden.device.type != "cuda" or not narrow or importlib.util.find_spec("triton") is None:
         return False
-    return torch.version.hip is None and hidden.shape[-1] % ALIGNED == 0 and tiles_for(hidden) is not None
+    return torch.version.hip is None and hidden.shape[-1] % WHOLE_DEPTH == 0 and tiles_for(hidden) is not None
 
 
 def _attention_refusal(hidden: Tensor) -> str | None:

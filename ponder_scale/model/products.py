@@ -60,14 +60,14 @@ def exp_product(
         unit = tl.ceil(tl.max(y, 1))
         tl.store(unit_exponents + place, unit, mask=exists)
         tl.store(unit_sums + place, tl.sum(tl.exp2(y - unit[:, None]), 1), mask=exists)
-    z = tl.where(inside, acc * factor, float("-inf"))
+    z = tl.where(inside, acc * factor, -1e30)  # times q, which is 0 there, it is 0
     exponent = tl.ceil(tl.max(z, 1))
     z = z - exponent[:, None]
     q = tl.exp2(z)
     tl.store(exponents + place, exponent, mask=exists)
     tl.store(sums + place, tl.sum(q, 1), mask=exists)
     if STATISTICS:
-        tl.store(weighted + place, tl.sum(q * tl.maximum(z, -1e30), 1), mask=exists)
+        tl.store(weighted + place, tl.sum(q * z, 1), mask=exists)
     stored = q.to(out.dtype.element_ty)
     tl.store(kept + place, tl.sum(stored.to(tl.float32), 1), mask=exists)
     cells = out + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]

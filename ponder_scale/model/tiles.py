@@ -37,6 +37,7 @@ class DeviceTiles(NamedTuple):
     """The tiles of every product on one GPU; the depth of a mix divides the columns of the exp before it."""
 
     exp: Tiles  # scores and their exponentials
+    tempered: Tiles  # the same at another temperature than 1, where a loss needs two sums
     mix: Tiles  # exponentials with the table
     add: Tiles  # dz with the head, onto d_hidden
     gradient: Tiles  # p and dz, from two products
@@ -56,6 +57,7 @@ SHARED_MEMORY = {
 }
 _AMPERE = DeviceTiles(
     exp=Tiles(128, 128, 64, 8, 3),
+    tempered=Tiles(128, 128, 64, 8, 3),
     mix=Tiles(128, 128, 64, 8, 3),
     add=Tiles(128, 128, 64, 8, 3),
     gradient=Tiles(128, 64, 64, 8, 3),
@@ -64,10 +66,15 @@ _AMPERE = DeviceTiles(
     few_mix=Tiles(64, 128, 64, 4, 4),
 )
 _HOPPER = _AMPERE._replace(
-    exp=Tiles(128, 256, 64, 8, 3), mix=Tiles(128, 256, 64, 8, 3), gradient=Tiles(128, 128, 64, 8, 3)
+    exp=Tiles(128, 256, 64, 8, 3),
+    tempered=Tiles(128, 128, 64, 8, 4),
+    mix=Tiles(128, 256, 64, 8, 3),
+    gradient=Tiles(128, 128, 64, 8, 3),
 )
+_BLACKWELL = _HOPPER._replace(exp=Tiles(128, 128, 64, 8, 4), mix=Tiles(128, 128, 64, 8, 4))
 _FP32 = DeviceTiles(
     exp=Tiles(64, 128, 32, 8, 3),
+    tempered=Tiles(64, 128, 32, 8, 3),
     mix=Tiles(64, 128, 32, 8, 3),
     add=Tiles(64, 128, 32, 8, 3),
     gradient=Tiles(64, 64, 32, 8, 3),
@@ -81,9 +88,9 @@ TABLE: dict[tuple[tuple[int, int], int], DeviceTiles] = {
     ((8, 6), 2): _AMPERE,
     ((8, 9), 2): _AMPERE,
     ((9, 0), 2): _HOPPER,
-    ((10, 0), 2): _HOPPER,
+    ((10, 0), 2): _BLACKWELL,
     ((12, 0), 2): _AMPERE,
-    **{(capability, 4): _FP32 for capability in SHARED_MEMORY},
+    (INTERPRETED, 4): _FP32,
 }
 _failed: set[tuple[tuple[int, int], torch.dtype]] = set()
 

@@ -1,0 +1,74 @@
+"""Kernels that do not start, under Triton's interpreter: prints as JSON what became of the numbers and what was logged.
+
+Run by test_kernels.py in a process of its own: TRITON_INTERPRET=1 counts when triton is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Any
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+from ponder_scale.model import kernels, tiles
+from ponder_scale.model.pondering_embedding import cross_entropy, pondering_embedding
+from tests.model.interpret_kernels import leaves, operands, relative
+
+
+class Refused:
+    """A kernel that the driver does not start, and counts how often it was asked to."""
+
+    def __init__(self, kernel: Any, error: Exception) -> None:
+        self.fn, self.error, self.asked = kernel.fn, error, 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            self.asked += 1
+            raise self.error
+
+        return launch
+
+
+def passes(count: int) -> dict[str, Any]:
+    """Largest relative errors of values and gradients in several forwards and backwards."""
+    tensors, labels, upstream = operands(torch.float32, tied=False)
+    worst = 0.0
+    for _ in range(count):
+        ours, theirs = leaves(tensors, torch.float32, False), leaves(tensors, torch.float64, False)
+        options: dict[str, Any] = {"temperature": 0.8, "scale": 2.0}
+        mixed, _ = pondering_embedding(*ours, labels=labels, backend="triton", **options)
+        expected, _ = pondering_embedding(*theirs, backend="eager", **options)
+        (mixed * upstream).sum().backward()
+        (expected * upstream).sum().backward()
+        pairs = [(mixed, expected), *((got.grad, wanted.grad) for got, wanted in zip(ours, theirs, strict=True))]
+        worst = max([worst, *(relative(*pair) for pair in pairs)])
+    total, _ = cross_entropy(*ours[:2], labels, backend="triton")
+    wanted, _ = cross_entropy(*theirs[:2], labels)
+    return {"error": max(worst, relative(total, wanted))}
+
+
+def main() -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ponder_scale.model.tiles").addHandler(handler)
+    name, kind = sys.argv[1:]
+    if kind == "capability":
+        tiles.INTERPRETED = (7, 5)
+        print(json.dumps({**passes(2), "lines": lines}))
+        return
+    error = torch.OutOfMemoryError("no memory") if kind == "memory" else OutOfResources(131072, 101376, "shared memory")
+    refused = Refused(getattr(kernels, name), error)
+    setattr(kernels, name, refused)
+    try:
+        found = passes(3)
+    except torch.OutOfMemoryError as raised:
+        found = {"raised": str(raised)}
+    print(json.dumps({**found, "lines": lines, "asked": refused.asked}))
+
+
+if __name__ == "__main__":
+    main()
