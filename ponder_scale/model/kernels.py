@@ -44,17 +44,13 @@ from .backends import (
 )
 from .backends import CrossEntropy as TorchCrossEntropy
 from .products import exp_product, gradient_products, loss_gradient, scaled_product
-from .tiles import FEW_TOKENS, DeviceTiles, Tiles, give_up, processors, splits, tiles_for
+from .tiles import FEW_TOKENS, DeviceTiles, LaunchFailed, Tiles, give_up, processors, splits, tiles_for
 
 LOG2_E = 1.0 / math.log(2.0)
 TOKEN_BLOCK = 8192  # tokens whose q exist at a time: 0.8 GB in bf16 at V = 50304
 VOCABULARY_BLOCK = 8192  # columns whose p and dz exist at a time
 SAME_ROWS = 8  # row tiles that run beside each other, so that a tile of W is read from L2
 LOSS_TILES = Tiles(16, 0, 0, 4, 3)  # as wide as the tiles of exp
-
-
-class LaunchFailed(RuntimeError):
-    """A kernel did not start; nothing it would have written can be used."""
 
 
 class _Scores(NamedTuple):
@@ -75,7 +71,7 @@ def launch_options(shape: Tiles) -> dict[str, Any]:
     return {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": False}
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], shape: Tiles, *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], shape: Tiles, *arguments: Any, **constants: Any) -> None:
     """Start a kernel.
 
     Raises:
@@ -124,7 +120,7 @@ def _scores(hidden: Tensor, head: Tensor, labels: Tensor | None, temperature: fl
     q = _buffer(hidden, tokens, vocabulary)
     per_tile = hidden.new_empty(6, tiles, tokens, dtype=torch.float32)
     exponents, sums, kept, weighted, unit_exponents, unit_sums = per_tile.unbind()
-    _launch(
+    launch(
         exp_product, (triton.cdiv(tokens, shape.m) * tiles,), shape,
         hidden, head, q, exponents, sums, kept, weighted, unit_exponents, unit_sums,
         tokens, vocabulary, width, q.stride(0), LOG2_E / temperature, LOG2_E,
@@ -156,7 +152,7 @@ def _mean_row(seen: _Scores, table: Tensor, plan: DeviceTiles) -> Tensor:
     parts = triton.cdiv(vocabulary, shape.k * steps)
     mean = table.new_empty(parts, tokens, width, dtype=torch.float32)
     powers = torch.exp2(seen.exponents - seen.row_exponents)
-    _launch(
+    launch(
         scaled_product, (programs, parts), shape,
         seen.q, table, powers, 1.0 / seen.kept, mean, tokens, vocabulary, width, seen.q.stride(0), steps,
         TILE=seen.tile, M=shape.m, N=shape.n, K=shape.k, GROUP=SAME_ROWS, EVEN=vocabulary % shape.k == 0,
@@ -168,7 +164,7 @@ def _mean_row(seen: _Scores, table: Tensor, plan: DeviceTiles) -> Tensor:
 def _add_product(left: Tensor, right: Tensor, out: Tensor, plan: DeviceTiles) -> None:
     """out += left @ right, out (tokens, width) in fp32."""
     (tokens, inner), width, shape = left.shape, right.shape[1], plan.add
-    _launch(
+    launch(
         scaled_product, (triton.cdiv(tokens, shape.m) * triton.cdiv(width, shape.n), 1), shape,
         left, right, None, None, out, tokens, inner, width, left.stride(0), triton.cdiv(inner, shape.k),
         TILE=shape.k, M=shape.m, N=shape.n, K=shape.k, GROUP=SAME_ROWS, EVEN=inner % shape.k == 0,
@@ -261,7 +257,7 @@ def _gradients(kept: Kept, grad: Tensor, needed: Any, ctx: Any) -> tuple[Tensor 
         columns = part.stop - part.start
         p, dz = _buffer(hidden, tokens, columns), _buffer(hidden, tokens, columns)
         leaked = deltas.new_empty(triton.cdiv(columns, shape.n), tokens)
-        _launch(
+        launch(
             gradient_products, (triton.cdiv(tokens, shape.m) * leaked.shape[0],), shape,
             hidden, head[part], above, table[part], kept.largest, kept.peak, deltas, p, dz, leaked,
             tokens, columns, width, p.stride(0), LOG2_E / ctx.temperature, ctx.scale / ctx.temperature,
@@ -318,7 +314,7 @@ def _loss(
         if d_hidden is None and d_head is None:
             continue
         powers = torch.exp2(seen.exponents - seen.row_exponents) * ((1.0 + 2.0 * z_loss * lse) / seen.sums)
-        _launch(
+        launch(
             loss_gradient, (triton.cdiv(count, LOSS_TILES.m), triton.cdiv(vocabulary, seen.tile)), LOSS_TILES,
             seen.q, powers, labels[part], count, vocabulary, seen.q.stride(0), IGNORE_INDEX,
             TILE=seen.tile, M=LOSS_TILES.m,

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .pondering_embedding import pondering_embedding  # noqa: F401
     from .products import exp_product  # noqa: F401
     from .readout import Ops, Readout  # noqa: F401
+    from .sparse import gradients_by_kernels  # noqa: F401
     from .tiles import Tiles  # noqa: F401
     from .top_k import TopK  # noqa: F401
 

@@ -13,7 +13,6 @@ The same numbers by several ways, named backends:
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from .attention import Attention
 from .backends import IGNORE_INDEX, Chunked, CrossEntropy, Statistics, is_fake, label_loss, wide
-from .tiles import tiles_for
+from .tiles import kernels_start
 from .top_k import TopK
 
 __all__ = ["BACKENDS", "IGNORE_INDEX", "Statistics", "choose_backend", "cross_entropy", "pondering_embedding"]
@@ -157,10 +156,7 @@ def _kernels() -> Any:
 
 
 def _triton_is_fastest(hidden: Tensor) -> bool:
-    narrow = hidden.dtype in (torch.bfloat16, torch.float16)
-    if hidden.device.type != "cuda" or not narrow or importlib.util.find_spec("triton") is None:
-        return False
-    return torch.version.hip is None and hidden.shape[-1] % WHOLE_DEPTH == 0 and tiles_for(hidden) is not None
+    return kernels_start(hidden) and hidden.shape[-1] % WHOLE_DEPTH == 0
 
 
 def _attention_refusal(hidden: Tensor) -> str | None:

@@ -7,6 +7,7 @@ its own row, and tests compile every row for its GPU. A GPU without a row takes 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from typing import NamedTuple
 
@@ -21,6 +22,10 @@ PROCESSORS_INTERPRETED = 132
 BUSY_ENOUGH = 0.85  # share of the device's processors below which a sum is split
 MOST_SPLITS = 64
 LEAST_STEPS = 8  # of the depth, in one part of a split sum
+
+
+class LaunchFailed(RuntimeError):
+    """A kernel did not start; nothing it would have written can be used."""
 
 
 class Tiles(NamedTuple):
@@ -93,6 +98,13 @@ TABLE: dict[tuple[tuple[int, int], int], DeviceTiles] = {
     (INTERPRETED, 4): _FP32,
 }
 _failed: set[tuple[tuple[int, int], torch.dtype]] = set()
+
+
+def kernels_start(hidden: Tensor) -> bool:
+    """Whether the kernels are for operands like this one: bf16 or fp16 on a GPU that has tiles."""
+    if not hidden.is_cuda or hidden.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
+        return False
+    return importlib.util.find_spec("triton") is not None and tiles_for(hidden) is not None
 
 
 def tiles_for(tensor: Tensor) -> DeviceTiles | None:

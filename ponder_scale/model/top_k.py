@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backends import as_dtype, chunk, finished, label_loss, power_above, wide, wide_product, width
+from .tiles import LaunchFailed, give_up, kernels_start
 
 
 class TopK(torch.autograd.Function):
@@ -53,8 +54,7 @@ class TopK(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden, head, table, index, p = ctx.saved_tensors
         need_hidden, need_head, need_table = ctx.needs_input_grad[:3]
-        in_bags = hidden.device.type == "cpu" and hidden.dtype == p.dtype
-        gradients = _gradients_in_bags if in_bags else _gradients_in_blocks
+        gradients = _way(hidden, p)
         dp, d_table = gradients(index, p, table, grad * ctx.scale, True, need_table)
         dz = p * (dp - (p * dp).sum(-1, keepdim=True)) / ctx.temperature
         d_head = gradients(index, dz, head, hidden, False, need_head)[1]
@@ -65,6 +65,26 @@ class TopK(torch.autograd.Function):
             narrow = (dz if shrink is None else dz / shrink).to(head.dtype)
             d_hidden = finished(F.embedding_bag(index, head, per_sample_weights=narrow, mode="sum"), shrink, hidden)
         return d_hidden, as_dtype(d_head, head), as_dtype(d_table, table), None, None, None, None
+
+
+def _way(hidden: Tensor, p: Tensor) -> Any:
+    """The function that makes the gradients of sums of K rows on this device and in this dtype."""
+    if hidden.device.type == "cpu" and hidden.dtype == p.dtype:
+        return _gradients_in_bags
+    return _gradients_on_gpu if kernels_start(hidden) else _gradients_in_blocks
+
+
+def _gradients_on_gpu(
+    index: Tensor, weights: Tensor, matrix: Tensor, upstream: Tensor, need_weights: bool, need_matrix: bool
+) -> tuple[Tensor, Tensor | None]:
+    """By kernels, or where they do not start in blocks."""
+    from .sparse import gradients_by_kernels  # needs triton, which not every machine that reads this file has
+
+    try:
+        return gradients_by_kernels(index, weights, matrix, upstream, need_weights, need_matrix)
+    except LaunchFailed as failure:
+        give_up(upstream, failure)
+        return _gradients_in_blocks(index, weights, matrix, upstream, need_weights, need_matrix)
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:

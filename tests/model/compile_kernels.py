@@ -20,10 +20,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ponder_scale.model import kernels, products, tiles
+from ponder_scale.model import kernels, products, sparse, tiles
 
 INTEGERS = {"tokens", "vocabulary", "width", "inner", "out_stride", "left_stride", "stride", "ignored", "steps"}
-INTEGERS |= {"top_k", "count"}
+INTEGERS |= {"top_k"}
 FLOATS = {"factor", "unit_factor", "grad_factor"}
 WIDE = {  # arguments that are fp32 (or 64-bit integers) whatever the operands are
     **dict.fromkeys(("exponents", "sums", "kept", "weighted", "unit_exponents", "unit_sums"), "*fp32"),
@@ -112,6 +112,10 @@ def launched(dtype: str, capability: tuple[int, int]) -> dict[str, tuple[Any, ti
     for name, shape, tied in (("gradient", row.gradient, False), ("tied", row.tied, True)):
         loads = (2 * shape.m + shape.n) / 2 if tied else plain(shape)
         add(name, products.gradient_products, shape, loads, EVEN=True, TIED=tied)
+    if size == 2:
+        for name, kernel in (("picked_dots", sparse.picked_dots), ("picking_sums", sparse.picking_sums)):
+            shape = sparse.DOT_TILES if kernel is sparse.picked_dots else sparse.SUM_TILES
+            found[name] = kernel, shape, {"N": shape.n, "K": shape.k}, 2 / size
     return found
 
 

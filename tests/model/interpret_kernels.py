@@ -15,6 +15,7 @@ import torch
 
 from ponder_scale.model import kernels, tiles
 from ponder_scale.model.pondering_embedding import cross_entropy, pondering_embedding
+from ponder_scale.model.sparse import gradients_by_kernels
 from tests.model.interpret_bf16 import right_bf16
 
 TOKENS, WIDTH, VOCABULARY = 150, 80, 1003  # no multiple of any tile
@@ -67,6 +68,20 @@ def loss_errors(dtype: torch.dtype, **options: Any) -> dict[str, float]:
     return {name: relative(*pair) for name, pair in zip(NAMES, pairs, strict=False)}
 
 
+def sparse_errors(dtype: torch.dtype) -> dict[str, float]:
+    """Of the gradients of sums of 7 rows, most of them picked by no token and one by all."""
+    (_, _, table), _, upstream = operands(dtype, tied=False)
+    generator = torch.Generator().manual_seed(1)
+    index = torch.randint(0, VOCABULARY, (TOKENS, 7), generator=generator)
+    index[:, 3] = 5
+    weights = torch.rand(TOKENS, 7, generator=generator)
+    d_weights, d_table = gradients_by_kernels(index, weights, table, upstream, True, True)
+    dense = torch.zeros(TOKENS, VOCABULARY, dtype=torch.float64)
+    dense.scatter_add_(1, index, weights.double())
+    wanted = (upstream.double() @ table.double().t()).gather(1, index)
+    return {"hidden": relative(d_weights, wanted), "table": relative(d_table, dense.t() @ upstream.double())}
+
+
 def main() -> None:
     """Errors of every case: blocks small enough that there are several, the last of them of few tokens."""
     kernels.TOKEN_BLOCK, kernels.VOCABULARY_BLOCK = 96, 512
@@ -77,6 +92,7 @@ def main() -> None:
         "plain": embedding_errors(dtype, False),
         "temperature and scale": embedding_errors(dtype, False, temperature=0.9, scale=2.5),
         "tied": embedding_errors(dtype, True, temperature=0.9, scale=2.5),
+        "sparse": sparse_errors(dtype),
         "loss": loss_errors(dtype),
         "loss with z-loss": loss_errors(dtype, z_loss=0.05),
     }

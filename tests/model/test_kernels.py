@@ -45,7 +45,7 @@ def check_compiled(dtype: str, capability: str) -> None:
     for name, made in run("compile_kernels", dtype, capability)[capability].items():
         assert made["spills"] == 0, (name, made)
         assert made["shared"] <= SHARED_MEMORY_BYTES[capability], (name, made)
-        assert (made["tensor cores"] > 0) == (dtype != "fp32"), (name, made)
+        assert (made["tensor cores"] > 0) == (dtype != "fp32" and not name.startswith("pick")), (name, made)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY_BYTES)
