@@ -157,10 +157,14 @@ def splits(programs: int, steps: int, available: int) -> int:
 
     The fewest that leave no more than a few processors idle, or else those that leave the fewest.
     """
-    choices = range(1, max(1, min(MOST_SPLITS, steps // LEAST_STEPS)) + 1)
-    return next((parts for parts in choices if _busy(programs * parts, available) >= BUSY_ENOUGH), None) or max(
-        choices, key=lambda parts: _busy(programs * parts, available)
-    )
+    most = max(1, min(MOST_SPLITS, steps // LEAST_STEPS))
+    choices = sorted({_parts(steps, _parts(steps, parts)) for parts in range(1, most + 1)})
+    enough = (parts for parts in choices if _busy(programs * parts, available) >= BUSY_ENOUGH)
+    return next(enough, None) or max(choices, key=lambda parts: _busy(programs * parts, available))
+
+
+def _parts(steps: int, each: int) -> int:
+    return -(-steps // each)
 
 
 def _busy(programs: int, available: int) -> float:

@@ -97,6 +97,7 @@ def test_the_mixture_of_few_tokens_uses_the_whole_device(tokens: int, width: int
         steps = -(-50_257 // shape.k)
         programs = -(-tokens // shape.m) * -(-width // shape.n)
         parts = tiles.splits(programs, steps, processors)
+        assert parts == -(-steps // -(-steps // parts))  # none of which is empty
         waves = -(-programs * parts // processors)
         assert programs * parts / (waves * processors) >= tiles.BUSY_ENOUGH
         assert steps // parts >= tiles.LEAST_STEPS
