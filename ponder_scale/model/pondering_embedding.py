@@ -21,12 +21,11 @@ from torch import Tensor
 
 from .attention import Attention
 from .backends import IGNORE_INDEX, Chunked, CrossEntropy, Statistics, is_fake, label_loss, wide
-from .tiles import kernels_start
+from .tiles import is_whole, kernels_start
 from .top_k import TopK
 
 __all__ = ["BACKENDS", "IGNORE_INDEX", "Statistics", "choose_backend", "cross_entropy", "pondering_embedding"]
 
-WHOLE_DEPTH = 64  # of every product's step, as all models have it: the kernels that mask a rest need more registers
 BACKENDS = ("auto", "eager", "chunked", "sdpa", "triton", "top_k")
 
 
@@ -156,7 +155,7 @@ def _kernels() -> Any:
 
 
 def _triton_is_fastest(hidden: Tensor) -> bool:
-    return kernels_start(hidden) and hidden.shape[-1] % WHOLE_DEPTH == 0
+    return kernels_start(hidden) and is_whole(hidden.shape[-1])
 
 
 def _attention_refusal(hidden: Tensor) -> str | None:

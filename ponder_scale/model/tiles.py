@@ -17,6 +17,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 FEW_TOKENS = 64  # up to so many the tables are read once and the products wait for memory, as in decoding
+WHOLE_DEPTH = 64  # of the step of every product in bf16, as the hidden sizes of models have it
 INTERPRETED = (9, 0)  # whose row Triton's interpreter takes on a CPU
 PROCESSORS_INTERPRETED = 132
 BUSY_ENOUGH = 0.85  # share of the device's processors below which a sum is split
@@ -132,12 +133,28 @@ def _row(capability: tuple[int, int], element_bytes: int) -> DeviceTiles | None:
     if row is None:
         known = ", ".join(f"{major}.{minor}" for major, minor in SHARED_MEMORY)
         logger.warning(
-            "the Triton kernels of the pondering embedding have no tiles for compute capability %d.%d (known: %s); "
-            "this process takes the backend 'chunked', which is slower and gives the same within rounding",
+            "the Triton kernels of the pondering embedding have no tiles for elements of %d bytes on compute "
+            "capability %d.%d (known: %s); this process takes the backend 'chunked', which is slower and gives "
+            "the same within rounding",
+            element_bytes,
             *capability,
             known,
         )
     return row
+
+
+@functools.cache
+def is_whole(width: int) -> bool:
+    """Whether a hidden size is whole steps of every product; the kernels that mask a rest need more registers."""
+    if width % WHOLE_DEPTH == 0:
+        return True
+    logger.warning(
+        "the hidden size %d is no multiple of %d, which the Triton kernels of the pondering embedding want; this "
+        "process takes the backend 'chunked', which is slower and gives the same within rounding",
+        width,
+        WHOLE_DEPTH,
+    )
+    return False
 
 
 def _capability(tensor: Tensor) -> tuple[int, int]:

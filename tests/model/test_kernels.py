@@ -68,7 +68,14 @@ def test_a_gpu_without_tiles_takes_chunked_and_says_so_once() -> None:
     found = run("fall_back", "none", "capability", TRITON_INTERPRET="1")
     assert found["error"] < 1e-5
     assert len(found["lines"]) == 1
-    assert "no tiles for compute capability 7.5" in found["lines"][0] and "'chunked'" in found["lines"][0]
+    assert "compute capability 7.5 (known: 8.0, 8.6" in found["lines"][0] and "'chunked'" in found["lines"][0]
+
+
+def test_a_hidden_size_that_is_no_whole_step_takes_chunked_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    assert [tiles.is_whole(width) for width in (768, 2048, 100, 100)] == [True, True, False, False]
+    assert [record.args for record in caplog.records] == [(100, 64)]
+    for row in tiles.TABLE.values():
+        assert all(64 % shape.k == 0 for shape in row)
 
 
 @pytest.mark.parametrize("kernel", ["exp_product", "scaled_product", "gradient_products", "loss_gradient"])
