@@ -27,6 +27,13 @@ def _of(file: str, tests: str, *changes: tuple[str, str]) -> list[Mutant]:
     return [Mutant(file, old, new, tuple(tests.split())) for old, new in changes]
 
 
+WATCHDOG = " ".join(
+    f"tests/train/survive/test_watchdog.py::test_{name}"
+    for name in (
+        "a_straggler_is_much_slower_than_the_median_and_worth_its_name",
+        "heartbeats_of_all_ranks_are_at_most_200_files_a_second",
+    )
+)
 HEALTH = " ".join(
     f"tests/train/survive/test_health.py::test_{name}"
     for name in (
@@ -194,7 +201,7 @@ MUTANTS = [
     ),
     *_of(
         "ponder_scale/train/survive/watchdog.py",
-        "tests/train/survive/test_watchdog.py::test_a_straggler_is_much_slower_than_the_median_and_worth_its_name",
+        WATCHDOG,
         ("if spent > factor * median and", "if spent >= factor * median or"),
         ("max(HEARTBEAT_SECONDS, world_size / 200)", "max(HEARTBEAT_SECONDS, world_size / 2000)"),
         ("NEGLIGIBLE = 0.05", "NEGLIGIBLE = 0.5"),

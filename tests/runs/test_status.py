@@ -93,6 +93,35 @@ def test_a_rank_that_stands_still_is_named(tmp_path: Path) -> None:
     assert line(run_dir, "run").endswith("no sign of life for 3m20s")
 
 
+@pytest.mark.parametrize(("seconds_per_step", "fresh", "stale"), [(2.0, 59.0, 61.0), (20.0, 99.0, 101.0)])
+def test_a_heartbeat_is_stale_after_a_minute_and_five_steps(
+    seconds_per_step: float, fresh: float, stale: float, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    make_run(run_dir).write("step", 11, **{**STEP, "seconds_per_step": seconds_per_step, "time": NOW - 5.0})
+    beat(run_dir, 0, 1.0)
+    for age, said in ((fresh, "running"), (stale, "running, but not all ranks are")):
+        beat(run_dir, 1, age)
+        assert line(run_dir, "run").endswith(f": {said}"), age
+
+
+def test_a_start_has_an_hour_to_come_to_its_first_step(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("train: {steps: 5000}\n")
+    for age, said in ((3590.0, "starting for "), (3610.0, "came to nothing")):
+        beat(run_dir, 0, age, step=None, phase="start")
+        assert said in line(run_dir, "run"), age
+
+
+def test_a_rank_that_works_a_minute_after_the_end_is_of_another_attempt(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    make_run(run_dir).write("end", 10, reason="time limit", time=NOW - 90)
+    for age, said in ((31.0, "ended (time limit) 1m30s ago"), (29.0, "running")):
+        beat(run_dir, 0, age)
+        assert line(run_dir, "run").endswith(said), age
+
+
 def test_an_ended_run_says_why(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     make_run(run_dir).write("end", 10, reason="time limit", time=NOW - 90)

@@ -33,6 +33,8 @@ def test_a_spike_is_so_many_deviations_above_the_mean_once_half_the_window_is_th
     health = Health(HealthConfig(spike_sigma=4.0, spike_window=8, on_spike="skip"))
     assert judged(health, *QUIET[:3], (9.0, 1.0)) == [True] * 4  # three of four that it needs
     health = Health(HealthConfig(spike_sigma=4.0, spike_window=8, on_spike="skip"))
+    assert judged(health, *QUIET[:4], (9.0, 1.0)) == [True] * 4 + [False]
+    health = Health(HealthConfig(spike_sigma=4.0, spike_window=8, on_spike="skip"))
     assert all(judged(health, *QUIET))
     assert judged(health, (2.39, 1.0)) == [True]
     health = Health(HealthConfig(spike_sigma=4.0, spike_window=8, on_spike="skip"))

@@ -17,7 +17,7 @@ import pytest
 from ponder_scale.config import HealthConfig, RunConfig
 from ponder_scale.errors import HUNG
 from ponder_scale.settings import load
-from ponder_scale.train.survive.watchdog import BLOCKED, Watch, straggler
+from ponder_scale.train.survive.watchdog import BLOCKED, Watch, heartbeat_seconds, straggler
 from tests.faults import Fault
 from tests.ranks import run_ranks
 from tests.train.runs import overrides
@@ -221,6 +221,10 @@ def test_a_slow_rank_is_named_with_its_phase(shards: Any, tmp_path: Path) -> Non
     assert all(line["seconds"] >= 0.7 for line in found)
     beat = json.loads((tmp_path / "run" / "heartbeat" / "rank-00001.json").read_text())
     assert (beat["phase"], beat["step"]) == ("ended", 4)
+
+
+def test_heartbeats_of_all_ranks_are_at_most_200_files_a_second() -> None:
+    assert [heartbeat_seconds(ranks) for ranks in (1, 1000, 2000, 8000)] == [5.0, 5.0, 10.0, 40.0]
 
 
 def test_a_straggler_is_much_slower_than_the_median_and_worth_its_name() -> None:
