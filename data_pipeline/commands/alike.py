@@ -21,7 +21,7 @@ from data_pipeline.read.readers import read
 from data_pipeline.read.sources import LeftOut, files
 from data_pipeline.write.manifest import BEFORE, INPUTS, KEYS
 from data_pipeline.write.output import places
-from ponder_scale.errors import ConfigError
+from ponder_scale.errors import ConfigError, UserError
 from ponder_scale.shards.format import ShardSet
 from ponder_scale.shards.manifest import Manifest
 
@@ -95,7 +95,7 @@ def _check_files(before: ShardSet, config: BuildConfig) -> None:
             named[str(Path(name).resolve()) if Path(name).is_absolute() else name] = line
             of_size[sizes[source, name]].append(line)
     for file in files(config.sources, LeftOut(), places(Path(config.out))):
-        if config.sources[file.source].kind == "folder":
+        if config.sources[file.source].kind == "folder" or not file.file_size:
             continue
         known = named.get(str(Path(file.path).resolve())) or named.get(file.name)
         alike = [line for line in of_size[file.size] if config.sources[file.source].kind in kinds[line["source"]]]
@@ -116,7 +116,7 @@ def _begins_with(file: Piece, line: Mapping[str, Any], config: BuildConfig) -> b
     try:
         for _ in read(piece, config.sources[file.source], config.max_document_bytes, whole):
             pass
-    except Exception:  # it has no such part, or cannot be read so; what is wrong with it the build will say
+    except (UserError, OSError, ValueError, IndexError):  # it has no such part, or the build will say what is wrong
         return False
     return whole.hexdigest() == line["xxh3"]
 

@@ -39,7 +39,7 @@ from ponder_scale.shards.format import TOKENIZER, ShardSet, open_shards
 from ponder_scale.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, seal
 
 APPENDING = ".appending"  # ends the name of the folder in which new files become shards first
-# what all documents of a set have in common; `out` and `overwrite` are not the user's to say here
+# what all documents of a set have in common; `out` is not the user's to say here
 _OF_THE_SET = ("tokenizer", "eod_token", "append_eod", "bos_token", "special_tokens_in_text")
 _JOINED = (INPUTS, QUARANTINE, DROPPED)  # files beside the shards, of one set behind those of the other
 _NAME = re.compile(r"([a-z]+)-(\d+)(.*)")
@@ -165,7 +165,7 @@ def _give_name(folder: Path) -> None:
 def _config(folder: Path, new: Path, settings: Sequence[str]) -> BuildConfig:
     """The build of the new files alone."""
     setting(open_shards(folder, check=False), "deduplicate")
-    fixed = (*_OF_THE_SET, *OF_THE_SPLIT, "out", "overwrite")
+    fixed = (*_OF_THE_SET, *OF_THE_SPLIT, "out")
     for given in settings:
         if (key := given.partition("=")[0].strip()) in fixed:
             raise ConfigError(f"append: {key} is what {folder} has; leave it out")

@@ -47,6 +47,8 @@ def _counts(shards: ShardSet) -> Iterator[str]:
         yield f"left out    of {source}: {', '.join(f'{count:,} {reason}' for reason, count in reasons.items())}"
     if "command" in manifest.provenance:
         yield f"made by     {manifest.provenance['command']}"
+    for command in manifest.provenance.get("commands", ()):
+        yield f"{'':<12}of what was made by {command}"
     for split in manifest.splits:
         of_split = shards.split(split)
         documents = sum(shard.info.documents for shard in of_split)

@@ -99,7 +99,7 @@ def test_what_cannot_be_one_set_is_refused(
     (tmp_path / "link.jsonl").symlink_to(one)
     assert "is in" in refused(capsys, *added(out, tmp_path / "link.jsonl"))
     assert "name the new files" in refused(capsys, "append", out)
-    for setting in ("heldout_fraction=0.2", "tokenizer=x", "seed=3", "eod_token=a", "out=y", "overwrite=true"):
+    for setting in ("heldout_fraction=0.2", "tokenizer=x", "seed=3", "eod_token=a", "out=y"):
         assert f"append: {setting.partition('=')[0]} is what" in refused(capsys, *added(out, two, setting))
     assert "give the new ones the same" in refused(capsys, *added(out, two, "sources.web.weight=2"))
     assert contents(out) == made and not list(tmp_path.glob("out.*"))
@@ -355,24 +355,47 @@ def test_what_is_left_out_of_both_sets_is_counted(
     assert read_manifest(tmp_path / "out").provenance["left_out"] == {"web": {"hidden files": 2}}
 
 
-def test_killed_between_two_names_an_append_goes_on(
-    halves: tuple[Path, Path], tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+DIES = """
+import os, sys
+from pathlib import Path
+from data_pipeline import cli
+rename = Path.rename
+Path.rename = lambda self, target: os._exit(9) if self.name == "out.partial" else rename(self, target)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_process_that_dies_between_two_names_of_a_set_is_followed_by_one_that_goes_on(
+    halves: tuple[Path, Path], tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
     """The old set has given up its name, and the new one has not got it yet."""
     out = built(halves[0], tiny_tokenizer, tmp_path / "out")
-    rename = Path.rename
+    command = added(out, halves[1], name="more")
+    assert subprocess.run([sys.executable, "-c", DIES, *command], capture_output=True).returncode == 9
+    assert not out.exists()
+    assert main(command) == 0
+    assert held_by(out) == 400 and verify(out) == [] and not list(tmp_path.glob("out.*"))
 
-    def killed(self: Path, target: Path) -> Path:
-        if self.name == "out.partial":
-            raise KeyboardInterrupt
-        return rename(self, target)
+
+def test_an_append_that_was_given_up_makes_room_for_another(
+    halves: tuple[Path, Path], tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = built(halves[0], tiny_tokenizer, tmp_path / "out")
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killed)
-        assert main(added(out, halves[1], name="more")) == 130
-    assert not out.exists()
-    assert main(added(out, halves[1], name="more")) == 0
-    assert held_by(out) == 400 and verify(out) == [] and not list(tmp_path.glob("out.*"))
+        patch.setattr(grow, "_put_together", killed)
+        assert main(added(out, halves[1])) == 130
+    other = write_jsonl(tmp_path / "other.jsonl", make_texts(10, seed=6))
+    assert "give overwrite=true to replace it" in refused(capsys, *added(out, other, name="other"))
+    assert main(added(out, other, "overwrite=true", name="other")) == 0
+    assert held_by(out) == 260 and verify(out) == [] and not list(tmp_path.glob("out.*"))
+    capsys.readouterr()
+    assert main(["inspect", str(out), "--samples", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "of what was made by ponder-data build out=" in said and "of what was made by ponder-data append" in said
 
 
 def test_ranks_of_mpi_append_together(halves: tuple[Path, Path], tiny_tokenizer: Path, tmp_path: Path) -> None:
