@@ -215,7 +215,8 @@ def _build(options: argparse.Namespace, command: str) -> None:
         for what, count in counts.get("replaced", {}).items():
             print(f"replaced in documents of {source}: {count:,} {what} (pii)")
         if "bytes_behind_cap" in counts:
-            print(f"left out of {source}: {counts['bytes_behind_cap']:,} bytes of input behind the cap")
+            size, units = counts["bytes_behind_cap"], counts["units_behind_cap"]
+            print(f"left out of {source}: {size:,} bytes of input behind the cap, {units:,} units")
     print(f"built {config.out}" if built.new else f"{config.out} was built from these inputs and settings already")
 
 

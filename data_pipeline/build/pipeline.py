@@ -322,6 +322,7 @@ def _finish(folder: Path, out: Path, config: BuildConfig) -> None:
     for unit in behind:
         of_source = counts[plan.unit(unit).source]
         of_source["bytes_behind_cap"] = of_source.get("bytes_behind_cap", 0) + plan.sizes[unit]
+        of_source["units_behind_cap"] = of_source.get("units_behind_cap", 0) + 1  # of streams, nobody knows the bytes
     write_inputs(journals.results(), folder / INPUTS)
     joined = {QUARANTINE: "*[0-9].jsonl", **({DROPPED: "*.dropped.jsonl"} if config.keep_dropped else {})}
     for name, parts in joined.items():

@@ -39,7 +39,9 @@ def _counts(shards: ShardSet) -> Iterator[str]:
         for what, count in counts.get("replaced", {}).items():
             drops += f"; replaced: {count:,} {what}"
         if "bytes_behind_cap" in counts:
-            drops += f"; {counts['bytes_behind_cap']:,} bytes of input behind the cap"
+            drops += (
+                f"; {counts['bytes_behind_cap']:,} bytes of input behind the cap, {counts['units_behind_cap']:,} units"
+            )
         yield f"source      {source}: {counts['files']:,} files, {counts['bytes']:,} bytes; dropped: {drops}"
         documents, tokens = of_source.get(source, (0, 0))
         yield f"{'':<12}{source}: kept {documents:,} documents, {tokens:,} tokens"
