@@ -68,7 +68,7 @@ class Progress:
         done = self._bytes / self._total if self._total else 1.0
         speed = (self._bytes - self._before) / seconds
         left = (self._total - self._bytes) / speed if speed else 0.0
-        name, unit = ("MB", 1e6) if self._total >= 1e6 else ("kB", 1e3)
+        name, unit = ("kB", 1e3) if 0 < self._total < 1e6 else ("MB", 1e6)  # of a stream, 0
         amount = f"{self._bytes / unit:,.1f} of {self._total / unit:,.1f} {name} ({done:.0%})"
         rates = filter(None, [f"{speed / unit:,.1f} {name}/s", self._rates(now)])
         print(f"{self._what}: {amount}, {', '.join(rates)}, {left:,.0f} s left", file=sys.stderr, flush=True)
