@@ -92,7 +92,9 @@ def _check_files(before: ShardSet, config: BuildConfig) -> None:
     kinds, named, of_size = _kinds([before.manifest]), {}, defaultdict(list)
     for (source, name), line in first.items():
         if "folder" not in kinds[source]:
-            named[str(Path(name).resolve()) if Path(name).is_absolute() else name] = line
+            named[name] = line
+            if "://" not in name:
+                named.setdefault(str(Path(name).resolve()), line)  # of a relative name a guess, so its bytes decide
             of_size[sizes[source, name]].append(line)
     for file in files(config.sources, LeftOut(), places(Path(config.out))):
         if config.sources[file.source].kind == "folder" or not file.file_size:
