@@ -158,7 +158,7 @@ def test_what_was_done_before_counts_for_no_speed(clock, capsys):
 def test_work_of_no_bytes_is_done(clock, capsys):
     with Progress("read", 0):
         pass
-    assert "read: 0.0 of 0.0 kB (100%)" in capsys.readouterr().err
+    assert "read: 0.0 of 0.0 MB (100%)" in capsys.readouterr().err
 
 
 def test_a_terminal_gets_a_bar(clock, capsys, monkeypatch):
