@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -343,29 +342,32 @@ def _origin(manifests: Sequence[Manifest]) -> dict[str, Any]:
 
 def _provenance(manifests: Sequence[Manifest], command: str) -> dict[str, Any]:
     """What made all of it: counts are added up, by source."""
-    sources: dict[str, Counter[str]] = {}
-    drops: dict[str, Counter[str]] = {}
-    left_out: dict[str, Counter[str]] = {}
-    engines: Counter[str] = Counter()
+    sources: dict[str, Any] = {}
+    left_out: dict[str, Any] = {}
+    engines: dict[str, Any] = {}
     for manifest in manifests:
-        made = manifest.provenance
-        engines.update(made.get("engines", {}))
-        for name, reasons in made.get("left_out", {}).items():
-            left_out.setdefault(name, Counter()).update(reasons)
-        for name, counts in made["sources"].items():
-            sources.setdefault(name, Counter()).update({key: n for key, n in counts.items() if key != "drops"})
-            drops.setdefault(name, Counter()).update(counts["drops"])
-    counted = {name: {**counts, "drops": dict(sorted(drops[name].items()))} for name, counts in sources.items()}
+        _add(sources, manifest.provenance["sources"])
+        _add(left_out, manifest.provenance.get("left_out", {}))
+        _add(engines, manifest.provenance.get("engines", {}))
     last = manifests[-1].provenance
     return {
         "command": command,
         "commands": [line for manifest in manifests for line in _commands(manifest.provenance)],
         "origin": _origin(manifests),
-        "sources": counted,
+        "sources": sources,
         "engines": dict(sorted(engines.items())),
-        **({"left_out": {name: dict(reasons) for name, reasons in left_out.items()}} if left_out else {}),
+        **({"left_out": left_out} if left_out else {}),
         **{key: last[key] for key in ("python", "packages") if key in last},
     }
+
+
+def _add(counts: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Add numbers to those of the same names, however deep they lie: by source, by reason."""
+    for name, count in more.items():
+        if isinstance(count, Mapping):
+            _add(counts.setdefault(name, {}), count)
+        else:
+            counts[name] = counts.get(name, 0) + count
 
 
 def _commands(provenance: Mapping[str, Any]) -> list[str]:

@@ -356,6 +356,16 @@ def test_what_is_left_out_of_both_sets_is_counted(
     assert read_manifest(tmp_path / "out").provenance["left_out"] == {"web": {"hidden files": 2}}
 
 
+def test_what_was_replaced_in_documents_of_both_sets_is_added_up(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    inputs = [write_jsonl(tmp_path / f"{number}.jsonl", [f"{number}: write to a@b.org"]) for number in range(2)]
+    out = built(inputs[0], tiny_tokenizer, tmp_path / "out", "sources.web.filters={pii: {}}")
+    once = read_manifest(out).provenance["sources"]["web"]["replaced"]
+    assert main(added(out, inputs[1], "sources.web.filters={pii: {}}")) == 0
+    assert once and read_manifest(out).provenance["sources"]["web"]["replaced"] == {
+        what: 2 * count for what, count in once.items()
+    }
+
+
 DIES = """
 import os, sys
 from pathlib import Path
