@@ -49,6 +49,17 @@ class Hasher(Protocol):
         """Take the next bytes."""
 
 
+class Meter:
+    """A hasher that only counts the bytes that a reader takes; of compressed files those are not the records'."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def update(self, content: bytes | memoryview, /) -> None:
+        """Take the next bytes."""
+        self.bytes += len(content)
+
+
 @dataclass(frozen=True)
 class Piece:
     """A part of one input that is read on its own."""

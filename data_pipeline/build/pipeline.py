@@ -10,7 +10,6 @@ Killed anywhere, the same command goes on, with any number of workers or ranks, 
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -36,11 +35,10 @@ from data_pipeline.tokenize.backends import choose
 from data_pipeline.tokenize.masked import check_cuts
 from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer, save
 from data_pipeline.write.manifest import DROPPED, INPUTS, KEYS, QUARANTINE, compose, origin, totals, write_inputs
-from data_pipeline.write.output import WORK, check_places, named_by_build, places, publish, unfinished, workspace
+from data_pipeline.write.output import WORK, check_places, join, named_by_build, places, publish, unfinished, workspace
 from ponder_scale.errors import ConfigError, UserError
 from ponder_scale.files.delete import MARK, delete_contents, delete_file, delete_if_empty, delete_made
 from ponder_scale.files.places import check_folder
-from ponder_scale.files.write import sync, sync_folder
 from ponder_scale.shards.format import TOKENIZER, open_shards
 from ponder_scale.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, seal, unsealed
 
@@ -327,7 +325,7 @@ def _finish(folder: Path, out: Path, config: BuildConfig) -> None:
     joined = {QUARANTINE: "*[0-9].jsonl", **({DROPPED: "*.dropped.jsonl"} if config.keep_dropped else {})}
     for name, parts in joined.items():
         found = sorted((folder / WORK / "quarantine").glob(parts))
-        _join([part for part in found if int(part.name.partition(".")[0]) not in behind], folder / name)
+        join((part for part in found if int(part.name.partition(".")[0]) not in behind), folder / name)
     splits: dict[str, list[ShardInfo]] = {split: [] for split in SPLITS}
     for result in journals.made():
         for split in SPLITS:
@@ -359,15 +357,6 @@ def _delete_behind(tasks: Tasks, behind: set[int]) -> None:
     for infos in (infos for result in results for infos in result["shards"].values()):
         for name in (name for info in infos for name in ShardInfo(**info).files):
             delete_file(tasks.folder / name)
-
-
-def _join(parts: list[Path], whole: Path) -> None:
-    with whole.open("wb") as stream:
-        for part in parts:
-            with part.open("rb") as content:
-                shutil.copyfileobj(content, stream)
-        sync(stream)
-    sync_folder(whole.parent)
 
 
 def _open_tokenizer(path: Path, config: BuildConfig) -> Tokenizer:

@@ -19,7 +19,7 @@ from data_pipeline.build.parallel import Report, Stage
 from data_pipeline.clean import dedup
 from data_pipeline.clean.filters import Filter, blocked, chosen, edits, sampled
 from data_pipeline.config import BuildConfig
-from data_pipeline.document import BEHIND, Record, Unit
+from data_pipeline.document import BEHIND, Meter, Record, Unit
 from data_pipeline.read.compressed import suffix_of
 from data_pipeline.read.readers import read
 from data_pipeline.read.units import PLAN, Plan, check_unchanged
@@ -50,16 +50,16 @@ class _Bucket(NamedTuple):
     size: int  # bytes of input
 
 
-class _Stored:
+class _Stored(Meter):
     """The hash and the number of the stored bytes that were read: of compressed files, not those of the records."""
 
     def __init__(self) -> None:
-        self.bytes = 0
+        super().__init__()
         self._hash = xxhash.xxh3_128()
 
     def update(self, content: bytes | memoryview, /) -> None:
         """Take the next bytes."""
-        self.bytes += len(content)
+        super().update(content)
         self._hash.update(content)
 
     def hexdigest(self) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from data_pipeline.clean.dedup import BANDS
 from data_pipeline.clean.filters import blocked, chosen, edits, sampled
 from data_pipeline.config import BuildConfig, SourceConfig
-from data_pipeline.document import Piece, Unit
+from data_pipeline.document import Meter, Piece, Unit
 from data_pipeline.read.compressed import suffix_of
 from data_pipeline.read.readers import read
 from data_pipeline.read.sources import LeftOut, parquet_about
@@ -31,17 +31,6 @@ INDEX_BYTES = 20  # of a document
 KEY_BYTES = {"none": 0, "exact": 8, "minhash": 8 * BANDS}  # of a document
 WORTH_SPLITTING = 2**26  # bytes of a compressed file
 UNITS_PER_CORE = 4  # at least, for all cores to end at about the same time
-
-
-class _Meter:
-    """Counts the bytes that a reader takes from a file, which for compressed ones are not those of the records."""
-
-    def __init__(self) -> None:
-        self.stored = 0
-
-    def update(self, content: bytes | memoryview, /) -> None:
-        """Take the next bytes."""
-        self.stored += len(content)
 
 
 @dataclass
@@ -179,7 +168,7 @@ def _read(unit: Unit, config: BuildConfig, size: int, sample: _Sample) -> None:
         filters.insert(0, sampled(source.sample, config.seed))
     begin, read_bytes = time.process_time(), 0
     for piece in unit.pieces:
-        meter, rows, taken = _Meter(), _rows(piece, source), 0
+        meter, rows, taken = Meter(), _rows(piece, source), 0
         for number, record in enumerate(read(piece, source, config.max_document_bytes, meter), start=1):
             text = record.text or ""
             for edit in shorten:
@@ -193,10 +182,10 @@ def _read(unit: Unit, config: BuildConfig, size: int, sample: _Sample) -> None:
                 sample.texts.append(text)
             else:
                 sample.drops[reason or ""] += 1
-            taken = meter.stored if rows is None else piece.size * number // rows
+            taken = meter.bytes if rows is None else piece.size * number // rows
             if read_bytes + taken >= size:
                 break
-        read_bytes += meter.stored if rows is None else taken
+        read_bytes += meter.bytes if rows is None else taken
         if read_bytes >= size:
             break
     sample.input_bytes += read_bytes

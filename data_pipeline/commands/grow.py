@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from data_pipeline.build.pipeline import Added, run
 from data_pipeline.clean.dedup import open_keys, unite
@@ -24,6 +24,7 @@ from data_pipeline.write.manifest import BEFORE, DROPPED, INPUTS, KEYS, QUARANTI
 from data_pipeline.write.output import (
     check_replaceable,
     delete_set,
+    join,
     named_by_build,
     places,
     publish,
@@ -42,7 +43,6 @@ APPENDING = ".appending"  # ends the name of the folder in which new files becom
 _OF_THE_SET = ("tokenizer", "eod_token", "append_eod", "bos_token", "special_tokens_in_text")
 _JOINED = (INPUTS, QUARANTINE, DROPPED)  # files beside the shards, of one set behind those of the other
 _NAME = re.compile(r"([a-z]+)-(\d+)(.*)")
-_COPIED_AT_ONCE = 2**20
 
 
 def append(folder: Path, settings: Sequence[str], command: str) -> Manifest | None:
@@ -293,19 +293,8 @@ def _join(name: str, sets: Sequence[ShardSet], partial: Path, sizes: Mapping[str
     parts = [one.folder / name for one in sets if name in one.manifest.files]
     if not parts:
         return False
-    with (partial / name).open("wb") as stream:
-        for part in parts:
-            _copy(part, stream, part.stat().st_size if sizes is None else sizes[name])
-        sync(stream)
+    join(parts, partial / name, None if sizes is None else sizes[name])
     return True
-
-
-def _copy(part: Path, stream: IO[bytes], size: int) -> None:
-    """Copy the first `size` bytes of a file."""
-    with part.open("rb") as content:
-        while size and (piece := content.read(min(size, _COPIED_AT_ONCE))):
-            stream.write(piece)
-            size -= len(piece)
 
 
 def _join_keys(sets: Sequence[ShardSet], partial: Path) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from data_pipeline.clean.filters import blocked, chosen, edits, sampled
 from data_pipeline.config import BuildConfig
-from data_pipeline.document import BAD, BEHIND
+from data_pipeline.document import BAD, BEHIND, Meter
 from data_pipeline.progress import Progress
 from data_pipeline.read.compressed import suffix_of
 from data_pipeline.read.readers import read
@@ -114,7 +114,7 @@ def _documents(config: BuildConfig, counts: dict[str, Read], what: str) -> Itera
         print(line, file=sys.stderr, flush=True)
     with Progress(what, sum(unit.size for unit in planned)) as progress:
         for piece in (piece for unit in planned for piece in unit.pieces):
-            count, stored, told, consumed = counts[piece.source], _Stored(), 0, 0
+            count, stored, told, consumed = counts[piece.source], Meter(), 0, 0
             compressed = bool(suffix_of(piece.path))
             for record in read(piece, config.sources[piece.source], config.max_document_bytes, stored):
                 # of compressed files and parquet, records are larger than what they take there
@@ -141,14 +141,3 @@ def _documents(config: BuildConfig, counts: dict[str, Read], what: str) -> Itera
                 yield piece.source, text
             check_unchanged(piece)
             progress.add(piece.size - told)
-
-
-class _Stored:
-    """The bytes of a file that were read."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-
-    def update(self, content: bytes | memoryview, /) -> None:
-        """Take the next bytes."""
-        self.bytes += len(content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,11 +14,12 @@ from data_pipeline.config import SourceConfig
 from data_pipeline.read.sources import roots
 from ponder_scale.errors import ConfigError, ShardError
 from ponder_scale.files.delete import MARK, Ours, check_ours, delete_file, delete_made, held, is_unfinished, mark
-from ponder_scale.files.write import sync_folder
+from ponder_scale.files.write import sync, sync_folder
 from ponder_scale.shards.format import ShardWriter
 from ponder_scale.shards.manifest import MANIFEST, ShardInfo, read_manifest
 from ponder_scale.shards.packing import names_of_packings
 
+_COPIED_AT_ONCE = 2**20  # bytes
 WORK = "work"  # in the unfinished folder: the plan, claims, journals, and what is not whole yet
 MAX_SHARD_DOCUMENTS = 2**24  # bounds the memory that a shard's index takes
 PARTIAL, REPLACED = ".partial", ".replaced"  # ends of the names that `out` has before and after its time
@@ -156,6 +157,19 @@ def delete_set(folder: Path) -> None:
 
 def _delete_replaced(replaced: Path) -> None:
     delete_made(replaced, _named_by_manifest(replaced), last=MARK)
+
+
+def join(parts: Iterable[Path], whole: Path, size: int | None = None) -> None:
+    """Write files one behind the other, durably; of each the first `size` bytes, or all of it."""
+    with whole.open("wb") as stream:
+        for part in parts:
+            left = part.stat().st_size if size is None else size
+            with part.open("rb") as content:
+                while left and (piece := content.read(min(left, _COPIED_AT_ONCE))):
+                    stream.write(piece)
+                    left -= len(piece)
+        sync(stream)
+    sync_folder(whole.parent)
 
 
 class PartWriter:
