@@ -77,6 +77,12 @@ def _parser() -> Parser:
     data.add_argument("--tokenizer", type=path, required=True, help="a folder with tokenizer.json")
     data.add_argument("--rounds", type=whole(1), default=3)
     data.set_defaults(run=_bench_data)
+    _share_flags(op, step, memory, comm, decode)
+    return parser
+
+
+def _share_flags(op: Any, step: Any, memory: Any, comm: Any, decode: Any) -> None:
+    """What several benchmarks are told alike."""
     for kind in (op, step, memory, decode):
         kind.add_argument("--hidden", type=whole(1), default=256, help="width D")
         kind.add_argument("--vocab", type=whole(1), default=32000)
@@ -91,7 +97,6 @@ def _parser() -> Parser:
     for kind in (step, memory):
         kind.add_argument("--batch", type=whole(1), default=4, help="sequences of a micro-batch")
         kind.add_argument("--seq-len", type=whole(1), default=512)
-    return parser
 
 
 def _bench_op(options: argparse.Namespace) -> None:

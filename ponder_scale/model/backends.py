@@ -121,6 +121,7 @@ def _parts(extent: int, other: int) -> list[slice]:
 
 
 def as_dtype(gradient: Tensor | None, like: Tensor) -> Tensor | None:
+    """A gradient in the dtype of what it is of; None stays None."""
     return None if gradient is None else gradient.to(like.dtype)
 
 
