@@ -1,11 +1,11 @@
 """Does pondering pay? Facts are learned, compositions that were never seen are asked: python evidence.py RUN
 
-`make evidence` calls this. It draws a world for each seed, makes shards of it, trains the pondering model and every
+It draws a world for each seed, makes shards of it, trains the pondering model and every
 baseline on it by `ponder-scale compare`, asks them, and leaves compare.html and compare-answers.svg in RUN. What is
 finished is passed over, so the same command goes on where it was stopped.
 
 `--tune` tries every learning rate and weight decay for every model, on seeds that the result is not reported on, and
-prints the best of each: that is where `BEST` comes from.
+prints the best of each, for `BEST`. While that is empty, every model has the recipe's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ RATES, DECAYS = ("3e-3", "1e-2", "2e-2"), ("0.1", "0.5")
 GOAL = "two hops, both new"
 FIRST = ("pondering-1", "vanilla", "vanilla-twice", "vanilla-flops", "looped", "hidden")
 LATER = ("vanilla-time", "vanilla-long")  # the time is known when the others have trained
-BEST: dict[str, tuple[str, str]] = {}  # rate and decay of each model; of the others those of the recipe
+EXTRAS = ("looped", "hidden", *LATER)  # those that compare trains when it is asked to
+BEST: dict[str, tuple[str, str]] = {}  # rate and decay by model
 STEPS = [str(steps) for steps in range(7)]
 
 
@@ -68,9 +69,8 @@ def comparison(out: Path, seeds: Sequence[int], *more: str) -> list[str]:
     ]
     sources = [f"data.sources.{name}.path={data / name}" for name in ("facts", "compositions")]
     asking = ["--answers", str(data / "items.jsonl"), "--answer-steps", *STEPS]
-    extras = ["--with", *(model for model in (*FIRST, *LATER) if model in ("looped", "hidden", *LATER))]
     shared = [str(HERE / "recipe.yaml"), *sources, "--seeds", *map(str, seeds), "--nproc", "1"]
-    return ["ponder-scale", "compare", *shared, *extras, *own, *asking, *more]
+    return ["ponder-scale", "compare", *shared, "--with", *EXTRAS, *own, *asking, *more]
 
 
 def together(commands: Sequence[Sequence[str]], jobs: int) -> None:
