@@ -65,7 +65,7 @@ def _compare(options: argparse.Namespace, _: list[str]) -> int:
     if "RANK" in os.environ:
         raise ConfigError("RANK is set: compare starts the ranks itself; under a launcher train each line of --list")
     from ponder_scale.compare.findings import read_result, time_ratio
-    from ponder_scale.compare.members import plan_runs
+    from ponder_scale.compare.members import TIME, plan_runs
     from ponder_scale.compare.report import write_report
     from ponder_scale.compare.run import choose, train_runs
     from ponder_scale.train.launch import default_processes
@@ -74,23 +74,27 @@ def _compare(options: argparse.Namespace, _: list[str]) -> int:
         check_folder(Path(config.run_dir), "run_dir")
     vocab_size = max(shards.manifest.vocab_size for shards in open_data(config).values())
 
-    def planned(results: Sequence[Any] = ()) -> list[Any]:
-        chosen = {"steps": options.steps, "seeds": options.seeds, "extras": options.extras, "own": _own(options.own)}
-        return plan_runs(configure, vocab_size=vocab_size, **chosen, time_ratio=time_ratio(results))
+    chosen = {"steps": options.steps, "seeds": options.seeds, "extras": options.extras, "own": _own(options.own)}
+    plan = partial(plan_runs, configure, vocab_size=vocab_size, **chosen)
 
     def known(runs: Sequence[Any]) -> list[Any]:
         return [result for result in map(read_result, runs) if result is not None]
 
-    runs = planned(known(planned()))
+    def with_time(runs: list[Any]) -> list[Any]:
+        """The runs, and those of equal time where that is asked for and known by now."""
+        ratio = time_ratio(known(runs)) if TIME in options.extras else None
+        return runs if ratio is None else plan(time_ratio=ratio)
+
+    runs = with_time(plan())
     if options.list:
         print("\n".join(shlex.join([*seeded(options.overrides, run.seed), *run.overrides]) for run in runs))
         return 0
-    code, chosen = 0, [] if options.report else choose(runs, options.only)
-    if chosen:
+    code = 0
+    if not options.report:
         alike = (options.recipe, partial(seeded, options.overrides), configure, options.nproc or default_processes())
-        code = train_runs(chosen, *alike)
-        runs, before = planned(known(runs)), runs
-        if not code and options.only is None and len(runs) > len(before):  # vanilla-time, whose steps are known by now
+        code = train_runs(choose(runs, options.only), *alike)
+        runs, before = with_time(runs), runs
+        if not code and options.only is None and len(runs) > len(before):
             code = train_runs([run for run in runs if run not in before], *alike)
     results = known(runs)
     if not results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ponder_scale.checkpoint.find import find
-from ponder_scale.checkpoint.index import TOKENIZER
+from ponder_scale.checkpoint.index import TOKENIZER, saved_steps
 from ponder_scale.compare.members import Member, Run
 from ponder_scale.evaluate.plot import bar_chart
 from ponder_scale.figures import json_text
-from ponder_scale.files.write import hash_file
+from ponder_scale.files.write import hash_file, writing
 
 ANSWERS = "answers.json"
 
@@ -41,12 +42,18 @@ def measure(run: Run, items: str, steps: Sequence[int]) -> Answers:
         CheckpointError, ConfigError: no whole checkpoint; items that cannot be asked.
     """
     file, kept = Path(items.replace("{seed}", str(run.seed))), run.run_dir / ANSWERS
-    folder = find(run.run_dir)
-    asked = {"checkpoint": folder.name, "items": hash_file(file) if file.is_file() else "", "steps": list(steps)}
+    saved = saved_steps(run.run_dir)
+    asked = {
+        "checkpoint": saved[max(saved)].name if saved else "",
+        "items": hash_file(file) if file.is_file() else "",
+        "steps": list(steps),
+    }
     if kept.is_file():
         before = json.loads(kept.read_text(encoding="utf-8"))
         if before["asked"] == asked:
             return Answers(run, before["groups"])
+    folder = find(run.run_dir)  # reads every byte of it
+    asked["checkpoint"] = folder.name
     from transformers import AutoTokenizer
 
     from ponder_scale.evaluate.answers import as_plain, read_items, score
@@ -55,7 +62,9 @@ def measure(run: Run, items: str, steps: Sequence[int]) -> Answers:
     questions = read_items(file)
     model, _ = load_checkpoint(folder)
     groups = as_plain(score(model, AutoTokenizer.from_pretrained(folder / TOKENIZER), questions, steps))
-    kept.write_text(json_text({"asked": asked, "groups": groups}, 1) + "\n", encoding="utf-8")
+    # processes that train other runs of the comparison may look at it, or write it, at the same time
+    with writing(kept, temporary=kept.with_name(f".{ANSWERS}.{os.getpid()}.tmp")) as stream:
+        stream.write((json_text({"asked": asked, "groups": groups}, 1) + "\n").encode())
     return Answers(run, groups)
 
 
