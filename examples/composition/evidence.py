@@ -69,8 +69,9 @@ def comparison(out: Path, seeds: Sequence[int], *more: str) -> list[str]:
     ]
     sources = [f"data.sources.{name}.path={data / name}" for name in ("facts", "compositions")]
     asking = ["--answers", str(data / "items.jsonl"), "--answer-steps", *STEPS]
-    shared = [str(HERE / "recipe.yaml"), *sources, "--seeds", *map(str, seeds), "--nproc", "1"]
-    return ["ponder-scale", "compare", *shared, "--with", *EXTRAS, *own, *asking, *more]
+    # flags that take several values would swallow a setting that comes after them
+    shared = [str(HERE / "recipe.yaml"), *sources, *more, "--seeds", *map(str, seeds), "--nproc", "1"]
+    return ["ponder-scale", "compare", *shared, "--with", *EXTRAS, *own, *asking]
 
 
 def together(commands: Sequence[Sequence[str]], jobs: int) -> None:

@@ -55,9 +55,7 @@ def _add_kinds(kinds: Any) -> None:
     answers.add_argument("--steps", type=whole(0), nargs="+", help="default: 0 to what it was trained with")
     answers.add_argument("--json", dest="json_file", metavar="FILE", type=new_file, help="also write the counts there")
     answers.set_defaults(run=_evaluate_answers)
-    decoding = kinds.add_parser(
-        "decoding", help="what early exit, fewer steps, a shared cache and drafts save and cost"
-    )
+    decoding = kinds.add_parser("decoding", help="what early exit, fewer steps and drafts save and cost")
     decoding.add_argument("folder", type=path, help="an exported folder")
     decoding.add_argument("--data", action="append", required=True, metavar="SHARDS", help="prompts are held-out texts")
     decoding.add_argument("--sequences", type=whole(1), default=8)

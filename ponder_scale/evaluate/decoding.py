@@ -1,4 +1,4 @@
-"""What the faster ways to decode save and cost: early exit, fewer steps, a shared cache, self-speculation.
+"""What the faster ways to decode save and cost: early exit, fewer steps, self-speculation.
 
 Two measurements on held-out sequences. Forced: the text's own tokens are fed one by one after a prompt, so that loss
 and changed tokens are over the same positions with the same prefix. Free: greedy continuations of the same prompts,
@@ -116,7 +116,6 @@ def _ways(bench: _Bench, exit_kl: Sequence[float]) -> Iterator[Way]:
         yield bench.way(f"early exit at {threshold:g} nats", exit_kl=threshold)
     for steps in range(bench.steps):
         yield bench.way(f"{steps} pondering steps", pondering_steps=steps)
-    yield bench.way("cache shared by the passes", share_cache=True)
     for steps in range(bench.steps):
         yield bench.drafted(steps, plain)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from .backends import Statistics, is_fake
-from .cache import PassView, SharedView, check_growing, check_shared, copy_newest, grow
+from .cache import PassView, check_growing, copy_newest, grow
 from .changes import ChangeTracker, PassChanges
 from .compat import (
     DOCUMENT_BOUNDS,
@@ -116,7 +116,6 @@ class PonderBackbone(Checkpointing):
         use_cache: bool | None = None,
         pondering_steps: int | None = None,
         exit_kl: float | None = None,
-        share_cache: bool = False,
         return_dict: bool | None = None,
         watch: Watch | None = None,
         **options: Any,
@@ -124,7 +123,7 @@ class PonderBackbone(Checkpointing):
         """The stock output, of the last of the S + 1 passes: the hidden states (B, T, D) that the head reads.
 
         Args:
-            pondering_steps, exit_kl, share_cache: see `Ponder.forward`.
+            pondering_steps, exit_kl: see `Ponder.forward`.
             watch: shown what each pass leaves.
             options: of the stock backbone, for each pass.
 
@@ -144,7 +143,7 @@ class PonderBackbone(Checkpointing):
         options.pop("seq_idx", None)  # for layers that these architectures do not have
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
-        output = _Passes(watch, pondering_steps, found, share_cache, exit_kl).run(inputs_embeds, **options)
+        output = _Passes(watch, pondering_steps, found, exit_kl).run(inputs_embeds, **options)
         if found is not None:  # the whole one, where the pass has put its view of it
             setattr(output, "cache" if hasattr(output, "cache") else "past_key_values", found)
         plain = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
@@ -180,22 +179,16 @@ class Watch:
 class _Passes:
     """The passes of one forward: the recurrence, with the caches that it reads and fills."""
 
-    def __init__(
-        self, watch: Watch, steps: int | None, cache: Cache | None, share_cache: bool, exit_kl: float | None
-    ) -> None:
+    def __init__(self, watch: Watch, steps: int | None, cache: Cache | None, exit_kl: float | None) -> None:
         self.watch, self.model, self.config = watch, watch.causal, watch.causal.config
         self.config.check_pondering()
         self.steps = self.config.pondering_steps if steps is None else checked_steps(steps)
-        self.cache, self.shared, self.exit_kl = cache, share_cache, exit_kl
+        self.cache, self.exit_kl = cache, exit_kl
         self.layers = self.model.num_layers
         self.output: Any = None
         if exit_kl is not None:
             check_growing(cache, "exit_kl")
-            if share_cache:
-                raise ValueError("exit_kl leaves out the last pass, which alone fills the cache under share_cache")
-        if cache is not None and share_cache:
-            check_shared(cache, self.layers)
-        elif cache is not None:
+        if cache is not None:
             grow(cache, self.steps + 1, self.layers)
 
     def run(self, embeds: Tensor, **options: Any) -> Any:
@@ -219,11 +212,7 @@ class _Passes:
         return self.output
 
     def _view(self, index: int) -> PassView | None:
-        if self.cache is None:
-            return None
-        if self.shared:
-            return SharedView(self.cache, index == self.steps, self.layers)
-        return PassView(self.cache, index, self.layers)
+        return None if self.cache is None else PassView(self.cache, index, self.layers)
 
     def _feedback(self, hidden: Tensor, index: int) -> Tensor:
         readout, targets = self.watch.readout, self.watch.targets

@@ -2,9 +2,8 @@
 
 Each pass attends to its own keys and values, so layer i of pass s keeps them at index s * L + i of one cache with
 (S + 1) * L layers. The backbone, which counts to L, sees a pass through `PassView`. Beam search, cropping and
-offloading act on the whole cache and need not know. Layers that grow do so in place (`GrowingLayer`). Two
-approximations can be asked for: `SharedView` keeps the last pass only, `copy_newest` stands for passes that were left
-out.
+offloading act on the whole cache and need not know. Layers that grow do so in place (`GrowingLayer`). `copy_newest`
+stands for passes that an early exit left out.
 """
 
 from __future__ import annotations
@@ -110,27 +109,6 @@ class PassView(Cache):
         return getattr(self._cache, name)
 
 
-class SharedView(PassView):
-    """As `PassView`, of a cache with L layers in which only the last pass keeps its keys and values.
-
-    The other passes attend to their own keys and values of the new tokens, and to the last pass's of all before. That
-    is 1 / (S + 1) of the memory and exact for a prompt given at once; after it, it is another model than was trained.
-    """
-
-    def __init__(self, cache: Cache, last: bool, layers: int) -> None:
-        super().__init__(cache, 0, layers)
-        self._last = last
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """As in `PassView`; nothing is kept but by the last pass."""
-        if self._last:
-            return self._cache.update(keys, values, layer_idx, *args, **kwargs)
-        if self._cache.get_seq_length(layer_idx) == 0:
-            return keys, values
-        layer = self._cache.layers[layer_idx]
-        return torch.cat([layer.keys, keys], dim=-2), torch.cat([layer.values, values], dim=-2)
-
-
 def grow(cache: Cache, passes: int, layers: int) -> None:
     """Give a cache made for L layers (as `generate` makes it) room for `passes` * L of them.
 
@@ -161,16 +139,6 @@ def grow(cache: Cache, passes: int, layers: int) -> None:
             f"the cache holds {filled[0]} tokens for the first pass and {filled[1]} for pass {passes}; continue with "
             "the pondering_steps it was filled with, or start an empty cache"
         )
-
-
-def check_shared(cache: Cache, layers: int) -> None:
-    """Raise ValueError unless `SharedView` can use the cache: L growing layers, or none yet."""
-    if len(cache.layers) > layers:
-        raise ValueError(
-            f"share_cache: the cache has {len(cache.layers)} layers, the model {layers}, so it was filled pass by "
-            "pass; start an empty cache"
-        )
-    check_growing(cache, "share_cache")
 
 
 def check_growing(cache: Cache | None, option: str) -> None:

@@ -145,13 +145,12 @@ class Ponder(Checkpointing):
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
         exit_kl: float | None = None,
-        share_cache: bool = False,
         z_loss: float = 0.0,
         track: int | None = None,
         ops: Ops | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The stock output, after pondering. `generate` takes pondering_steps, exit_kl and share_cache too.
+        """The stock output, after pondering. `generate` takes pondering_steps and exit_kl too.
 
         Args:
             past_key_values: the cache, which transformers from 5.24 on calls `cache`.
@@ -161,7 +160,6 @@ class Ponder(Checkpointing):
             num_items_in_batch: divides the summed loss; default the number of labels that count.
             skip_logits: leave `logits` None and never build them, (B, T, V). Default: in training with labels.
             exit_kl: in decoding, stop when a pass moved the prediction by less than this KL divergence in nats.
-            share_cache: keep the keys and values of the last pass only, see `cache.SharedView`.
             z_loss: adds so much of the mean squared log-sum-exp of the last pass's logits to the loss.
             track: look at so many of the tokens for what each pass changes, see `changes`.
             ops: other code for the pondering embedding and the loss, see `readout`.
@@ -171,7 +169,7 @@ class Ponder(Checkpointing):
         watch = Watch(self, _targets(labels, shift_labels), track, ops)
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"past_key_values": one_cache(past_key_values, cache), "use_cache": use_cache}
-        kwargs |= {"pondering_steps": pondering_steps, "exit_kl": exit_kl, "share_cache": share_cache}
+        kwargs |= {"pondering_steps": pondering_steps, "exit_kl": exit_kl}
         inner = self.base_model(  # type: ignore[attr-defined]
             input_ids, inputs_embeds=inputs_embeds, return_dict=True, watch=watch, **kwargs
         )
@@ -193,7 +191,7 @@ class Ponder(Checkpointing):
     def _prepare_generation_config(self, *arguments: Any, **options: Any) -> Any:
         """Let a `GenerationConfig` say what `generate` takes by name; transformers hands on its own fields only."""
         config, model_arguments = super()._prepare_generation_config(*arguments, **options)  # type: ignore[misc]
-        for name in ("pondering_steps", "exit_kl", "share_cache"):
+        for name in ("pondering_steps", "exit_kl"):
             said = getattr(config, name, getattr(self.generation_config, name, None))  # type: ignore[attr-defined]
             if said is not None:
                 model_arguments.setdefault(name, said)

@@ -273,21 +273,6 @@ def test_early_exit_is_the_pass_whose_prediction_settled(llama: Any) -> None:
     assert {cache.get_seq_length(index) for index in range(4 * LAYERS)} == {9}
 
 
-def test_a_shared_cache_is_exact_for_the_prompt_and_keeps_one_pass(model: Any) -> None:
-    with torch.no_grad():
-        cache = DynamicCache(config=model.config)
-        got = model(PROMPT, past_key_values=cache, share_cache=True).logits
-        torch.testing.assert_close(got, model(PROMPT).logits, atol=1e-5, rtol=1e-5)
-        assert len(cache.layers) == LAYERS
-        with pytest.raises(ValueError, match="continue with the pondering_steps it was filled with"):
-            model(PROMPT[:, :1], past_key_values=cache)
-    tokens = generate(model, PROMPT, share_cache=True)
-    assert tokens.shape == (2, 21) and torch.equal(tokens[:, 9], generate(model, PROMPT)[:, 9])
-    assert torch.equal(
-        generate(model, PROMPT, share_cache=True, pondering_steps=0), generate(model, PROMPT, pondering_steps=0)
-    )
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -296,8 +281,6 @@ def test_a_shared_cache_is_exact_for_the_prompt_and_keeps_one_pass(model: Any) -
             {"exit_kl": 0.1, "cache_implementation": "static"},
             "exit_kl needs a cache of DynamicLayer, found StaticLayer",
         ),
-        ({"share_cache": True, "cache_implementation": "static"}, "share_cache needs a cache of DynamicLayer"),
-        ({"exit_kl": 0.1, "share_cache": True}, "alone fills the cache under share_cache"),
         ({"pondering_steps": -1}, "pondering_steps is -1; expected an integer of at least 0"),
     ],
 )
