@@ -23,7 +23,6 @@ from ponder_scale.checkpoint.index import (
     strangers,
 )
 from ponder_scale.errors import CheckpointError
-from ponder_scale.files.delete import delete_folder
 from ponder_scale.files.write import hash_file, write_whole
 
 logger = logging.getLogger(__name__)
@@ -82,7 +81,8 @@ def set_aside(run_dir: Path, step: int) -> list[Path]:
     for later, folder in sorted(saved_steps(run_dir).items()):
         if later > step:
             aside = folder.with_name(ASIDE + folder.name)
-            delete_folder(aside)
+            while aside.exists():  # an earlier one of this step, which somebody may not have looked at yet
+                aside = aside.with_name(aside.name + "-again")
             moved.append(folder.rename(aside))
     if moved:
         write_whole(run_dir / LATEST, step_name(step) + "\n")

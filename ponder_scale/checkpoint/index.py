@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -91,6 +91,16 @@ def strangers(folder: Path, index: Mapping[str, Any]) -> list[str]:
     hidden = (".nfs", ".DS_Store")  # what file systems and desktops leave
     found = sorted({*beside, *within} - index.keys())
     return [name for name in found if not PurePosixPath(name).name.startswith(hidden)]
+
+
+def made(folder: Path) -> Callable[[str], bool]:
+    """Whether a path in a checkpoint's folder is its own: what the index lists, or without one what a save writes."""
+    within = TOKENIZER + "/"
+    try:
+        listed = {*read_index(folder), INDEX}
+    except CheckpointError:
+        return lambda name: name in (STATE, INDEX) or is_part(name) or name.startswith(within)
+    return lambda name: name in listed or (name.startswith(within) and name.endswith("/"))
 
 
 def checksum(files: Mapping[str, Any]) -> str:

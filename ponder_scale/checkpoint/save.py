@@ -29,12 +29,13 @@ from ponder_scale.checkpoint.index import (
     Index,
     checksum,
     is_part,
+    made,
     saved_steps,
     step_folder,
 )
 from ponder_scale.checkpoint.parts import part_name, write_part
-from ponder_scale.errors import FencedError, SaveError
-from ponder_scale.files.delete import delete_folder
+from ponder_scale.errors import ConfigError, FencedError, SaveError
+from ponder_scale.files.delete import check_ours, delete_made
 from ponder_scale.files.links import check_links
 from ponder_scale.files.write import copy_folder, hash_file, sync, sync_file, sync_folder, write_whole
 
@@ -111,7 +112,7 @@ class Saver:
 
         def end() -> None:
             _seal(_hidden(final), final, index)
-            delete_folder(final)
+            _sweep(final)
 
         self._on_first(end, final, 0)
         return sum(size for name, (size, _) in index.items() if is_part(name))
@@ -122,7 +123,7 @@ class Saver:
 
         def begin() -> Index:
             for remains in saving.parent.glob(SAVING + "*"):
-                delete_folder(remains)
+                _sweep(remains)
             saving.mkdir(parents=True)
             check_links(self._tokenizer)
             copy_folder(self._tokenizer, saving / TOKENIZER)
@@ -173,7 +174,7 @@ class Saver:
         if any(outcome[2] for outcome in outcomes):
             raise FencedError(reason)
         if self._ranks.rank == 0:
-            delete_folder(_hidden(final))  # on a full disk its room is needed
+            _sweep(_hidden(final))  # on a full disk its room is needed
         more = f" and {len(failures) - 1} more ranks" if len(failures) > 1 else ""
         raise SaveError(
             f"the checkpoint of step {step} could not be saved: rank {rank}{more}: {reason}", outcomes[rank][3]
@@ -226,14 +227,25 @@ def _seal(saving: Path, final: Path, index: Index) -> None:
 def _delete_older(run_dir: Path, retention: Retention) -> None:
     folders = saved_steps(run_dir)
     for step in retention.doomed(folders):
-        _delete(folders[step])
+        folder = folders[step]
+        doomed = folder.with_name(f"{SAVING}old-{folder.name}")  # so that it never looks whole while it goes
+        try:
+            check_ours(folder, made(folder), proven=lambda _: True)
+        except ConfigError as error:
+            logger.warning("a checkpoint is kept that checkpoint.keep would delete: %s", error)
+            continue
+        folder.rename(doomed)
+        _sweep(doomed)
 
 
-def _delete(folder: Path) -> None:
-    doomed = folder.with_name(f"{SAVING}old-{folder.name}")  # so that it never looks whole while it goes
-    delete_folder(doomed)
-    folder.rename(doomed)
-    delete_folder(doomed)
+def _sweep(folder: Path) -> None:
+    """Delete a folder that is no checkpoint, or no more, as far as it is ours and can be deleted."""
+    try:
+        delete_made(folder, made(folder), last=INDEX)
+    except FileNotFoundError:
+        pass
+    except (ConfigError, OSError) as error:
+        logger.warning("a folder that a save has left stays: %s", error)
 
 
 def _write_json(path: Path, content: Any) -> None:

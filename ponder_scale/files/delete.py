@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -85,8 +84,8 @@ def delete_contents(folder: Path, ours: Ours, first: Collection[str] = (), keep:
         names = [name for name in _inside(folder, folders=True) if not any(one.startswith(name) for one in keep)]
         if strange := [name for name in _inside(folder) if not ours(name)]:
             raise ConfigError(
-                f"{folder} holds {_listed(strange)}, which this program has not made; move what is yours and start "
-                f"the same command again; nothing was deleted"
+                f"{folder} holds {_listed(strange)}, which this program has not made; move what is yours away; "
+                f"nothing was deleted"
             )
         try:
             for name in first:
@@ -164,19 +163,3 @@ def _inside(folder: Path, folders: bool = False, prefix: str = "") -> Iterator[s
 def _listed(names: list[str]) -> str:
     more = len(names) - _NAMES_SHOWN
     return ", ".join(map(shown, names[:_NAMES_SHOWN])) + (f" and {more:,} more" if more > 0 else "")
-
-
-def delete_folder(folder: Path) -> None:
-    """Delete a folder and all in it, as far as that can be done; read-only folders of our own are no hindrance."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.is_dir() and not folder.is_symlink():
-        _open(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _open(folder: Path) -> None:
-    with suppress(OSError):
-        folder.chmod(0o700)
-        for entry in os.scandir(folder):
-            if entry.is_dir(follow_symlinks=False):
-                _open(Path(entry.path))

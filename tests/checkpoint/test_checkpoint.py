@@ -212,6 +212,46 @@ def test_damaged_ones_that_a_run_went_back_behind_do_not_count_as_its_newest(
     assert whole(run) == newer and sorted(saved_steps(run)) == [2]
 
 
+def test_a_file_of_yours_in_an_old_checkpoint_keeps_it_and_no_other(
+    make: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    yours = [make(step) / name for step, name in ((1, "notes.md"), (2, "tokenizer/mine.json"), (3, "plots/loss.svg"))]
+    for path in yours:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    make(4)
+    (make(5) / INDEX).write_text("no index any more")
+    make(6, keep=1)
+    assert sorted(saved_steps(tmp_path / "run")) == [1, 2, 3, 6] and all(path.read_text() == "mine" for path in yours)
+    for path, message in zip(yours, caplog.messages, strict=True):
+        name = path.relative_to(path.parents[len(path.relative_to(tmp_path / "run" / CHECKPOINTS).parts) - 2])
+        assert f"holds {name}, which this program has not made" in message and "is kept" in message
+    yours[0].unlink()
+    make(7, keep=1)
+    assert sorted(saved_steps(tmp_path / "run")) == [2, 3, 7]
+
+
+def test_a_folder_that_a_killed_save_left_goes_away_but_not_with_a_file_of_yours(
+    make: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = [make(1), make(2)]
+    left, half = (folder.rename(folder.with_name(SAVING + folder.name)) for folder in saved)
+    (left / "notes.md").write_text("mine")
+    (half / INDEX).unlink()
+    make(3)
+    assert not half.exists() and (left / "notes.md").read_text() == "mine"
+    assert "holds notes.md, which this program has not made" in caplog.text
+
+
+def test_what_was_put_aside_is_not_replaced_by_the_next_that_is(make: Callable[..., Path], tmp_path: Path) -> None:
+    make(1)
+    for times in (1, 2, 3):
+        (make(2) / "notes.md").write_text(f"mine {times}")
+        (moved,) = set_aside(tmp_path / "run", 1)
+        assert (moved / "notes.md").read_text() == f"mine {times}" and moved.name.startswith(ASIDE)
+    assert len(list((tmp_path / "run" / CHECKPOINTS).glob(ASIDE + "*"))) == 3
+
+
 class Malicious:
     """Runs a command when it is unpickled."""
 
