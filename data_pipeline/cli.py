@@ -80,22 +80,24 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("build", help="make a folder of token shards")
-    command.add_argument("settings", nargs="*", metavar="[RECIPE] key=value", help="a recipe, then overrides of it")
+    command.add_argument("settings", nargs="*", metavar="[RECIPE] key=value", help="a recipe, then overrides")
     command.formatter_class, command.epilog = argparse.RawDescriptionHelpFormatter, "\n".join(_keys())
     command.set_defaults(run=_build)
 
-    command = commands.add_parser("inspect", help="say what a folder of shards holds, with samples")
+    command = commands.add_parser("inspect", help="summarize a folder of shards and print samples")
     command.add_argument("folder", type=path)
-    command.add_argument("--samples", type=whole(0), default=2, help="documents shown, evenly spaced (default: 2)")
+    command.add_argument("--samples", type=whole(0), default=2, help="documents to print, evenly spaced (default: 2)")
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser("verify", help="read every byte of a folder of shards and check its hash")
     command.add_argument("folder", type=path)
     command.set_defaults(run=_verify)
 
-    command = commands.add_parser("pack", help="find which documents share a sequence, for data.packing=best-fit")
+    command = commands.add_parser("pack", help="pack documents into sequences, for data.packing=best-fit")
     command.add_argument("folder", type=path)
-    command.add_argument("--seq-len", type=whole(2), required=True, help="data.seq_len of the runs that will read it")
+    command.add_argument(
+        "--seq-len", type=whole(2), required=True, help="sequence length (data.seq_len) of the runs that will read it"
+    )
     command.set_defaults(run=_pack)
 
     _add_plan(commands)
@@ -107,71 +109,86 @@ def _parser() -> Parser:
 
 def _add_plan(commands: Any) -> None:
     command = commands.add_parser("plan", help="estimate tokens, time and disk of a build from a sample")
-    command.add_argument("settings", nargs="*", metavar="[RECIPE] key=value", help="those of the build")
+    command.add_argument("settings", nargs="*", metavar="[RECIPE] key=value", help="the settings of the build")
     command.add_argument(
-        "--sample-mb", type=number(above=0, most=1e9), default=8.0, help="input to read and tokenize (default: 8)"
+        "--sample-mb", type=number(above=0, most=1e9), default=8.0, help="MB of input to read and tokenize (default: 8)"
     )
     command.add_argument(
-        "--tokens", type=number(above=0, most=1e16), help="of a run, of which to say how often it reads each source"
+        "--tokens",
+        type=number(above=0, most=1e16),
+        help="also print how often a run of this many tokens reads each source",
     )
     command.set_defaults(run=_plan)
 
 
 def _add_adopt(commands: Any) -> None:
-    command = commands.add_parser("adopt", help="use token files of other programs where they lie")
-    command.add_argument("files", nargs="+", type=path, metavar="FILE", help="in reading order")
+    command = commands.add_parser("adopt", help="use token files that other programs made, without copying them")
+    command.add_argument("files", nargs="+", type=path, metavar="FILE", help="token files in reading order")
     command.add_argument("--kind", choices=KINDS, required=True)
     command.add_argument(
-        "--tokenizer", dest="tokenizer_path", metavar="PATH", type=path, required=True, help="that made the tokens"
+        "--tokenizer",
+        dest="tokenizer_path",
+        metavar="PATH",
+        type=path,
+        required=True,
+        help="the tokenizer that made the tokens",
     )
     command.add_argument(
-        "--out", type=new_folder, required=True, help="the folder to make: links, an index, a manifest"
+        "--out", type=new_folder, required=True, help="folder to create for links to the files, an index and a manifest"
     )
-    command.add_argument("--dtype", choices=["uint16", "uint32"], help="of raw tokens, of which nothing else says it")
-    command.add_argument("--heldout-files", type=whole(0), default=0, help="how many of the last files are held out")
-    command.add_argument("--eod-token", help="ends each document (default: the tokenizer's own)")
+    command.add_argument("--dtype", choices=["uint16", "uint32"], help="type of the tokens in raw files")
+    command.add_argument(
+        "--heldout-files", type=whole(0), default=0, help="hold out this many of the last files (default: 0)"
+    )
+    command.add_argument("--eod-token", help="token that ends each document (default: the tokenizer's own)")
     command.set_defaults(run=_adopt)
 
 
 def _add_grow(commands: Any) -> None:
-    command = commands.add_parser("append", help="add new files to a folder of shards; what is there is not read again")
-    command.add_argument("folder", type=path, help="a folder that build has made")
-    command.add_argument("settings", nargs="*", metavar="key=value", help="as of build: the sources of the new files")
+    command = commands.add_parser(
+        "append", help="add new files to a folder of shards without reading the old ones again"
+    )
+    command.add_argument("folder", type=path, help="folder that `ponder-data build` made")
+    command.add_argument(
+        "settings", nargs="*", metavar="key=value", help="settings as in build: the sources of the new files"
+    )
     command.set_defaults(run=_append)
 
-    command = commands.add_parser("merge", help="make one folder of shards of several; no text is read again")
-    command.add_argument("out", type=new_folder, help="the folder to make")
+    command = commands.add_parser("merge", help="join several folders of shards into one without reading text again")
+    command.add_argument("out", type=new_folder, help="folder to create")
     command.add_argument(
-        "folders", type=path, nargs="+", metavar="FOLDER", help="in reading order; they stay as they are"
+        "folders", type=path, nargs="+", metavar="FOLDER", help="folders in reading order; they are not changed"
     )
     command.add_argument(
-        "--allow-duplicates", action="store_true", help="also where sets have files or documents in common"
+        "--allow-duplicates", action="store_true", help="merge even if the folders share files or documents"
     )
     command.add_argument(
-        "--without-last", type=whole(1), metavar="N", help="of one set: as it was before its last N appends"
+        "--without-last", type=whole(1), metavar="N", help="take one folder as it was before its last N appends"
     )
     command.set_defaults(run=_merge)
 
 
 def _add_train_tokenizer(commands: Any) -> None:
-    command = commands.add_parser("train-tokenizer", help="make a tokenizer from texts")
+    command = commands.add_parser("train-tokenizer", help="train a tokenizer on texts")
     command.add_argument(
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help=".jsonl and .parquet files, folders of text files, text files; or a recipe of a build and key=value",
+        help="text, .jsonl or .parquet files, or folders of text files; or the recipe of a build and key=value",
     )
-    command.add_argument("--recipe", help="of a build: its sources, with their fields, filters and weights")
+    command.add_argument("--recipe", help="read the sources of this build, with their fields, filters and weights")
     command.add_argument("--vocab-size", type=whole(1), required=True)
     command.add_argument("--kind", choices=["bpe", "sentencepiece"], default="bpe")
-    command.add_argument("--out", type=new_folder, required=True, help="the folder to make")
+    command.add_argument("--out", type=new_folder, required=True, help="folder to create")
     command.add_argument("--field", help="key or column of the text in .jsonl and .parquet files (default: text)")
-    command.add_argument("--pattern", help="files of a folder to read (default: **/*)")
-    command.add_argument("--exclude", action="append", default=[], help="names to leave out of a folder; repeatable")
+    command.add_argument("--pattern", help="glob of the files to read in a folder (default: **/*)")
+    command.add_argument(
+        "--exclude", action="append", default=[], help="file or folder name to leave out; repeat for more"
+    )
     command.add_argument(
         "--max-bad-fraction",
         type=float,
-        help=f"of the records; more bad ones are an error (default: {MAX_BAD_FRACTION:g}, or the recipe's)",
+        help=f"fail when a larger share of the records is bad (default: {MAX_BAD_FRACTION:g}, or the recipe's)",
     )
     command.set_defaults(run=_train_tokenizer)
 

@@ -16,18 +16,23 @@ SourceKind = Literal["jsonl", "parquet", "text", "folder", "dataset"]
 class LossConfig:
     """Which characters of a document count in the loss, by fields of its record; one of the three ways."""
 
-    prompt: str | None = knob(None, "the field of a text that does not count; the document is this and `completion`")
-    completion: str | None = knob(None, "the field of the text behind it, which counts, and so does the end token")
+    prompt: str | None = knob(
+        None, "Field of a text that does not count in the loss. The document is this text followed by `completion`."
+    )
+    completion: str | None = knob(
+        None, "Field of the text after the prompt. It counts in the loss, and so does the end token."
+    )
     spans: str | None = knob(
-        None, "the field with [[start, end], ...]: the characters of the text that count, from 0, without the end"
+        None,
+        "Field with [[start, end], ...]: the characters of the text that count, from 0. The end token does not count.",
     )
     messages: str | None = knob(
-        None, "the field of a conversation, [{role: ..., content: ...}, ...]; what the assistant says counts"
+        None, "Field of a conversation, [{role: ..., content: ...}, ...]. What the assistant says counts."
     )
     template: str | None = knob(
         None,
-        "of `messages`: the chat template with {% generation %} around what the assistant says, or the folder of a "
-        "tokenizer that has one",
+        "For `messages`: a chat template with {% generation %} around what the assistant says, or the "
+        "folder of a tokenizer that has one.",
         path=True,
     )
 
@@ -38,44 +43,55 @@ class SourceConfig:
 
     kind: SourceKind = knob(
         MISSING,
-        "jsonl: an object on each line; parquet: a row each; text: UTF-8 text files; folder: a document per file of "
-        "a tree; dataset: rows of a Hugging Face data set",
+        "jsonl: one object a line. parquet: one row a document. text: UTF-8 text files. folder: one "
+        "document for each file of a tree. dataset: rows of a Hugging Face data set.",
     )
     path: str | list[str] = knob(
         MISSING,
-        "jsonl, parquet, text: a file or a glob such as data/**/*.jsonl.gz; folder: the folder; dataset: its name on "
-        "the hub, or a folder written by save_to_disk; all but the last may be URLs, s3://bucket/*.jsonl; a list of "
-        "these is read in its order",
+        "For jsonl, parquet and text, a file or a glob such as data/**/*.jsonl.gz. For folder, the "
+        "folder. For dataset, its name on the hub or a folder written by save_to_disk. All but dataset "
+        "accept URLs such as s3://bucket/*.jsonl. A list is read in its order.",
         path=True,
     )
-    field: str = knob("text", "jsonl, parquet, dataset: the key or column of the text; data.text is text in data")
-    repair: bool = knob(False, "jsonl: read lines with NaN or infinite numbers, and replace lone surrogates by U+FFFD")
-    document: Literal["file", "paragraph"] = knob("file", "text: what one document is; blank lines end paragraphs")
-    pattern: str = knob("**/*", "folder: glob of the files to read; it names hidden ones only with the dot")
-    exclude: list[str] = knob([], "folder: names of files and folders to leave out; globs")
-    name: str | None = knob(None, "dataset: its configuration, such as wikitext-103-raw-v1")
-    split: str = knob("train", "dataset: the split to read")
-    revision: str | None = knob(None, "dataset: commit or tag on the hub; null: the newest")
-    streaming: bool = knob(False, "dataset: read from the hub without storing it on disk")
-    filters: dict[str, Any] = knob({}, "by name, with their thresholds: {gopher_quality: {min_words: 50}}")
+    field: str = knob(
+        "text", "Key or column of the text, for jsonl, parquet and dataset. data.text means `text` inside `data`."
+    )
+    repair: bool = knob(
+        False, "jsonl: accept lines with NaN or infinite numbers, and replace lone surrogates with U+FFFD."
+    )
+    document: Literal["file", "paragraph"] = knob(
+        "file", "text: what counts as one document. Blank lines separate paragraphs."
+    )
+    pattern: str = knob(
+        "**/*", "folder: glob of the files to read. It matches hidden files only where it names the dot."
+    )
+    exclude: list[str] = knob([], "folder: globs of file and folder names to leave out.")
+    name: str | None = knob(None, "dataset: its configuration, such as wikitext-103-raw-v1.")
+    split: str = knob("train", "dataset: the split to read.")
+    revision: str | None = knob(None, "dataset: commit or tag on the hub. `null` uses the newest.")
+    streaming: bool = knob(False, "dataset: read from the hub without storing it on disk.")
+    filters: dict[str, Any] = knob({}, "Filters by name, with their thresholds: {gopher_quality: {min_words: 50}}.")
     sample: float | None = knob(
-        None, "share of its documents that is taken, chosen by the hash of their text; null: all", above=0, max=1
+        None, "Take this share of the documents, chosen by a hash of their text. `null` takes all.", above=0, max=1
     )
     max_documents: int | None = knob(
-        None, "its first documents that are kept; those behind them are left out; null: all", min=1, max=2**50
+        None, "Keep only the first documents, up to this many. `null` keeps all.", min=1, max=2**50
     )
     max_tokens: int | None = knob(
         None,
-        "the same by tokens of both splits together: the documents before the first that would exceed them",
+        "Keep only the first documents, up to this many tokens in both splits together. `null` keeps all.",
         unit="tokens",
         min=1,
         max=2**50,
     )
     loss: LossConfig | None = knob(
-        None, "jsonl, parquet, dataset: what of a document counts in the loss; null: every token"
+        None, "What counts in the loss, for jsonl, parquet and dataset. `null` counts every token."
     )
     weight: float | None = knob(
-        None, "share in training relative to the other sources; null, for all sources: by size", above=0, max=1e15
+        None,
+        "Share in training, relative to the other sources. `null` for all sources weighs them by size.",
+        above=0,
+        max=1e15,
     )
 
     @property
@@ -97,61 +113,81 @@ class SourceConfig:
 class BuildConfig:
     """A build of token shards."""
 
-    out: str = knob(MISSING, "the folder of shards to make", path=True)
-    tokenizer: str = knob(MISSING, "a folder with tokenizer.json, that file, or a SentencePiece .model file", path=True)
-    sources: dict[str, SourceConfig] = knob({}, "the inputs, by name, read in this order")
-    backend: Literal["auto", "reference", "tiktoken", "gigatoken"] = knob(
-        "auto", "the engine; others than the tokenizer's own library must give its tokens; auto: the fastest installed"
+    out: str = knob(MISSING, "Folder of shards to make.", path=True)
+    tokenizer: str = knob(
+        MISSING, "A folder with tokenizer.json, that file itself, or a SentencePiece .model file.", path=True
     )
-    eod_token: str | None = knob(None, "null: the tokenizer's own end-of-text token")
-    append_eod: bool = knob(True, "end each document with the end-of-document token")
-    bos_token: str | None = knob(None, "begin each document with this token; null: with none")
+    sources: dict[str, SourceConfig] = knob({}, "The inputs by name, read in this order.")
+    backend: Literal["auto", "reference", "tiktoken", "gigatoken"] = knob(
+        "auto",
+        "Tokenizer engine. Every engine must give the tokens of the tokenizer's own library, which is "
+        "`reference`. auto uses the fastest one installed.",
+    )
+    eod_token: str | None = knob(None, "End-of-document token. `null` uses the end-of-text token of the tokenizer.")
+    append_eod: bool = knob(True, "End each document with the end-of-document token.")
+    bos_token: str | None = knob(None, "Begin each document with this token. `null` adds none.")
     special_tokens_in_text: Literal["text", "tokens"] = knob(
-        "text", "what </s> and the like inside a document become: ordinary text, or the special token"
+        "text", "What </s> and the like inside a document become: ordinary text, or the special token."
     )
     keep_dropped: bool = knob(
-        False, "write what filters and deduplicate drop to dropped.jsonl, each text with its reason"
+        False, "Write each text that filters and deduplication drop to dropped.jsonl, with the reason."
     )
     deduplicate: Literal["none", "exact", "minhash"] = knob(
-        "none", "keep the first of equal, or of nearly equal, documents of all sources"
+        "none", "Keep only the first of equal (exact) or nearly equal (minhash) documents, over all sources."
     )
     shuffle: bool = knob(
-        False, "documents in a random order over all shards; needs the size of the tokens twice on disk"
+        False, "Put documents in a random order over all shards. Needs twice the size of the tokens on disk."
     )
     heldout_fraction: float = knob(
-        0.005, "of the documents, chosen by the hash of their text: stable as data grows", min=0, max=0.5
+        0.005,
+        "Share of the documents to hold out. A hash of the text chooses them, so the choice stays the "
+        "same as data grows.",
+        min=0,
+        max=0.5,
     )
     split_by: Literal["stripped", "text"] = knob(
         "stripped",
-        "that text, without the white space around it, so that copies that differ in it are on one side; text: with "
-        "it, as all builds did before there was this key",
+        "Text that the hash is taken of. stripped ignores white space around it, so copies that differ "
+        "only there stay on one side. text keeps it, as builds from before this key did.",
     )
-    seed: int = knob(0, "of that choice and of the shuffle", min=0, max=2**31 - 1)
+    seed: int = knob(0, "Seed of the held-out choice and of the shuffle.", min=0, max=2**31 - 1)
     shard_bytes: int | None = knob(
-        None, "input of one shard; null: 1/32 of all, between 16 MiB and 1 GiB", unit="bytes", min=1, max=2**50
+        None,
+        "Bytes of input for one shard. `null` uses 1/32 of the input, between 16 MiB and 1 GiB.",
+        unit="bytes",
+        min=1,
+        max=2**50,
     )
     shard_tokens: int = knob(
-        2**30, "a shard that holds as many is closed, and another begun", unit="tokens", min=1, max=2**40
+        2**30, "Close a shard when it holds this many tokens and begin another.", unit="tokens", min=1, max=2**40
     )
     max_document_bytes: int = knob(
         2**20,
-        "longer ones are quarantined; tokenizers takes 110 to 260 bytes of memory for each",
+        "Quarantine longer documents. The tokenizers library needs 110 to 260 bytes of memory for each byte.",
         unit="bytes",
         min=1,
         max=2**31 - 1,
     )
-    max_bad_fraction: float = knob(0.001, "of the records; more bad ones fail the build", min=0, max=1)
+    max_bad_fraction: float = knob(0.001, "Fail the build when a larger share of the records is bad.", min=0, max=1)
     max_damaged_files: int = knob(
         0,
-        "compressed files that are cut off, damaged, empty or followed by something else; more fail the build",
+        "Fail the build when more compressed files are cut off, damaged, empty or followed by something else.",
         min=0,
         max=10**9,
     )
-    workers: int | None = knob(None, "processes of each rank; null: one for each core, under MPI one", min=1, max=4096)
-    lease_seconds: float = knob(
-        60.0, "silence after which a worker's unit is given to another", unit="seconds", min=1, max=10**7
+    workers: int | None = knob(
+        None, "Processes of each rank. `null` starts one for each core, or a single one under MPI.", min=1, max=4096
     )
-    overwrite: bool = knob(False, "build again: replace the finished folder at out, forget an unfinished other build")
+    lease_seconds: float = knob(
+        60.0,
+        "Give a unit of work to another worker after this long without a sign of life.",
+        unit="seconds",
+        min=1,
+        max=10**7,
+    )
+    overwrite: bool = knob(
+        False, "Build again: replace the finished folder at `out`, and forget an unfinished build of another kind."
+    )
 
     def __post_init__(self) -> None:
         if not self.sources:

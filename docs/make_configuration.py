@@ -71,14 +71,12 @@ def _default(item: dataclasses.Field[Any]) -> str:
 
 
 def _text(metadata: Any) -> str:
-    parts = [metadata.get("help", "")]
-    if metadata.get("unit"):
-        parts.append(f"unit: {metadata['unit']}")
-    if metadata.get("path"):
-        parts.append("a path")
-    bounds = (("min", "at least {}"), ("above", "above {}"), ("max", "at most {}"), ("below", "below {}"))
-    parts += [form.format(bound(metadata[name])) for name, form in bounds if metadata.get(name) is not None]
-    return "; ".join(part for part in parts if part).replace("|", "\\|")
+    ranges = (("min", "at least {}"), ("above", "above {}"), ("max", "at most {}"), ("below", "below {}"))
+    limits = [form.format(bound(metadata[name])) for name, form in ranges if metadata.get(name) is not None]
+    unit = f" Unit: {metadata['unit']}." if metadata.get("unit") else ""
+    path = " Path." if metadata.get("path") else ""
+    limit = f" Range: {', '.join(limits)}." if limits else ""
+    return f"{metadata.get('help', '')}{unit}{path}{limit}".strip().replace("|", "\\|")
 
 
 def page() -> str:

@@ -25,43 +25,79 @@ MOST_SECONDS = 10**7
 class ModelConfig:
     """The architecture. Names are those of transformers' configurations."""
 
-    architecture: Literal["llama", "gpt_neox", "gpt2", "olmo2"] = knob("llama", "the transformer that ponders")
+    architecture: Literal["llama", "gpt_neox", "gpt2", "olmo2"] = knob("llama", "The transformer that ponders.")
     vocab_size: int | None = knob(
-        None, "null: the tokenizer's, from the shards", unit="tokens", min=1, max=MOST_VOCABULARY
+        None,
+        "Size of the vocabulary. `null` takes the tokenizer's, from the shards.",
+        unit="tokens",
+        min=1,
+        max=MOST_VOCABULARY,
     )
-    hidden_size: int = knob(512, "width D", min=1, max=MOST_WIDTH)
-    intermediate_size: int = knob(1408, "width of the MLP", min=1, max=4 * MOST_WIDTH)
-    num_hidden_layers: int = knob(8, "layers L, all run again in each pass", min=1, max=4096)
-    num_attention_heads: int = knob(8, "attention heads", min=1, max=2**14)
+    hidden_size: int = knob(512, "Width D of the hidden states.", min=1, max=MOST_WIDTH)
+    intermediate_size: int = knob(1408, "Width of the MLP.", min=1, max=4 * MOST_WIDTH)
+    num_hidden_layers: int = knob(8, "Number of layers L. Every pass runs all of them.", min=1, max=4096)
+    num_attention_heads: int = knob(8, "Number of attention heads.", min=1, max=2**14)
     num_key_value_heads: int | None = knob(
-        None, "null: as many as attention heads; llama and olmo2 only", min=1, max=2**14
+        None,
+        "Number of key-value heads, for llama and olmo2. `null` uses one for each attention head.",
+        min=1,
+        max=2**14,
     )
-    max_position_embeddings: int | None = knob(None, "null: data.seq_len", unit="tokens", min=1, max=MOST_POSITIONS)
-    rope_theta: float | None = knob(None, "base of the rotary embedding; null: 10000; not gpt2", min=1, max=1e12)
-    norm_eps: float = knob(1e-5, "epsilon of the norms", min=1e-12, max=1)
-    tie_word_embeddings: bool | None = knob(None, "the head is the embedding table; null: as the architecture has it")
-    pondering_steps: int = knob(3, "S: feedbacks of the pondering embedding; S + 1 passes", min=0, max=64)
-    scale_embeds: bool = knob(True, "multiply embeddings by sqrt(hidden_size)")
-    initial_scale: float = knob(1.0, "factor on e_0; the published multiply-by-steps is S", min=1e-6, max=1e6)
-    pondering_temperature: float = knob(1.0, "tau of the pondering softmax", min=1e-3, max=1e3)
-    feedback: Literal["embedding", "hidden"] = knob("embedding", "T: the pondering embedding, or the hidden states")
-    residual: Literal["accumulate", "restart", "replace"] = knob("accumulate", "e_s = e_{s-1} + T, or e_0 + T, or T")
-    pondering_top_k: int | None = knob(None, "null: the whole vocabulary", unit="tokens", min=1, max=MOST_VOCABULARY)
-    init_by_passes: bool | None = knob(None, "initial output projections also / sqrt(S + 1); null: as published")
+    max_position_embeddings: int | None = knob(
+        None,
+        "Longest sequence the model accepts. `null` uses `data.seq_len`.",
+        unit="tokens",
+        min=1,
+        max=MOST_POSITIONS,
+    )
+    rope_theta: float | None = knob(
+        None, "Base of the rotary embedding. `null` uses 10000. GPT-2 has none.", min=1, max=1e12
+    )
+    norm_eps: float = knob(1e-5, "Epsilon of the norms.", min=1e-12, max=1)
+    tie_word_embeddings: bool | None = knob(
+        None, "Use the embedding table as the head. `null` follows the architecture."
+    )
+    pondering_steps: int = knob(
+        3, "S: how often the pondering embedding is fed back. The model runs S + 1 passes.", min=0, max=64
+    )
+    scale_embeds: bool = knob(True, "Multiply embeddings by sqrt(hidden_size).")
+    initial_scale: float = knob(
+        1.0, "Factor on the input embeddings e_0. The published multiply-by-steps variant uses S.", min=1e-6, max=1e6
+    )
+    pondering_temperature: float = knob(1.0, "Temperature tau of the pondering softmax.", min=1e-3, max=1e3)
+    feedback: Literal["embedding", "hidden"] = knob(
+        "embedding", "What a pass feeds back (T): the pondering embedding, or its hidden states."
+    )
+    residual: Literal["accumulate", "restart", "replace"] = knob(
+        "accumulate",
+        "How the feedback T enters the next pass. accumulate: e_s = e_{s-1} + T. restart: e_0 + T. replace: T.",
+    )
+    pondering_top_k: int | None = knob(
+        None,
+        "Build the pondering embedding from the k most probable tokens only. `null` uses the whole vocabulary.",
+        unit="tokens",
+        min=1,
+        max=MOST_VOCABULARY,
+    )
+    init_by_passes: bool | None = knob(
+        None,
+        "Also divide the initial output projections by sqrt(S + 1). `null` follows the published code of "
+        "the architecture.",
+    )
     init_from: str | None = knob(
-        None, "Hugging Face folder whose weights, pondering or not, a new run starts with", path=True
+        None, "Start a new run from the weights of this Hugging Face folder, pondering or not.", path=True
     )
-    extra: dict[str, Any] = knob({}, "further keys of transformers' configuration, by its names")
+    extra: dict[str, Any] = knob({}, "More fields of the transformers configuration, under their own names.")
 
 
 @dataclass(frozen=True)
 class SourceConfig:
     """One folder of shards in the mixture."""
 
-    path: str = knob(MISSING, "folder with manifest.json", path=True)
-    weight: float = knob(1.0, "share of the sequences, relative to the other sources", above=0, max=MOST_WEIGHT)
+    path: str = knob(MISSING, "Folder of shards. It holds manifest.json.", path=True)
+    weight: float = knob(1.0, "Share of the sequences, relative to the other sources.", above=0, max=MOST_WEIGHT)
     max_epochs: float | None = knob(
-        None, "readings of all its sequences; then the others fill its share", above=0, max=1e6
+        None, "Read the source at most this many times. After that the other sources fill its share.", above=0, max=1e6
     )
 
 
@@ -70,10 +106,18 @@ class PhaseConfig:
     """A stretch of training with its own mixture: a curriculum, or an annealing at the end."""
 
     tokens: float | None = knob(
-        None, "its length; null, of the last phase only: until the end", unit="tokens", above=0, max=MOST_TOKENS
+        None,
+        "Length of the phase. Only the last phase may be `null`: it lasts until the end.",
+        unit="tokens",
+        above=0,
+        max=MOST_TOKENS,
     )
     weights: dict[str, float] = knob(
-        {}, "share of each source; sources that are not named rest; {}: as in sources", min=0, max=MOST_WEIGHT
+        {},
+        "Weight of each source in this phase. A source you leave out is not read. {} uses the weights of "
+        "`data.sources`.",
+        min=0,
+        max=MOST_WEIGHT,
     )
 
 
@@ -81,20 +125,26 @@ class PhaseConfig:
 class DataConfig:
     """What is read, and in what pieces."""
 
-    sources: dict[str, SourceConfig] = knob({}, "the mixture, by name")
+    sources: dict[str, SourceConfig] = knob({}, "The mixture: a name for each folder of shards.")
     seq_len: int = knob(
-        1024, "predicted tokens of a sequence; it is read with one more", unit="tokens", min=2, max=MOST_POSITIONS
+        1024,
+        "Predicted tokens in a sequence. The loader reads one token more.",
+        unit="tokens",
+        min=2,
+        max=MOST_POSITIONS,
     )
-    phases: list[PhaseConfig] = knob([], "mixtures that follow each other; none: that of sources throughout")
+    phases: list[PhaseConfig] = knob(
+        [], "Mixtures that follow each other, for a curriculum or an annealing. [] trains on `data.sources` throughout."
+    )
     skip: list[list[int]] = knob(
-        [], "[first, end) sequence numbers left out, such as those of a loss spike", min=0, max=2**53
+        [], "Ranges [first, end) of sequence numbers to leave out, such as those of a loss spike.", min=0, max=2**53
     )
     packing: Literal["concat", "best-fit"] = knob(
         "concat",
-        "concat: documents one after another, cut where a sequence ends; best-fit: no document that fits in a "
-        "sequence is cut, by the bins that `ponder-data pack` made",
+        "concat: join documents and cut wherever a sequence ends. best-fit: never cut a document that "
+        "fits into a sequence, by the bins that `ponder-data pack` made.",
     )
-    document_mask: bool = knob(False, "attention stays within documents, and positions begin at 0 in each")
+    document_mask: bool = knob(False, "Keep attention within each document and start its positions at 0.")
 
     def __post_init__(self) -> None:
         for name in self.sources:
@@ -116,59 +166,80 @@ class PonderingSchedule:
     """How many pondering steps an optimizer step takes, at most `model.pondering_steps`."""
 
     schedule: Literal["fixed", "uniform", "ramp"] = knob(
-        "fixed", "fixed: model.pondering_steps; uniform: drawn from low to it for each step; ramp: rises from low to it"
+        "fixed",
+        "Pondering steps of each optimizer step. fixed: always `model.pondering_steps`. uniform: drawn "
+        "between `low` and that number. ramp: rises from `low` to it.",
     )
-    low: int = knob(1, "smallest number of pondering steps of uniform and ramp", min=0, max=64)
-    ramp_steps: int = knob(0, "the ramp is over after so many", unit="steps", min=0, max=MOST_STEPS)
+    low: int = knob(1, "Fewest pondering steps that uniform and ramp use.", min=0, max=64)
+    ramp_steps: int = knob(
+        0, "Step at which the ramp reaches `model.pondering_steps`.", unit="steps", min=0, max=MOST_STEPS
+    )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How much is trained, in what precision and pieces."""
 
-    steps: int = knob(MISSING, "optimizer steps", unit="steps", min=1, max=MOST_STEPS)
+    steps: int = knob(MISSING, "Number of optimizer steps.", unit="steps", min=1, max=MOST_STEPS)
     global_batch: int = knob(
-        MISSING, "sequences of one optimizer step, over all ranks", unit="sequences", min=1, max=MOST_SEQUENCES
+        MISSING, "Sequences in one optimizer step, over all ranks.", unit="sequences", min=1, max=MOST_SEQUENCES
     )
     batch_ramp_from: int | None = knob(
         None,
-        "sequences of step 1, a divisor of global_batch; the batch rises in multiples of it; null: global_batch",
+        "Sequences in step 1. It must divide `global_batch`, and the batch grows in multiples of it. "
+        "`null` uses `global_batch` from the start.",
         unit="sequences",
         min=1,
         max=MOST_SEQUENCES,
     )
     batch_ramp_steps: int | None = knob(
         None,
-        "the step that is the first of global_batch sequences, where the batch rises",
+        "First step that uses the full `global_batch`, when you ramp the batch.",
         unit="steps",
         min=2,
         max=MOST_STEPS,
     )
     micro_batch: int | Literal["auto"] = knob(
         1,
-        "sequences of one forward on one rank; auto: the most that fit and divide",
+        "Sequences in one forward of one rank. auto: the choice of the planner.",
         unit="sequences",
         min=1,
         max=MOST_SEQUENCES,
     )
-    precision: Literal["fp32", "bf16"] = knob("bf16", "bf16 keeps fp32 master weights")
+    precision: Literal["fp32", "bf16"] = knob(
+        "bf16", "Precision of the computation. bf16 keeps master weights in fp32."
+    )
     recompute: Literal["none", "selective", "layer", "pass", "pass+layer", "auto"] = knob(
         "pass",
-        "what backward recomputes: nothing, layers but for attention, layers, passes from their inputs, or both; "
-        "auto: the least that fits",
+        "What backward computes again. selective: layers without their attention. layer: whole layers. "
+        "pass: whole passes from their inputs. pass+layer: both. auto: the choice of the planner.",
     )
     memory_gib: float | None = knob(
-        None, "what `auto` and ZeRO-3's limits may use of a device; null: all it has", unit="GiB", above=0, max=2**20
+        None,
+        "Device memory that `auto` and the limits of ZeRO-3 may plan with. `null` uses all of the device.",
+        unit="GiB",
+        above=0,
+        max=2**20,
     )
-    offload_activations: bool = knob(False, "keep on the host what recomputation keeps")
-    attention: Literal["auto", "sdpa", "flash_attention_2"] = knob("auto", "auto: flash-attn where it is, else sdpa")
-    kernels: Literal["torch", "liger"] = knob("torch", "of norms, rotary embedding and MLP; liger: CUDA, llama, olmo2")
-    compile: bool = knob(False, "compile the layers with torch.compile")
+    offload_activations: bool = knob(False, "Keep the activations that recomputation saves in host memory.")
+    attention: Literal["auto", "sdpa", "flash_attention_2"] = knob(
+        "auto", "Attention implementation. auto uses flash-attn where it is installed, and sdpa elsewhere."
+    )
+    kernels: Literal["torch", "liger"] = knob(
+        "torch", "Kernels of norms, rotary embedding and MLP. liger needs CUDA and llama or olmo2."
+    )
+    compile: bool = knob(False, "Compile the layers with torch.compile.")
     pondering: PonderingSchedule = field(default_factory=PonderingSchedule)
-    deepspeed: str = knob("zero3", "how to shard: a file of deepspeed_configs/ by name, or a path", path=True)
-    sanity_step: bool = knob(True, "before step 1: forward and backward at full size, a trial save; all dropped")
+    deepspeed: str = knob(
+        "zero3", "How to shard the run: the name of a file in deepspeed_configs/, or a path.", path=True
+    )
+    sanity_step: bool = knob(
+        True, "Before step 1, try forward and backward at full size and a trial save, then drop the result."
+    )
     time_limit: str | None = knob(
-        "slurm", "of this attempt, which saves and ends in time: seconds or HH:MM:SS; slurm: the job's; null: none"
+        "slurm",
+        "Wall-clock limit for this attempt, as seconds or HH:MM:SS. Training saves a checkpoint and exits "
+        "with 85 before it is reached. `slurm` uses the limit of the job. `null` disables it.",
     )
 
     def __post_init__(self) -> None:
@@ -221,44 +292,73 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     optimizer: Literal["adamw", "muon"] = knob(
-        "adamw", "muon: for the matrices of the layers, with AdamW for the rest; stages 0 and 3, and no grad_clip"
+        "adamw",
+        "adamw, or muon for the matrices of the layers with AdamW for the rest. Muon needs ZeRO stage 0 "
+        "or 3 and no `grad_clip`.",
     )
     muon_lr: float | None = knob(
-        None, "peak learning rate of Muon's matrices, on the schedule of lr", above=0, max=1000
+        None,
+        "Peak learning rate of the matrices that Muon updates. It follows the schedule of `lr`.",
+        above=0,
+        max=1000,
     )
-    muon_momentum: float = knob(0.95, "of Muon", min=0, below=1)
-    lr: float = knob(3e-4, "peak learning rate", above=0, max=1000)
-    min_lr: float = knob(3e-5, "learning rate at the last step", min=0, max=1000)
-    warmup_steps: int = knob(0, "linear rise from 0", unit="steps", min=0, max=MOST_STEPS)
+    muon_momentum: float = knob(0.95, "Momentum of Muon.", min=0, below=1)
+    lr: float = knob(3e-4, "Peak learning rate.", above=0, max=1000)
+    min_lr: float = knob(3e-5, "Learning rate at the last step.", min=0, max=1000)
+    warmup_steps: int = knob(0, "Steps of linear warm-up from 0.", unit="steps", min=0, max=MOST_STEPS)
     schedule: Literal["cosine", "linear", "constant", "wsd"] = knob(
-        "cosine", "shape of the decay after warm-up; wsd: constant, then a decay over the last wsd_decay_steps"
+        "cosine", "Decay after warm-up. wsd stays constant and decays over the last `wsd_decay_steps`."
     )
-    wsd_decay_steps: int | None = knob(None, "length of the decay of wsd", unit="steps", min=1, max=MOST_STEPS)
-    wsd_decay_style: Literal["linear", "minus_sqrt"] = knob("linear", "its shape; minus_sqrt: 1 - sqrt(progress)")
-    beta1: float = knob(0.9, "decay of the first moment", min=0, below=1)
-    beta2: float = knob(0.95, "decay of the second moment", min=0, below=1)
-    eps: float = knob(1e-8, "AdamW epsilon", min=1e-30, max=1)
-    weight_decay: float = knob(0.1, "decoupled weight decay", min=0, max=1000)
-    decay: Literal["matrices", "all"] = knob("matrices", "matrices: not norms, biases, embeddings")
+    wsd_decay_steps: int | None = knob(None, "Length of the decay of wsd.", unit="steps", min=1, max=MOST_STEPS)
+    wsd_decay_style: Literal["linear", "minus_sqrt"] = knob(
+        "linear", "Shape of the decay of wsd. minus_sqrt: 1 - sqrt(progress)."
+    )
+    beta1: float = knob(0.9, "AdamW: decay of the first moment.", min=0, below=1)
+    beta2: float = knob(0.95, "AdamW: decay of the second moment.", min=0, below=1)
+    eps: float = knob(1e-8, "AdamW: epsilon.", min=1e-30, max=1)
+    weight_decay: float = knob(0.1, "Decoupled weight decay.", min=0, max=1000)
+    decay: Literal["matrices", "all"] = knob(
+        "matrices", "Which weights decay. matrices leaves out norms, biases and embeddings."
+    )
     ema: float | None = knob(
-        None, "decay of a running average of the weights, for `export --ema`; null: none", above=0, max=0.999999
+        None,
+        "Keep a running average of the weights with this decay, for `export --ema`. `null` keeps none.",
+        above=0,
+        max=0.999999,
     )
-    z_loss: float = knob(0.0, "adds so much of the mean squared log-sum-exp of the logits to the loss", min=0, max=1000)
-    grad_clip: float | None = knob(1.0, "bound on the global gradient norm; null: off", above=0, max=1e9)
+    z_loss: float = knob(
+        0.0, "Add this multiple of the mean squared log-sum-exp of the logits to the loss.", min=0, max=1000
+    )
+    grad_clip: float | None = knob(
+        1.0, "Clip the global gradient norm to this bound. `null` disables clipping.", above=0, max=1e9
+    )
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, and what is kept. The last step is always saved."""
 
-    every_steps: int | None = knob(None, "null: not by steps", unit="steps", min=1, max=MOST_STEPS)
-    every_minutes: float | None = knob(None, "null: not by time; else so long after the last save", above=0, max=1e6)
-    milestones: list[int] = knob([], "steps that are saved and never deleted", min=1, max=MOST_STEPS)
-    keep: int | None = knob(3, "newest checkpoints kept; null: all", min=1, max=10**6)
-    keep_every: int | None = knob(
-        None, "those of each so many steps are never deleted", unit="steps", min=1, max=MOST_STEPS
+    every_steps: int | None = knob(
+        None,
+        "Save a checkpoint at every multiple of this step. `null` does not save by steps.",
+        unit="steps",
+        min=1,
+        max=MOST_STEPS,
     )
-    asynchronous: bool = knob(False, "train on while a host copy of the state is written; takes memory for the copy")
+    every_minutes: float | None = knob(
+        None,
+        "Save when this many minutes have passed since the last save. `null` does not save by time.",
+        above=0,
+        max=1e6,
+    )
+    milestones: list[int] = knob([], "Save at these steps and keep those checkpoints forever.", min=1, max=MOST_STEPS)
+    keep: int | None = knob(3, "Keep this many of the newest checkpoints. `null` keeps all.", min=1, max=10**6)
+    keep_every: int | None = knob(
+        None, "Keep every checkpoint whose step is a multiple of this, forever.", unit="steps", min=1, max=MOST_STEPS
+    )
+    asynchronous: bool = knob(
+        False, "Train on while a copy of the state is written in the background. The copy takes host memory."
+    )
 
     def __post_init__(self) -> None:
         if self.keep_every and self.every_steps and self.keep_every % self.every_steps:
@@ -272,9 +372,19 @@ class CheckpointConfig:
 class EvaluateConfig:
     """Held-out perplexity of every pass during training."""
 
-    every_steps: int | None = knob(None, "null: only after the last step", unit="steps", min=1, max=MOST_STEPS)
+    every_steps: int | None = knob(
+        None,
+        "Evaluate at every multiple of this step. `null` evaluates only after the last step.",
+        unit="steps",
+        min=1,
+        max=MOST_STEPS,
+    )
     sequences: int = knob(
-        256, "held-out sequences of each source; fewer if its shards hold fewer", unit="sequences", min=1, max=10**9
+        256,
+        "Held-out sequences to read from each source. A source with fewer uses all of them.",
+        unit="sequences",
+        min=1,
+        max=10**9,
     )
 
 
@@ -284,46 +394,69 @@ class HealthConfig:
 
     hang_seconds: float | None = knob(
         600.0,
-        "without progress: the stacks of every rank, then exit code 86; null: off",
+        "After this long without progress, print the stacks of every rank and exit with 86. `null` "
+        "disables the watchdog.",
         unit="seconds",
         above=0,
         max=MOST_SECONDS,
     )
     slow_seconds: float = knob(
         3600.0,
-        "the same while starting up, in the first step, saving, evaluating",
+        "The same limit during start-up, the first step, saves and evaluations.",
         unit="seconds",
         above=0,
         max=MOST_SECONDS,
     )
     max_skips: int = knob(
         8,
-        "steps in a row that are skipped, as not finite or as spikes; at the next one the run ends, exit code 87",
+        "Skip at most this many steps in a row because they are not finite or spike. The next one ends "
+        "the run with exit code 87.",
         min=0,
         max=10**6,
     )
     spike_sigma: float | None = knob(
-        6.0, "loss or gradient norm so many standard deviations above its mean is a spike; null: off", above=0, max=1e6
+        6.0,
+        "Treat a loss or gradient norm this many standard deviations above its mean as a spike. `null` "
+        "disables the check.",
+        above=0,
+        max=1e6,
     )
     spike_window: int = knob(
-        128, "steps that the mean is over; half of them must be there", unit="steps", min=4, max=10**6
+        128,
+        "Steps over which that mean is taken. The check begins when half of them are recorded.",
+        unit="steps",
+        min=4,
+        max=10**6,
     )
     on_spike: Literal["warn", "skip", "rewind"] = knob(
-        "warn", "warn: record it; skip: no update by it; rewind: to the last checkpoint, leaving out its data"
+        "warn",
+        "What to do about a spike. warn: record it. skip: drop the update. rewind: go back to the last "
+        "checkpoint and leave out the data around the spike.",
     )
     rewind_skip_steps: int = knob(
         100,
-        "a rewind leaves out the data of so many steps up to the spike, back to the checkpoint",
+        "A rewind leaves out the data of up to this many steps before the spike, as far back as the checkpoint.",
         unit="steps",
         min=1,
         max=MOST_STEPS,
     )
-    max_rewinds: int = knob(3, "at the next spike the run ends, exit code 87", min=0, max=10**6)
+    max_rewinds: int = knob(
+        3, "Rewind at most this often. The next spike ends the run with exit code 87.", min=0, max=10**6
+    )
     check_replicas_every: int | None = knob(
-        100, "compare the weights of all ranks, which must be equal; null: off", unit="steps", min=1, max=MOST_STEPS
+        100,
+        "Compare the weights of all ranks at every multiple of this step. They must be equal. `null` "
+        "disables the check.",
+        unit="steps",
+        min=1,
+        max=MOST_STEPS,
     )
     straggler_factor: float | None = knob(
-        1.5, "a rank is named if a phase takes so many times the median of the ranks; null: off", above=1, max=1e6
+        1.5,
+        "Log a straggler event when one rank spends more than this multiple of the median time in a "
+        "phase. `null` disables it.",
+        above=1,
+        max=1e6,
     )
 
 
@@ -331,19 +464,28 @@ class HealthConfig:
 class LogConfig:
     """metrics.jsonl is always written; the rest is asked for."""
 
-    every_steps: int = knob(10, "a line of metrics each so many steps", unit="steps", min=1, max=MOST_STEPS)
-    wandb: Literal["off", "online", "offline"] = knob("off", "Weights & Biases")
-    wandb_project: str = knob("ponder-scale", "project name there")
-    tensorboard: bool = knob(False, "event files for TensorBoard in RUN/tensorboard; needs its package")
+    every_steps: int = knob(
+        10, "Write a line of metrics at every multiple of this step.", unit="steps", min=1, max=MOST_STEPS
+    )
+    wandb: Literal["off", "online", "offline"] = knob("off", "Report to Weights & Biases.")
+    wandb_project: str = knob("ponder-scale", "Project name in Weights & Biases.")
+    tensorboard: bool = knob(False, "Write TensorBoard event files to RUN/tensorboard. Needs the tensorboard package.")
     communication: bool = knob(
-        False, "measure the share of collectives by a profiler on logged steps, which slows them"
+        False, "Measure the share of time in collectives with a profiler. Logged steps get slower."
     )
     profile_steps: list[int] = knob(
-        [], "[first, last] steps traced by torch's profiler into RUN/profile; []: none", min=0, max=MOST_STEPS
+        [],
+        "Trace the steps [first, last] with the profiler of torch into RUN/profile. [] traces none.",
+        min=0,
+        max=MOST_STEPS,
     )
-    profile_ranks: list[int] = knob([0], "ranks that do so", min=0, max=10**6)
+    profile_ranks: list[int] = knob([0], "Ranks that are traced.", min=0, max=10**6)
     track_tokens: int = knob(
-        64, "of a micro-batch of a logged step, for what each pass changes", unit="tokens", min=1, max=MOST_POSITIONS
+        64,
+        "Tokens of a micro-batch to examine for what each pass changes, on logged steps.",
+        unit="tokens",
+        min=1,
+        max=MOST_POSITIONS,
     )
 
     def __post_init__(self) -> None:
@@ -356,8 +498,14 @@ class LogConfig:
 class RunConfig:
     """A training run."""
 
-    run_dir: str = knob(MISSING, "everything the run writes; its identity", path=True)
-    seed: int = knob(1, "of initial weights, data order, random pondering steps and dropout", min=0, max=2**31 - 1)
+    run_dir: str = knob(
+        MISSING,
+        "Folder for everything the run writes. The folder is the identity of the run: the same folder resumes it.",
+        path=True,
+    )
+    seed: int = knob(
+        1, "Seed of the initial weights, the data order, random pondering steps and dropout.", min=0, max=2**31 - 1
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from ponder_scale.cli import _parser
+from ponder_scale.config import RunConfig
+from ponder_scale.settings.commandline import parse
+from tests.model.architectures import make
 
 REPOSITORY = Path(__file__).parents[1]
 FACTS = REPOSITORY / "examples/composition/facts.py"
@@ -85,5 +91,53 @@ def test_a_word_is_a_token_and_the_prompt_ends_before_its_answer(out: Path) -> N
 def test_the_evidence_asks_for_what_the_items_have_on_other_seeds_than_it_was_tuned_on() -> None:
     evidence = runpy.run_path(str(REPOSITORY / "examples/composition/evidence.py"), run_name="evidence")
     assert evidence["GOAL"] in GROUPS and not set(evidence["SEEDS"]) & set(evidence["TUNING_SEEDS"])
-    command = evidence["comparison"](Path("out"), [3, 4], "run_dir=out")
-    assert command[:2] == ["ponder-scale", "compare"] and command[-1] == "run_dir=out"
+    command = evidence["comparison"](Path("out"), [3, 4], "run_dir=out", "--only", "looped/seed-3")
+    options = parse(_parser(), command[1:], RunConfig, "overrides")
+    assert command[0] == "ponder-scale" and "run_dir=out" in options.overrides and options.only == "looped/seed-3"
+    assert options.answer_steps == list(range(7)) and options.seeds == [3, 4]
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_mechanism_is_measured_as_a_loop_over_rows_measures_it(out: Path, scaled: bool) -> None:
+    """On a model that knows nothing, so that no figure is 0 or 1 by itself."""
+    mechanism = runpy.run_path(str(FACTS.with_name("mechanism.py")), run_name="mechanism")
+    facts, groups = mechanism["read_world"](out)
+    asked = [words for group in groups.values() for words in group][-40:]
+    entities = sorted({h for h, _ in facts})
+    words = [*entities, *sorted({r for _, r in facts})]
+    model = make("llama", 3, pondering_steps=1, vocab_size=len(words), scale_embeds=scaled)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_()
+    found = mechanism["measure"](model, words.index, facts, asked)
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    scale = model.config.hidden_size**0.5 if scaled else 1.0
+
+    def last(embeds: torch.Tensor) -> int:
+        with torch.no_grad():
+            return int((model.run_pass(embeds, 1, None).last_hidden_state[0, -1] @ head.T).argmax())
+
+    sums = dict.fromkeys(mechanism["COLUMNS"], 0.0) | {"items": 40.0}
+    different = 0
+    for row, (h, r1, r2) in enumerate(asked):
+        bridge = facts[h, r1]
+        other = entities[(entities.index(bridge) + 1 + row % (len(entities) - 1)) % len(entities)]
+        answer, leading = words.index(facts[bridge, r2]), words.index(facts[other, r2])
+        with torch.no_grad():
+            e = scale * table[[words.index(word) for word in (h, r1, r2)]][None]
+            p = (model.run_pass(e, 0, None).last_hidden_state @ head.T).softmax(-1)
+            t = scale * (p @ table)
+
+            alone, without, swapped = torch.zeros_like(t), t.clone(), t.clone()
+            alone[:, 1], without[:, 1], swapped[:, 1] = t[:, 1], 0, scale * table[words.index(other)]
+            sums["bridge"] += int(p[0, 1].argmax()) == words.index(bridge)
+            sums["p(bridge)"] += p[0, 1, words.index(bridge)].item()
+            sums["S = 0"] += int(p[0, -1].argmax()) == answer
+            for name, fed_back in (("S = 1", t), ("r1 alone", alone), ("without r1", without)):
+                sums[name] += last(e + fed_back) == answer
+            if answer != leading:
+                different += 1
+                sums["follows"] += last(e + swapped) == leading
+                sums["stays"] += last(e + swapped) == answer
+    means = {name: value / (different if name in ("follows", "stays") else 40) for name, value in sums.items()}
+    assert found == pytest.approx(means | {"items": 40}, rel=1e-4) and 0 < different < 40
+    assert len({round(found[name], 3) for name in ("S = 0", "S = 1", "r1 alone", "without r1")}) > 1

@@ -17,49 +17,71 @@ from ponder_scale.settings.commandline import new_folder, number, path, whole
 
 def add_commands(commands: Any) -> None:
     """Add the commands to the parser."""
-    config = commands.add_parser("config", help="the resolved configuration of a run")
+    config = commands.add_parser("config", help="print the resolved configuration of a run")
     _add_recipe(config)
-    config.add_argument("--get", metavar="KEY", help="the value of a key; of a group, a line key=value for each key")
+    config.add_argument(
+        "--get", metavar="KEY", help="print the value of this key; for a group, a line key=value for each key in it"
+    )
     config.set_defaults(run=_config)
 
-    submit = commands.add_parser("submit", help="check a run, show its plan, keep its code and hand it to Slurm")
+    submit = commands.add_parser(
+        "submit", help="check a run, print its plan and submit it to Slurm with a snapshot of its code"
+    )
     _add_recipe(submit)
-    submit.add_argument("--nodes", type=whole(1), default=1, help="nodes that train")
-    submit.add_argument("--gpus-per-node", type=whole(1), default=8, help="one rank for each")
+    submit.add_argument("--nodes", type=whole(1), default=1, help="number of nodes to train on (default: 1)")
     submit.add_argument(
-        "--spares", type=whole(0), default=0, help="further nodes of the job, to take the place of others"
-    )
-    submit.add_argument("--time", metavar="LIMIT", help="of one stay in the queue, as sbatch takes it")
-    submit.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="more for sbatch, such as --sbatch=--qos=high"
-    )
-    submit.add_argument("--gpu", choices=sorted(DEVICES), default="h100", help="for the plan")
-    submit.add_argument(
-        "--mfu", type=number(above=0, most=1), default=0.4, help="for the plan: share of the device's FLOP/s"
+        "--gpus-per-node", type=whole(1), default=8, help="GPUs on each node, one rank for each (default: 8)"
     )
     submit.add_argument(
-        "--templates", type=path, metavar="DIR", help="the Slurm files of your site; default: those that come along"
+        "--spares", type=whole(0), default=0, help="extra nodes in the job that replace failed ones (default: 0)"
+    )
+    submit.add_argument("--time", metavar="LIMIT", help="wall-clock limit of each job, in the format of sbatch")
+    submit.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="pass one more option to sbatch, such as --sbatch=--qos=high; repeat for more",
+    )
+    submit.add_argument(
+        "--gpu", choices=sorted(DEVICES), default="h100", help="device that the plan assumes (default: h100)"
+    )
+    submit.add_argument(
+        "--mfu",
+        type=number(above=0, most=1),
+        default=0.4,
+        help="share of the peak FLOP/s that the plan assumes (default: 0.4)",
+    )
+    submit.add_argument(
+        "--templates",
+        type=path,
+        metavar="DIR",
+        help="folder with the Slurm files of your site (default: the shipped ones)",
     )
     only = submit.add_mutually_exclusive_group()
-    only.add_argument("--dry-run", action="store_true", help="show the plan and the command; nothing is written")
-    only.add_argument("--test-only", action="store_true", help="ask Slurm whether and when it could run")
+    only.add_argument("--dry-run", action="store_true", help="print the plan and the command, and write nothing")
+    only.add_argument(
+        "--test-only", action="store_true", help="ask Slurm whether and when the job could run, and submit nothing"
+    )
     submit.set_defaults(run=_submit)
 
-    templates = commands.add_parser("templates", help="write the Slurm files out, for your site to edit")
+    templates = commands.add_parser(
+        "templates", help="copy the Slurm files to a folder where you can edit them for your site"
+    )
     templates.add_argument("folder", type=new_folder, metavar="DIR")
-    templates.add_argument("--overwrite", action="store_true", help="also files that are there and differ")
+    templates.add_argument("--overwrite", action="store_true", help="replace files that exist and differ")
     templates.set_defaults(run=_templates)
 
     for name, help_text, action in (
-        ("stop", "save and end a run", _stop),
-        ("save", "save a run at its next step; it goes on", _save),
-        ("requeue", "save a run and put its job back in the queue", _requeue),
+        ("stop", "save a checkpoint and end a run", _stop),
+        ("save", "save a checkpoint at the next step and train on", _save),
+        ("requeue", "save a checkpoint and put the job back in the queue", _requeue),
     ):
         command = commands.add_parser(name, help=help_text)
-        command.add_argument("run_dir", type=path, metavar="RUN", help="its folder")
+        command.add_argument("run_dir", type=path, metavar="RUN", help="run folder")
         command.set_defaults(run=action)
         if name == "stop":
-            command.add_argument("--now", action="store_true", help="without saving")
+            command.add_argument("--now", action="store_true", help="stop at once, without a checkpoint")
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:

@@ -19,17 +19,29 @@ from ponder_scale.settings.commandline import whole
 
 def add_commands(commands: Any) -> None:
     """Add the command to the parser."""
-    compare = commands.add_parser("compare", help="train a pondering model and its baselines alike, and say which wins")
-    compare.add_argument("recipe", help="a YAML file, or the name of a shipped recipe; its run_dir takes all runs")
-    compare.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs; {seed} is that of the run")
-    compare.add_argument("--steps", type=int, nargs="+", default=[], help="pondering steps S; default: the recipe's")
-    compare.add_argument("--seeds", type=whole(0), nargs="+", default=[], help="default: the recipe's; 3 bear a claim")
+    compare = commands.add_parser(
+        "compare", help="train a pondering model and its baselines on the same data, and report which is better"
+    )
+    compare.add_argument("recipe", help="a YAML file or the name of a shipped recipe; all runs go under its run_dir")
+    compare.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings for all runs; {seed} becomes the seed of the run"
+    )
+    compare.add_argument(
+        "--steps", type=int, nargs="+", default=[], help="numbers of pondering steps to compare (default: the recipe's)"
+    )
+    compare.add_argument(
+        "--seeds",
+        type=whole(0),
+        nargs="+",
+        default=[],
+        help="seeds to train with (default: the recipe's); use 3 or more to support a claim",
+    )
     compare.add_argument(
         "--with",
         dest="extras",
         nargs="+",
         default=[],
-        help="further baselines: looped, hidden, vanilla-unscaled, vanilla-time, vanilla-long",
+        help="add baselines: looped, hidden, vanilla-unscaled, vanilla-time, vanilla-long",
     )
     compare.add_argument(
         "--for",
@@ -38,17 +50,23 @@ def add_commands(commands: Any) -> None:
         action="append",
         default=[],
         metavar=("MODEL", "key=value"),
-        help="settings of one model alone, such as its best learning rate; may be repeated",
+        help="settings for one model only, such as its best learning rate; repeat for more models",
     )
     compare.add_argument(
-        "--answers", metavar="ITEMS", help="also ask each finished run: a file as of `evaluate answers`"
+        "--answers",
+        metavar="ITEMS",
+        help="also test each finished run on these items; see `ponder-scale evaluate answers`",
     )
-    compare.add_argument("--answer-steps", type=whole(0), nargs="+", help="ask with so many pondering steps")
-    compare.add_argument("--nproc", type=whole(1), help="local ranks of each run; default: one a GPU, or one")
+    compare.add_argument("--answer-steps", type=whole(0), nargs="+", help="numbers of pondering steps to answer with")
+    compare.add_argument("--nproc", type=whole(1), help="local ranks of each run (default: one for each GPU, or one)")
     what = compare.add_mutually_exclusive_group()
-    what.add_argument("--list", action="store_true", help="print the overrides of each run, for slurm/sweep.sbatch")
-    what.add_argument("--only", metavar="MODEL[/seed-N]", help="train these, and report on what is there")
-    what.add_argument("--report", action="store_true", help="train nothing, report on what is there")
+    what.add_argument(
+        "--list", action="store_true", help="print the overrides of each run, for slurm/sweep.sbatch, and train nothing"
+    )
+    what.add_argument(
+        "--only", metavar="MODEL[/seed-N]", help="train only these runs, then report on all finished ones"
+    )
+    what.add_argument("--report", action="store_true", help="train nothing; report on the finished runs")
     compare.set_defaults(run=_compare)
 
 

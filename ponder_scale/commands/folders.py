@@ -11,55 +11,75 @@ from ponder_scale.settings.commandline import flags, new_file, new_folder, numbe
 
 def add_commands(commands: Any) -> None:
     """Add the commands to the parser."""
-    export = commands.add_parser("export", help="a checkpoint as a Hugging Face folder")
+    export = commands.add_parser("export", help="convert a checkpoint to a Hugging Face folder")
     export.add_argument(
         "source",
         type=path,
-        help="a run folder (its newest whole checkpoint), a checkpoint, or DeepSpeed's universal one",
+        help="a run folder (its newest whole checkpoint), a checkpoint, or a DeepSpeed universal checkpoint",
     )
-    export.add_argument("out", type=new_folder, help="the folder to make")
+    export.add_argument("out", type=new_folder, help="folder to create")
     _add_format(export)
-    export.add_argument("--ema", action="store_true", help="the running average of the weights instead of them")
     export.add_argument(
-        "--like", type=path, help="of a universal checkpoint, which has neither: folder with config.json and tokenizer"
+        "--ema", action="store_true", help="export the running average of the weights instead of the weights"
     )
-    export.add_argument("--verify", action="store_true", help="load it in a fresh process and compare")
+    export.add_argument(
+        "--like",
+        type=path,
+        help="for a universal checkpoint: a folder with the config.json and the tokenizer that it lacks",
+    )
+    export.add_argument(
+        "--verify", action="store_true", help="load the export in a fresh process and compare its outputs"
+    )
     export.set_defaults(run=_export)
 
-    imported = commands.add_parser("import-reference", help="a folder of the published code as a folder of ours")
-    imported.add_argument("source", type=path, help="a folder of PonderingLM: config.json and weights")
-    imported.add_argument("out", type=new_folder, help="the folder to make")
+    imported = commands.add_parser(
+        "import-reference", help="convert a model of the published PonderingLM code to this format"
+    )
+    imported.add_argument("source", type=path, help="folder with its config.json and weights")
+    imported.add_argument("out", type=new_folder, help="folder to create")
     _add_format(imported)
     imported.set_defaults(run=_import_reference)
 
-    published = commands.add_parser("export-reference", help="a folder of ours as one that the published code reads")
+    published = commands.add_parser(
+        "export-reference", help="convert an exported folder to one that the published PonderingLM code loads"
+    )
     published.add_argument("source", type=path, help="an exported folder")
-    published.add_argument("out", type=new_folder, help="the folder to make")
+    published.add_argument("out", type=new_folder, help="folder to create")
     published.set_defaults(run=_export_reference)
 
-    generate = commands.add_parser("generate", help="continue a prompt")
+    generate = commands.add_parser("generate", help="continue a prompt with an exported model")
     generate.add_argument("folder", type=path, help="an exported folder")
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-new-tokens", type=whole(1), default=64)
-    generate.add_argument("--pondering-steps", type=whole(0), help="default: what it was trained with")
+    generate.add_argument("--pondering-steps", type=whole(0), help="number of pondering steps (default: as trained)")
     generate.add_argument(
-        "--exit-kl", type=number(least=0), help="stop pondering when a pass moves the prediction by less, nats"
+        "--exit-kl",
+        type=number(least=0),
+        help="stop pondering a token when a pass changes its prediction by less than this KL divergence, in nats",
     )
     generate.add_argument(
-        "--draft-steps", type=whole(0), help="let the same weights draft with so many pondering steps"
+        "--draft-steps",
+        type=whole(0),
+        help="draft tokens with this many pondering steps and check them with all; the text stays the same",
     )
-    generate.add_argument("--temperature", type=number(least=0), default=0.0, help="0: greedy")
+    generate.add_argument(
+        "--temperature", type=number(least=0), default=0.0, help="sampling temperature; 0 decodes greedily (default: 0)"
+    )
     generate.add_argument("--seed", type=whole(0), default=1)
     add_trust(generate)
     generate.set_defaults(run=_generate)
-    trace = commands.add_parser("trace", help="what each pass believes about each token of a text")
+    trace = commands.add_parser("trace", help="show what each pass predicts for each token of a text")
     trace.add_argument("folder", type=path, help="an exported folder")
     trace.add_argument("--text", required=True)
     trace.add_argument(
-        "--pondering-steps", dest="steps", metavar="S", type=whole(0), help="default: what it was trained with"
+        "--pondering-steps",
+        dest="steps",
+        metavar="S",
+        type=whole(0),
+        help="number of pondering steps (default: as trained)",
     )
     trace.add_argument(
-        "--html", dest="html_file", metavar="FILE", type=new_file, help="also write a page with a heat map"
+        "--html", dest="html_file", metavar="FILE", type=new_file, help="also write an HTML page with a heat map"
     )
     add_trust(trace)
     trace.set_defaults(run=_trace)
@@ -70,14 +90,14 @@ def add_trust(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run the code of a folder that this version did not make, with your rights; read it before",
+        help="run the code inside a folder that this version did not make; it runs with your rights, so read it first",
     )
 
 
 def _add_format(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     command.add_argument(
-        "--license", dest="licence", help="identifier on the hub for the model card, such as apache-2.0"
+        "--license", dest="licence", help="license for the model card, by its identifier on the hub, such as apache-2.0"
     )
 
 

@@ -12,13 +12,15 @@ from ponder_scale.settings.commandline import path
 
 def add_commands(commands: Any) -> None:
     """Add the commands to the parser."""
-    status = commands.add_parser("status", help="how a run is doing, in a dozen lines")
+    status = commands.add_parser("status", help="summarize the state of a run in a dozen lines")
     status.add_argument("run_dir", type=path, help="a run folder")
     status.set_defaults(run=_status)
 
-    report = commands.add_parser("report", help="one HTML page about a run, or several runs over each other")
+    report = commands.add_parser("report", help="write an HTML page about a run, or one that compares several")
     report.add_argument("run_dirs", type=path, nargs="+", metavar="RUN", help="a run folder")
-    report.add_argument("--out", type=path, help="default: report.html in the run folder; of several, here")
+    report.add_argument(
+        "--out", type=path, help="page to write (default: report.html in the run folder, or here for several runs)"
+    )
     report.set_defaults(run=_report)
 
 
