@@ -82,6 +82,8 @@ lock:
 	$(COMPILE) --extra dev --output-file requirements-dev.lock
 	cp requirements-dev.lock requirements.lock
 	$(COMPILE) --constraint requirements-dev.lock --output-file requirements.lock
+	$(subst pyproject.toml,tests/serve/requirements.in,$(COMPILE)) --override tests/serve/overrides.in \
+	    --output-file requirements-vllm.lock
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -65,11 +65,11 @@ def test_the_quick_start_reaches_generated_text_and_names_what_to_try(workplace:
 
 
 def test_the_readme_names_what_continuous_integration_runs() -> None:
-    assert {"make quickstart", "make test-fast", "make test", "make test-slurm"} <= set(COMMANDS)
+    assert {"make quickstart", "make test-fast", "make test", "make test-slurm", "make test-vllm"} <= set(COMMANDS)
     targets = ("quickstart", "test-fast", "test", "test-slurm", "mutants")
     done = subprocess.run(["make", "-n", *targets], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "make test test-slurm\n" in (REPOSITORY / ".ci/run").read_text()
+    assert "make test test-slurm test-vllm\n" in (REPOSITORY / ".ci/run").read_text()
 
 
 RUNNABLE = ("ponder-", "torchrun", "mpiexec", "python -m benchmarks")

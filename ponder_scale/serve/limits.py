@@ -13,19 +13,20 @@ from typing import Any
 
 import torch
 import vllm
-from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    UnquantizedEmbeddingMethod,
-    VocabParallelEmbedding,
-    VocabParallelEmbeddingShardIndices,
-)
 
 from ponder_scale.model.configuration import FEEDBACKS, PONDERING_FIELDS, RESIDUALS
+from ponder_scale.serve.parts import (
+    TESTED,
+    Attention,
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VllmConfig,
+    VocabParallelEmbedding,
+    VocabParallelEmbeddingShardIndices,
+    support_torch_compile,
+    unfit,
+)
 
-TESTED = ("0.32",)  # minor versions of vLLM
 # the fields of a folder that `model.py` acts upon; `init_by_passes` is of training only
 SERVED_FIELDS = frozenset(
     {
@@ -50,9 +51,7 @@ def check_version() -> None:
     """
     broken = list(_broken_assumptions())
     if broken:
-        raise RuntimeError(
-            f"vLLM {vllm.__version__} cannot serve pondering models: {'; '.join(broken)}; install vLLM {TESTED[-1]}"
-        )
+        raise unfit("; ".join(broken))
     if ".".join(vllm.__version__.split(".")[:2]) not in TESTED:
         logger.warning(
             "pondering models were tested with vLLM %s, and this is %s; compare some greedy answers with those of "
@@ -77,7 +76,7 @@ def _broken_assumptions() -> Iterator[str]:
 
 
 def check_configuration(config: VllmConfig) -> None:
-    """Raise ValueError for what was asked of the engine, or of the model, and is not served. Warn of a lossy cache."""
+    """Raise ValueError for what was asked of the engine, or of the model, and is not served; warn of what differs."""
     hf = config.model_config.hf_config
     hf.check_pondering()  # `--hf-overrides` sets fields after the configuration was made
     for what in (*_refused_fields(hf), *_refused_settings(config)):
@@ -88,6 +87,11 @@ def check_configuration(config: VllmConfig) -> None:
             "the key-value cache of %s is lossy: each pass reads it and feeds the error to the next, and greedy text "
             "was seen to change; --kv-cache-dtype auto keeps the model's own",
             cache,
+        )
+    if getattr(config, "use_v2_model_runner", False):
+        logger.warning(
+            "pondering models were tested with vLLM's first model runner, and this is the second; compare some greedy "
+            "answers with those of transformers, or set VLLM_USE_V2_MODEL_RUNNER=0"
         )
 
 

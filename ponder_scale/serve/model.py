@@ -15,23 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
-from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_gather,
-    tensor_model_parallel_all_reduce,
-)
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.models.registry import ModelRegistry
-from vllm.model_executor.models.utils import extract_layer_index
 
 from ponder_scale.model.configuration import PONDERING_FIELDS
 from ponder_scale.model.ponder import ponder
 from ponder_scale.serve.feedback import Mixing, mix, mix_parts
 from ponder_scale.serve.limits import check_attention, check_configuration, check_tables, check_version
+from ponder_scale.serve.parts import (
+    Attention,
+    ModelRegistry,
+    ParallelLMHead,
+    VllmConfig,
+    VocabParallelEmbedding,
+    extract_layer_index,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    support_torch_compile,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
 from ponder_scale.serve.plugin import STOCK
 from ponder_scale.serve.weights import Tensors
 

@@ -29,6 +29,7 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
     """Greedy tokens, cold and with a warm cache, log-probabilities of text and prompt, and what the engine counted."""
     from vllm import LLM, SamplingParams
 
+    loaded = _count_when_loaded()
     options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "disable_log_stats": False}
     llm = LLM(model=job["folder"], **{**options, **job["engine"]})
     prompts: Any = [{"prompt_token_ids": ids} for ids in job["prompts"]]
@@ -54,9 +55,24 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
     if job["engine"].get("tensor_parallel_size", 1) == 1:
         runner = llm.llm_engine.model_executor.driver_worker.model_runner
         found["slots"] = len({cache.data_ptr() for cache in runner.kv_caches})
-        found["parameters"] = sum(each.numel() for each in runner.model.parameters())
+        found["parameters"] = loaded[-1]
     llm.llm_engine.engine_core.shutdown()
     return found
+
+
+def _count_when_loaded() -> list[int]:
+    """Gets the number of parameters of each model that is loaded; on a CPU, vLLM packs matrices afterwards."""
+    from ponder_scale.serve.model import Ponder
+
+    counts, load = [], Ponder.load_weights
+
+    def load_and_count(self: Any, weights: Any) -> set[str]:
+        names = load(self, weights)
+        counts.append(sum(each.numel() for each in self.parameters()))
+        return names
+
+    Ponder.load_weights = load_and_count  # type: ignore[method-assign]
+    return counts
 
 
 def _break(what: str) -> None:

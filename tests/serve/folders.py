@@ -78,20 +78,21 @@ def prompts() -> list[list[int]]:
 
 @torch.no_grad()
 def reference(model: Any, ids: list[list[int]], **options: Any) -> list[tuple[list[int], list[float], list[float]]]:
-    """For each prompt the greedy tokens, their log-probabilities, and those of the prompt behind its first token."""
+    """For each prompt the greedy tokens, their log-probabilities, and those of the prompt behind its first token.
+
+    Generated in one batch with left padding, and scored one by one without a cache, where each token has to be the
+    most probable one.
+    """
+    longest = max(len(one) for one in ids)
+    given = torch.tensor([[0] * (longest - len(one)) + one for one in ids])
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids])
+    greedy: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    answers = model.generate(given, attention_mask=mask, **greedy, **options)[:, longest:]
     found = []
-    for one in ids:
-        given = torch.tensor([one])
-        said = model.generate(
-            given,
-            attention_mask=torch.ones_like(given),
-            max_new_tokens=NEW,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            **options,
-        )[0]
+    for one, answer in zip(ids, answers, strict=True):
+        said = torch.cat([torch.tensor(one), answer])
         log_p = model(said[None, :-1], **options).logits[0].log_softmax(-1)
+        assert torch.equal(log_p[len(one) - 1 :].argmax(-1), answer)
         each = log_p.gather(1, said[1:, None])[:, 0].tolist()
-        found.append((said[len(one) :].tolist(), each[len(one) - 1 :], each[: len(one) - 1]))
+        found.append((answer.tolist(), each[len(one) - 1 :], each[: len(one) - 1]))
     return found
