@@ -58,9 +58,9 @@ test-slurm: install
 	OMP_NUM_THREADS=1 REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 test-vllm:
-	@PYTHON=$(PYTHON) sh tests/serve/environment.sh "$(VLLM)"
+	@PYTHON=$(PYTHON) timeout 30m sh tests/serve/environment.sh "$(VLLM)"
 	OMP_NUM_THREADS=1 REQUIRE_VLLM=1 "$(VLLM)/venv/bin/python" -m pytest tests/serve --confcutdir tests/serve \
-	    -n $(WORKERS) --dist loadfile
+	    --timeout 1200 -n $(WORKERS) --dist loadfile
 
 faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --ignore tests/serve -n $(WORKERS) --dist loadfile

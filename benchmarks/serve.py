@@ -2,7 +2,7 @@
 
 Transformers runs a batch until its longest text is done, and pads the prompts to one length; vLLM takes a request in as
 another one ends. So the ratio is of two engines at equal lengths, and of two ways of batching at mixed ones.
-Transformers runs first: vLLM changes some of its classes.
+Each run of one is followed by a run of the other, so that other work on the machine slows both.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import os
 import statistics
 import tempfile
 import time
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ import torch
 
 from benchmarks.measure import check_numbers, device_name
 from ponder_scale.errors import ConfigError
-from ponder_scale.figures import size
 from ponder_scale.planning.serving import token_bytes
 from ponder_scale.setup.device import default_device
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 8}
 VOCABULARY, STEPS = 32000, 3
+NATIVE = ("ponder_llama", "ponder_gpt2")  # for the others vLLM changes classes of transformers, which runs first then
 Work = list[tuple[list[int], int]]  # prompts, and how many tokens are to follow each
+Key = tuple[int, str]  # requests at a time, and what is said of their lengths
+Way = Callable[[Work], list[list[int]]]
+Timed = tuple[list[float], list[list[int]]]  # seconds of each run, and what was said
 
 
 def run(
@@ -78,17 +82,17 @@ def _measure(
         for batch in batches
         for lengths in ("equal", "mixed")
     }
-    theirs = {key: _timed(partial(_transformers, model, work), runs) for key, work in works.items()}
-    engine = _engine(folder, dtype, prompt + new, max(batches), eager)
-    served = {key: _timed(partial(_vllm, engine, work), runs) for key, work in works.items()}
+    engine = cache(partial(_engine, folder, dtype, prompt + new, max(batches), eager))
+    ways = (partial(_transformers, model), lambda work: _vllm(engine(), work))
+    theirs, ours = _timed(ways, works, runs, in_turn=config.model_type in NATIVE)
     rows = []
-    for (batch, lengths), work in works.items():
-        seconds, texts = theirs[batch, lengths]
-        faster, said = served[batch, lengths]
-        if lengths == "equal" and dtype == torch.float32 and device == "cpu" and texts != said:
-            raise RuntimeError(f"transformers and vLLM do not say the same to a batch of {batch}")
-        tokens = sum(count for _, count in work)
-        rows.append({"batch": batch, "lengths": lengths, "ratio": seconds / faster, "tokens_s": tokens / faster})
+    for key, work in works.items():
+        (slow, texts), (fast, said) = theirs[key], ours[key]
+        if key[1] == "equal" and dtype == torch.float32 and device == "cpu" and texts != said:
+            raise RuntimeError(f"transformers and vLLM do not say the same to a batch of {key[0]}")
+        ratio = statistics.median(one / other for one, other in zip(slow, fast, strict=True))
+        tokens_s = sum(count for _, count in work) / statistics.median(fast)
+        rows.append({"batch": key[0], "lengths": key[1], "ratio": ratio, "tokens_s": tokens_s})
     print(
         f"serving, S = {config.pondering_steps}: width {config.hidden_size}, {config.num_hidden_layers} layers, "
         f"vocabulary {config.vocab_size:,}, {str(dtype).removeprefix('torch.')}; prompts of {prompt} tokens and {new} "
@@ -97,9 +101,29 @@ def _measure(
     print(f"{'batch':>6s} {'lengths':>8s} {'transformers / vLLM':>20s} {'tokens/s in vLLM':>17s}")
     for row in rows:
         print(f"{row['batch']:6d} {row['lengths']:>8s} {row['ratio']:20.2f} {row['tokens_s']:17.0f}")
-    held, counted = _cache_bytes(engine), token_bytes(config, width=dtype.itemsize)
-    print(f"key-value cache: {size(held)} a token held, {size(counted)} by arithmetic")
+    held, counted = _cache_bytes(engine()), token_bytes(config, width=dtype.itemsize)
+    print(f"key-value cache: {held:,.0f} bytes a token held, {counted:,} by arithmetic")
     return rows
+
+
+def _timed(ways: tuple[Way, Way], works: dict[Key, Work], runs: int, *, in_turn: bool) -> list[dict[Key, Timed]]:
+    """For each way, seconds of each run and what was said, by work; once before, to warm up.
+
+    Args:
+        in_turn: a run of the second way follows each of the first; else all runs of the first come first.
+    """
+    turns = (ways,) if in_turn else tuple((way,) for way in ways)
+    found: dict[Way, dict[Key, Timed]] = {way: {} for way in ways}
+    for turn in turns:
+        for key, work in works.items():
+            for number in range(runs + 1):
+                for way in turn:
+                    begun = time.perf_counter()
+                    said = way(work)
+                    seconds = time.perf_counter() - begun
+                    before, _ = found[way].get(key, ([], said))
+                    found[way][key] = ([*before, seconds] if number else [], said)
+    return list(found.values())
 
 
 def _work(vocabulary: int, batch: int, prompt: int, new: int, mixed: bool) -> Work:
@@ -113,16 +137,6 @@ def _work(vocabulary: int, batch: int, prompt: int, new: int, mixed: bool) -> Wo
         (torch.randint(1, vocabulary, (length(prompt),), generator=generator).tolist(), length(new))
         for _ in range(batch)
     ]
-
-
-def _timed(function: Any, runs: int) -> tuple[float, list[list[int]]]:
-    """Median seconds, and what was said; once before, to warm up."""
-    said, seconds = function(), []
-    for _ in range(runs):
-        begun = time.perf_counter()
-        said = function()
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds), said
 
 
 def _transformers(model: Any, work: Work) -> list[list[int]]:

@@ -45,7 +45,7 @@ def run(vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=550,
+            timeout=1100,  # a dozen engines on a busy machine
         )
         assert done.returncode == 0, done.stdout[-5000:]
         return {**json.loads(said.read_text()), "log": done.stdout}

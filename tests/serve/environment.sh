@@ -9,8 +9,7 @@ cd "$1"
 exec 9>lock
 flock 9
 bin=$PWD/venv/bin
-# compiled when imported: most of what comes along never is
-pip() { "$bin/python" -m pip "$@" --quiet --no-compile --disable-pip-version-check; }
+pip() { "$bin/python" -m pip "$@" --quiet --disable-pip-version-check; }
 # of all that makes it: another one of these, or an installation that was cut short, and it is made anew
 made_of=$(cd "$repository" && cat requirements-vllm.lock requirements-torch.txt tests/serve/environment.sh | sha256sum)
 made_of="$("$python" --version) $made_of"

@@ -13,6 +13,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from ponder_scale.model import backends
+from ponder_scale.model.pondering_embedding import pondering_embedding
 from ponder_scale.serve.feedback import Mixing, mix, mix_parts
 
 RANKS = 2
@@ -31,6 +32,16 @@ class _Group:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
         return tensor
+
+
+class Alone:
+    """A rank that has all of the vocabulary."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """See `Ranks`."""
+        return tensor
+
+    sum = gather
 
 
 def operands(vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,16 +104,55 @@ def test_a_prefill_of_thousands_of_tokens_never_holds_its_scores(top_k: int | No
 
     hidden, head = torch.randn(tokens, WIDTH), torch.randn(vocabulary, WIDTH)
 
-    class Alone:
-        def gather(self, tensor: Tensor) -> Tensor:
-            """See `Ranks`."""
-            return tensor
-
-        sum = gather
-
     mixing = Mixing(1.0, 1.0, top_k)
     with torch.inference_mode(), Watching():
         whole = mix(hidden, head, head, mixing)
         parts = mix_parts(hidden, head, head, mixing, ranks=Alone(), rank=0, part=vocabulary, vocabulary=vocabulary)
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
     assert max(seen) <= backends.CPU_CHUNK_ELEMENTS < tokens * vocabulary
+
+
+# they ask the device for a value or for a size that depends on values, which a CUDA graph cannot hold
+WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "repeat_interleave"}
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_no_operation_of_the_feedback_waits_for_the_device(top_k: int | None) -> None:
+    called: set[str] = set()
+
+    class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    hidden, head, table = operands(61)
+    backend = "chunked" if top_k is None else "top_k"  # on a GPU, where the kernels do not start
+    mixing = Mixing(0.7, 3.0, top_k)
+    with torch.inference_mode(), Watching():
+        pondering_embedding(hidden, head, table, temperature=0.7, scale=3.0, top_k=top_k, backend=backend)
+        mix_parts(hidden, head, table, mixing, ranks=Alone(), rank=0, part=61, vocabulary=61)
+    assert called & {"mm", "linear"} and not called & WAITING, called
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_a_cuda_graph_holds_the_feedback_and_gives_it_again_for_other_tokens(
+    top_k: int | None, dtype: torch.dtype
+) -> None:
+    mixing, vocabulary = Mixing(0.7, 3.0, top_k), 5003
+    hidden, head, table, others = (torch.randn(rows, 256, device="cuda", dtype=dtype) for rows in (48, 5003, 5003, 48))
+    for function in (
+        lambda: mix(hidden, head, table, mixing),
+        lambda: mix_parts(hidden, head, table, mixing, ranks=Alone(), rank=0, part=vocabulary, vocabulary=vocabulary),
+    ):
+        with torch.inference_mode():
+            function()  # compiles the kernels
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                mixed = function()
+            hidden.copy_(others)
+            graph.replay()
+            torch.testing.assert_close(mixed, function())

@@ -26,7 +26,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "LoRA": ({"enable_lora": True}, "LoRA adapters; merge"),
     "quantization": ({"quantization": "fp8", "dtype": "bfloat16"}, "quantized weights"),
     "a quantized folder": (
-        {"hf_overrides": {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}},
+        {
+            "hf_overrides": {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}},
+            "dtype": "bfloat16",
+        },
         "quantized weights",
     ),
     "a pooling runner": ({"runner": "pooling"}, "a pooling runner"),

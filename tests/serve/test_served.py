@@ -13,9 +13,28 @@ from tests.serve.agreement import BOUND, Case
 # prefills of 100 tokens in pieces of 48 beside decoding, with too few blocks for all requests
 CRAMPED = {"block_size": 32, "max_num_batched_tokens": 48, "max_num_seqs": 8, "num_gpu_blocks_override": 14}
 CASES: dict[str, dict[str, Any]] = {
-    "gpt2": {"architecture": "gpt2", "pondering_steps": 2},
+    "gpt2": {"architecture": "gpt2", "pondering_steps": 2, "tie_word_embeddings": True},
+    "gpt2, untied, replace": {
+        "architecture": "gpt2",
+        "pondering_steps": 1,
+        "tie_word_embeddings": False,
+        "residual": "replace",
+    },
     "gpt_neox": {"architecture": "gpt_neox", "pondering_steps": 2},
+    "gpt_neox, tied, top-K": {
+        "architecture": "gpt_neox",
+        "pondering_steps": 1,
+        "tie_word_embeddings": True,
+        "pondering_top_k": 10,
+    },
     "olmo2": {"architecture": "olmo2", "pondering_steps": 2, "initial_scale": 2.0},
+    "olmo2, tied, hidden": {
+        "architecture": "olmo2",
+        "pondering_steps": 2,
+        "tie_word_embeddings": True,
+        "feedback": "hidden",
+        "scale_embeds": False,
+    },
     "llama, cramped": {"pondering_steps": 3, "engine": CRAMPED},
     "llama, S = 0": {"pondering_steps": 0},
     "llama, tied, S = 8": {"pondering_steps": 8, "tie_word_embeddings": True},
