@@ -127,7 +127,10 @@ def _in_transformers(
     folder: Path, steps: Sequence[int | None], batch_size: int, trust_remote_code: bool
 ) -> Iterator[Any]:
     """The harness's model for each number of steps; one is loaded, its configuration changes."""
-    from lm_eval.models.huggingface import HFLM
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:  # of packages that the harness itself does not bring
+        raise ConfigError(f"evaluate tasks needs {error.name} ({error}); pip install 'ponder-scale[eval]'") from error
 
     loaded, tokenizer = load_folder(folder, trust_remote_code=trust_remote_code)
     trained = loaded.config.pondering_steps

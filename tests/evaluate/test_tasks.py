@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,12 @@ def test_data_that_cannot_be_had_are_answered_with_include(
     with pytest.raises(ConfigError, match=r"--tasks: the data of far cannot be read \(.*--include FOLDER") as refused:
         evaluate_tasks(folder, ["far"], include=tmp_path)
     assert "\n" not in str(refused.value)
+
+
+def test_a_harness_without_the_packages_of_its_class_says_what_to_install(
+    folder: Path, task_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "lm_eval.models.huggingface", raising=False)
+    monkeypatch.setitem(sys.modules, "accelerate", None)  # as where it is not installed
+    with pytest.raises(ConfigError, match=r"needs accelerate \(.*\); pip install 'ponder-scale\[eval\]'"):
+        evaluate_tasks(folder, [], include=task_files)

@@ -19,7 +19,7 @@ from vllm.config import ParallelConfig, VllmConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from ponder_scale.model.configuration import PonderLlamaConfig
-from ponder_scale.serve import limits, parts
+from ponder_scale.serve import limits, parts, plugin
 
 PLAIN = {"layer_name": "layers.0", "sliding_window": None, "has_sink": False}
 
@@ -114,6 +114,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def registered_twice() -> dict[str, Any]:
+    """What vLLM knows after two calls of the plugin, and whether they have imported a model."""
+    plugin.register()
+    plugin.register()
+    known = parts.ModelRegistry.get_supported_archs()
+    return {"unknown": sorted(set(plugin.STOCK) - set(known)), "models": "ponder_scale.serve.model" in sys.modules}
+
+
 def main() -> None:
     plain = object.__new__(UnquantizedEmbeddingMethod)
     assert hasattr(ParallelConfig, "use_ubatching") and hasattr(VllmConfig, "use_v2_model_runner")
@@ -133,6 +141,7 @@ def main() -> None:
         "same cache": heard(limits.check_configuration, engine(cache={"cache_dtype": "bfloat16"})),
         "fp8 cache": heard(limits.check_configuration, engine(cache={"cache_dtype": "fp8_e4m3"})),
         "second runner": heard(limits.check_configuration, engine(use_v2_model_runner=True)),
+        "registered": registered_twice(),
         "this version": warnings(vllm.__version__),
         "next version": warnings("0.33.1"),
         **methods(),

@@ -112,6 +112,26 @@ def test_a_prefill_of_thousands_of_tokens_never_holds_its_scores(top_k: int | No
     assert max(seen) <= backends.CPU_CHUNK_ELEMENTS < tokens * vocabulary
 
 
+@pytest.mark.parametrize(("top_k", "sums"), [(None, 2), (5, 1)])
+def test_a_pass_takes_one_gather_and_two_sums_or_one_with_top_k(top_k: int | None, sums: int) -> None:
+    called: list[str] = []
+
+    class Counting(Alone):
+        def gather(self, tensor: Tensor) -> Tensor:
+            """See `Ranks`."""
+            called.append("gather")
+            return tensor
+
+        def sum(self, tensor: Tensor) -> Tensor:
+            """See `Ranks`."""
+            called.append("sum")
+            return tensor
+
+    hidden, head, table = operands(61)
+    mix_parts(hidden, head, table, Mixing(1.0, 1.0, top_k), ranks=Counting(), rank=0, part=61, vocabulary=61)
+    assert called == ["gather"] + ["sum"] * sums
+
+
 # they ask the device for a value or for a size that depends on values, which a CUDA graph cannot hold
 WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "repeat_interleave"}
 

@@ -142,6 +142,10 @@ def test_a_lossy_cache_and_the_runner_that_was_not_tested_are_warned_of(stand_in
     assert "VLLM_USE_V2_MODEL_RUNNER=0" in stand_ins["second runner"][0]
 
 
+def test_the_plugin_may_be_called_again_and_imports_no_model(stand_ins: dict[str, Any]) -> None:
+    assert stand_ins["registered"] == {"unknown": [], "models": False}
+
+
 def test_without_the_plugin_a_folder_is_refused(run: Callable[..., Any], tokenizer: Path, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model", make_model("llama", pondering_steps=2), tokenizer)
     jobs = {"llama": {"folder": str(folder), "engine": {}, "prompts": [[1, 2, 3]]}}
