@@ -37,7 +37,6 @@ LEGS = ("start", "resume", "elastic")  # elastic: on half of the ranks
 COLUMNS = ("opens", "stats", "names", "written", "collectives", "MB sent", "sockets")
 WORLDS = (8, 64, 512, 4096)  # what is extrapolated to
 FILES = (1, 100, 10_000, 50_000)
-_TOKENS = 4096  # of a shard
 _NAMES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 _COLLECTIVES = (
     *("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor", "broadcast"),
@@ -130,7 +129,7 @@ def count(world: int, files: int, stage: int, legs: Sequence[str] = LEGS) -> dic
     before it."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place).resolve()
-        _make_shards(folder / "shards", files)
+        make_shards(folder / "shards", files)
         sums: dict[str, Counts] = {}
         for leg in legs:
             ranks = max(1, world // 2) if leg == "elastic" else world
@@ -140,21 +139,22 @@ def count(world: int, files: int, stage: int, legs: Sequence[str] = LEGS) -> dic
         return {name: sums[name] for name in PHASES if name in sums}
 
 
-def _make_shards(folder: Path, files: int) -> None:
+def make_shards(folder: Path, files: int, *, vocabulary: int = 50, tokens: int = 4096) -> None:
+    """Write `files` training shards and a held-out one of random documents; `tokens` each, a multiple of 16."""
     folder.mkdir()
     generator = np.random.default_rng(0)
     splits: dict[str, list[ShardInfo]] = {}
     for split, number in (("train", files), ("heldout", 1)):
         splits[split] = []
         for index in range(number):
-            writer = ShardWriter(folder, f"{split}-{index:05d}", 50)
-            documents = generator.integers(1, 50, (_TOKENS // 16, 16))
+            writer = ShardWriter(folder, f"{split}-{index:05d}", vocabulary)
+            documents = generator.integers(1, vocabulary, (tokens // 16, 16))
             documents[:, -1] = 0
             writer.add(documents.ravel(), np.full(len(documents), 16))
             splits[split].append(writer.close())
     (folder / TOKENIZER).mkdir()
     (folder / TOKENIZER / "tokenizer.json").write_text("{}")
-    seal(folder, Manifest(dtype_for(50).name, 50, 0, None, "a" * 64, splits))
+    seal(folder, Manifest(dtype_for(vocabulary).name, vocabulary, 0, None, "a" * 64, splits))
 
 
 def _overrides(folder: Path, world: int, stage: int, leg: str) -> list[str]:

@@ -34,7 +34,7 @@ from ponder_scale.train.launch import RANK_VARIABLES, free_port
 from ponder_scale.train.zero.deepspeed_config import deepspeed_config, read_sharding
 from ponder_scale.train.zero.deepspeed_version import TESTED, is_tested, refuse_wrong_version
 from ponder_scale.train.zero.gate import Accept, Gate
-from ponder_scale.train.zero.optimizer import make_optimizer
+from ponder_scale.train.zero.optimizer import load_muon, make_optimizer
 from ponder_scale.train.zero.partition import Partition, Scalars
 from ponder_scale.train.zero.traces import TraceBank
 
@@ -135,6 +135,7 @@ class Engine:
 
             baton.install()
         optimizer = make_optimizer(model, config, offload="offload_optimizer" in offloads)
+        load_muon()  # before DeepSpeed does, in the way that takes less time
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -26,10 +29,34 @@ def make_optimizer(model: Any, config: RunConfig, *, offload: bool) -> torch.opt
 
 
 def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # slow to import
-
     for group in groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
             parameter.use_muon = group["use_muon"]  # by which ZeRO knows whose gradients to orthogonalize
-    return MuonWithAuxAdam(groups)
+    return load_muon()(groups)
+
+
+def load_muon() -> Any:
+    """DeepSpeed's Muon, whose functions are compiled when they are first called.
+
+    Every engine asks whether its optimizer is Muon, and imports it for that. It compiles its functions as it is
+    imported, which loads torch's compiler: a tenth of the time of a start, of runs that have no use for it.
+    """
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+    original = compiler.compile
+    compiler.compile = lambda: _when_called
+    try:
+        return importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer").MuonWithAuxAdam
+    finally:
+        compiler.compile = original
+
+
+def _when_called(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = cache(lambda: torch.compile(function))
+
+    @wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        # inside one that is being compiled it becomes a part of that
+        return (function if torch.compiler.is_compiling() else compiled())(*arguments, **options)
+
+    return call
