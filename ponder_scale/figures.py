@@ -27,6 +27,11 @@ def perplexity(loss: float | None) -> float:
         return math.inf
 
 
+def bits_per_byte(loss: float, tokens: int, size: int | None) -> float | None:
+    """Of a mean loss in nats over so many tokens, which stand for `size` bytes; None where these are not known."""
+    return loss * tokens / (size * math.log(2)) if size else None
+
+
 def shown(value: float) -> str:
     """A perplexity for people: two decimals, and three digits from a million on."""
     if not math.isfinite(value):

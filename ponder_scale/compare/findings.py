@@ -25,6 +25,7 @@ class Result:
             not.
         seconds: of training, without evaluations and saves.
         held_out_tokens: over which the losses are means.
+        bits_per_byte: of the last held-out loss; None where bytes of the tokens are not known.
     """
 
     run: Run
@@ -33,6 +34,7 @@ class Result:
     held_out_tokens: int
     finished: bool
     trained: dict[int, dict[str, float]] = field(default_factory=dict)
+    bits_per_byte: float | None = None
 
     def amount(self, axis: str, step: int) -> float:
         """Its tokens or FLOPs up to an evaluation: recorded, else as its recipe has them."""
@@ -88,13 +90,14 @@ def read_result(run: Run) -> Result | None:
         return None
     curve: list[tuple[int, float]] = []
     seconds, before, tokens = 0.0, 0, 0
-    last = 0
+    last, bits = 0, None
     trained: dict[int, dict[str, Any]] = {}
     for record in records.read(path):
         if record["event"] == "evaluation":
             loss = record["losses"][-1]  # null where it was not finite
             curve.append((record["step"], math.nan if loss is None else loss))
             tokens = record["tokens"]
+            bits = (record.get("bits_per_byte") or [None])[-1]
             if "trained_tokens" in record:
                 trained[record["step"]] = {axis: record[f"trained_{axis}"] for axis in ("tokens", "flops")}
         elif record["event"] == "step":
@@ -102,7 +105,7 @@ def read_result(run: Run) -> Result | None:
             before = record["step"]
         last = max(last, record["step"] if record["event"] == "end" else 0)
     whole = last >= run.member.steps if not curve else curve[-1][0] == run.member.steps
-    return Result(run, curve, seconds, tokens, whole, trained) if curve or whole else None
+    return Result(run, curve, seconds, tokens, whole, trained, bits) if curve or whole else None
 
 
 def time_ratio(results: Sequence[Result]) -> float | None:

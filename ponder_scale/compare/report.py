@@ -17,7 +17,10 @@ from ponder_scale.figures import count, json_text, perplexity, shown, span
 from ponder_scale.runs.page import page
 from ponder_scale.settings import to_dict
 
-COLUMNS = ("model", "what it is", "parameters", "tokens", "FLOPs", "time", "held-out loss", "perplexity", "seeds")
+COLUMNS = (
+    *("model", "what it is", "parameters", "tokens", "FLOPs", "time"),
+    *("held-out loss", "perplexity", "bits per byte", "seeds"),
+)
 AXES = {"step": "training step", "tokens": "training tokens", "flops": "training FLOPs"}
 LEFT_OUT = 0.1  # of each training, at the beginning of its curve: the first fall would flatten the rest
 
@@ -41,7 +44,7 @@ def write_report(out: Path, results: Sequence[Result], missing: Sequence[str], a
     found = verdicts(results)
     unfinished = [*(result.run.name for result in results if not result.finished), *missing]
     title = f"Does pondering pay? {out.name}"
-    notes = _notes(results[0].held_out_tokens, unfinished)
+    notes = _notes(results, unfinished)
     tables = {"Held-out loss": [list(COLUMNS), *_rows(results)]}
     charts = {}
     if results[0].held_out_tokens:
@@ -74,10 +77,16 @@ def write_report(out: Path, results: Sequence[Result], missing: Sequence[str], a
     return text
 
 
-def _notes(held_out_tokens: int, unfinished: Sequence[str]) -> str:
+def _notes(results: Sequence[Result], unfinished: Sequence[str]) -> str:
+    held_out_tokens = results[0].held_out_tokens
+    bits = (
+        "Bits per byte are all bits of these tokens over the bytes of their text."
+        if any(result.bits_per_byte is not None for result in results)
+        else "There are no bits per byte: what bytes the tokens stand for was not known, and the runs' logs say why."
+    )
     loss = (
         f"Loss in nats of the last pass over {held_out_tokens:,} held-out tokens, mean over seeds +- half of its 95% "
-        "interval."
+        f"interval. {bits}"
         if held_out_tokens
         else "Nothing is held out, so there is no held-out loss."
     )
@@ -100,7 +109,7 @@ def _rows(results: Sequence[Result]) -> list[list[str]]:
     rows: list[list[str]] = []
     for member in members_of(results):
         done = [result for result in results if result.run.member == member and result.finished]
-        measured, tokens, flops = ("-",) * 3, float(member.tokens), member.flops
+        measured, tokens, flops = ("-",) * 4, float(member.tokens), member.flops
         if done:
             losses = [result.loss for result in done]
             mean, spread = statistics.fmean(losses), half_width(losses)
@@ -108,11 +117,19 @@ def _rows(results: Sequence[Result]) -> list[list[str]]:
             tokens, flops = (
                 statistics.fmean(result.amount(axis, member.steps) for result in done) for axis in ("tokens", "flops")
             )
-            held_out = (f"{mean:.4f}{around}", shown(perplexity(mean))) if done[0].held_out_tokens else ("-", "-")
+            held_out = ("-",) * 3
+            if done[0].held_out_tokens:
+                held_out = (f"{mean:.4f}{around}", shown(perplexity(mean)), _bits(done))
             measured = (span(statistics.fmean(result.seconds for result in done)), *held_out)
         size = (count(member.parameters), count(tokens), f"{flops:.3g}")
         rows.append([member.name, member.about, *size, *measured, str(len(done))])
     return rows
+
+
+def _bits(done: Sequence[Result]) -> str:
+    """The mean over seeds, where each knows it."""
+    bits = [result.bits_per_byte for result in done if result.bits_per_byte is not None]
+    return f"{statistics.fmean(bits):.4f}" if len(bits) == len(done) else "-"
 
 
 def _curves(results: Sequence[Result], axis: str) -> dict[str, list[tuple[float, float]]]:
@@ -144,6 +161,7 @@ def _content(name: str, results: Sequence[Result]) -> dict[str, Any]:
             "finished": result.finished,
             "loss": result.loss,
             "perplexity": perplexity(result.loss),
+            "bits_per_byte": result.bits_per_byte,
             "seconds": result.seconds,
             "held_out_tokens": result.held_out_tokens,
             "curve": result.curve,

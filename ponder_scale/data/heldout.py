@@ -11,26 +11,40 @@ import torch
 from torch import Tensor
 
 from ponder_scale.data.sequences import IGNORE_INDEX, MicroBatch
-from ponder_scale.figures import perplexity
+from ponder_scale.data.text_bytes import TextBytes
+from ponder_scale.figures import bits_per_byte, perplexity
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean cross-entropy in nats of each of the S + 1 passes, over `tokens` predicted tokens."""
+    """Mean cross-entropy in nats of each of the S + 1 passes.
+
+    Args:
+        tokens: predicted tokens that the losses are means over.
+        bytes: of text, that these stand for; None: not known exactly.
+    """
 
     losses: list[float]
     tokens: int
+    bytes: int | None = None
 
     @property
     def perplexities(self) -> list[float]:
         """exp of the losses; inf where that is more than a float holds."""
         return [perplexity(loss) for loss in self.losses]
 
+    @property
+    def bits_per_byte(self) -> list[float] | None:
+        """Of each pass: all bits of these tokens over all their bytes; None where bytes are not known."""
+        found = [bits_per_byte(loss, self.tokens, self.bytes) for loss in self.losses]
+        return None if None in found else found  # type: ignore[return-value]
+
 
 def heldout_losses(
     predict: Callable[[Tensor, Tensor, Tensor | None], Any],
     batches: Iterable[MicroBatch],
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
+    sizes: TextBytes | None = None,
 ) -> HeldOut | None:
     """The held-out losses over all ranks, or None where there are no batches, or no label in them counts.
 
@@ -38,8 +52,9 @@ def heldout_losses(
         predict: the model's output for tokens, labels and positions, (B, T) each, as in `MicroBatch`.
         batches: those of `heldout_batches`.
         total: adds a tensor up over the ranks.
+        sizes: bytes of the tokens, where they are known.
     """
-    sums = loss_sums(predict, batches)
+    sums = loss_sums(predict, batches, sizes=sizes)
     return None if sums is None else of_sums(total(sums))
 
 
@@ -47,23 +62,30 @@ def loss_sums(
     predict: Callable[[Tensor, Tensor, Tensor | None], Any],
     batches: Iterable[MicroBatch],
     alive: Callable[[], None] = lambda: None,
+    *,
+    sizes: TextBytes | None = None,
 ) -> Tensor | None:
-    """The summed losses of each pass and, last, their count, (S + 2,), of this rank. `alive` is called for each."""
+    """The sums of this rank, (S + 4,): losses of each pass, their count, bytes, and labels whose bytes are not known.
+
+    `alive` is called for each batch.
+    """
     sums = None
     for tokens, labels, position_ids in batches:
         alive()
         count = (labels != IGNORE_INDEX).sum().double()
+        known, unknown = (0, int(count)) if sizes is None else sizes.of(tokens[:, :-1], labels)
         losses = predict(tokens[:, :-1], labels, position_ids).pass_losses.double().cpu()
-        part = torch.cat([losses * count, count.unsqueeze(0)])  # (S + 2,)
+        part = torch.cat([losses * count, torch.tensor([count, known, unknown], dtype=torch.float64)])
         sums = part if sums is None else sums + part
     return sums
 
 
 def of_sums(sums: Tensor) -> HeldOut | None:
     """The means of `loss_sums`, those of all ranks added up; None where no label counts."""
-    if not sums[-1]:
+    *losses, count, known, unknown = sums.tolist()
+    if not count:
         return None
-    return HeldOut((sums[:-1] / sums[-1]).tolist(), int(sums[-1]))
+    return HeldOut([loss / count for loss in losses], int(count), None if unknown else int(known))
 
 
 def mean_over(parts: Iterable[HeldOut]) -> HeldOut:
@@ -72,4 +94,6 @@ def mean_over(parts: Iterable[HeldOut]) -> HeldOut:
     tokens = sum(part.tokens for part in parts)
     columns = zip(*(part.losses for part in parts), strict=True)
     weights = [part.tokens / tokens for part in parts]
-    return HeldOut([math.fsum(w * x for w, x in zip(weights, column, strict=True)) for column in columns], tokens)
+    losses = [math.fsum(w * x for w, x in zip(weights, column, strict=True)) for column in columns]
+    sizes = [part.bytes for part in parts]
+    return HeldOut(losses, tokens, None if None in sizes else sum(sizes))  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from ponder_scale.config import DataConfig, SourceConfig
 from ponder_scale.data.heldout import HeldOut, heldout_losses, mean_over
 from ponder_scale.data.loader import heldout_batches, open_sources
 from ponder_scale.data.sequences import MicroBatch
+from ponder_scale.data.text_bytes import TextBytes, text_bytes
 from ponder_scale.errors import CheckpointError, ConfigError, ShardError, TokenizerError
 from ponder_scale.evaluate.generate import load_checkpoint, load_folder
 from ponder_scale.evaluate.plot import line_chart
@@ -39,10 +40,19 @@ class Sweep:
     Args:
         trained: the steps of the model's configuration.
         sources: by name, and `all`, the mean over their tokens, where there are several.
+        no_bytes: why bytes of the tokens are not known; None: they are.
     """
 
     trained: int
     sources: dict[str, HeldOut]
+    no_bytes: str | None = None
+
+    def as_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        sources = {
+            name: {**asdict(found), "bits_per_byte": found.bits_per_byte} for name, found in self.sources.items()
+        }
+        return {**asdict(self), "sources": sources}
 
 
 def evaluate(
@@ -75,8 +85,9 @@ def evaluate(
     swept = sweep(model, folder, data, reading, sequences=sequences, steps=steps)
     for name, held_out in swept.sources.items():
         _print(name, held_out, swept.trained)
+    _print_no_bytes(swept)
     if json_file is not None:
-        _write_json(json_file, {"folder": str(folder), "sequences": sequences, **asdict(swept)})
+        _write_json(json_file, {"folder": str(folder), "sequences": sequences, **swept.as_plain()})
     if plot_file is not None:
         series = {name: list(enumerate(held_out.losses)) for name, held_out in swept.sources.items()}
         plot_file.write_text(
@@ -112,13 +123,16 @@ def trajectory(
     for step, found in swept.items():
         for name, held_out in found.sources.items():
             losses = "  ".join(f"{loss:.4f}" for loss in held_out.losses)
-            print(f"step {step:,}  {name}  losses of 0 to {len(held_out.losses) - 1} pondering steps: {losses}")
+            bits = held_out.bits_per_byte
+            last = "" if bits is None else f"; of the last {bits[-1]:.4f} bits per byte"
+            print(f"step {step:,}  {name}  losses of 0 to {len(held_out.losses) - 1} pondering steps: {losses}{last}")
+    _print_no_bytes(found)
     if json_file is not None:
         _write_json(
             json_file,
             {
                 "run": str(run_dir),
-                "steps": {step: asdict(found) for step, found in swept.items()},
+                "steps": {step: found.as_plain() for step, found in swept.items()},
             },
         )
     if plot_file is not None:
@@ -144,12 +158,18 @@ def sweep(
     if steps is not None and steps < 0:
         raise ConfigError(f"--steps is {steps}; expected at least 0")
     found: dict[str, HeldOut] = {}
+    no_bytes: str | None = None
     for name, folder in data.items():
         config = DataConfig({name: SourceConfig(str(folder))}, **reading)
         sources = open_sources(config, "--data {}")
         check_tokenizer(sources[name], folder, tokenizer)
         batches = heldout_batches(config, sources, sequences=sequences, micro_batch=MICRO_BATCH)
-        held_out = _losses(model, batches, trained if steps is None else steps)
+        sizes: TextBytes | None = None
+        try:
+            sizes = text_bytes([sources[name]], tokenizer)
+        except TokenizerError as error:
+            no_bytes = str(error)
+        held_out = _losses(model, batches, trained if steps is None else steps, sizes)
         if held_out is None:
             masked = " with a label that counts" if sources[name].manifest.masked else ""
             raise ShardError(
@@ -157,7 +177,9 @@ def sweep(
                 + (", or read more --sequences" if masked else "")
             )
         found[name] = held_out
-    return Sweep(trained, found if len(found) == 1 else {**found, ALL: mean_over(found.values())})
+        if sizes is not None and held_out.bits_per_byte is None:
+            no_bytes = f"{folder}: held-out tokens of which it is not known what bytes they stand for"
+    return Sweep(trained, found if len(found) == 1 else {**found, ALL: mean_over(found.values())}, no_bytes)
 
 
 def check_tokenizer(shards: ShardSet, folder: Path, tokenizer: Path) -> None:
@@ -187,7 +209,7 @@ def parse_sources(words: Iterable[str]) -> dict[str, Path]:
     return sources
 
 
-def _losses(model: Any, batches: Iterable[MicroBatch], steps: int) -> HeldOut | None:
+def _losses(model: Any, batches: Iterable[MicroBatch], steps: int, sizes: TextBytes | None) -> HeldOut | None:
     @torch.no_grad()
     def predict(tokens: Tensor, labels: Tensor, position_ids: Tensor | None) -> object:
         return model(
@@ -198,7 +220,7 @@ def _losses(model: Any, batches: Iterable[MicroBatch], steps: int) -> HeldOut | 
             pondering_steps=steps,
         )
 
-    return heldout_losses(predict, batches)
+    return heldout_losses(predict, batches, sizes=sizes)
 
 
 def _by_pass(swept: Mapping[int, Sweep]) -> dict[str, list[tuple[int, float]]]:
@@ -211,10 +233,20 @@ def _by_pass(swept: Mapping[int, Sweep]) -> dict[str, list[tuple[int, float]]]:
 
 
 def _print(name: str, held_out: HeldOut, trained: int) -> None:
-    print(f"{name}: held-out, {held_out.tokens:,} tokens; pass s of one forward is the model with s pondering steps")
+    bits = held_out.bits_per_byte
+    size = "" if bits is None else f" of {held_out.bytes:,} bytes"
+    print(
+        f"{name}: held-out, {held_out.tokens:,} tokens{size}; pass s of one forward is the model with s pondering steps"
+    )
     for index, (loss, value) in enumerate(zip(held_out.losses, held_out.perplexities, strict=True)):
         note = "" if index != trained else ", as trained"
-        print(f"  pass {index}: loss {loss:.4f}, perplexity {shown(value)}{note}")
+        each = "" if bits is None else f", {bits[index]:.4f} bits per byte"
+        print(f"  pass {index}: loss {loss:.4f}, perplexity {shown(value)}{each}{note}")
+
+
+def _print_no_bytes(swept: Sweep) -> None:
+    if swept.no_bytes is not None:
+        print(f"no bits per byte: {swept.no_bytes}")
 
 
 def _write_json(path: Path, content: Any) -> None:

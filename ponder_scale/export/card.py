@@ -172,6 +172,9 @@ def trained_card(
             f"pass {index}: not finite" if loss is None else f"pass {index}: {loss:.4f} ({shown(perplexity(loss))})"
             for index, loss in pairs
         )
+        bits = held_out.get("bits_per_byte")
+        if bits and bits[-1] is not None:
+            losses += f"; of the last {bits[-1]:.4f} bits per byte"
         losses += f", at step {held_out['step']:,}"
         if average:
             losses += ", of the weights of that step, not of their average"

@@ -147,6 +147,7 @@ def _summary(
         **{key: last.get(key) for key in ("step", "tokens", "flops", "loss")},
         "hours": float(columns["hours"][-1]),
         "held_out": evaluations[-1]["losses"][-1] if evaluations else None,
+        "bits_per_byte": (evaluations[-1].get("bits_per_byte") or [None])[-1] if evaluations else None,
         **{key: middle(key) for key in ("tokens_per_second", "mfu", "hfu")},
         "memory_gib": float(np.nanmax(columns["memory_gib"])) if "memory_gib" in columns else None,
         "attempts": last.get("attempt", 1),

@@ -140,7 +140,9 @@ def _held_out(evaluation: dict[str, Any] | None) -> str:
     if evaluation is None:
         return "not evaluated yet"
     perplexities = " ".join(shown(perplexity(loss)) for loss in evaluation["losses"])
-    return f"perplexity by pass {perplexities}, at step {evaluation['step']:,}"
+    bits = evaluation.get("bits_per_byte")
+    each = f", bits per byte {bits[-1]:.4f}" if bits and bits[-1] is not None else ""
+    return f"perplexity by pass {perplexities}{each}, at step {evaluation['step']:,}"
 
 
 def _checkpoint(run_dir: Path, now: float) -> str:

@@ -39,14 +39,21 @@ def step_line(step: int, steps: int, values: dict[str, Any]) -> str:
     return line
 
 
-def evaluation_lines(step: int, steps: int, source: str, tokens: int, perplexities: Sequence[float]) -> list[str]:
-    """An evaluation of a source: one line, or a second one for what the first has no room for."""
+def evaluation_lines(
+    step: int, steps: int, source: str, tokens: int, perplexities: Sequence[float], bits: float | None = None
+) -> list[str]:
+    """An evaluation of a source: one line, or a second one for what the first has no room for.
+
+    Args:
+        bits: a byte, of the last pass; None: not known.
+    """
     head = f"step {step}/{steps}  held-out perplexity of {source} over {tokens} tokens:"
     passes = [f"pass {index} {_fixed(value, 2)}" for index, value in enumerate(perplexities)]
-    for shown in (passes, _few(passes)):
+    last = [] if bits is None else [f"bits per byte {_fixed(bits, 4)}"]
+    for shown in ([*passes, *last], [*_few(passes), *last]):
         if len(line := f"{head} {'  '.join(shown)}") <= COLUMNS:
             return [line]
-    return [head, f"    {'  '.join(_few(passes))}"]
+    return [head, f"    {'  '.join([*_few(passes), *last])}"]
 
 
 def folded(text: str) -> list[str]:

@@ -165,7 +165,7 @@ def _evaluate(run: Run, step: int) -> None:
     failure: Exception | None = None
     try:
         for name in run.sources:
-            found = loss_sums(run.engine.predict, _heldout(run, name), run.watch.alive)
+            found = loss_sums(run.engine.predict, _heldout(run, name), run.watch.alive, sizes=run.sizes)
             if found is not None:
                 sums[name] = found
     except Exception as error:

@@ -16,7 +16,8 @@ from ponder_scale.checkpoint.find import Ranks
 from ponder_scale.checkpoint.index import saved_steps
 from ponder_scale.config import RunConfig
 from ponder_scale.data.loader import Loader, damaged_shard, open_sources
-from ponder_scale.errors import ShardError
+from ponder_scale.data.text_bytes import TextBytes, text_bytes
+from ponder_scale.errors import ShardError, TokenizerError
 from ponder_scale.files.write import write_whole
 from ponder_scale.planning.auto import as_before, is_auto, settle
 from ponder_scale.planning.plan import present_devices
@@ -28,6 +29,7 @@ from ponder_scale.setup.recompute import apply_recompute
 from ponder_scale.setup.speed import apply_speed
 from ponder_scale.setup.warm_start import warm_start
 from ponder_scale.shards.format import ShardSet
+from ponder_scale.train.console import folded
 from ponder_scale.train.contents import Contents
 from ponder_scale.train.measure.metrics import Metrics
 from ponder_scale.train.measure.profiling import Profiler
@@ -54,6 +56,7 @@ class Run:
 
     config: RunConfig  # with nothing left to the planner
     sources: dict[str, ShardSet]
+    sizes: TextBytes | None  # of the tokens; None: not known
     engine: Engine
     loader: Loader
     state: RunState
@@ -114,6 +117,7 @@ def start(config: RunConfig, watch: Watch, attempt: Attempt) -> Run:
     return Run(
         config=config,
         sources=sources,
+        sizes=_sizes(sources),
         engine=engine,
         loader=loader,
         state=state,
@@ -183,6 +187,18 @@ def _check_shards(sources: dict[str, ShardSet]) -> None:
             infos = shards.manifest.splits["train"]
             share = sum(info.tokens_that_count for info in infos) / max(1, sum(info.tokens for info in infos))
             logger.info("loss mask: of source %s %s of the training tokens count", name, f"{share:.1%}")
+
+
+def _sizes(sources: dict[str, ShardSet]) -> TextBytes | None:
+    """The bytes of each token, for held-out bits per byte; without them a run is evaluated all the same."""
+    if not any(shards.manifest.splits.get("heldout") for shards in sources.values()):
+        return None
+    try:
+        return text_bytes(sources.values())
+    except TokenizerError as error:
+        for line in folded(f"held-out losses will have no bits per byte: {error}"):
+            logger.info("%s", line)
+        return None
 
 
 def _loader(config: RunConfig, sources: dict[str, ShardSet], engine: Engine) -> Loader:

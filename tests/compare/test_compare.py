@@ -135,6 +135,21 @@ def test_a_run_that_diverged_is_reported_and_nothing_is_claimed_of_it(tmp_path: 
     assert [one["perplexity"] for one in members[1]["runs"]] == [None, None]
 
 
+def test_bits_per_byte_stand_beside_perplexity_where_every_seed_knows_them(tmp_path: Path) -> None:
+    record = {"event": "evaluation", "step": 8, "losses": [5.0, 2.0], "tokens": 64, "bits_per_byte": [3.0, 1.25]}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    found = read_result(Run(Member("vanilla", "", (), 1, TrainConfig(8, 1), 800, 1.0), 1, tmp_path))
+    assert found is not None and found.bits_per_byte == 1.25
+    known = [replace(result("pondering-1", seed, [3.0, 2.0]), bits_per_byte=1.0 + seed / 8) for seed in (1, 3)]
+    text = write_report(
+        tmp_path, [*known, found, replace(found, run=replace(found.run, seed=2), bits_per_byte=None)], []
+    )
+    assert "| bits per byte | seeds |" in text and "| 7.39 | 1.2500 | 2 |" in text and "| 7.39 | - | 2 |" in text
+    assert "all bits of these tokens over the bytes of their text" in text
+    members = json.loads((tmp_path / "compare.json").read_text())["members"]
+    assert [one["bits_per_byte"] for one in members[0]["runs"]] == [1.125, 1.375]
+
+
 def test_a_result_is_what_the_record_says(tmp_path: Path) -> None:
     lines = [
         {"event": "step", "step": 5, "seconds_per_step": 2.0},
@@ -210,6 +225,7 @@ def test_a_comparison_trains_what_is_missing_and_reports(
     printed = compare()
     assert "vanilla/seed-1 is finished" not in printed
     assert printed.count("step 6/6  loss") == 3 and "Not finished: none" in printed
+    assert "There are no bits per byte" in printed  # this tokenizer tells none
     said = re.search(r"pondering-2 against vanilla: loss (lower|higher) by \+(\d\.\d{4}) nats in one seed", printed)
     assert said is not None and "nothing is claimed" in printed
     whole = r"[1-9][\d,]*"  # of a model so small, not 0.00 M

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import xml.etree.ElementTree as ET
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from ponder_scale.config import DataConfig, SourceConfig
 from ponder_scale.data.heldout import HeldOut
@@ -35,6 +37,17 @@ def by_hand(model: Any, folder: Path, steps: int, sequences: int) -> float:
     return float(np.mean(losses))
 
 
+def predicted(folder: Path, sequences: int) -> list[list[int]]:
+    """The labels of the held-out sequences."""
+    config = DataConfig({"x": SourceConfig(str(folder))}, POSITIONS)
+    batches = heldout_batches(config, open_sources(config), sequences=sequences, micro_batch=1)
+    return [batch.tokens[0, 1:].tolist() for batch in batches]
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
 def test_each_number_of_steps_has_the_loss_of_its_own_forward(
     model: Any, folder: Path, shards: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,9 +61,17 @@ def test_each_number_of_steps_has_the_loss_of_its_own_forward(
     assert both.tokens == first.tokens + second.tokens
     mean = (first.losses[2] * first.tokens + second.losses[2] * second.tokens) / both.tokens
     assert both.losses[2] == pytest.approx(mean)
+    size = 0
+    for tokens in (row for source in shards for row in predicted(source, 6)):
+        # as it writes them in its own alphabet, where each letter is a byte; 0 ends documents
+        size += sum(len(tokenizer_of(folder).id_to_token(token)) for token in tokens if token)
+    assert both.bytes == size and both.bits_per_byte is not None
+    assert both.bits_per_byte[2] == pytest.approx(both.losses[2] / math.log(2) * both.tokens / size)
     printed = capsys.readouterr().out
-    assert f"pass 2: loss {both.losses[2]:.4f}, perplexity {both.perplexities[2]:.2f}, as trained" in printed
+    values = f"perplexity {both.perplexities[2]:.2f}, {both.bits_per_byte[2]:.4f} bits per byte, as trained"
+    assert f"pass 2: loss {both.losses[2]:.4f}, {values}" in printed
     content = json.loads(files["json_file"].read_text())
+    assert content["sources"]["all"]["bits_per_byte"] == both.bits_per_byte and content["no_bytes"] is None
     assert content["trained"] == 2 and content["sources"]["all"]["losses"] == both.losses
     lines = ET.parse(files["plot_file"]).getroot().findall("{http://www.w3.org/2000/svg}polyline")
     assert [len(line.attrib["points"].split()) for line in lines] == [5, 5, 5]

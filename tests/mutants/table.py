@@ -263,7 +263,7 @@ MUTANTS = [
     *_of(
         "ponder_scale/data/heldout.py",
         "tests/data/test_heldout.py",
-        ("torch.cat([losses * count, count.unsqueeze(0)])", "torch.cat([losses, count.unsqueeze(0)])"),
+        ("torch.cat([losses * count, torch.tensor(", "torch.cat([losses, torch.tensor("),
         ("[part.tokens / tokens for part in parts]", "[1 / len(parts) for part in parts]"),
     ),
 ]

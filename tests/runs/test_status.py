@@ -55,6 +55,14 @@ def test_a_run_whose_held_out_loss_left_every_bound_is_told_of_too(tmp_path: Pat
     assert line(tmp_path / "run", "held-out") == "perplexity by pass inf not finite 4.85e+08, at step 10"
 
 
+def test_bits_per_byte_are_told_where_they_are_known(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    run.write("evaluation", 5, losses=[1.0], bits_per_byte=None)
+    assert line(tmp_path / "run", "held-out") == "perplexity by pass 2.72, at step 5"
+    run.write("evaluation", 10, losses=[1.0, 0.0], bits_per_byte=[1.5, 0.75])
+    assert line(tmp_path / "run", "held-out") == "perplexity by pass 2.72 1.00, bits per byte 0.7500, at step 10"
+
+
 def test_a_running_run_says_where_it_is(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     recorder = make_run(run_dir)

@@ -46,9 +46,10 @@ def test_a_step_of_any_run_fits(passes: int, wild: dict[str, Any]) -> None:
 @pytest.mark.parametrize("passes", [1, 4, 32])
 @pytest.mark.parametrize("source", ["web", "a-source-with-a-rather-long-name"])
 def test_an_evaluation_fits(passes: int, source: str) -> None:
-    lines = evaluation_lines(1_234_567, 1_800_000, source, 65_536, [math.inf, 7.9e8, *[12.345] * passes])
-    assert all(len(line) <= COLUMNS for line in lines) and len(lines) <= 2
-    assert "pass 0 inf  pass 1 7.90e+08" in lines[-1] and lines[-1].endswith(f"pass {passes + 1} 12.35")
+    for bits, last in ((None, ""), (1.2345, "  bits per byte 1.2345")):
+        lines = evaluation_lines(1_234_567, 1_800_000, source, 65_536, [math.inf, 7.9e8, *[12.345] * passes], bits)
+        assert all(len(line) <= COLUMNS for line in lines) and len(lines) <= 2
+        assert "pass 0 inf  pass 1 7.90e+08" in lines[-1] and lines[-1].endswith(f"pass {passes + 1} 12.35{last}")
 
 
 def test_a_sentence_is_folded_and_a_path_stays_whole() -> None:

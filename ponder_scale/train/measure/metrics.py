@@ -9,7 +9,7 @@ import logging
 import resource
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +163,14 @@ class Metrics:
         if not self._active or not sources:
             return
         mean = mean_over(sources.values())
-        by_source = {name: {"losses": found.losses, "tokens": found.tokens} for name, found in sources.items()}
+        by_source = {name: _plain(found) for name, found in sources.items()}
         trained = {"trained_tokens": self._work.tokens, "trained_flops": self._work.flops}
-        values = {"losses": mean.losses, "tokens": mean.tokens, **trained, "sources": by_source}
+        values = {**_plain(mean), **trained, "sources": by_source}
         self._write("evaluation", step, values)
         for name, found in [*sources.items(), *([("all", mean)] if len(sources) > 1 else [])]:
-            for line in evaluation_lines(step, self._config.train.steps, name, found.tokens, found.perplexities):
+            last = None if found.bits_per_byte is None else found.bits_per_byte[-1]
+            where = (step, self._config.train.steps, name)
+            for line in evaluation_lines(*where, found.tokens, found.perplexities, last):
                 logger.info("%s", line)
 
     def resume_clock(self, data_wait: float) -> None:
@@ -192,6 +194,10 @@ class Metrics:
         self._recorder.write(event, step, **values)
         for tracker in self._trackers:
             tracker.log(event, step, values)
+
+
+def _plain(found: HeldOut) -> dict[str, Any]:
+    return {**asdict(found), "bits_per_byte": found.bits_per_byte}
 
 
 def memory() -> dict[str, float]:

@@ -12,7 +12,8 @@ from ponder_scale.runs.records import Recorder
 from ponder_scale.settings import to_dict
 
 WANDB_ID = "wandb_id"
-EVALUATION_STEP, HELD_OUT_TOKENS = "evaluation_step", "held_out_tokens"
+EVALUATION_STEP = "evaluation_step"
+_HELD_OUT = {"tokens": "held_out_tokens", "bytes": "held_out_bytes"}
 
 
 class Tracker(Protocol):
@@ -67,7 +68,7 @@ class _Wandb:
             config=to_dict(config),
         )
         self._run.define_metric(EVALUATION_STEP)
-        for names in ("losses/*", "sources/*"):
+        for names in ("losses/*", "bits_per_byte/*", "sources/*"):
             self._run.define_metric(names, step_metric=EVALUATION_STEP)
 
     def log(self, event: str, step: int, values: dict[str, Any]) -> None:
@@ -108,7 +109,7 @@ class _TensorBoard:
 def _numbers(event: str, values: dict[str, Any]) -> dict[str, float]:
     """By name; `tokens` of an evaluation would otherwise be taken for those of a step."""
     if event == "evaluation":
-        values = {HELD_OUT_TOKENS if name == "tokens" else name: value for name, value in values.items()}
+        values = {_HELD_OUT.get(name, name): value for name, value in values.items()}
     return _flat(values)
 
 

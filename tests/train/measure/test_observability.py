@@ -51,8 +51,11 @@ def test_a_run_is_measured_profiled_and_evaluated_by_source_as_its_checkpoints_a
         assert line["sources"].keys() == {"code", "web"}
         for name, held_out in line["sources"].items():
             assert held_out["losses"] == pytest.approx(swept[step].sources[name].losses, rel=1e-5)
-            assert held_out["tokens"] == swept[step].sources[name].tokens
+            same = swept[step].sources[name]
+            assert (held_out["tokens"], held_out["bytes"]) == (same.tokens, same.bytes) and same.bytes
+            assert held_out["bits_per_byte"] == pytest.approx(same.bits_per_byte, rel=1e-5)
         assert line["losses"] == pytest.approx(swept[step].sources["all"].losses, rel=1e-5)
+        assert line["bits_per_byte"] == pytest.approx(swept[step].sources["all"].bits_per_byte, rel=1e-5)
     (trace,) = (run_dir / "profile").iterdir()
     assert trace.name == "rank-00001-steps-2-3.json.gz"
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
