@@ -14,7 +14,7 @@ from ponder_scale.commands.training import open_data
 from ponder_scale.config import RunConfig, load_recipe
 from ponder_scale.errors import ConfigError
 from ponder_scale.files.places import check_folder
-from ponder_scale.settings.commandline import whole
+from ponder_scale.settings.commandline import flags, new_file, path, whole
 
 
 def add_commands(commands: Any) -> None:
@@ -68,6 +68,12 @@ def add_commands(commands: Any) -> None:
     )
     what.add_argument("--report", action="store_true", help="train nothing; report on the finished runs")
     compare.set_defaults(run=_compare)
+    phi = commands.add_parser(
+        "phi", help="how many parameters a pass is worth: fitted to runs of several sizes and steps"
+    )
+    phi.add_argument("folders", nargs="+", type=path, help="runs, or folders with runs in them at any depth")
+    phi.add_argument("--json", dest="json_file", metavar="FILE", type=new_file, help="also write fit and runs there")
+    phi.set_defaults(run=_phi)
 
 
 def _compare(options: argparse.Namespace, _: list[str]) -> int:
@@ -121,6 +127,12 @@ def _compare(options: argparse.Namespace, _: list[str]) -> int:
     print(write_report(Path(config.run_dir), results, missing, _answers(options, results)))
     print(f"wrote {Path(config.run_dir) / 'compare.html'}, .md, .json and an SVG of each curve")
     return code
+
+
+def _phi(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.compare.grid import fit_runs
+
+    fit_runs(**flags(options))
 
 
 def seeded(overrides: Sequence[str], seed: Any) -> list[str]:

@@ -16,6 +16,7 @@ import pytest
 
 from ponder_scale.cli import _parser
 from ponder_scale.compare.findings import Result, Verdict, half_width, read_result, time_ratio, verdicts
+from ponder_scale.compare.grid import fit_runs
 from ponder_scale.compare.members import EXTRAS, Member, Run, plan_runs
 from ponder_scale.compare.report import write_report
 from ponder_scale.config import RunConfig, TrainConfig, load_recipe
@@ -226,6 +227,8 @@ def test_a_comparison_trains_what_is_missing_and_reports(
     assert "vanilla/seed-1 is finished" not in printed
     assert printed.count("step 6/6  loss") == 3 and "Not finished: none" in printed
     assert "There are no bits per byte" in printed  # this tokenizer tells none
+    with pytest.raises(ConfigError, match="4 different runs cannot fix the 6 constants of the law"):
+        fit_runs([out])
     said = re.search(r"pondering-2 against vanilla: loss (lower|higher) by \+(\d\.\d{4}) nats in one seed", printed)
     assert said is not None and "nothing is claimed" in printed
     whole = r"[1-9][\d,]*"  # of a model so small, not 0.00 M
