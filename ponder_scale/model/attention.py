@@ -2,49 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .backends import IGNORE_INDEX, chunk, entropy_of, label_loss, wide, width
+from .backends import IGNORE_INDEX, Kept, Mixture, chunk, entropy_of, label_loss, wide, width
 
 
-class Attention(torch.autograd.Function):
-    """Over the whole vocabulary by torch's CPU flash kernel: query h, keys W, values E, one head of width D."""
+def mix(
+    hidden: Tensor, head: Tensor, table: Tensor, labels: Tensor | None, temperature: float, scale: float, keep: bool
+) -> Mixture:
+    """As `backends.mix`."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    mean, lse = attend(_one_head(hidden), _one_head(head), _one_head(table), 0.0, False, scale=1.0 / temperature)
+    mean, lse = mean[0, 0], lse.flatten().to(width(hidden))
+    loss, entropy = (hidden.new_zeros(hidden.shape[0], dtype=width(hidden)) for _ in range(2))
+    if labels is not None:
+        loss, entropy = _attention_statistics(hidden, head, table, labels, mean, lse, temperature)
+    return Mixture(mean * scale, loss, entropy, mean if keep else None, None, lse, torch.ones_like(lse))
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        table: Tensor,
-        labels: Tensor | None,
-        temperature: float,
-        scale: float,
-        with_gradient: bool = True,  # taken as by the others; what is kept is needed for the result
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        mean, lse = attend(_one_head(hidden), _one_head(head), _one_head(table), 0.0, False, scale=1.0 / temperature)
-        loss, entropy = (hidden.new_zeros(hidden.shape[0], dtype=width(hidden)) for _ in range(2))
-        if labels is not None:
-            loss, entropy = _attention_statistics(hidden, head, table, labels, mean, lse.flatten(), temperature)
-        ctx.save_for_backward(hidden, head, table, mean, lse)
-        ctx.temperature, ctx.scale = temperature, scale
-        ctx.mark_non_differentiable(loss, entropy)
-        return mean[0, 0] * scale, loss, entropy
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, head, table, mean, lse = ctx.saved_tensors
-        attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        # the kernel takes for granted that a row's elements lie side by side
-        operands = [_one_head(tensor) for tensor in ((grad * ctx.scale).contiguous(), hidden, head, table)]
-        gradients = attend_backward(*operands, mean, lse, 0.0, False, scale=1.0 / ctx.temperature)
-        return *(gradient[0, 0] for gradient in gradients), None, None, None, None
+def gradients(kept: Kept, grad: Tensor, needed: Sequence[bool], temperature: float, scale: float) -> tuple[Tensor, ...]:
+    """As `backends.gradients`, of all three whatever is needed."""
+    attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    # the kernel takes for granted that a row's elements lie side by side
+    operands = [_one_head(tensor) for tensor in ((grad * scale).contiguous(), kept.hidden, kept.head, kept.table)]
+    lse = kept.largest.view(1, 1, -1)
+    found = attend_backward(*operands, _one_head(kept.mean), lse, 0.0, False, scale=1.0 / temperature)
+    return tuple(gradient[0, 0] for gradient in found)
 
 
 def _one_head(tensor: Tensor) -> Tensor:
@@ -58,11 +45,10 @@ def _attention_statistics(
 
     Elsewhere one more product with the vocabulary, in blocks of tokens.
     """
-    lse = lse.to(width(hidden))
     if head is table and temperature == 1.0:
         picked = (wide(hidden) * wide(F.embedding(labels.clamp(min=0), head))).sum(-1)
         loss = torch.where(labels == IGNORE_INDEX, torch.zeros_like(lse), lse - picked)
-        return loss, lse - (wide(hidden) * wide(mean[0, 0])).sum(-1)
+        return loss, lse - (wide(hidden) * wide(mean)).sum(-1)
     loss, entropy = torch.empty_like(lse), torch.empty_like(lse)
     rows = chunk(hidden, hidden.shape[0], head.shape[0])
     for start in range(0, hidden.shape[0], rows):

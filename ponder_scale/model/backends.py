@@ -1,4 +1,4 @@
-"""The pondering embedding and the loss as autograd functions of torch operations, with the gradients written out.
+"""The pondering embedding and the loss by blocks of torch operations, with the gradients written out.
 
 N tokens, D hidden size, V vocabulary; h (N, D) hidden states, W (V, D) head, E (V, D) embedding table (W may be E).
 With z = h W^T / tau, p = softmax(z), T = c p E and g = dL/dT:
@@ -15,11 +15,10 @@ are narrower. All of it gives the same bits again for the same inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # scores alive at a time in one buffer, of which there are two: 16 MiB in fp32 stays below the size from which glibc's
 # allocator returns memory at every release, and GPUs want products thousands wide
@@ -161,7 +160,7 @@ def _scores(hidden: Tensor, weights: Tensor, offset: Tensor, factor: float, out:
 
 
 class Kept(NamedTuple):
-    """What forward leaves for backward.
+    """What forward leaves for backward; the same of every backend, so that backward may be another's.
 
     In narrow dtypes T is kept without the row that all of E have in common. Rounded with that row in it, its error
     would be as large as all that tells tokens apart.
@@ -170,64 +169,63 @@ class Kept(NamedTuple):
     hidden: Tensor
     head: Tensor
     table: Tensor
-    mean: Tensor  # (N, D): T, or T / c - centre
+    mean: Tensor  # (N, D): T / c of attention, T in wide dtypes, else T / c - centre
     centre: Tensor | None  # (D,)
     largest: Tensor  # (N,): p = peak exp(z - largest)
     peak: Tensor  # (N,)
 
 
-class Chunked(torch.autograd.Function):
-    """Over the whole vocabulary. Saves the inputs, the mean row of E and two numbers a token."""
+class Mixture(NamedTuple):
+    """T, the statistics of each token, 0 without labels, and what `Kept` has of them."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        table: Tensor,
-        labels: Tensor | None,
-        temperature: float,
-        scale: float,
-        with_gradient: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, vocabulary = hidden.shape[0], head.shape[0]
-        rows = chunk(hidden, tokens, vocabulary)
-        mixed = table.new_empty(tokens, table.shape[1])
-        narrow = table.dtype != width(table)
-        centre, mean = (common_row(table), torch.empty_like(mixed)) if narrow and with_gradient else (None, mixed)
-        largest, peak, loss, entropy = (hidden.new_zeros(tokens, dtype=width(hidden)) for _ in range(4))
-        buffers = [hidden.new_empty(rows, vocabulary, dtype=width(hidden)) for _ in range(2)]
-        for start in range(0, tokens, rows):
-            part = slice(start, min(start + rows, tokens))
-            z, p = (buffer[: part.stop - start] for buffer in buffers)  # (n, V)
-            wide_product(hidden[part], head.t(), z)
-            if labels is not None and temperature != 1.0:
-                loss[part] = label_loss(z, labels[part], z.logsumexp(-1))
-            if temperature != 1.0:
-                z.div_(temperature)
-            torch.softmax(z, dim=-1, out=p)
-            largest[part], peak[part] = z.amax(-1), p.amax(-1)
-            if labels is not None:
-                if temperature == 1.0:
-                    loss[part] = label_loss(z, labels[part], largest[part] - peak[part].log())
-                entropy[part] = entropy_of(p, z, largest[part], peak[part])
-            if not narrow:
-                torch.mm(p, table, out=mixed[part]).mul_(scale)
-                continue
-            exact = _mean_row(p.to(table.dtype), table)
-            mixed[part] = exact * scale
-            if centre is not None:
-                mean[part] = exact - centre
-        ctx.save_for_backward(*Kept(hidden, head, table, mean, centre, largest, peak))
-        ctx.temperature, ctx.scale = temperature, scale
-        ctx.mark_non_differentiable(loss, entropy)
-        return mixed, loss, entropy
+    mixed: Tensor  # (N, D)
+    loss: Tensor  # (N,)
+    entropy: Tensor  # (N,)
+    mean: Tensor | None  # None where it is T, or nothing is kept
+    centre: Tensor | None
+    largest: Tensor
+    peak: Tensor
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        kept = Kept(*ctx.saved_tensors)
-        return *gradients(kept, grad, ctx.needs_input_grad[:3], ctx.temperature, ctx.scale), None, None, None, None
+
+def mix(
+    hidden: Tensor,
+    head: Tensor,
+    table: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    scale: float,
+    keep: bool,
+) -> Mixture:
+    """The mixture of the whole vocabulary; `keep`: with what backward needs, the inputs aside."""
+    tokens, vocabulary = hidden.shape[0], head.shape[0]
+    rows = chunk(hidden, tokens, vocabulary)
+    mixed = table.new_empty(tokens, table.shape[1])
+    narrow = table.dtype != width(table)
+    centre, mean = (common_row(table), torch.empty_like(mixed)) if narrow and keep else (None, None)
+    largest, peak, loss, entropy = (hidden.new_zeros(tokens, dtype=width(hidden)) for _ in range(4))
+    buffers = [hidden.new_empty(rows, vocabulary, dtype=width(hidden)) for _ in range(2)]
+    for start in range(0, tokens, rows):
+        part = slice(start, min(start + rows, tokens))
+        z, p = (buffer[: part.stop - start] for buffer in buffers)  # (n, V)
+        wide_product(hidden[part], head.t(), z)
+        if labels is not None and temperature != 1.0:
+            loss[part] = label_loss(z, labels[part], z.logsumexp(-1))
+        if temperature != 1.0:
+            z.div_(temperature)
+        torch.softmax(z, dim=-1, out=p)
+        largest[part], peak[part] = z.amax(-1), p.amax(-1)
+        if labels is not None:
+            if temperature == 1.0:
+                loss[part] = label_loss(z, labels[part], largest[part] - peak[part].log())
+            entropy[part] = entropy_of(p, z, largest[part], peak[part])
+        if not narrow:
+            torch.mm(p, table, out=mixed[part]).mul_(scale)
+            continue
+        exact = _mean_row(p.to(table.dtype), table)
+        mixed[part] = exact * scale
+        if mean is not None and centre is not None:
+            mean[part] = exact - centre
+    return Mixture(mixed, loss, entropy, mean, centre, largest, peak)
 
 
 def _mean_row(p: Tensor, table: Tensor) -> Tensor:
@@ -282,59 +280,55 @@ def finished(gradient: Tensor | None, shrink: Tensor | None, like: Tensor) -> Te
     return as_dtype(gradient, like)
 
 
-class CrossEntropy(torch.autograd.Function):
+class Loss(NamedTuple):
+    """The summed loss, the statistics of each token, and the gradients of the sum, None unless asked for."""
+
+    total: Tensor  # scalar
+    loss: Tensor  # (N,)
+    entropy: Tensor  # (N,)
+    d_hidden: Tensor | None
+    d_head: Tensor | None
+
+
+def loss(hidden: Tensor, head: Tensor, labels: Tensor, z_loss: float, need_hidden: bool, need_head: bool) -> Loss:
     """The summed loss, and z_loss * lse^2 on top of it, whose gradient to the logits is 2 z_loss lse p.
 
     The gradient is known up to a factor in forward, so it is made there, with one product less.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, with_gradient: bool, z_loss: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, vocabulary = hidden.shape[0], head.shape[0]
-        rows = chunk(hidden, tokens, vocabulary)
-        need_hidden, need_head = (needed and with_gradient for needed in ctx.needs_input_grad[:2])
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_head = torch.zeros_like(head, dtype=width(head)) if need_head else None
-        loss, entropy, squares = (hidden.new_zeros(tokens, dtype=width(hidden)) for _ in range(3))
-        buffers = [hidden.new_empty(rows, vocabulary, dtype=width(hidden)) for _ in range(2)]
-        for start in range(0, tokens, rows):
-            part = slice(start, min(start + rows, tokens))
-            z, p = (buffer[: part.stop - start] for buffer in buffers)  # (n, V)
-            wide_product(hidden[part], head.t(), z)
-            torch.softmax(z, dim=-1, out=p)
-            largest, peak = z.amax(-1), p.amax(-1)
-            lse = largest - peak.log()  # z_j - log p_j is the same for every j
-            loss[part] = label_loss(z, labels[part], lse)
-            entropy[part] = entropy_of(p, z, largest, peak)
-            squares[part] = lse.square()
-            if d_hidden is None and d_head is None:
-                continue
-            kept = (labels[part] != IGNORE_INDEX).to(p.dtype).unsqueeze(1)
-            p.mul_(kept * (1.0 + 2.0 * z_loss * lse).unsqueeze(1)).scatter_add_(
-                1, labels[part].clamp(min=0).unsqueeze(1), -kept
-            )
-            dz = p.to(hidden.dtype)
-            if d_hidden is not None:
-                torch.mm(dz, head, out=d_hidden[part])
-            if d_head is not None:
-                add_product(d_head, dz.t(), hidden[part])
-        ctx.save_for_backward(d_hidden, as_dtype(d_head, head))
-        ctx.mark_non_differentiable(loss, entropy)
-        return total_loss(loss, squares, labels, z_loss), loss, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        d_hidden, d_head = ctx.saved_tensors
-        return _times(d_hidden, grad), _times(d_head, grad), None, None, None
+    tokens, vocabulary = hidden.shape[0], head.shape[0]
+    rows = chunk(hidden, tokens, vocabulary)
+    d_hidden = torch.empty_like(hidden) if need_hidden else None
+    d_head = torch.zeros_like(head, dtype=width(head)) if need_head else None
+    losses, entropy, squares = (hidden.new_zeros(tokens, dtype=width(hidden)) for _ in range(3))
+    buffers = [hidden.new_empty(rows, vocabulary, dtype=width(hidden)) for _ in range(2)]
+    for start in range(0, tokens, rows):
+        part = slice(start, min(start + rows, tokens))
+        z, p = (buffer[: part.stop - start] for buffer in buffers)  # (n, V)
+        wide_product(hidden[part], head.t(), z)
+        torch.softmax(z, dim=-1, out=p)
+        largest, peak = z.amax(-1), p.amax(-1)
+        lse = largest - peak.log()  # z_j - log p_j is the same for every j
+        losses[part] = label_loss(z, labels[part], lse)
+        entropy[part] = entropy_of(p, z, largest, peak)
+        squares[part] = lse.square()
+        if d_hidden is None and d_head is None:
+            continue
+        kept = (labels[part] != IGNORE_INDEX).to(p.dtype).unsqueeze(1)
+        p.mul_(kept * (1.0 + 2.0 * z_loss * lse).unsqueeze(1)).scatter_add_(
+            1, labels[part].clamp(min=0).unsqueeze(1), -kept
+        )
+        dz = p.to(hidden.dtype)
+        if d_hidden is not None:
+            torch.mm(dz, head, out=d_hidden[part])
+        if d_head is not None:
+            add_product(d_head, dz.t(), hidden[part])
+    return Loss(total_loss(losses, squares, labels, z_loss), losses, entropy, d_hidden, as_dtype(d_head, head))
 
 
-def _times(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    """In narrow dtypes the factor stays wide: a loss scale of 2^16 is infinite in fp16."""
-    if gradient is None or gradient.dtype == width(gradient):
-        return None if gradient is None else gradient * factor.to(gradient.dtype)
+def times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """A gradient (n, D) times a scalar. In narrow dtypes that stays wide: a loss scale of 2^16 is infinite in fp16."""
+    if gradient.dtype == width(gradient):
+        return gradient * factor.to(gradient.dtype)
     scaled = torch.empty_like(gradient)
     for part in _parts(*gradient.shape):
         scaled[part] = wide(gradient[part]) * factor

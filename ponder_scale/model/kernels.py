@@ -19,30 +19,31 @@ A GPU without a row in `tiles`, or on which a launch fails, takes `backends`. Th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 try:  # guarded for the loader of remote code, which asks for every package that a file imports
     import triton
 except ImportError as error:
     raise ImportError("the triton backend needs the package triton; use backend 'auto' or 'chunked'") from error
 
+from . import backends
 from .backends import (
     IGNORE_INDEX,
-    Chunked,
     Kept,
+    Loss,
+    Mixture,
     add_product,
+    as_dtype,
     common_row,
     finished,
-    gradients,
     mean_slope,
     shrinkage,
     total_loss,
 )
-from .backends import CrossEntropy as TorchCrossEntropy
 from .products import exp_product, gradient_products, loss_gradient, scaled_product
 from .tiles import FEW_TOKENS, DeviceTiles, LaunchFailed, Tiles, give_up, processors, splits, tiles_for
 
@@ -172,85 +173,75 @@ def _add_product(left: Tensor, right: Tensor, out: Tensor, plan: DeviceTiles) ->
     )  # fmt: skip
 
 
-class PonderingEmbedding(torch.autograd.Function):
-    """Takes and gives what `backends.Chunked` does, by which it is done where the kernels do not start."""
+def mix(
+    hidden: Tensor, head: Tensor, table: Tensor, labels: Tensor | None, temperature: float, scale: float, keep: bool
+) -> Mixture:
+    """As `backends.mix`, by which it is done where the kernels do not start."""
+    _check(hidden, head, table)
+    plan = tiles_for(hidden.device, hidden.dtype)
+    if plan is not None:
+        try:
+            return _mixture(hidden, head, table, labels, temperature, scale, keep, plan)
+        except LaunchFailed as failure:
+            give_up(hidden, failure)
+    return backends.mix(hidden, head, table, labels, temperature, scale, keep)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        table: Tensor,
-        labels: Tensor | None,
-        temperature: float,
-        scale: float,
-        with_gradient: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        _check(hidden, head, table)
-        ctx.plan, ctx.tied = tiles_for(hidden), head is table
-        if ctx.plan is not None:
-            try:
-                return _mixture(ctx, hidden, head, table, labels, temperature, scale, with_gradient)
-            except LaunchFailed as failure:
-                give_up(hidden, failure)
-                ctx.plan = None
-        return Chunked.forward(ctx, hidden, head, table, labels, temperature, scale, with_gradient)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        kept, needed = Kept(*ctx.saved_tensors), ctx.needs_input_grad[:3]
-        if ctx.plan is not None:
-            try:
-                return *_gradients(kept, grad, needed, ctx), None, None, None, None
-            except LaunchFailed as failure:
-                give_up(grad, failure)
-            kept = kept._replace(largest=kept.largest / LOG2_E)
-        return *gradients(kept, grad, needed, ctx.temperature, ctx.scale), None, None, None, None
+def gradients(
+    kept: Kept, grad: Tensor, needed: Sequence[bool], temperature: float, scale: float
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `backends.gradients`, by which they are made where the kernels do not start."""
+    plan = tiles_for(grad.device, grad.dtype)
+    if plan is not None:
+        try:
+            return _gradients(kept, grad, needed, temperature, scale, plan)
+        except LaunchFailed as failure:
+            give_up(grad, failure)
+    return backends.gradients(kept, grad, needed, temperature, scale)
 
 
 def _mixture(
-    ctx: Any,
     hidden: Tensor,
     head: Tensor,
     table: Tensor,
     labels: Tensor | None,
     temperature: float,
     scale: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward of `PonderingEmbedding`; what it keeps of the largest score is in powers of two."""
+    keep: bool,
+    plan: DeviceTiles,
+) -> Mixture:
     tokens = hidden.shape[0]
     operands = tuple(tensor.contiguous() for tensor in (hidden, head, table))
     mixed = torch.empty_like(operands[0])
-    centre, mean = (common_row(table), torch.empty_like(mixed)) if with_gradient else (None, mixed)
+    centre, mean = (common_row(table), torch.empty_like(mixed)) if keep else (None, None)
     exponents, shares, loss, entropy = hidden.new_empty(4, tokens, dtype=torch.float32).unbind()
     for start in range(0, tokens, TOKEN_BLOCK):
         part = slice(start, start + TOKEN_BLOCK)
-        seen = _scores(operands[0][part], operands[1], None if labels is None else labels[part], temperature, ctx.plan)
-        exact = _mean_row(seen, operands[2], ctx.plan)
+        seen = _scores(operands[0][part], operands[1], None if labels is None else labels[part], temperature, plan)
+        exact = _mean_row(seen, operands[2], plan)
         mixed[part] = exact * scale
-        if centre is not None:
+        if mean is not None and centre is not None:
             mean[part] = exact - centre
         exponents[part], shares[part] = seen.row_exponents, 1.0 / seen.sums
         loss[part], entropy[part] = seen.loss, seen.entropy
-    ctx.save_for_backward(*Kept(hidden, head, table, mean, centre, exponents, shares))
-    ctx.temperature, ctx.scale = temperature, scale
-    ctx.mark_non_differentiable(loss, entropy)
-    return mixed, loss, entropy
+    return Mixture(mixed, loss.clone(), entropy.clone(), mean, centre, exponents / LOG2_E, shares.clone())
 
 
-def _gradients(kept: Kept, grad: Tensor, needed: Any, ctx: Any) -> tuple[Tensor | None, ...]:
-    """dh, dW and dE by the kernels, as `backends.gradients`."""
+def _gradients(
+    kept: Kept, grad: Tensor, needed: Sequence[bool], temperature: float, scale: float, plan: DeviceTiles
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dh, dW and dE by the kernels."""
+    tied = kept.head is kept.table
     hidden, head, table, grad = (t.contiguous() for t in (kept.hidden, kept.head, kept.table, grad))
     (tokens, width), vocabulary = hidden.shape, head.shape[0]
-    shrink = shrinkage(grad, table, ctx.scale / ctx.temperature)
+    shrink = shrinkage(grad, table, scale / temperature)
     above = grad if shrink is None else grad / shrink.to(grad.dtype)
-    deltas = mean_slope(above, kept.mean, kept.centre, ctx.temperature, ctx.scale)
+    deltas = mean_slope(above, kept.mean, kept.centre, temperature, scale)
+    exponents = torch.round(kept.largest * LOG2_E)  # whole numbers, as the forward kernel made them
     d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
     d_head = torch.empty_like(head) if needed[1] else None
     d_table = torch.empty_like(table) if needed[2] else None
-    shape = ctx.plan.tied if ctx.tied else ctx.plan.gradient
+    shape = plan.tied if tied else plan.gradient
     leaks = torch.zeros_like(deltas)
     for start in range(0, vocabulary, VOCABULARY_BLOCK):
         part = slice(start, min(start + VOCABULARY_BLOCK, vocabulary))
@@ -259,9 +250,9 @@ def _gradients(kept: Kept, grad: Tensor, needed: Any, ctx: Any) -> tuple[Tensor 
         leaked = deltas.new_empty(triton.cdiv(columns, shape.n), tokens)
         launch(
             gradient_products, (triton.cdiv(tokens, shape.m) * leaked.shape[0],), shape,
-            hidden, head[part], above, table[part], kept.largest, kept.peak, deltas, p, dz, leaked,
-            tokens, columns, width, p.stride(0), LOG2_E / ctx.temperature, ctx.scale / ctx.temperature,
-            M=shape.m, N=shape.n, K=shape.k, GROUP=SAME_ROWS, EVEN=width % shape.k == 0, TIED=ctx.tied,
+            hidden, head[part], above, table[part], exponents, kept.peak, deltas, p, dz, leaked,
+            tokens, columns, width, p.stride(0), LOG2_E / temperature, scale / temperature,
+            M=shape.m, N=shape.n, K=shape.k, GROUP=SAME_ROWS, EVEN=width % shape.k == 0, TIED=tied,
             PRECISION=_precision(hidden),
         )  # fmt: skip
         if d_table is not None:
@@ -269,46 +260,40 @@ def _gradients(kept: Kept, grad: Tensor, needed: Any, ctx: Any) -> tuple[Tensor 
         if d_head is not None:
             torch.mm(dz.t(), hidden, out=d_head[part])
         if d_hidden is not None:
-            _add_product(dz, head[part], d_hidden, ctx.plan)
+            _add_product(dz, head[part], d_hidden, plan)
             leaks += leaked.sum(0)
     if d_hidden is not None:
         d_hidden.sub_(leaks.unsqueeze(1) * common_row(head))  # sum_v dz is 0 before dz is rounded
-    if d_table is not None and ctx.scale != 1.0:
-        d_table.mul_(ctx.scale)
+    if d_table is not None and scale != 1.0:
+        d_table.mul_(scale)
     return finished(d_hidden, shrink, hidden), finished(d_head, shrink, head), d_table
 
 
-class CrossEntropy(TorchCrossEntropy):
-    """Its forward by the kernels: three products, the gradients made here and only scaled in backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, with_gradient: bool, z_loss: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        _check(hidden, head)
-        plan = tiles_for(hidden)
-        if plan is not None:
-            try:
-                return _loss(ctx, hidden, head, labels, with_gradient, z_loss, plan)
-            except LaunchFailed as failure:
-                give_up(hidden, failure)
-        return TorchCrossEntropy.forward(ctx, hidden, head, labels, with_gradient, z_loss)
+def loss(hidden: Tensor, head: Tensor, labels: Tensor, z_loss: float, need_hidden: bool, need_head: bool) -> Loss:
+    """As `backends.loss`: three products, and by torch's own where the kernels do not start."""
+    _check(hidden, head)
+    plan = tiles_for(hidden.device, hidden.dtype)
+    if plan is not None:
+        try:
+            return _loss(hidden, head, labels, z_loss, need_hidden, need_head, plan)
+        except LaunchFailed as failure:
+            give_up(hidden, failure)
+    return backends.loss(hidden, head, labels, z_loss, need_hidden, need_head)
 
 
 def _loss(
-    ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, with_gradient: bool, z_loss: float, plan: DeviceTiles
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, head: Tensor, labels: Tensor, z_loss: float, need_hidden: bool, need_head: bool, plan: DeviceTiles
+) -> Loss:
     hidden, head, labels = hidden.contiguous(), head.contiguous(), labels.contiguous()
     (tokens, _), vocabulary = hidden.shape, head.shape[0]
-    need_hidden, need_head = (needed and with_gradient for needed in ctx.needs_input_grad[:2])
     d_hidden = torch.empty_like(hidden) if need_hidden else None
     d_head = torch.zeros_like(head, dtype=torch.float32) if need_head else None
-    loss, entropy, squares = hidden.new_empty(3, tokens, dtype=torch.float32).unbind()
+    losses, entropy, squares = hidden.new_empty(3, tokens, dtype=torch.float32).unbind()
     for start in range(0, tokens, TOKEN_BLOCK):
         part = slice(start, min(start + TOKEN_BLOCK, tokens))
         count = part.stop - part.start
         seen = _scores(hidden[part], head, labels[part], 1.0, plan)
-        loss[part], entropy[part] = seen.loss, seen.entropy
+        losses[part], entropy[part] = seen.loss, seen.entropy
         lse = (seen.row_exponents + torch.log2(seen.sums)) / LOG2_E
         squares[part] = lse.square()
         if d_hidden is None and d_head is None:
@@ -323,6 +308,5 @@ def _loss(
             torch.mm(seen.q, head, out=d_hidden[part])
         if d_head is not None:
             add_product(d_head, seen.q.t(), hidden[part])
-    ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(head.dtype))
-    ctx.mark_non_differentiable(loss, entropy)
-    return total_loss(loss, squares, labels, z_loss), loss, entropy
+    total = total_loss(losses, squares, labels, z_loss)
+    return Loss(total, losses.clone(), entropy.clone(), d_hidden, as_dtype(d_head, head))

@@ -50,15 +50,16 @@ from .configuration import PonderGPT2Config, PonderGPTNeoXConfig, PonderLlamaCon
 
 if TYPE_CHECKING:
     # not imported, only named: transformers up to 5.0 caches the modules that this file names, and no further ones
-    from .attention import Attention  # noqa: F401
+    from .attention import mix  # noqa: F401
     from .kernels import LOG2_E  # noqa: F401
+    from .operators import NAMESPACE  # noqa: F401
     from .ponder import ponder  # noqa: F401
     from .pondering_embedding import pondering_embedding  # noqa: F401
     from .products import exp_product  # noqa: F401
     from .readout import Ops, Readout  # noqa: F401
     from .sparse import gradients_by_kernels  # noqa: F401
     from .tiles import Tiles  # noqa: F401
-    from .top_k import TopK  # noqa: F401
+    from .top_k import gradients  # noqa: F401
 
 RunPass = Callable[..., Any]  # takes and returns what `Ponder.run_pass` does
 PassWrapper = Callable[..., Any]  # takes a RunPass, then its arguments; calls it

@@ -13,24 +13,20 @@ The same numbers by several ways, named backends:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Attention
-from .backends import IGNORE_INDEX, Chunked, CrossEntropy, Statistics, is_fake, label_loss, wide
+from . import operators
+from .backends import IGNORE_INDEX, Statistics, label_loss, wide
+from .operators import check_labels
 from .tiles import is_whole, kernels_start
-from .top_k import TopK
 
 __all__ = ["BACKENDS", "IGNORE_INDEX", "Statistics", "choose_backend", "cross_entropy", "pondering_embedding"]
 
 BACKENDS = ("auto", "eager", "chunked", "sdpa", "triton", "top_k")
 
 
-# traced by torch.compile the blocks would be unrolled, and saved tensors kept by rules other than ours
-@torch.compiler.disable
 def pondering_embedding(
     hidden: Tensor,
     head: Tensor,
@@ -61,7 +57,6 @@ def pondering_embedding(
         ImportError: the triton backend where triton is not installed.
     """
     _check_operands(hidden=hidden, head=head, table=table)
-    check_labels(labels, head.shape[0])
     _check_softmax(temperature, top_k)
     if top_k is not None and top_k >= head.shape[0]:
         top_k, backend = None, "auto" if backend == "top_k" else backend
@@ -77,23 +72,23 @@ def pondering_embedding(
     _check_backend(backend, top_k, hidden, statistics=labels is not None)
     flat = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
     flat_labels = None if labels is None else labels.reshape(-1)
-    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
-        if backend == "eager":
+    if backend == "eager":
+        check_labels(labels, head.shape[0])
+        with torch.autocast(hidden.device.type, enabled=False):
             logits = F.linear(wide(flat), wide(head))
             mixed, loss, entropy = mixture(
                 logits, table, flat_labels, temperature=temperature, scale=scale, top_k=top_k
             )
-        elif top_k is not None:
-            mixed, loss, entropy = TopK.apply(flat, head, table, flat_labels, temperature, scale, top_k)
-        else:
-            function = _FUNCTIONS[backend] if backend in _FUNCTIONS else _kernels().PonderingEmbedding
-            mixed, loss, entropy = function.apply(
-                flat, head, table, flat_labels, temperature, scale, torch.is_grad_enabled()
-            )
+    elif top_k is not None:
+        mixed, loss, entropy, *_ = operators.top_k(flat, head, table, flat_labels, temperature, scale, top_k)
+    else:
+        keep = _differentiated(flat, head, table)
+        mixed, loss, entropy, *_ = operators.mixture(
+            flat, head, table, flat_labels, temperature, scale, backend, table is head, keep
+        )
     return mixed.view(hidden.shape), None if labels is None else Statistics(loss, entropy)
 
 
-@torch.compiler.disable
 def cross_entropy(
     hidden: Tensor, head: Tensor, labels: Tensor, *, z_loss: float = 0.0, backend: str = "auto"
 ) -> tuple[Tensor, Statistics]:
@@ -114,16 +109,14 @@ def cross_entropy(
         ValueError: as `pondering_embedding` does.
     """
     _check_operands(hidden=hidden, head=head)
-    check_labels(labels, head.shape[0])
     hidden, head = (tensor.contiguous() for tensor in _autocast(hidden, head))
     if backend == "auto":
         backend = "triton" if _triton_is_fastest(hidden) else "chunked"
     if backend not in ("chunked", "triton"):
         raise ValueError(f"backend of the loss is {backend!r}; expected 'auto', 'chunked' or 'triton'")
-    function = CrossEntropy if backend == "chunked" else _kernels().CrossEntropy
-    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        total, loss, entropy = function.apply(flat, head, labels.reshape(-1), torch.is_grad_enabled(), z_loss)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    needed = _differentiated(flat), _differentiated(head)
+    total, loss, entropy, *_ = operators.loss(flat, head, labels.reshape(-1), z_loss, backend, *needed)
     return total, Statistics(loss, entropy)
 
 
@@ -145,17 +138,17 @@ def choose_backend(
     return "chunked"
 
 
-_FUNCTIONS: dict[str, Any] = {"chunked": Chunked, "sdpa": Attention}
-
-
-def _kernels() -> Any:
-    from . import kernels  # needs triton, which not every machine that reads this file has
-
-    return kernels
+def _differentiated(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _triton_is_fastest(hidden: Tensor) -> bool:
-    return kernels_start(hidden) and is_whole(hidden.shape[-1])
+    return hidden.is_cuda and _kernels_take(hidden.device, hidden.dtype, hidden.shape[-1])
+
+
+@torch.compiler.assume_constant_result  # the compiler need not look at how it is found out
+def _kernels_take(device: torch.device, dtype: torch.dtype, columns: int) -> bool:
+    return kernels_start(device, dtype) and is_whole(columns)
 
 
 def _attention_refusal(hidden: Tensor) -> str | None:
@@ -166,20 +159,6 @@ def _attention_refusal(hidden: Tensor) -> str | None:
     if hidden.numel() == 0:
         return "no tokens, by which its kernel divides"
     return None
-
-
-def check_labels(labels: Tensor | None, vocabulary: int) -> None:
-    """Raise ValueError for a label that is neither -100 nor a token; a GPU asserts it later."""
-    if labels is None or is_fake(labels):
-        return
-    outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocabulary))
-    if labels.device.type != "cpu":
-        torch._assert_async(~outside.any())
-    elif outside.any():
-        raise ValueError(
-            f"label {labels[outside].flatten()[0].item()} is not a token of the vocabulary (0 to {vocabulary - 1}); "
-            f"where nothing is to be predicted the label is {IGNORE_INDEX}"
-        )
 
 
 def _check_operands(**operands: Tensor) -> None:

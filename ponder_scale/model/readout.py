@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .backends import Statistics, chunk, is_fake, label_loss, total_loss, wide
-from .pondering_embedding import check_labels, cross_entropy, mixture, pondering_embedding
+from .operators import check_labels
+from .pondering_embedding import cross_entropy, mixture, pondering_embedding
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Hooks that change nothing of what a module computes: ZeRO's, which bring its weights, and those by which transformers

@@ -101,22 +101,22 @@ TABLE: dict[tuple[tuple[int, int], int], DeviceTiles] = {
 _failed: set[tuple[tuple[int, int], torch.dtype]] = set()
 
 
-def kernels_start(hidden: Tensor) -> bool:
-    """Whether the kernels are for operands like this one: bf16 or fp16 on a GPU that has tiles."""
-    if not hidden.is_cuda or hidden.dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
+def kernels_start(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels are for operands like these: bf16 or fp16 on a GPU that has tiles."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
         return False
-    return importlib.util.find_spec("triton") is not None and tiles_for(hidden) is not None
+    return importlib.util.find_spec("triton") is not None and tiles_for(device, dtype) is not None
 
 
-def tiles_for(tensor: Tensor) -> DeviceTiles | None:
-    """The tiles for operands like this one, on its device; None where the kernels are not to be started."""
-    capability = _capability(tensor)
-    return None if (capability, tensor.dtype) in _failed else _row(capability, tensor.element_size())
+def tiles_for(device: torch.device, dtype: torch.dtype) -> DeviceTiles | None:
+    """The tiles for operands of a dtype on a device; None where the kernels are not to be started."""
+    capability = _capability(device)
+    return None if (capability, dtype) in _failed else _row(capability, dtype.itemsize)
 
 
 def give_up(tensor: Tensor, failure: Exception) -> None:
     """From now on the kernels are not started for operands like this one; says so once."""
-    capability = _capability(tensor)
+    capability = _capability(tensor.device)
     if (capability, tensor.dtype) not in _failed:
         _failed.add((capability, tensor.dtype))
         logger.warning(
@@ -157,8 +157,8 @@ def is_whole(width: int) -> bool:
     return False
 
 
-def _capability(tensor: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else INTERPRETED
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else INTERPRETED
 
 
 def processors(tensor: Tensor) -> int:

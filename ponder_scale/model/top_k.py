@@ -5,73 +5,78 @@ N tokens, D hidden size, V vocabulary. The equations are those of `backends` wit
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import as_dtype, chunk, finished, label_loss, power_above, wide, wide_product, width
 from .tiles import LaunchFailed, give_up, kernels_start
 
 
-class TopK(torch.autograd.Function):
-    """Over the K most probable tokens, renormalised. Saves (N, K) indices and probabilities."""
+class Mixture(NamedTuple):
+    """T (N, D), the statistics of each token (N,), 0 without labels, and the K tokens and probabilities (N, K)."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        table: Tensor,
-        labels: Tensor | None,
-        temperature: float,
-        scale: float,
-        top_k: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, rows = hidden.shape[0], chunk(hidden, hidden.shape[0], head.shape[0])
-        index = hidden.new_empty(tokens, top_k, dtype=torch.int64)
-        p = hidden.new_empty(tokens, top_k, dtype=width(hidden))
-        loss, entropy = (hidden.new_zeros(tokens, dtype=width(hidden)) for _ in range(2))
-        for start in range(0, tokens, rows):
-            part = slice(start, start + rows)
-            z = _logits(hidden[part], head)  # (n, V)
-            if labels is not None:
-                loss[part] = label_loss(z, labels[part], z.logsumexp(-1))
-            values, index[part] = z.topk(top_k, dim=-1)
-            p[part] = torch.softmax(values / temperature, dim=-1)
+    mixed: Tensor
+    loss: Tensor
+    entropy: Tensor
+    picked: Tensor
+    p: Tensor
+
+
+def mix(
+    hidden: Tensor, head: Tensor, table: Tensor, labels: Tensor | None, temperature: float, scale: float, top_k: int
+) -> Mixture:
+    """The mixture of the K most probable tokens, renormalised."""
+    tokens, rows = hidden.shape[0], chunk(hidden, hidden.shape[0], head.shape[0])
+    index = hidden.new_empty(tokens, top_k, dtype=torch.int64)
+    p = hidden.new_empty(tokens, top_k, dtype=width(hidden))
+    loss, entropy = (hidden.new_zeros(tokens, dtype=width(hidden)) for _ in range(2))
+    for start in range(0, tokens, rows):
+        part = slice(start, start + rows)
+        z = _logits(hidden[part], head)  # (n, V)
         if labels is not None:
-            entropy = -torch.special.xlogy(p, p).sum(-1)
-        mixed = F.embedding_bag(index, table, per_sample_weights=p.to(table.dtype), mode="sum")
-        ctx.save_for_backward(hidden, head, table, index, p)
-        ctx.temperature, ctx.scale = temperature, scale
-        ctx.mark_non_differentiable(loss, entropy)
-        return mixed.mul_(scale), loss, entropy
+            loss[part] = label_loss(z, labels[part], z.logsumexp(-1))
+        values, index[part] = z.topk(top_k, dim=-1)
+        p[part] = torch.softmax(values / temperature, dim=-1)
+    if labels is not None:
+        entropy = -torch.special.xlogy(p, p).sum(-1)
+    mixed = F.embedding_bag(index, table, per_sample_weights=p.to(table.dtype), mode="sum")
+    return Mixture(mixed.mul_(scale), loss, entropy, index, p)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, head, table, index, p = ctx.saved_tensors
-        need_hidden, need_head, need_table = ctx.needs_input_grad[:3]
-        gradients = _way(hidden, p)
-        dp, d_table = gradients(index, p, table, grad * ctx.scale, True, need_table)
-        dz = p * (dp - (p * dp).sum(-1, keepdim=True)) / ctx.temperature
-        d_head = gradients(index, dz, head, hidden, False, need_head)[1]
-        d_hidden = None
-        if need_hidden:
-            # in fp16 a dz may be more than it holds while its product with the head is not
-            shrink = power_above(dz.abs().amax()) if dz.numel() and head.dtype == torch.float16 else None
-            narrow = (dz if shrink is None else dz / shrink).to(head.dtype)
-            d_hidden = finished(F.embedding_bag(index, head, per_sample_weights=narrow, mode="sum"), shrink, hidden)
-        return d_hidden, as_dtype(d_head, head), as_dtype(d_table, table), None, None, None, None
+
+def gradients(
+    hidden: Tensor,
+    head: Tensor,
+    table: Tensor,
+    index: Tensor,
+    p: Tensor,
+    grad: Tensor,
+    needed: Sequence[bool],
+    temperature: float,
+    scale: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dh, dW and dE, each None unless `needed`, from g (N, D)."""
+    of_sums = _way(hidden, p)
+    dp, d_table = of_sums(index, p, table, grad * scale, True, needed[2])
+    dz = p * (dp - (p * dp).sum(-1, keepdim=True)) / temperature
+    d_head = of_sums(index, dz, head, hidden, False, needed[1])[1]
+    d_hidden = None
+    if needed[0]:
+        # in fp16 a dz may be more than it holds while its product with the head is not
+        shrink = power_above(dz.abs().amax()) if dz.numel() and head.dtype == torch.float16 else None
+        narrow = (dz if shrink is None else dz / shrink).to(head.dtype)
+        d_hidden = finished(F.embedding_bag(index, head, per_sample_weights=narrow, mode="sum"), shrink, hidden)
+    return d_hidden, as_dtype(d_head, head), as_dtype(d_table, table)
 
 
 def _way(hidden: Tensor, p: Tensor) -> Any:
     """The function that makes the gradients of sums of K rows on this device and in this dtype."""
     if hidden.device.type == "cpu" and hidden.dtype == p.dtype:
         return _gradients_in_bags
-    return _gradients_on_gpu if kernels_start(hidden) else _gradients_in_blocks
+    return _gradients_on_gpu if kernels_start(hidden.device, hidden.dtype) else _gradients_in_blocks
 
 
 def _gradients_on_gpu(
@@ -101,15 +106,19 @@ def _gradients_in_bags(
 
     By the backward of torch's CPU kernel, which gathers nothing, but in narrow dtypes would also sum in them.
     """
-    with torch.enable_grad():
-        leaves = weights.detach().requires_grad_(need_weights), matrix.detach().requires_grad_(need_matrix)
-        if not (need_weights or need_matrix):
-            return weights, None
-        bag = F.embedding_bag(index, leaves[1], per_sample_weights=leaves[0], mode="sum")
-    asked = [leaf for leaf in leaves if leaf.requires_grad]
-    found: list[Tensor] = list(torch.autograd.grad(bag, asked, upstream))
-    d_weights = found.pop(0) if need_weights else weights
-    return d_weights, found[0] if need_matrix else None
+    (tokens, top_k), rows = index.shape, matrix.shape[0]
+    flat, flat_weights, above = index.flatten(), weights.flatten(), upstream.contiguous()
+    bags = torch.arange(tokens, device=index.device)
+    starts, bag = bags * top_k, bags.repeat_interleave(top_k)
+    aten, as_sums = torch.ops.aten, 0  # the number of the mode "sum"
+    d_weights, d_matrix = weights, None
+    if need_weights:
+        found = aten._embedding_bag_per_sample_weights_backward(above, matrix, flat, starts, bag, as_sums)
+        d_weights = found.view_as(weights)
+    if need_matrix:
+        sizes, none = torch.full_like(bags, top_k), bags.new_empty(0)
+        d_matrix = aten._embedding_bag_dense_backward(above, flat, bag, sizes, none, rows, False, as_sums, flat_weights)
+    return d_weights, d_matrix
 
 
 def _gradients_in_blocks(

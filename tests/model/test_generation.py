@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache, LlamaForCausalLM, StaticCache
 
 from tests.model.architectures import LAYERS, TINY, VOCABULARY, make_confident
+from tests.model.inside import Inside
 
 PROMPT = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(4))
 
@@ -151,18 +152,40 @@ def test_a_static_cache_takes_left_padding(model: Any) -> None:
     )
 
 
+def compiling(backend: str) -> CompileConfig:
+    """Lets `generate` compile on a CPU too, in one graph or not at all."""
+    made = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    made._compile_all_devices = True
+    return made
+
+
 @pytest.mark.slow  # the compiler works
 @pytest.mark.parametrize("architecture", TINY)
-def test_a_compiled_step_on_a_static_cache_gives_the_same_logits(architecture: str) -> None:
-    model = make_confident(architecture, pondering_steps=1, scale_embeds=True)
-    cache = StaticCache(config=model.config, max_cache_len=16)
-    compiled = torch.compile(model.forward, backend="eager")
-    with torch.no_grad():
-        model(PROMPT[:, :6], past_key_values=cache)
-        for position in range(6, 9):
-            got = compiled(PROMPT[:, position : position + 1], past_key_values=cache).logits
-            expected = model(PROMPT[:, : position + 1]).logits[:, -1:]
-            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("pondering_steps", [0, 1, 3])
+def test_generation_compiles_one_step_and_gives_the_greedy_tokens(architecture: str, pondering_steps: int) -> None:
+    model = make_confident(architecture, pondering_steps=pondering_steps, num_hidden_layers=1)
+    mask = torch.ones_like(PROMPT)
+    mask[1, :3] = 0
+    torch._dynamo.reset()
+    counters.clear()
+    options = {"cache_implementation": "static", "compile_config": compiling("eager")}
+    expected = generate(model, PROMPT, mask)
+    for _ in range(2):  # the second time with caches of its own
+        assert torch.equal(generate(model, PROMPT, mask, **options), expected)
+    # 22 tokens at as many positions, by one graph
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}], ids=str)
+def test_the_static_caches_of_all_passes_stay_where_a_graph_was_captured(options: dict[str, Any]) -> None:
+    model = make_confident("llama", pondering_steps=2)
+    options |= {"cache_implementation": "static", "return_dict_in_generate": True}
+    cache = generate(model, PROMPT, **options).past_key_values
+    assert len(cache.layers) == 3 * LAYERS
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values, layer.cumulative_length):
+            assert hasattr(tensor, "_dynamo_static_input_type")  # or a CUDA graph would copy it at every token
+    assert len({layer.keys.data_ptr() for layer in cache.layers}) == 3 * LAYERS
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
@@ -171,7 +194,7 @@ def test_inductor_compiles_a_decoding_step_once() -> None:
     model = make_confident("llama", pondering_steps=1, scale_embeds=True, num_hidden_layers=1)
     cache = StaticCache(config=model.config, max_cache_len=16)
     torch._dynamo.reset()
-    compiled = torch.compile(model.forward, dynamic=False)
+    compiled = torch.compile(model.forward, dynamic=False, fullgraph=True)
     with torch.no_grad():
         model(PROMPT[:, :6], past_key_values=cache)
         for position in range(6, 9):
@@ -216,26 +239,13 @@ def test_generation_starts_from_embeddings(model: Any) -> None:
     assert torch.equal(got, generate(model, PROMPT)[:, 9:15])
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the elements of the largest tensor that an operation made."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 def test_prefill_never_holds_tokens_times_vocabulary() -> None:
     tokens, vocabulary = 256, 2**16
     model = make_confident("llama", pondering_steps=1, vocab_size=vocabulary, max_position_embeddings=512)
     prompt = torch.randint(0, vocabulary, (1, tokens))
-    with Largest() as largest:
+    with Inside() as inside:
         generate(model, prompt, max_new_tokens=2, min_new_tokens=2)
-    assert largest.elements <= 2**23 < tokens * vocabulary
+    assert vocabulary <= inside.largest <= 2**23 < tokens * vocabulary
 
 
 def passes_run(model: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:

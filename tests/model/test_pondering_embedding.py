@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from ponder_scale.model import backends as module
 from ponder_scale.model.pondering_embedding import choose_backend, cross_entropy, pondering_embedding
+from tests.model.inside import Inside
 
 TOKENS, WIDTH, VOCABULARY = 13, 6, 17
 OPTIONS = [
@@ -182,30 +183,16 @@ def test_z_loss_is_the_squared_log_sum_exp_with_its_exact_gradient() -> None:
 
 def test_only_one_chunk_of_the_vocabulary_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor with as many elements as tokens x vocabulary is made, forward or backward."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for value in result if isinstance(result, (tuple, list)) else [result]:
-                if isinstance(value, torch.Tensor):
-                    largest = max(largest, value.numel())
-            return result
-
     tokens, width, vocabulary = 256, 4, 64
     monkeypatch.setattr(module, "CPU_CHUNK_ELEMENTS", 8 * vocabulary)
     hidden = torch.randn(tokens, width, requires_grad=True)
     head, table = (torch.randn(vocabulary, width, requires_grad=True) for _ in range(2))
     labels = torch.zeros(tokens, dtype=torch.int64)
     for top_k, backend in ((None, "chunked"), (None, "sdpa"), (8, "top_k")):
-        largest = 0
-        with Watch():
+        with Inside() as inside:
             mixed, _ = pondering_embedding(hidden, head, table, labels=labels, top_k=top_k, backend=backend)
             (mixed.sum() + cross_entropy(hidden, head, labels)[0]).backward()
-        assert largest <= max(tokens * width, 8 * vocabulary, tokens * 8, vocabulary * width)
+        assert 0 < inside.largest <= max(tokens * width, 8 * vocabulary, tokens * 8, vocabulary * width)
 
 
 @pytest.mark.parametrize("backend", ["auto", "chunked", "sdpa", "eager"])
@@ -231,7 +218,7 @@ def test_compiled_code_around_it_gives_the_same(labelled: bool, top_k: int | Non
 
     torch.compiler.reset()
     ours, theirs = operands(torch.float64), operands(torch.float64)
-    got = torch.compile(around, backend="aot_eager")(*ours)
+    got = torch.compile(around, backend="aot_eager", fullgraph=True)(*ours)
     wanted = around(*theirs)
     got.backward()
     wanted.backward()

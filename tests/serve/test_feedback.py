@@ -15,6 +15,7 @@ from torch import Tensor
 from ponder_scale.model import backends
 from ponder_scale.model.pondering_embedding import pondering_embedding
 from ponder_scale.serve.feedback import Mixing, mix, mix_parts
+from tests.model.inside import Inside
 
 RANKS = 2
 TOKENS, WIDTH = 12, 8
@@ -94,22 +95,15 @@ def test_parts_of_a_vocabulary_give_the_feedback_of_the_whole(tmp_path: Path) ->
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_a_prefill_of_thousands_of_tokens_never_holds_its_scores(top_k: int | None) -> None:
     tokens, vocabulary = 8192, 4096
-    seen: list[int] = []
-
-    class Watching(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            seen.extend(each.numel() for each in torch.utils._pytree.tree_leaves(result) if isinstance(each, Tensor))
-            return result
 
     hidden, head = torch.randn(tokens, WIDTH), torch.randn(vocabulary, WIDTH)
 
     mixing = Mixing(1.0, 1.0, top_k)
-    with torch.inference_mode(), Watching():
+    with torch.inference_mode(), Inside() as inside:
         whole = mix(hidden, head, head, mixing)
         parts = mix_parts(hidden, head, head, mixing, ranks=Alone(), rank=0, part=vocabulary, vocabulary=vocabulary)
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
-    assert max(seen) <= backends.CPU_CHUNK_ELEMENTS < tokens * vocabulary
+    assert vocabulary <= inside.largest <= backends.CPU_CHUNK_ELEMENTS < tokens * vocabulary
 
 
 @pytest.mark.parametrize(("top_k", "sums"), [(None, 2), (5, 1)])
@@ -138,20 +132,13 @@ WAITING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_sele
 
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_no_operation_of_the_feedback_waits_for_the_device(top_k: int | None) -> None:
-    called: set[str] = set()
-
-    class Watching(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            called.add(func.overloadpacket.__name__)
-            return func(*args, **(kwargs or {}))
-
     hidden, head, table = operands(61)
     backend = "chunked" if top_k is None else "top_k"  # on a GPU, where the kernels do not start
     mixing = Mixing(0.7, 3.0, top_k)
-    with torch.inference_mode(), Watching():
+    with torch.inference_mode(), Inside() as inside:
         pondering_embedding(hidden, head, table, temperature=0.7, scale=3.0, top_k=top_k, backend=backend)
         mix_parts(hidden, head, table, mixing, ranks=Alone(), rank=0, part=61, vocabulary=61)
-    assert called & {"mm", "linear"} and not called & WAITING, called
+    assert inside.called & {"mm", "linear"} and not inside.called & WAITING, inside.called
 
 
 @pytest.mark.gpu

@@ -1,0 +1,301 @@
+"""The pondering embedding and the loss as operators of torch, with what its compiler asks of them.
+
+Each is one node of a graph: its blocks are not unrolled, its kernels not looked into. Beside what it computes stand the
+shapes of its results, and its gradient, which is an operator again. Operands are contiguous and of one dtype.
+
+    mixture, mixture_gradients      over the whole vocabulary, by the backend that is named
+    top_k, top_k_gradients          over the K most probable tokens
+    loss, times                     with its gradients, which backward only scales
+
+What is None in the functions that compute is an empty tensor here, since an operator gives tensors only.
+
+N tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import attention, backends
+from . import top_k as most_probable
+from .backends import IGNORE_INDEX, Kept, is_fake, width
+
+Found = tuple[Tensor, ...]
+
+
+def _free_namespace() -> str:
+    """Of this copy of the code: several may be loaded into one process, from the package and from exported folders.
+
+    A copy that is loaded again under the same name gets a number, so that nobody's operators change under him.
+    """
+    name = re.sub(r"\W", "_", __name__)
+    names = itertools.chain([name], (f"{name}_{count}" for count in itertools.count(2)))
+    return next(free for free in names if not hasattr(getattr(torch.ops, free), "mixture"))
+
+
+NAMESPACE = _free_namespace()
+
+
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=(), schema=schema)
+
+
+@contextlib.contextmanager
+def _plainly(tensor: Tensor) -> Iterator[None]:
+    """On the device of the operands, and in their dtype whatever autocast says."""
+    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
+        yield
+
+
+def _given(found: Sequence[Tensor | None], like: Tensor) -> Found:
+    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in found)
+
+
+def _needed(found: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(tensor if asked else None for tensor, asked in zip(found, needed, strict=True))
+
+
+def _by(backend: str) -> Any:
+    if backend == "triton":
+        from . import kernels  # needs triton, which not every machine that reads this file has
+
+        return kernels
+    return {"chunked": backends, "sdpa": attention}[backend]
+
+
+def check_labels(labels: Tensor | None, vocabulary: int) -> None:
+    """Raise ValueError for a label that is neither -100 nor a token; a GPU and compiled code assert it later."""
+    if labels is None or is_fake(labels):
+        return
+    outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocabulary))
+    expected = f"a token of the vocabulary (0 to {vocabulary - 1})"
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~outside.any(), f"a label is not {expected}")
+    elif outside.any():
+        raise ValueError(
+            f"label {labels[outside].flatten()[0].item()} is not {expected}; where nothing is to be predicted the "
+            f"label is {IGNORE_INDEX}"
+        )
+
+
+@_operator(
+    "mixture",
+    "(Tensor hidden, Tensor head, Tensor table, Tensor? labels, float temperature, float scale, str backend, "
+    "bool tied, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def mixture(
+    hidden: Tensor,
+    head: Tensor,
+    table: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    scale: float,
+    backend: str,
+    tied: bool,
+    keep: bool,
+) -> Found:
+    """`backends.Mixture` by a backend. `tied`: `table` is `head`. `keep`: with what backward needs."""
+    check_labels(labels, head.shape[0])
+    with _plainly(hidden):
+        table = head if tied else table
+        return _given(_by(backend).mix(hidden, head, table, labels, temperature, scale, keep), hidden)
+
+
+@mixture.register_fake
+def _(
+    hidden: Tensor,
+    head: Tensor,
+    table: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    scale: float,
+    backend: str,
+    tied: bool,
+    keep: bool,
+) -> Found:
+    (tokens, columns), sums, narrow = hidden.shape, width(hidden), table.dtype != width(table)
+    loss, entropy, largest, peak = (hidden.new_empty(tokens, dtype=sums) for _ in range(4))
+    mean = table.new_empty(tokens, columns) if keep and (narrow or backend != "chunked") else None
+    centre = table.new_empty(columns, dtype=sums) if keep and (narrow or backend == "triton") else None
+    if backend == "sdpa":
+        centre = None
+    return _given((table.new_empty(tokens, columns), loss, entropy, mean, centre, largest, peak), hidden)
+
+
+@_operator(
+    "mixture_gradients",
+    "(Tensor grad, Tensor hidden, Tensor head, Tensor table, Tensor mean, Tensor centre, Tensor largest, Tensor peak, "
+    "float temperature, float scale, str backend, bool tied, bool[] needed) -> (Tensor, Tensor, Tensor)",
+)
+def mixture_gradients(
+    grad: Tensor,
+    hidden: Tensor,
+    head: Tensor,
+    table: Tensor,
+    mean: Tensor,
+    centre: Tensor,
+    largest: Tensor,
+    peak: Tensor,
+    temperature: float,
+    scale: float,
+    backend: str,
+    tied: bool,
+    needed: list[bool],
+) -> Found:
+    """dh, dW and dE from g (N, D) and what `Kept` has."""
+    kept = Kept(hidden, head, head if tied else table, mean, centre if centre.numel() else None, largest, peak)
+    with _plainly(hidden):
+        found = _by(backend).gradients(kept, grad, needed, temperature, scale)
+        return _given(_needed(found, needed), hidden)
+
+
+def _fake_gradients(needed: Sequence[bool], *operands: Tensor) -> Found:
+    return _given(_needed([torch.empty_like(operand) for operand in operands], needed), operands[0])
+
+
+@mixture_gradients.register_fake
+def _(grad: Tensor, hidden: Tensor, head: Tensor, table: Tensor, *rest: Any) -> Found:
+    return _fake_gradients(rest[-1], hidden, head, table)
+
+
+def _keep_of_mixture(ctx: Any, inputs: Any, output: Found) -> None:
+    hidden, head, table, _, ctx.temperature, ctx.scale, ctx.backend, ctx.tied, _ = inputs
+    mixed, _, _, mean, *kept = output
+    mean = mean if mean.numel() else mixed
+    ctx.save_for_backward(hidden, head, table, mean, *kept)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward_of_mixture(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    needed = list(ctx.needs_input_grad[:3])
+    found = mixture_gradients(grad, *ctx.saved_tensors, ctx.temperature, ctx.scale, ctx.backend, ctx.tied, needed)
+    return (*_needed(found, needed), *[None] * 6)
+
+
+mixture.register_autograd(_backward_of_mixture, setup_context=_keep_of_mixture)
+
+
+@_operator(
+    "top_k",
+    "(Tensor hidden, Tensor head, Tensor table, Tensor? labels, float temperature, float scale, int top_k) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def top_k(
+    hidden: Tensor,
+    head: Tensor,
+    table: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    scale: float,
+    top_k: int,
+) -> Found:
+    """`top_k.Mixture`."""
+    check_labels(labels, head.shape[0])
+    with _plainly(hidden):
+        return tuple(most_probable.mix(hidden, head, table, labels, temperature, scale, top_k))
+
+
+@top_k.register_fake
+def _(
+    hidden: Tensor, head: Tensor, table: Tensor, labels: Tensor | None, temperature: float, scale: float, top_k: int
+) -> Found:
+    tokens, sums = hidden.shape[0], width(hidden)
+    loss, entropy = (hidden.new_empty(tokens, dtype=sums) for _ in range(2))
+    index, p = hidden.new_empty(tokens, top_k, dtype=torch.int64), hidden.new_empty(tokens, top_k, dtype=sums)
+    return table.new_empty(tokens, table.shape[1]), loss, entropy, index, p
+
+
+@_operator(
+    "top_k_gradients",
+    "(Tensor grad, Tensor hidden, Tensor head, Tensor table, Tensor index, Tensor p, float temperature, float scale, "
+    "bool[] needed) -> (Tensor, Tensor, Tensor)",
+)
+def top_k_gradients(
+    grad: Tensor,
+    hidden: Tensor,
+    head: Tensor,
+    table: Tensor,
+    index: Tensor,
+    p: Tensor,
+    temperature: float,
+    scale: float,
+    needed: list[bool],
+) -> Found:
+    """dh, dW and dE from g (N, D) and the K tokens and their probabilities."""
+    with _plainly(hidden):
+        found = most_probable.gradients(hidden, head, table, index, p, grad, needed, temperature, scale)
+        return _given(found, hidden)
+
+
+@top_k_gradients.register_fake
+def _(grad: Tensor, hidden: Tensor, head: Tensor, table: Tensor, *rest: Any) -> Found:
+    return _fake_gradients(rest[-1], hidden, head, table)
+
+
+def _keep_of_top_k(ctx: Any, inputs: Any, output: Found) -> None:
+    hidden, head, table, _, ctx.temperature, ctx.scale, _ = inputs
+    ctx.save_for_backward(hidden, head, table, *output[3:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward_of_top_k(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    needed = list(ctx.needs_input_grad[:3])
+    found = top_k_gradients(grad, *ctx.saved_tensors, ctx.temperature, ctx.scale, needed)
+    return (*_needed(found, needed), *[None] * 4)
+
+
+top_k.register_autograd(_backward_of_top_k, setup_context=_keep_of_top_k)
+
+
+@_operator(
+    "loss",
+    "(Tensor hidden, Tensor head, Tensor labels, float z_loss, str backend, bool need_hidden, bool need_head) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def loss(
+    hidden: Tensor, head: Tensor, labels: Tensor, z_loss: float, backend: str, need_hidden: bool, need_head: bool
+) -> Found:
+    """`backends.Loss` by a backend."""
+    check_labels(labels, head.shape[0])
+    with _plainly(hidden):
+        return _given(_by(backend).loss(hidden, head, labels, z_loss, need_hidden, need_head), hidden)
+
+
+@loss.register_fake
+def _(
+    hidden: Tensor, head: Tensor, labels: Tensor, z_loss: float, backend: str, need_hidden: bool, need_head: bool
+) -> Found:
+    losses, entropy = (hidden.new_empty(hidden.shape[0], dtype=width(hidden)) for _ in range(2))
+    gradients = _fake_gradients([need_hidden, need_head], hidden, head)
+    return hidden.new_empty((), dtype=width(hidden)), losses, entropy, *gradients
+
+
+@_operator("times", "(Tensor gradient, Tensor factor) -> Tensor")
+def times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """See `backends.times`."""
+    return backends.times(gradient, factor)
+
+
+@times.register_fake
+def _(gradient: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+def _keep_of_loss(ctx: Any, inputs: Any, output: Found) -> None:
+    ctx.save_for_backward(*output[3:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward_of_loss(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    pairs = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+    return (*(times(gradient, grad) if needed else None for gradient, needed in pairs), *[None] * 5)
+
+
+loss.register_autograd(_backward_of_loss, setup_context=_keep_of_loss)
