@@ -124,7 +124,7 @@ def test_the_exported_model_evaluates_like_the_trained_one(exported: tuple[Path,
 
 
 def test_the_exported_model_generates(exported: tuple[Path, str]) -> None:
-    for more in ([], ["--pondering-steps", 0], ["--temperature", 0.8]):
+    for more in ([], ["--pondering-steps", 0], ["--temperature", 0.8], ["--compile"]):
         done = run("ponder-scale", "generate", exported[0], "--prompt", "def f", "--max-new-tokens", 5, *more)
         assert done.stdout.startswith("def f")
         assert re.search(r"\d tokens in [\d.]+ s, [\d.]+ tokens/s", done.stdout)
@@ -217,6 +217,9 @@ def test_export_evaluate_and_generate_refuse_what_they_cannot_use(
     assert "no config.json in it" in error_of("ponder-scale", "generate", corpus, "--prompt", "x")
     assert "expected at least 1" in error_of(
         "ponder-scale", "generate", exported[0], "--prompt", "x", "--max-new-tokens", 0
+    )
+    assert "give one of the three" in error_of(
+        "ponder-scale", "generate", exported[0], "--prompt", "x", "--compile", "--exit-kl", 0.1
     )
     run("ponder-data", "train-tokenizer", corpus / "texts.jsonl", "--vocab-size", 290, "--out", tmp_path / "other")
     settings = ["sources.texts.kind=jsonl", f"sources.texts.path={corpus / 'texts.jsonl'}", "heldout_fraction=0.5"]

@@ -65,6 +65,12 @@ def add_commands(commands: Any) -> None:
     generate.add_argument(
         "--temperature", type=number(least=0), default=0.0, help="sampling temperature; 0 decodes greedily (default: 0)"
     )
+    generate.add_argument(
+        "--compile",
+        dest="compiled",
+        action="store_true",
+        help="compile a decoding step; this takes a minute and pays for long texts",
+    )
     generate.add_argument("--seed", type=whole(0), default=1)
     add_trust(generate)
     generate.set_defaults(run=_generate)

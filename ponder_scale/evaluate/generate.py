@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, TextStreamer
 
 from ponder_scale.checkpoint.find import read_state
 from ponder_scale.checkpoint.weights import read_weights
@@ -20,6 +20,7 @@ from ponder_scale.errors import CheckpointError, ConfigError
 from ponder_scale.evaluate.trust import installed_configuration
 from ponder_scale.setup.build import configuration_from_dict, model_class
 from ponder_scale.setup.device import default_device
+from ponder_scale.setup.speed import check_compiler
 
 
 def load_folder(folder: Path | str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -122,6 +123,7 @@ def generate(
     seed: int = 1,
     exit_kl: float | None = None,
     draft_steps: int | None = None,
+    compiled: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
     """Stream the continuation to standard output, then its speed and the passes it took.
@@ -129,6 +131,7 @@ def generate(
     Args:
         exit_kl: stop pondering on a token when a pass moved the prediction by less, in nats.
         draft_steps: pondering steps of the same weights drafting; the text is the model's own.
+        compiled: decode by one compiled graph a token, with caches of a fixed size.
         trust_remote_code: as `load_folder` has it.
 
     Raises:
@@ -136,6 +139,11 @@ def generate(
     """
     if exit_kl is not None and draft_steps is not None:
         raise ConfigError("--exit-kl and --draft-steps exclude each other: a draft is checked by whole forwards")
+    if compiled and (exit_kl is not None or draft_steps is not None):
+        raise ConfigError(
+            "--compile makes one graph of all passes of a token, which --exit-kl would cut short and --draft-steps "
+            "feed several tokens; give one of the three"
+        )
     for name, value in (("--exit-kl", exit_kl), ("--draft-steps", draft_steps), ("--pondering-steps", pondering_steps)):
         if value is not None and value < 0:
             raise ConfigError(f"{name} is {value}; expected at least 0")
@@ -153,15 +161,42 @@ def generate(
     draft = None if draft_steps is None else model.draft(draft_steps)
     if draft is not None:
         options["assistant_model"] = draft
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    if compiled:
+        options |= compiled_step(model)
     torch.manual_seed(seed)
     begin = time.monotonic()
+    if compiled:  # without counters, which would be compiled too
+        new = model.generate(**inputs, **options, streamer=streamer).shape[1] - inputs.input_ids.shape[1]
+        seconds = time.monotonic() - begin
+        passes = new * (model.config.pondering_steps + 1)
+        print(f"{_speed(new, seconds)}, compilation included; {passes} passes in {new} forwards")
+        return
     with counted(model) as counts, counted(draft or model.draft(0)) as drafted:
-        output = model.generate(**inputs, **options, streamer=TextStreamer(tokenizer, skip_special_tokens=True))
+        output = model.generate(**inputs, **options, streamer=streamer)
     seconds = time.monotonic() - begin
     new = output.shape[1] - inputs.input_ids.shape[1]
-    print(f"{new} tokens in {seconds:.1f} s, {new / seconds:.1f} tokens/s; {passes_line(model, counts)}")
+    print(f"{_speed(new, seconds)}; {passes_line(model, counts)}")
     if draft is not None:
         print(f"draft of {draft_steps} pondering steps: {acceptance_line(new, counts, drafted)}")
+
+
+def compiled_step(model: Any) -> dict[str, Any]:
+    """Arguments by which `generate` compiles a decoding step; on a GPU it is replayed as one CUDA graph.
+
+    Raises:
+        ConfigError: there is no compiler.
+    """
+    check_compiler("--compile")
+    compilation = CompileConfig(fullgraph=True)  # of transformers, whose mode is the one with CUDA graphs
+    if model.device.type == "cpu":
+        compilation.mode = "default"
+        compilation._compile_all_devices = True  # on CPUs only if it is told to
+    return {"cache_implementation": "static", "compile_config": compilation}
+
+
+def _speed(new: int, seconds: float) -> str:
+    return f"{new} tokens in {seconds:.1f} s, {new / seconds:.1f} tokens/s"
 
 
 def passes_line(model: Any, counts: Counts) -> str:

@@ -90,19 +90,23 @@ def _apply_liger(model: Any) -> None:
     getattr(liger, appliers[name])(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
 
 
+def check_compiler(asked: str) -> None:
+    """Raise ConfigError where torch.compile needs a C++ compiler and finds none; `asked` says who asked for it."""
+    compiler = os.environ.get("CXX", "g++")
+    if not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise ConfigError(f"{asked}, but there is no C++ compiler ({compiler}); install one, or set CXX")
+
+
 def _compile_layers(model: Any, train: TrainConfig) -> None:
     """Compile each layer: one graph for all of them, in every pass and for any number of passes.
 
-    The pondering embedding and the loss stay as they are: they are kernels or blocked already. Under ZeRO-3 the graph
-    is cut where DeepSpeed gathers weights.
+    Under ZeRO-3 the graph is cut where DeepSpeed gathers weights.
     """
     if train.recompute == "selective":
         raise ConfigError(
             "train.compile is true, but train.recompute selective chooses among operations, which compilation fuses; "
             "use none, layer or pass"
         )
-    compiler = os.environ.get("CXX", "g++")
-    if not torch.cuda.is_available() and shutil.which(compiler) is None:
-        raise ConfigError(f"train.compile is true, but there is no C++ compiler ({compiler}); install one, or set CXX")
+    check_compiler("train.compile is true")
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward)
