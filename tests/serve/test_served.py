@@ -21,11 +21,11 @@ CASES: dict[str, dict[str, Any]] = {
         "residual": "replace",
     },
     "gpt_neox": {"architecture": "gpt_neox", "pondering_steps": 2},
-    "gpt_neox, tied, top-K": {
+    "gpt_neox, tied, tau": {
         "architecture": "gpt_neox",
         "pondering_steps": 1,
         "tie_word_embeddings": True,
-        "pondering_top_k": 10,
+        "pondering_temperature": 0.7,
     },
     "olmo2": {"architecture": "olmo2", "pondering_steps": 2, "initial_scale": 2.0},
     "olmo2, tied, hidden": {

@@ -10,15 +10,12 @@ import pytest
 
 from tests.serve.agreement import Case
 
-CASES: dict[str, dict[str, Any]] = {
-    "llama": {"pondering_steps": 2, "initial_scale": 2.0},
+CASES: dict[str, dict[str, Any]] = {  # each of which starts two processes more
     "llama, top-K": {"pondering_steps": 2, "pondering_top_k": 10, "pondering_temperature": 0.7},
     "gpt_neox": {"architecture": "gpt_neox", "pondering_steps": 2},
-    "gpt2": {"architecture": "gpt2", "pondering_steps": 2},
-    "olmo2": {"architecture": "olmo2", "pondering_steps": 2},
+    "gpt2, tied": {"architecture": "gpt2", "pondering_steps": 2, "tie_word_embeddings": True},
+    "olmo2": {"architecture": "olmo2", "pondering_steps": 2, "initial_scale": 2.0},
 }
-
-
 Served = dict[str, tuple[Case, dict[str, Any]]]
 
 
