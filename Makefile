@@ -8,7 +8,9 @@
 # make wheel        the tests of what `pip install` gives: the wheel in an environment of its own, outside the clone
 # make dist         the source distribution and the wheel, in dist/
 # make lock         the locks, made again from pyproject.toml and from what they hold; needs `uv`
-# All but the last make .venv and install the locked versions first.
+# make gpu          what is to be known of the GPU at hand, in ten minutes: its tests, its ceilings, every bench;
+#                   by .venv's Python where there is one, else $(PYTHON); FLAGS=--train trains for 20 minutes too
+# All but `lock` and `gpu` make .venv and install the locked versions first.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +27,7 @@ WORKERS ?= 2
 # where the environment with vLLM is kept between runs
 VLLM ?= $(HOME)/.cache/ponder-scale-vllm
 
-.PHONY: quickstart test test-fast test-slurm test-vllm faults mutants wheel dist lock install lint clean
+.PHONY: quickstart test test-fast test-slurm test-vllm faults mutants gpu wheel dist lock install lint clean
 
 install: $(VENV)/installed
 
@@ -67,6 +69,10 @@ faults: install
 
 mutants: install
 	$(BIN)/python -m tests.mutants
+
+# installs nothing: a node with a GPU often has no network, and a Python with its own torch
+gpu:
+	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks gpu $(FLAGS)
 
 wheel: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_package.py

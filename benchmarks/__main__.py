@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ponder_scale.config import RunConfig, load_recipe
-from ponder_scale.errors import UserError
+from ponder_scale.errors import ConfigError, UserError
 from ponder_scale.planning.cost import RECOMPUTED_FORWARDS
-from ponder_scale.settings.commandline import Parser, outlive_readers, parse, path, whole
+from ponder_scale.settings.commandline import Parser, new_folder, number, outlive_readers, parse, path, whole
 
 POLICIES = tuple(RECOMPUTED_FORWARDS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one benchmark; the exit code: 0, 2 for what the user can mend."""
+    """Run one benchmark; the exit code: 0, 1 where a part of it failed, 2 for what the user can mend."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     outlive_readers()
     try:
         options = parse(_parser(), arguments, RunConfig, "overrides")
-        options.run(options)
+        return options.run(options) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
 
 
 def _parser() -> Parser:
@@ -77,8 +78,36 @@ def _parser() -> Parser:
     data.add_argument("--tokenizer", type=path, required=True, help="a folder with tokenizer.json")
     data.add_argument("--rounds", type=whole(1), default=3)
     data.set_defaults(run=_bench_data)
+    _add_runs(bench)
     _share_flags(op, step, memory, comm, decode)
     return parser
+
+
+def _add_runs(bench: Any) -> None:
+    """Those that start other processes for all that they measure."""
+    start = bench.add_parser("start", help="processor time to the first step, and of a step, against transformers")
+    start.add_argument("--runs", type=whole(1), default=3)
+    start.add_argument("--steps", type=whole(3), default=6)
+    start.add_argument("--stage", type=int, choices=range(4), default=3, help="of ZeRO")
+    start.add_argument("--plain", action="store_true", help="also a run of ours without the rehearsal before step 1")
+    start.add_argument("--hidden", type=whole(8), default=256, help="width D")
+    start.add_argument("--layers", type=whole(1), default=8)
+    start.add_argument("--vocab", type=whole(2), default=32000)
+    start.add_argument("--seq-len", type=whole(2), default=512)
+    start.set_defaults(run=_bench_start)
+    gpu = bench.add_parser("gpu", help="all that is to be known of a GPU, in ten minutes: tests, ceilings, each bench")
+    gpu.add_argument("--out", type=new_folder, default=Path("runs/gpu"), help="folder of gpu.json, gpu.md and gpu.log")
+    gpu.add_argument("--toy", action="store_true", help="shapes of no consequence, also without a GPU: a rehearsal")
+    gpu.add_argument("--minutes", type=number(above=0), default=10.0, help="for all but the training")
+    gpu.add_argument(
+        "--train",
+        type=number(above=0),
+        nargs="?",
+        const=20.0,
+        metavar="MINUTES",
+        help="also train pondering and vanilla models alike, for so long (default: 20)",
+    )
+    gpu.set_defaults(run=_bench_gpu)
 
 
 def _share_flags(op: Any, step: Any, memory: Any, comm: Any, decode: Any) -> None:
@@ -97,6 +126,21 @@ def _share_flags(op: Any, step: Any, memory: Any, comm: Any, decode: Any) -> Non
     for kind in (step, memory):
         kind.add_argument("--batch", type=whole(1), default=4, help="sequences of a micro-batch")
         kind.add_argument("--seq-len", type=whole(1), default=512)
+
+
+def _bench_start(options: argparse.Namespace) -> None:
+    from benchmarks.start import Shape, run
+
+    shape = Shape(options.hidden, options.layers, options.vocab, options.seq_len)
+    run(shape, runs=options.runs, steps=options.steps, stage=options.stage, plain=options.plain)
+
+
+def _bench_gpu(options: argparse.Namespace) -> int:
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigError(f"no torch in this Python ({sys.executable}); call one that has it: make gpu PYTHON=...")
+    from benchmarks.gpu import run
+
+    return run(options.out, toy=options.toy, minutes=options.minutes, train_minutes=options.train)
 
 
 def _bench_op(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ of a CPU run is measured in a process of its own.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,11 +27,12 @@ from benchmarks.measure import (
     resident,
     wait,
 )
-from ponder_scale.model.pondering_embedding import pondering_embedding
+from ponder_scale.model.pondering_embedding import Statistics, pondering_embedding
 from ponder_scale.setup.device import default_device
 
 NAIVE = "published"
 SAMPLE_TOKENS = 64  # on which errors are measured
+Mixture = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Statistics | None]]
 PRODUCTS = {NAIVE: 6, "top_k": 1}  # of N x V x D multiply-adds, forward and backward; the others recompute one: 7
 
 
@@ -48,11 +49,11 @@ class Problem:
 
     def operands(self, tokens: int | None = None) -> list[Tensor]:
         """h (N, D), W (V, D), E (V, D) and dL/dT (N, D); scores have a standard deviation of 3, as trained ones."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
         rows = (tokens or self.tokens, self.vocabulary, self.vocabulary, tokens or self.tokens)
-        made = [torch.randn(count, self.hidden, generator=generator) for count in rows]
+        made = [torch.randn(count, self.hidden, generator=generator, device=self.device) for count in rows]
         made[1] *= 3.0 / self.hidden**0.5
-        made = [tensor.to(self.device, getattr(torch, self.dtype)) for tensor in made]
+        made = [tensor.to(getattr(torch, self.dtype)) for tensor in made]
         return [*(tensor.requires_grad_() for tensor in made[:3]), made[3]]
 
 
@@ -89,41 +90,42 @@ def run(
     problem = Problem(tokens, hidden, vocabulary, dtype, device, top_k)
     torch.set_num_threads(threads)
     names = variants(problem)
-    times = _times(problem, names, runs)
+    taken = times(problem, names, runs)
     rows: list[dict[str, float | str]] = []
     for name in names:
         peak, kept = _memory(problem, name, threads)
-        value_error, gradient_error = _errors(problem, name)
-        row = {"peak_mib": peak, "kept_mib": kept, "error": value_error, "gradient_error": gradient_error}
-        rows.append({"variant": name, **times[name], **row})
+        found = errors(problem, name, min(SAMPLE_TOKENS, problem.tokens))
+        row = {"peak_mib": peak, "kept_mib": kept, "error": found["T"], "gradient_error": found["gradients"]}
+        rows.append({"variant": name, **taken[name], **row})
     print(_table(problem, rows, runs, threads))
     return rows
 
 
-def _function(problem: Problem, name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def function(problem: Problem, name: str) -> Mixture:
+    """What gives T of h, W and E by a variant, and the statistics of each token where its name ends in "+"."""
     if name == NAIVE:
-        return published.pondering_embedding
+        return lambda hidden, head, table: (published.pondering_embedding(hidden, head, table), None)
     backend = name.rstrip("+")
     top_k = problem.top_k if backend == "top_k" else None
 
-    def through_backend(hidden: Tensor, head: Tensor, table: Tensor) -> Tensor:
+    def through_backend(hidden: Tensor, head: Tensor, table: Tensor) -> tuple[Tensor, Statistics | None]:
         labels = None
         if name.endswith("+"):
             labels = torch.arange(hidden.shape[0], device=hidden.device) % head.shape[0]
-        return pondering_embedding(hidden, head, table, labels=labels, top_k=top_k, backend=backend)[0]
+        return pondering_embedding(hidden, head, table, labels=labels, top_k=top_k, backend=backend)
 
     return through_backend
 
 
-def _times(problem: Problem, names: list[str], runs: int) -> dict[str, dict[str, float]]:
-    """Medians in seconds: forward and forward with backward, on the clock, and of the process on all processors."""
+def times(problem: Problem, names: Sequence[str], runs: int) -> dict[str, dict[str, float]]:
+    """Medians of each in seconds: forward and forward with backward, by the clock; of the process on all processors."""
     *operands, upstream = problem.operands()
 
-    def timed(function: Callable[..., Tensor]) -> Callable[[], list[float]]:
+    def timed(mixture: Mixture) -> Callable[[], list[float]]:
         def both() -> list[float]:
             for tensor in operands:
                 tensor.grad = None
-            mixed = function(*operands)
+            mixed, _ = mixture(*operands)
             wait(problem.device)
             middle = time.perf_counter()
             mixed.backward(upstream)
@@ -131,7 +133,7 @@ def _times(problem: Problem, names: list[str], runs: int) -> dict[str, dict[str,
 
         return both
 
-    found = medians({name: timed(_function(problem, name)) for name in names}, runs, problem.device)
+    found = medians({name: timed(function(problem, name)) for name in names}, runs, problem.device)
     return {
         name: {"forward_s": median.marks[0], "both_s": median.seconds, "processor_s": median.processor_s}
         for name, median in found.items()
@@ -141,16 +143,17 @@ def _times(problem: Problem, names: list[str], runs: int) -> dict[str, dict[str,
 def _memory(problem: Problem, name: str, threads: int) -> tuple[float, float]:
     """MiB above the inputs: the peak of forward and backward, gradients included, and what forward keeps."""
     if problem.device == "cuda":
-        return _memory_on_gpu(problem, name)
+        return memory_on_gpu(problem, name)
     found = in_fresh_process(__name__, threads, problem=asdict(problem), name=name)
     return (found[0], found[1]) if isinstance(found, list) else (found, found)
 
 
-def _memory_on_gpu(problem: Problem, name: str) -> tuple[float, float]:
+def memory_on_gpu(problem: Problem, name: str) -> tuple[float, float]:
+    """MiB at the peak and after forward, above the inputs, by torch's allocator."""
     *operands, upstream = problem.operands()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    mixed = _function(problem, name)(*operands)
+    mixed, _ = function(problem, name)(*operands)
     kept = torch.cuda.memory_allocated() - before
     mixed.backward(upstream)
     return (torch.cuda.max_memory_allocated() - before) / MIB, kept / MIB
@@ -162,29 +165,42 @@ def _memory_in_this_process(problem: dict[str, Any], name: str) -> tuple[float, 
     # what libraries allocate once for themselves is no cost of the variant
     small = Problem(8, 16, 128, full.dtype, top_k=4)
     *few, grad = small.operands()
-    _function(small, name)(*few).backward(grad)
+    function(small, name)(*few)[0].backward(grad)
     before = reset_peak()
-    mixed = _function(full, name)(*operands)
+    mixed, _ = function(full, name)(*operands)
     kept = resident("VmRSS") - before
     mixed.backward(upstream)
     return resident("VmHWM") - before, kept
 
 
-def _errors(problem: Problem, name: str) -> tuple[float, float]:
-    """Of T, and the largest of the three gradients', relative to their norm in float64, on some of the tokens."""
-    *operands, upstream = problem.operands(min(SAMPLE_TOKENS, problem.tokens))
+def errors(problem: Problem, name: str, tokens: int) -> dict[str, float]:
+    """Of a variant on some tokens, against the equation in float64.
+
+    Returns the errors of T and the largest of the three gradients', relative to their norms; with statistics the
+    largest of the losses' and entropies', in nats; and how many numbers differ when all is computed again.
+    """
+    *operands, upstream = problem.operands(tokens)
     exact = [tensor.detach().double().requires_grad_() for tensor in operands]
-    mixed = _function(problem, name)(*operands)
     top_k = problem.top_k if name == "top_k" else None
-    expected, _ = pondering_embedding(*exact, top_k=top_k, backend="eager")
-    mixed.backward(upstream)
+    labels = torch.arange(tokens, device=upstream.device) % problem.vocabulary if name.endswith("+") else None
+    expected, wanted = pondering_embedding(*exact, labels=labels, top_k=top_k, backend="eager")
     expected.backward(upstream.double())
-    gradients = [_relative(got.grad, wanted.grad) for got, wanted in zip(operands, exact, strict=True)]
-    return _relative(mixed, expected), max(gradients)
+    runs, seen = [], None
+    for _ in range(2):
+        for tensor in operands:
+            tensor.grad = None
+        mixed, seen = function(problem, name)(*operands)
+        mixed.backward(upstream)
+        runs.append([mixed.detach(), *(tensor.grad for tensor in operands if tensor.grad is not None)])
+    references = [expected, *(tensor.grad for tensor in exact if tensor.grad is not None)]
+    apart = [_relative(got, reference) for got, reference in zip(runs[0], references, strict=True)]
+    found = {"T": apart[0], "gradients": max(apart[1:])}
+    if seen is not None and wanted is not None:
+        found |= {key: (getattr(seen, key) - getattr(wanted, key)).abs().max().item() for key in ("loss", "entropy")}
+    return found | {"changed": float(sum((one != other).sum().item() for one, other in zip(*runs, strict=True)))}
 
 
-def _relative(got: Tensor | None, wanted: Tensor | None) -> float:
-    assert got is not None and wanted is not None
+def _relative(got: Tensor, wanted: Tensor) -> float:
     return ((got.double() - wanted).norm() / wanted.norm()).item()
 
 

@@ -50,7 +50,7 @@ def run(
     torch.set_num_threads(threads)
     steps = work.model.pondering_steps
     training = Training(work)
-    _check_losses(training, steps)
+    check_losses(training, steps)
     names = (PUBLISHED, *(policies or POLICIES))
     works = {name: replace(work, batch=_largest(training, name, steps) if largest else work.batch) for name in names}
     variants = {name: _timed(training, name, steps, works[name].batch) for name in names}
@@ -134,7 +134,8 @@ def _largest(training: Training, variant: str, pondering_steps: int) -> int:
         batch *= 2
 
 
-def _check_losses(training: Training, pondering_steps: int) -> None:
+def check_losses(training: Training, pondering_steps: int) -> None:
+    """Raise RuntimeError unless the published way and ours give the same loss."""
     with torch.no_grad():
         losses = {name: training.loss(name, pondering_steps).item() for name in (PUBLISHED, "none")}
     # narrow dtypes: the published way sums T in them, the backends in fp32

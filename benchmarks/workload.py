@@ -48,7 +48,8 @@ class Workload:
 
     def build(self) -> Any:
         """The model with its initial weights, on the device."""
-        return build_model(self.configuration(), seed=0).to(self.device, getattr(torch, self.dtype))
+        with torch.device(self.device):  # a GPU draws a billion weights in a moment, a processor in half a minute
+            return build_model(self.configuration(), seed=0).to(getattr(torch, self.dtype))
 
     def sequences(self, batch: int | None = None) -> Tensor:
         """Random tokens with the next ones, (batch, seq_len + 1)."""
@@ -138,9 +139,16 @@ class Training:
         self._masters = self._weights if wide else [weight.detach().float() for weight in self._weights]
         self._optimizer = torch.optim.AdamW(self._masters, lr=1e-4, fused=work.device == "cuda")
 
-    def loss(self, variant: str, pondering_steps: int, batch: int | None = None) -> Tensor:
-        """Of a micro-batch of `batch` sequences, default the workload's, with its graph."""
-        sequences = self.work.sequences(batch)
+    def rate(self, rate: float) -> None:
+        """Set the learning rate of the coming steps."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
+    def loss(
+        self, variant: str, pondering_steps: int, batch: int | None = None, sequences: Tensor | None = None
+    ) -> Tensor:
+        """Of `sequences` (B, T + 1) with its graph; default: `batch` random ones, as many as the workload's."""
+        sequences = self.work.sequences(batch) if sequences is None else sequences
         tokens, labels = sequences[:, :-1], sequences[:, 1:]
         if variant == PUBLISHED:
             apply_recompute(self.model, "none")
@@ -149,9 +157,11 @@ class Training:
         steps = {"pondering_steps": pondering_steps, "skip_logits": True}
         return self.model(input_ids=tokens, shift_labels=labels, **steps).loss
 
-    def step(self, variant: str, pondering_steps: int, batch: int | None = None) -> float:
+    def step(
+        self, variant: str, pondering_steps: int, batch: int | None = None, sequences: Tensor | None = None
+    ) -> float:
         """One optimizer step; its loss."""
-        loss = self.loss(variant, pondering_steps, batch)
+        loss = self.loss(variant, pondering_steps, batch, sequences)
         loss.backward()
         if self._masters is not self._weights:
             for master, weight in zip(self._masters, self._weights, strict=True):

@@ -27,6 +27,7 @@ QUICK = {
     "python -m benchmarks op": "--tokens 64 --hidden 32 --vocab 100 --runs 1",
     "python -m benchmarks step": f"--runs 1 {SMALL_STEP}",
     "python -m benchmarks memory": f"--steps 1 {SMALL_STEP}",
+    "python -m benchmarks start": "--runs 1 --steps 3 --stage 1 --hidden 64 --layers 1 --vocab 100 --seq-len 16",
     "python -m benchmarks decode": "--hidden 64 --layers 1 --vocab 100 --runs 1 --context 8",
     "python -m benchmarks comm": "--regimes zero3_bounded --policies pass --pondering-steps 1"
     " model.hidden_size=96 model.num_hidden_layers=1",
