@@ -80,6 +80,7 @@ class Unit:
 
     source: str
     pieces: list[Piece]
+    number: int  # in the plan
 
     @property
     def size(self) -> int:

@@ -4,10 +4,37 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Generator
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 SECONDS_BETWEEN_LINES = 5.0
+
+
+class Done(NamedTuple):
+    """How much of a task is done, since its beginning."""
+
+    size: int  # bytes of input
+    documents: int = 0
+    tokens: int = 0
+
+
+Report = Callable[[int, int, int], None]  # of bytes, documents and tokens that were worked off since the last report
+Doing = Generator[Done, None, dict[str, Any]]  # a task; it says now and then how much is done, and returns its journal
+
+
+def told(doing: Doing, report: Report) -> dict[str, Any]:
+    """Do a task to its end and report what it does; its journal. Where it begins again, as when an engine has failed,
+    what it had done is taken back."""
+    before = Done(0)
+    while True:
+        try:
+            now = next(doing)
+        except StopIteration as end:
+            journal: dict[str, Any] = end.value
+            return journal
+        report(now.size - before.size, now.documents - before.documents, now.tokens - before.tokens)
+        before = now
 
 
 class Progress:

@@ -20,12 +20,13 @@ from typing import Any
 
 import orjson
 
+from data_pipeline.build.journals import Journals
+from data_pipeline.progress import Doing, Report, told
 from data_pipeline.read.units import share
 from ponder_scale.errors import ConfigError
 from ponder_scale.files.delete import delete_contents, delete_file
 from ponder_scale.files.write import sync, sync_folder
 
-Report = Callable[[int, int, int], None]  # of bytes, documents and tokens that were worked off
 _RANKS_OF = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # set by srun, MPICH and Open MPI
 _LEAST_WAIT, _MOST_WAIT = 0.05, 2.0  # seconds between looks for work
 _SEALING_SECONDS = 3600.0
@@ -134,55 +135,46 @@ def _until(condition: Callable[[], bool], seconds: float) -> bool:
     return met
 
 
-class Stage:
-    """Tasks 0 ... n - 1, each of which leaves a journal in `folder` when it is done."""
+class Tasks:
+    """Tasks 0 ... n - 1 of a stage: which are done, whose they are, and how one is done."""
 
-    def __init__(self, work: Path, name: str, sizes: Sequence[int], lease_seconds: float) -> None:
+    def __init__(self, work: Path, stage: str, sizes: Sequence[int], lease_seconds: float) -> None:
         """`sizes` are those of the tasks, in any unit: they balance the work."""
-        self.name, self.sizes = name, sizes
-        self.folder, self._claims = work / name, work / "claims" / name
+        self.sizes, self.journals = sizes, Journals(work / stage)
+        self._claims = work / "claims" / stage
         self._scratch = work / "scratch" / f"{socket.gethostname()}-{os.getpid()}"
         self._lease = lease_seconds
-        for folder in (self.folder, self._claims, self._scratch):
+        for folder in (self.journals.folder, self._claims, self._scratch):
             folder.mkdir(parents=True, exist_ok=True)
 
     def unfinished(self) -> list[int]:
         """The tasks without a journal; none when the folder is gone because the build is finished."""
-        if not self.folder.is_dir():
+        if not self.journals.folder.is_dir():
             return []
-        done = {path.name for path in self.folder.glob("*.json")}
-        return [task for task in range(len(self.sizes)) if self._journal(task).name not in done]
-
-    def done(self) -> set[int]:
-        """The tasks that have a journal."""
-        return {int(path.stem) for path in self.folder.glob("*.json")}
-
-    def result(self, task: int) -> dict[str, Any]:
-        """What a finished task left."""
-        content: dict[str, Any] = orjson.loads(self._journal(task).read_bytes())
-        return content
+        done = self.journals.done()
+        return [task for task in range(len(self.sizes)) if task not in done]
 
     def free(self, tasks: list[int]) -> Iterator[int]:
         """Those of `tasks` that are claimed by nobody who is alive; each is claimed as it is taken."""
         for task in tasks:
-            if self._claim(task) and not self._journal(task).exists():
+            if self._claim(task) and not self.journals.path(task).exists():
                 yield task
 
-    def perform(self, task: int, work: Callable[[int, Path], dict[str, Any]]) -> None:
-        """Do a claimed task in an empty folder and write its journal."""
+    def perform(self, task: int, begin: Callable[[int, Path], Doing], report: Report) -> None:
+        """Do a claimed task in an empty folder and write its journal. `begin` is told the task and the folder."""
         stop = threading.Event()
         heartbeat = threading.Thread(target=self._keep_fresh, args=(task, stop), daemon=True)
         heartbeat.start()
         try:
             self._scratch.mkdir(exist_ok=True)
             delete_contents(self._scratch, lambda name: True)  # all of it is this process's own
-            result = work(task, self._scratch)
+            journal = told(begin(task, self._scratch), report)
             path = self._scratch / "journal.json"
             with path.open("wb") as stream:
-                stream.write(orjson.dumps(result))
+                stream.write(orjson.dumps(journal))
                 sync(stream)
-            path.rename(self._journal(task))
-            sync_folder(self.folder)
+            path.rename(self.journals.path(task))
+            sync_folder(self.journals.folder)
         except BaseException:
             delete_file(self._claim_file(task))
             raise
@@ -230,36 +222,34 @@ class Stage:
     def _claim_file(self, task: int) -> Path:
         return self._claims / f"{task:06d}"
 
-    def _journal(self, task: int) -> Path:
-        return self.folder / f"{task:06d}.json"
-
 
 def work_off(
-    stage: Stage,
-    work: Callable[[int, Path], dict[str, Any]],
+    tasks: Tasks,
+    begin: Callable[[int, Path], Doing],
     worker: int,
     workers: int,
+    report: Report,
     watch: Callable[[list[int]], None] = lambda left: None,
 ) -> None:
     """Do the tasks of this worker's share, then those that others have not begun, then those of the lost.
 
-    Returns when every task of the stage is done, by whomever. `watch` is told what is left now and then.
+    Returns when every task is done, by whomever. `watch` is told what is left now and then.
     """
-    mine = share(stage.sizes, workers)[worker]
+    mine = share(tasks.sizes, workers)[worker]
     looks, wait = 0, _LEAST_WAIT
     try:
-        while left := stage.unfinished():
+        while left := tasks.unfinished():
             watch(left)
             waiting = set(left)
-            begin = (len(left) * worker // workers + looks * _TRIES) % len(left)  # so that not all try the same ones
-            others = (left[begin:] + left[:begin])[:_TRIES]
-            task = next(stage.free([task for task in mine if task in waiting] + others), None)
+            first = (len(left) * worker // workers + looks * _TRIES) % len(left)  # so that not all try the same ones
+            others = (left[first:] + left[:first])[:_TRIES]
+            task = next(tasks.free([task for task in mine if task in waiting] + others), None)
             if task is not None:
-                stage.perform(task, work)
+                tasks.perform(task, begin, report)
                 looks, wait = 0, _LEAST_WAIT
             else:
                 time.sleep(wait)
                 looks, wait = looks + 1, min(2 * wait, _MOST_WAIT)
     except FileNotFoundError:
-        if stage.folder.is_dir():  # else rank 0 has found everything done and given the folder its name
+        if tasks.journals.folder.is_dir():  # else rank 0 has found everything done and given the folder its name
             raise

@@ -1,6 +1,12 @@
 """A build, from inputs to a sealed folder of shards: plan, read, clean, tokenize, write, seal.
 
-    OUT.partial/work/plan.jsonl        units of work, written first; they depend on the inputs alone
+    begin     the plan: units of work, which depend on the inputs alone
+    stages    the table of what is done, each stage many tasks: duplicates found, units made shards, caps, a shuffle
+    shard     the task that reads, cleans, tokenizes and writes one unit
+    workers   the tasks of a stage, by all processes of all ranks
+    finish    the manifest, and the name of the folder
+
+    OUT.partial/work/plan.jsonl        written first
     OUT.partial/work/STAGE/*.json      the journal of each task that is done
     OUT.partial/train-00012.bin, .idx  the shards of unit 12, given their names whole and never copied again
     OUT.partial/manifest.json          written last; then the folder becomes OUT
@@ -10,41 +16,21 @@ Killed anywhere, the same command goes on, with any number of workers or ranks, 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import xxhash
-
-from data_pipeline.build.caps import room_of
+from data_pipeline.build.begin import FAILED, Added, prepare
+from data_pipeline.build.finish import finish
 from data_pipeline.build.parallel import assemble, part
-from data_pipeline.build.tasks import SPLITS, Tasks
+from data_pipeline.build.stages import STAGES
 from data_pipeline.build.workers import run_stage
-from data_pipeline.clean.filters import chosen, edits
-from data_pipeline.config import BuildConfig, SourceConfig
-from data_pipeline.document import Unit
-from data_pipeline.read.chat import open_template
-from data_pipeline.read.readers import read
-from data_pipeline.read.sources import LeftOut
-from data_pipeline.read.units import PLAN, Plan, units, write_plan
-from data_pipeline.tokenize.autotokenizer import check_agreement
-from data_pipeline.tokenize.backends import choose
-from data_pipeline.tokenize.masked import check_cuts
-from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer, save
-from data_pipeline.write.manifest import DROPPED, INPUTS, KEYS, QUARANTINE, compose, origin, totals, write_inputs
-from data_pipeline.write.output import WORK, check_places, join, named_by_build, places, publish, unfinished, workspace
-from ponder_scale.errors import ConfigError, UserError
-from ponder_scale.files.delete import MARK, delete_contents, delete_file, delete_if_empty, delete_made
+from data_pipeline.config import BuildConfig
+from data_pipeline.write.output import WORK, check_places, unfinished, workspace
+from ponder_scale.errors import UserError
 from ponder_scale.files.places import check_folder
-from ponder_scale.shards.format import TOKENIZER, open_shards
-from ponder_scale.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, seal, unsealed
-
-PARITY_DOCUMENTS, PARITY_CHARACTERS = 32, 2**16  # of the corpus at most, on which engines are compared at first
-_NEW_PLAN = "plan.new.jsonl"
-_FAILED = "failed"  # why a build could not be finished
+from ponder_scale.shards.manifest import Manifest, read_manifest
 
 
 class Built(NamedTuple):
@@ -52,13 +38,6 @@ class Built(NamedTuple):
 
     manifest: Manifest
     new: bool
-
-
-class Added(NamedTuple):
-    """What a build knows of the set that its documents are to be added to."""
-
-    keys: Path  # of its documents
-    hash: str  # of that file
 
 
 def build(config: BuildConfig, command: str) -> Built | None:
@@ -84,280 +63,24 @@ def run(
     folder = unfinished(out)
     with ExitStack() as held:
 
-        def prepare() -> bool:
+        def begin() -> bool:
             if not first():
                 return False
             check_folder(Path(config.out), "out")
             check_places(out, config.sources, Path(config.tokenizer), config.overwrite)
-            return _prepare(held.enter_context(workspace(out)), out, config, command, seen)
+            return prepare(held.enter_context(workspace(out)), out, config, command, seen)
 
-        team, to_do = assemble(config.workers, prepare)
+        team, to_do = assemble(config.workers, begin)
         if to_do:
             try:
-                for stage in _stages(config):
-                    run_stage(folder, config, stage, team, "build" if stage in ("shards", "scatter") else stage)
+                for stage in STAGES:
+                    if stage.is_needed(config):
+                        run_stage(folder, config, stage, team)
                 part(team, folder / WORK, config.lease_seconds)
                 if team.rank == 0:
-                    _finish(folder, out, config)
-            except UserError as error:  # the inputs may be mended: see _was_mended
+                    finish(folder, out, config)
+            except UserError as error:  # the inputs may be mended: begin goes on from what is done
                 if (folder / WORK).is_dir():
-                    (folder / WORK / _FAILED).write_text(f"{error}\n", encoding="utf-8")
+                    (folder / WORK / FAILED).write_text(f"{error}\n", encoding="utf-8")
                 raise
     return to_do if team.rank == 0 else None
-
-
-def _stages(config: BuildConfig) -> Iterator[str]:
-    if config.deduplicate != "none":
-        yield from ("keys", "duplicates")
-    yield "scatter" if config.shuffle else "shards"
-    if _is_capped(config):
-        yield "cut"
-    if config.shuffle:
-        yield "gather"
-
-
-def _is_capped(config: BuildConfig) -> bool:
-    return any(room_of(source) is not None for source in config.sources.values())
-
-
-def _prepare(folder: Path, out: Path, config: BuildConfig, command: str, seen: Added | None) -> bool:
-    """Leave a plan and the tokenizer in `folder`; False where `out` is already what is asked for."""
-    work = folder / WORK
-    new = {path.name for path in folder.iterdir()} == {MARK}
-    left_out = LeftOut()
-    try:
-        tokenizer = _open_tokenizer(Path(config.tokenizer), config)
-        for name, source in config.sources.items():
-            chosen(name, source.filters)
-            _check_loss(name, source)
-        if any(source.loss is not None for source in config.sources.values()):
-            check_cuts(tokenizer)
-        work.mkdir(exist_ok=True)
-        planned = units(config.sources, config.shard_bytes, left_out, places(out))
-        made_from = origin(config, tokenizer, write_plan(work / _NEW_PLAN, planned, {}))
-        if seen is not None:
-            made_from["seen"] = seen.hash
-        for line in left_out:
-            print(line, file=sys.stderr, flush=True)
-        if _is_built(out, made_from, config.overwrite):
-            return False
-        if _was_sealed(folder, made_from, config.overwrite):
-            publish(folder, out)
-            return False
-        header = {"origin": made_from, "command": command, "left_out": left_out.counts}
-        if seen is not None:
-            header["seen"] = str(seen.keys)
-        if _goes_on(folder, made_from, config.overwrite):
-            for leftover in ("claims", "scratch", "ranks"):  # of workers that are gone
-                _delete_work(folder, leftover)
-        elif not _was_mended(folder, header, config):
-            _begin(folder, tokenizer, config, header)
-        return True
-    except BaseException:
-        if new:
-            delete_contents(folder, named_by_build, keep=[MARK])
-        raise
-    finally:
-        delete_file(work / _NEW_PLAN)
-        delete_file(unsealed(work / _NEW_PLAN))
-        delete_if_empty(work)
-
-
-def _check_loss(name: str, source: SourceConfig) -> None:
-    """Raises ConfigError where what counts in the loss of a source cannot be known."""
-    if source.loss is None:
-        return
-    if edits(source.filters):
-        raise ConfigError(
-            f"sources.{name}.loss: its filters leave lines out of texts (c4) or replace in them (pii), and what "
-            f"counts would be other characters; choose other filters, or clean the texts before"
-        )
-    if source.loss.template is not None:
-        try:
-            open_template(Path(source.loss.template))
-        except ConfigError as error:
-            raise ConfigError(f"sources.{name}.{error}") from error
-
-
-def _delete_work(folder: Path, name: str) -> None:
-    """Delete one of the folders of the work, if it is there."""
-    if (folder / WORK / name).is_dir():
-        delete_made(folder / WORK / name, lambda inside: named_by_build(f"{WORK}/{name}/{inside}"))
-
-
-def _begin(folder: Path, tokenizer: Tokenizer, config: BuildConfig, header: dict[str, Any]) -> None:
-    """Empty the folder but for the new plan, and write the plan of this build when all else is there."""
-
-    def warn(message: str) -> None:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-
-    check_agreement(tokenizer, config.eod_token is None, warn)
-    work = folder / WORK
-    # without these two nothing takes what is half gone for a build
-    proofs = (MANIFEST, f"{WORK}/{PLAN}")
-    delete_contents(folder, named_by_build, first=proofs, keep=(MARK, f"{WORK}/{_NEW_PLAN}"))
-    (work / "quarantine").mkdir()
-    save(tokenizer, folder / TOKENIZER)
-    planned = Plan(work / _NEW_PLAN)
-    samples = _first_documents(planned.unit(0), config) if len(planned) else []
-    engine = choose(config.backend, tokenizer, samples, warn)
-    _write_plan(work, planned, {**header, "engine": engine})
-
-
-def _write_plan(work: Path, planned: Plan, header: dict[str, Any]) -> None:
-    write_plan(work / PLAN, (planned.unit(number) for number in range(len(planned))), header)
-
-
-def _first_documents(unit: Unit, config: BuildConfig) -> list[str]:
-    records = read(unit.pieces[0], config.sources[unit.source], config.max_document_bytes, xxhash.xxh3_128())
-    texts, left = [], PARITY_CHARACTERS  # the reference is slow, and samples of each unit follow
-    for record in islice(records, PARITY_DOCUMENTS):
-        text = record.text or ""
-        if len(text) <= left:
-            texts.append(text)
-            left -= len(text)
-    return texts
-
-
-def _was_sealed(folder: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
-    """Whether only the last step is missing: the folder is finished but has not got its name.
-
-    Raises ConfigError when it is finished and is another build.
-    """
-    if not (folder / MANIFEST).is_file():
-        return False
-    other = read_manifest(folder).provenance.get("origin")
-    if other != made_from and not overwrite:
-        what = f"other {_difference(other, made_from)}" if other else "other token files"
-        raise ConfigError(
-            f"{folder} holds a finished build from {what}, which has not got its name yet; restore them to give it "
-            f"its name, or give overwrite=true to begin anew"
-        )
-    return bool(other == made_from)
-
-
-def _goes_on(folder: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the folder holds the beginning of this build. Raises ConfigError when it holds that of another one,
-    with units done, that did not fail by its inputs."""
-    work = folder / WORK
-    if (work / PLAN).is_file():
-        other = Plan(work / PLAN).header["origin"]
-        if other == made_from:
-            return True
-        begun = any(any((work / stage).glob("*.json")) for stage in ("keys", "shards", "scatter"))
-        mended = (work / _FAILED).is_file() and {**other, "plan": ""} == {**made_from, "plan": ""}
-        if begun and not overwrite and not mended:
-            raise ConfigError(
-                f"{folder} holds an unfinished build from other {_difference(other, made_from)}; restore them to "
-                f"finish it, or give overwrite=true to begin anew"
-            )
-    return False
-
-
-def _was_mended(folder: Path, header: dict[str, Any], config: BuildConfig) -> bool:
-    """Go on with a build that failed and whose inputs have been changed since: the units of those that have not are
-    kept. False where there is no such build, and where units depend on each other.
-    """
-    work = folder / WORK
-    depending = config.deduplicate != "none" or config.shuffle or _is_capped(config)
-    if not (work / PLAN).is_file() or depending or config.overwrite:
-        return False
-    old, new = Plan(work / PLAN), Plan(work / _NEW_PLAN)
-    if {**old.header["origin"], "plan": ""} != {**header["origin"], "plan": ""}:
-        return False
-    for number in range(len(old)):
-        if number >= len(new) or old.unit(number) != new.unit(number):
-            delete_file(work / "shards" / f"{number:06d}.json")
-            for suffix in ("jsonl", "dropped.jsonl"):
-                delete_file(work / "quarantine" / f"{number:06d}.{suffix}")
-            for split in SPLITS:
-                for path in (*folder.glob(f"{split}-{number:05d}.*"), *folder.glob(f"{split}-{number:05d}-*")):
-                    delete_file(path)
-    for leftover in ("claims", "scratch", "ranks"):
-        _delete_work(folder, leftover)
-    _write_plan(work, new, {**header, "engine": old.header["engine"]})
-    delete_file(work / _FAILED)
-    return True
-
-
-def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
-    known = {**one["config"], **other["config"]}
-    keys = [key for key in known if one["config"].get(key) != other["config"].get(key)]
-    if one.get("cleaning") != other.get("cleaning"):
-        keys.append("the rules of filters and near duplicates of another version of this program")
-    if one["tokenizer"] != other["tokenizer"]:
-        keys.append("tokenizer files")
-    if one["ends"] != other["ends"]:
-        keys.append("tokens that begin and end documents")
-    if one.get("seen") != other.get("seen"):
-        keys.append("documents of the set that it adds to")
-    if one.get("templates") != other.get("templates"):
-        keys.append("chat templates")
-    if one.get("filters") != other.get("filters"):
-        keys.append("files that filters read")
-    return f"settings ({', '.join(keys)})" if keys else "inputs"
-
-
-def _is_built(out: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `out` is the result already. Raises ConfigError when it is something else that must not go."""
-    if overwrite or not (out / MANIFEST).is_file():
-        return False
-    made = open_shards(out).manifest.provenance.get("origin")
-    if made != made_from:
-        differs = f": {_difference(made, made_from)} differ" if made else ""
-        raise ConfigError(
-            f"out is {out}, which was made from other inputs, settings or another tokenizer{differs}; give "
-            f"overwrite=true to replace it, or choose another out"
-        )
-    return True
-
-
-def _finish(folder: Path, out: Path, config: BuildConfig) -> None:
-    """Seal the manifest from the journals of all tasks and give the folder its name."""
-    tasks = Tasks(folder, config, lambda size, documents, tokens: None)
-    plan, journals, behind = tasks.plan, tasks.journals, tasks.journals.behind
-    counts = totals(journals.results(), config)
-    for unit in behind:
-        of_source = counts[plan.unit(unit).source]
-        of_source["bytes_behind_cap"] = of_source.get("bytes_behind_cap", 0) + plan.sizes[unit]
-        of_source["units_behind_cap"] = of_source.get("units_behind_cap", 0) + 1  # of streams, nobody knows the bytes
-    write_inputs(journals.results(), folder / INPUTS)
-    joined = {QUARANTINE: "*[0-9].jsonl", **({DROPPED: "*.dropped.jsonl"} if config.keep_dropped else {})}
-    for name, parts in joined.items():
-        found = sorted((folder / WORK / "quarantine").glob(parts))
-        join((part for part in found if int(part.name.partition(".")[0]) not in behind), folder / name)
-    splits: dict[str, list[ShardInfo]] = {split: [] for split in SPLITS}
-    for result in journals.made():
-        for split in SPLITS:
-            splits[split] += [ShardInfo(**info) for info in result["shards"][split]]
-    if behind and not config.shuffle:
-        _delete_behind(tasks, behind)
-    engines = [result["engine"] for result in journals.results()]
-    provenance = {
-        **{key: plan.header[key] for key in ("command", "origin")},
-        "sources": counts,
-        "engines": {name: engines.count(name) for name in sorted(set(engines))},  # units done by each
-    }
-    if plan.header["left_out"]:
-        provenance["left_out"] = plan.header["left_out"]  # files that sources name and nobody read
-    names = [INPUTS, *joined]
-    if config.deduplicate != "none":
-        tasks.write_keys(folder / KEYS)
-        names.append(KEYS)
-    files = [*(folder / name for name in names), *sorted((folder / TOKENIZER).iterdir())]
-    tokenizer = _open_tokenizer(folder / TOKENIZER, config)
-    seal(folder, compose(folder, config, tokenizer, splits, files, provenance))
-    open_shards(folder)
-    publish(folder, out)
-
-
-def _delete_behind(tasks: Tasks, behind: set[int]) -> None:
-    """Delete the shards of units that were read before it was known that the cap of their source lies before them."""
-    results = map(tasks.journals.read.result, behind)
-    for infos in (infos for result in results for infos in result["shards"].values()):
-        for name in (name for info in infos for name in ShardInfo(**info).files):
-            delete_file(tasks.folder / name)
-
-
-def _open_tokenizer(path: Path, config: BuildConfig) -> Tokenizer:
-    return open_tokenizer(path, config.eod_token, config.bos_token, config.special_tokens_in_text == "tokens")

@@ -9,13 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.build.parallel import Stage, Team, one_thread, work_off
-from data_pipeline.build.tasks import Tasks
+from data_pipeline.build.parallel import Tasks, Team, one_thread, work_off
+from data_pipeline.build.stages import Stage
+from data_pipeline.build.state import Build
 from data_pipeline.config import BuildConfig
-from data_pipeline.progress import SECONDS_BETWEEN_LINES, Progress
+from data_pipeline.progress import SECONDS_BETWEEN_LINES, Progress, Report
 from ponder_scale.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
 
-def run_stage(folder: Path, config: BuildConfig, name: str, team: Team, what: str) -> None:
+def run_stage(folder: Path, config: BuildConfig, stage: Stage, team: Team) -> None:
     """Do every task of a stage, this rank with its workers and all other ranks with theirs.
 
     Raises the UserError that stopped a worker, and ConfigError when all workers of this rank were killed.
@@ -31,43 +33,50 @@ def run_stage(folder: Path, config: BuildConfig, name: str, team: Team, what: st
     one_thread()
     if team.ranks > 1:
         _without_torch()
-    tasks = Tasks(folder, config, lambda size, documents, tokens: None)
-    stage = tasks.stage(name)
-    if not stage.sizes:
+    build = Build(folder, config)
+    tasks = _tasks(build, stage)
+    if not tasks.sizes:
         return
-    waiting = set(stage.unfinished())
-    done = sum(stage.sizes) - sum(stage.sizes[task] for task in waiting)
-    with Progress(what, sum(stage.sizes), quiet=team.rank > 0, done=done) as progress:
+    waiting = set(tasks.unfinished())
+    done = sum(tasks.sizes) - sum(tasks.sizes[task] for task in waiting)
+    with Progress(stage.title, sum(tasks.sizes), quiet=team.rank > 0, done=done) as progress:
+
+        def report(size: int, documents: int, tokens: int) -> None:
+            if team.ranks == 1:
+                progress.add(size, documents, tokens)
 
         def watch(left: list[int]) -> None:
             if team.ranks > 1 and team.rank == 0:
-                progress.add(*_news(stage, waiting, left))
+                progress.add(*_news(tasks, waiting, left))
 
-        if team.workers == 1 or len(stage.unfinished()) <= 1:
-            alone = Tasks(folder, config, progress.add if team.ranks == 1 else lambda size, documents, tokens: None)
-            work_off(stage, getattr(alone, name), team.rank, team.ranks, watch)
+        if team.workers == 1 or len(tasks.unfinished()) <= 1:
+            work_off(tasks, partial(stage.task, build), team.rank, team.ranks, report, watch)
         else:
-            with _started(folder, config, name, team) as children:
-                _listen(stage, children, progress, team, watch)
+            with _started(folder, config, stage, team) as children:
+                _listen(tasks, children, report, watch if team.ranks > 1 else None)
         watch([])
 
 
-def _news(stage: Stage, waiting: set[int], left: list[int]) -> tuple[int, int, int]:
+def _tasks(build: Build, stage: Stage) -> Tasks:
+    return Tasks(build.work, stage.name, stage.sizes(build), build.config.lease_seconds)
+
+
+def _news(tasks: Tasks, waiting: set[int], left: list[int]) -> tuple[int, int, int]:
     """Bytes, documents and tokens of the tasks that `waiting` has and that are done now, by their journals; they
     leave it."""
     new = waiting.difference(left)
     waiting -= new
     documents = tokens = 0
-    for result in map(stage.result, new):
-        shards = [info for infos in result.get("shards", {}).values() for info in infos]
-        documents += sum(info["documents"] for info in shards) if shards else result.get("documents", 0)
+    for journal in map(tasks.journals.of, new):
+        shards = [info for infos in journal.get("shards", {}).values() for info in infos]
+        documents += sum(info["documents"] for info in shards) if shards else journal.get("documents", 0)
         tokens += sum(info["tokens"] for info in shards)
-    return sum(stage.sizes[task] for task in new), documents, tokens
+    return sum(tasks.sizes[task] for task in new), documents, tokens
 
 
 @contextmanager
 def _started(
-    folder: Path, config: BuildConfig, name: str, team: Team
+    folder: Path, config: BuildConfig, stage: Stage, team: Team
 ) -> Iterator[dict[connection.Connection, SpawnProcess]]:
     """A process for each worker, by the pipe it reports through; they are ended with the block."""
     from multiprocessing import get_context
@@ -78,7 +87,7 @@ def _started(
         for worker in range(team.workers):
             ours, theirs = context.Pipe(duplex=False)
             place = (team.rank * team.workers + worker, team.ranks * team.workers)
-            process = context.Process(target=_work, args=(folder, config, name, place, theirs), daemon=True)
+            process = context.Process(target=_work, args=(folder, config, stage, place, theirs), daemon=True)
             with _ignoring_interrupts():
                 process.start()
             theirs.close()
@@ -91,22 +100,21 @@ def _started(
 
 
 def _listen(
-    stage: Stage,
+    tasks: Tasks,
     children: dict[connection.Connection, SpawnProcess],
-    progress: Progress,
-    team: Team,
-    watch: Callable[[list[int]], None],
+    report: Report,
+    watch: Callable[[list[int]], None] | None,
 ) -> None:
     """Pass on what the workers report, until each has found everything done, or one reports an error.
 
-    Of what other ranks do there is no report, so `watch` is told what is left.
+    Of what other ranks do there is no report, so `watch` is told what is left, where there are any.
     """
     from multiprocessing import connection
 
     alive, last_look = dict(children), time.monotonic()
     while alive:
-        if team.ranks > 1 and time.monotonic() - last_look >= SECONDS_BETWEEN_LINES:
-            watch(stage.unfinished())
+        if watch is not None and time.monotonic() - last_look >= SECONDS_BETWEEN_LINES:
+            watch(tasks.unfinished())
             last_look = time.monotonic()
         ready: Any = connection.wait(list(alive), timeout=1.0)
         for pipe in ready:
@@ -116,34 +124,33 @@ def _listen(
                 process = alive.pop(pipe)
                 process.join()
                 if process.exitcode:
-                    _lost(stage, process, bool(alive))
+                    _lost(tasks, process, bool(alive))
                 continue
             if isinstance(message, BaseException):
                 raise message
-            if team.ranks == 1:
-                progress.add(*message)
+            report(*message)
 
 
-def _lost(stage: Stage, process: SpawnProcess, others: bool) -> None:
+def _lost(tasks: Tasks, process: SpawnProcess, others: bool) -> None:
     code = process.exitcode or 0
     what = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     if process.pid is not None:
-        stage.release(process.pid)
+        tasks.release(process.pid)
     print(f"warning: worker {process.pid} {what}; its unit goes to another", file=sys.stderr, flush=True)
-    if not others and stage.unfinished():
+    if not others and tasks.unfinished():
         raise ConfigError(
             f"all workers are gone, the last one {what}; if it was signal 9 the machine may lack memory: lower "
             f"workers or max_document_bytes; the same command goes on from the units that are done"
         )
 
 
-def _work(folder: Path, config: BuildConfig, name: str, place: tuple[int, int], pipe: connection.Connection) -> None:
+def _work(folder: Path, config: BuildConfig, stage: Stage, place: tuple[int, int], pipe: connection.Connection) -> None:
     """One worker process. What it cannot do it reports as the error that stopped it."""
     one_thread()
     _without_torch()
     try:
-        tasks = Tasks(folder, config, lambda size, documents, tokens: pipe.send((size, documents, tokens)))
-        work_off(tasks.stage(name), getattr(tasks, name), *place)
+        build = Build(folder, config)
+        work_off(_tasks(build, stage), partial(stage.task, build), *place, report=lambda *done: pipe.send(done))
     except BrokenPipeError:
         sys.exit(1)  # the build that this worker belongs to is gone
     except (UserError, OSError) as error:

@@ -219,7 +219,7 @@ class Duplicates:
             parts.append(np.load(folder / f"{bucket:06d}.numbers.npy", mmap_mode="r")[begin:end])
         self._numbers, self._next = np.unique(np.concatenate(parts)), 0
 
-    def __contains__(self, number: int) -> bool:
+    def __contains__(self, number: object) -> bool:
         if self._next == len(self._numbers) or self._numbers[self._next] != number:
             return False
         self._next += 1

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_pipeline.clean.cleaner import Cleaner
 from data_pipeline.clean.dedup import BANDS
-from data_pipeline.clean.filters import blocked, chosen, edits, sampled
 from data_pipeline.config import BuildConfig, SourceConfig
 from data_pipeline.document import Meter, Piece, Unit
 from data_pipeline.read.compressed import suffix_of
@@ -20,7 +20,7 @@ from data_pipeline.read.readers import read
 from data_pipeline.read.sources import LeftOut, parquet_about
 from data_pipeline.read.units import units
 from data_pipeline.tokenize.backends import REFERENCE, Mismatch, checked, choose
-from data_pipeline.tokenize.tokenizer import Tokenizer, open_tokenizer
+from data_pipeline.tokenize.tokenizer import Tokenizer, tokenizer_of
 from data_pipeline.write.output import places
 from ponder_scale.errors import ConfigError
 from ponder_scale.figures import count, span, stored, times
@@ -74,7 +74,8 @@ def estimate(config: BuildConfig, sample_bytes: int, training_tokens: float | No
         )
     total = sum(unit.size for unit in planned)
     samples, looked_at = _samples(planned, total, config, sample_bytes)
-    engine = _tokenize(config, list(samples.values()))
+    tokenizer = tokenizer_of(Path(config.tokenizer), config)
+    engine = _tokenize(config, tokenizer, list(samples.values()))
     sizes = {name: sum(unit.size for unit in planned if unit.source == name) for name in samples}
     expected = {name: _expect(config.sources[name], sample, sizes[name]) for name, sample in samples.items()}
     documents, tokens, seconds, records = (
@@ -83,7 +84,7 @@ def estimate(config: BuildConfig, sample_bytes: int, training_tokens: float | No
     drops = sum((Counter(one.drops) for one in expected.values()), Counter[str]())
     dropped = ", ".join(f"{count / records:.2%} {reason}" for reason, count in drops.most_common()) or "nothing"
     shuffled = 2 if config.shuffle else 1
-    disk = shuffled * (tokens * dtype_for(_tokenizer(config).vocab_size).itemsize + documents * INDEX_BYTES)
+    disk = shuffled * (tokens * dtype_for(tokenizer.vocab_size).itemsize + documents * INDEX_BYTES)
     disk += documents * KEY_BYTES[config.deduplicate]
     cores, read = len(os.sched_getaffinity(0)), sum(sample.input_bytes for sample in samples.values())
     return "\n".join(
@@ -162,22 +163,13 @@ def _note(planned: list[Unit], units: int, total: int, cores: int) -> str:
 
 def _read(unit: Unit, config: BuildConfig, size: int, sample: _Sample) -> None:
     source = config.sources[unit.source]
-    filters, shorten = chosen(unit.source, source.filters), edits(source.filters)
-    by_url = blocked(source.filters)
-    if source.sample is not None:
-        filters.insert(0, sampled(source.sample, config.seed))
+    cleaner = Cleaner(unit.source, source, config.seed)
     begin, read_bytes = time.process_time(), 0
     for piece in unit.pieces:
         meter, rows, taken = Meter(), _rows(piece, source), 0
         for number, record in enumerate(read(piece, source, config.max_document_bytes, meter), start=1):
-            text = record.text or ""
-            for edit in shorten:
-                text, _ = edit(text)
-            reason = (
-                record.reason
-                or (by_url and by_url(record.url))
-                or next(filter(None, (screen(text) for screen in filters)), None)
-            )
+            text = cleaner.edited(record)[0].text or ""
+            reason = record.reason or cleaner.by_url(record) or cleaner.by_text(text)
             if record.text is not None and reason is None:
                 sample.texts.append(text)
             else:
@@ -200,8 +192,7 @@ def _rows(piece: Piece, source: SourceConfig) -> int | None:
     return piece.end - piece.begin if source.kind == "dataset" else None
 
 
-def _tokenize(config: BuildConfig, samples: list[_Sample]) -> str:
-    tokenizer = _tokenizer(config)
+def _tokenize(config: BuildConfig, tokenizer: Tokenizer, samples: list[_Sample]) -> str:
     around = int(config.append_eod) + int(tokenizer.bos_id is not None)  # tokens of a document beside its text's
 
     def warn(message: str) -> None:
@@ -223,8 +214,3 @@ def _tokenize(config: BuildConfig, samples: list[_Sample]) -> str:
         warn(f"{engine} {error}; the sample is done again by the reference")
         tokenize(engine := REFERENCE)
     return engine
-
-
-def _tokenizer(config: BuildConfig) -> Tokenizer:
-    in_text = config.special_tokens_in_text == "tokens"
-    return open_tokenizer(Path(config.tokenizer), config.eod_token, config.bos_token, in_text)

@@ -16,7 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.build.pipeline import Added, run
+from data_pipeline.build.begin import Added
+from data_pipeline.build.pipeline import run
 from data_pipeline.clean.dedup import open_keys, unite
 from data_pipeline.commands.alike import OF_THE_SPLIT, check_alike, check_documents, check_new, check_repeated, setting
 from data_pipeline.config import BuildConfig

@@ -46,17 +46,17 @@ def units(
         total = sum(file.size for file in found)
         shard_bytes = min(max(total // SHARDS, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
     pieces: list[Piece] = []
-    filled = 0
+    number = filled = 0
     for piece in (piece for file in found for piece in split(file, sources[file.source], shard_bytes)):
         # how large a shard of a stream is nobody knows before it is read: each is a unit
         full = filled >= shard_bytes or len(pieces) == MAX_UNIT_PIECES or sources[piece.source].streaming
         if pieces and (full or pieces[0].source != piece.source):
-            yield Unit(pieces[0].source, pieces)
-            pieces, filled = [], 0
+            yield Unit(pieces[0].source, pieces, number)
+            pieces, filled, number = [], 0, number + 1
         pieces.append(piece)
         filled += piece.size
     if pieces:
-        yield Unit(pieces[0].source, pieces)
+        yield Unit(pieces[0].source, pieces, number)
 
 
 def write_plan(path: Path, planned: Iterable[Unit], header: Mapping[str, Any]) -> str:
@@ -82,7 +82,7 @@ class Plan:
             self._offsets.append(stream.tell())
             for line in stream:
                 self._offsets.append(self._offsets[-1] + len(line))
-                self.sizes.append(_unit(line).size)
+                self.sizes.append(sum(piece.size for piece in _pieces(line)))
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -91,7 +91,8 @@ class Plan:
         """One unit."""
         with self._path.open("rb") as stream:
             stream.seek(self._offsets[number])
-            return _unit(stream.read(self._offsets[number + 1] - self._offsets[number]))
+            pieces = _pieces(stream.read(self._offsets[number + 1] - self._offsets[number]))
+        return Unit(pieces[0].source, pieces, number)
 
 
 def check_unchanged(piece: Piece) -> None:
@@ -130,9 +131,9 @@ def _stored(piece: Piece) -> tuple[Any, ...]:
     return dataclasses.astuple(dataclasses.replace(piece, path=path))
 
 
-def _unit(line: bytes) -> Unit:
+def _pieces(line: bytes) -> list[Piece]:
     pieces = [Piece(*values) for values in orjson.loads(line)]
     for i, piece in enumerate(pieces):
         if isinstance(piece.path, list):
             pieces[i] = dataclasses.replace(piece, path=os.fsdecode(bytes(piece.path)))
-    return Unit(pieces[0].source, pieces)
+    return pieces

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from data_pipeline.clean.filters import blocked, chosen, edits, sampled
+from data_pipeline.clean.cleaner import Cleaner
 from data_pipeline.config import BuildConfig
 from data_pipeline.document import BAD, BEHIND, Meter
 from data_pipeline.progress import Progress
@@ -102,12 +102,7 @@ def check_bad(config: BuildConfig, counts: dict[str, Read]) -> None:
 def _documents(config: BuildConfig, counts: dict[str, Read], what: str) -> Iterator[tuple[str, str]]:
     """(source, text) of each document that the filters keep; `counts` is filled by source."""
     counts.update({name: Read() for name in config.sources})
-    filters = {name: chosen(name, source.filters) for name, source in config.sources.items()}
-    for name, source in config.sources.items():
-        if source.sample is not None:
-            filters[name].insert(0, sampled(source.sample, config.seed))
-    shorten = {name: edits(source.filters) for name, source in config.sources.items()}
-    by_url = {name: blocked(source.filters) for name, source in config.sources.items()}
+    cleaners = {name: Cleaner(name, source, config.seed) for name, source in config.sources.items()}
     left_out = LeftOut()
     planned = list(units(config.sources, config.shard_bytes, left_out))
     for line in left_out if what == "read" else ():
@@ -123,12 +118,9 @@ def _documents(config: BuildConfig, counts: dict[str, Read], what: str) -> Itera
                 progress.add(now - told, record.text is not None)
                 told, text, reason = now, record.text, record.reason
                 if text is not None:
-                    for edit in shorten[piece.source]:
-                        text, _ = edit(text)
-                    of_url = by_url[piece.source]
-                    reason = (of_url and of_url(record.url)) or next(
-                        filter(None, (screen(text) for screen in filters[piece.source])), ""
-                    )
+                    cleaner = cleaners[piece.source]
+                    text = cleaner.edited(record)[0].text or ""
+                    reason = cleaner.by_url(record) or cleaner.by_text(text) or ""
                 if text is not None and not reason and count.documents == config.sources[piece.source].max_documents:
                     reason = BEHIND
                 if text is None or reason:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data_pipeline.config import BuildConfig
 from ponder_scale.errors import TokenizerError
 from ponder_scale.files.links import resolved
 from ponder_scale.files.write import sync, sync_folder
@@ -68,6 +69,11 @@ def open_tokenizer(
                 )
             return SentencePieceTokenizer(file, eod_token, bos_token)
     raise TokenizerError(f"tokenizer {path}: expected a tokenizer.json or a SentencePiece .model file")
+
+
+def tokenizer_of(path: Path, config: BuildConfig) -> Tokenizer:
+    """`open_tokenizer`, with the ends of documents and the special tokens in texts that a build asks for."""
+    return open_tokenizer(path, config.eod_token, config.bos_token, config.special_tokens_in_text == "tokens")
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import orjson
 
 from data_pipeline.clean.filters import LINES, NOT_SAMPLED, identities
 from data_pipeline.config import RUNNING, BuildConfig
-from data_pipeline.document import BAD, BEHIND, DAMAGED, EMPTY, NO_LABEL, Piece, Record
+from data_pipeline.document import BAD, BEHIND, DAMAGED, EMPTY, NO_LABEL, Piece, Record, Unit
 from data_pipeline.read.chat import content_of
 from data_pipeline.tokenize.tokenizer import Tokenizer
 from ponder_scale.errors import ConfigError
@@ -37,17 +37,17 @@ PACKAGES = ("ponder-scale", "datasets", "isal", "numpy", "orjson", "pyarrow", "s
 class Ledger:
     """What became of the records of one unit; bad ones are written down."""
 
-    def __init__(self, source: str, quarantine: Path, dropped: Path | None = None) -> None:
-        """`dropped`: where the texts go that are left out, if they are to be kept."""
-        self.documents = 0
-        self._source = source
+    def __init__(self, unit: Unit, scratch: Path, keep_dropped: bool) -> None:
+        """`keep_dropped`: write down the texts, too, that are left out."""
+        self.documents = self.tokens = 0  # that were written
+        self._source, self._number = unit.source, unit.number
         self._drops: Counter[str] = Counter()
         self._edits: Counter[str] = Counter()
         self._inputs: list[dict[str, Any]] = []
         self._first_bad: list[Any] | None = None
-        self._path = quarantine
-        self._stream = quarantine.open("wb")
-        self._dropped = None if dropped is None else dropped.open("wb")
+        self._quarantine, self._texts = scratch / "quarantine", scratch / f"{unit.number:06d}.dropped.jsonl"
+        self._stream = self._quarantine.open("wb")
+        self._dropped = self._texts.open("wb") if keep_dropped else None
 
     def drop(self, piece: Piece, record: Record) -> None:
         """Count a record that is no document; quarantine it when the input is at fault."""
@@ -74,11 +74,18 @@ class Ledger:
         line = {"source": self._source, "file": piece.name, "begin": piece.begin, "end": piece.end}
         self._inputs.append({**line, "bytes": piece.size, "xxh3": digest})
 
-    def close(self) -> dict[str, Any]:
-        """All of it, for the journal."""
+    def wrote(self, lengths: Sequence[int]) -> None:
+        """Count documents that were written, of so many tokens."""
+        self.documents, self.tokens = self.documents + len(lengths), self.tokens + sum(lengths)
+
+    def close(self, folder: Path) -> dict[str, Any]:
+        """Give what was written down its name in `folder`; the counts, for the journal."""
         for stream in filter(None, (self._stream, self._dropped)):
             with stream:
                 sync(stream)
+        if self._dropped is not None:
+            self._texts.rename(folder / self._texts.name)
+        self._quarantine.rename(folder / f"{self._number:06d}.jsonl")
         return {
             "source": self._source,
             "documents": self.documents,
@@ -87,6 +94,7 @@ class Ledger:
             "replaced": {name: count for name, count in sorted(self._edits.items()) if name != LINES},
             "inputs": self._inputs,
             "first_bad": self._first_bad,
+            "tokens": self.tokens,
         }
 
 

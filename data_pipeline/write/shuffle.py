@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ponder_scale.files.write import sync
+from ponder_scale.files.write import sync, sync_folder
+from ponder_scale.shards.manifest import ShardInfo
 
 BUCKET_BYTES = 2**27  # of input
 RUN_TOKENS = 2**24
@@ -32,48 +33,56 @@ class Scatter:
 
     def __init__(self, prefix: Path, buckets: int, dtype: np.dtype, seed: list[int], masked: bool = False) -> None:
         self._prefix, self._buckets, self._dtype, self._seed = prefix, buckets, dtype, seed
-        self._held: list[tuple[np.ndarray, ...]] = []
+        self._held: list[Run] = []
         self._held_tokens = self._documents = self._tokens = 0
         self._index: list[np.ndarray] = []
         kinds = ("tokens", "lengths", "counts") if masked else ("tokens", "lengths")
-        self._streams = [prefix.with_suffix(f".{kind}").open("wb") for kind in kinds]
+        self._streams = {kind: prefix.with_suffix(f".{kind}").open("wb") for kind in kinds}
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None = None) -> None:
         """Append documents, as `ShardWriter.add`."""
-        self._held.append((tokens.astype(self._dtype), lengths, *([] if counts is None else [counts])))
+        self._held.append(Run(tokens.astype(self._dtype), lengths, counts))
         self._held_tokens += len(tokens)
         if self._held_tokens >= RUN_TOKENS:
             self._write()
 
-    def close(self) -> None:
+    def close(self, folder: Path) -> list[ShardInfo]:
         """Write what is held, and the index: (runs, buckets + 1, 2) int64, the first document and token of each
-        bucket and, last, of what follows."""
+        bucket and, last, of what follows. Give all of it its place in `folder`; no shard is made of it yet."""
         if self._held:
             self._write()
-        for stream in self._streams:
+        for stream in self._streams.values():
             with stream:
                 sync(stream)
         index = np.stack(self._index) if self._index else np.zeros((0, self._buckets + 1, 2), dtype=np.int64)
         with self._prefix.with_suffix(".npy").open("wb") as stream:
             np.save(stream, index)
             sync(stream)
+        for kind in (*self._streams, "npy"):
+            path = self._prefix.with_suffix(f".{kind}")
+            path.rename(folder / path.name)
+        sync_folder(folder)
+        return []
 
     def _write(self) -> None:
-        tokens, lengths, *counts = (np.concatenate(parts) for parts in zip(*self._held, strict=True))
+        lengths = np.concatenate([run.lengths for run in self._held])
+        of_tokens = {"tokens": np.concatenate([run.tokens for run in self._held])}
+        if "counts" in self._streams:
+            of_tokens["counts"] = np.concatenate([run.counts for run in self._held if run.counts is not None])
         bucket = np.random.default_rng([*self._seed, len(self._index)]).integers(self._buckets, size=len(lengths))
         order = np.argsort(bucket, kind="stable")
         ends = np.cumsum(lengths)
         for begin in range(0, len(order), _DOCUMENTS_AT_ONCE):
             some = order[begin : begin + _DOCUMENTS_AT_ONCE]
-            for stream, values in zip((self._streams[0], *self._streams[2:]), (tokens, *counts), strict=True):
-                stream.write(b"".join(values[ends[i] - lengths[i] : ends[i]].tobytes() for i in some))
-        self._streams[1].write(lengths[order].astype(np.int32).tobytes())
+            for kind, values in of_tokens.items():
+                self._streams[kind].write(b"".join(values[ends[i] - lengths[i] : ends[i]].tobytes() for i in some))
+        self._streams["lengths"].write(lengths[order].astype(np.int32).tobytes())
         index = np.zeros((self._buckets + 1, 2), dtype=np.int64)
         index[1:, 0] = np.cumsum(np.bincount(bucket, minlength=self._buckets))
         np.cumsum(np.bincount(bucket, weights=lengths, minlength=self._buckets).astype(np.int64), out=index[1:, 1])
         self._index.append(index + np.array([self._documents, self._tokens]))
         self._documents += len(lengths)
-        self._tokens += len(tokens)
+        self._tokens += self._held_tokens
         self._held, self._held_tokens = [], 0
 
 
@@ -88,11 +97,10 @@ def gather(prefixes: list[Path], bucket: int, dtype: np.dtype, seed: list[int], 
     order = np.random.default_rng(seed).permutation(len(lengths))
     for begin in range(0, len(order), _DOCUMENTS_AT_ONCE):
         some = order[begin : begin + _DOCUMENTS_AT_ONCE]
-
-        def joined(kind: str, some: np.ndarray = some) -> np.ndarray:
-            return np.concatenate([getattr(runs[of_run[i]], kind)[ends[i] - lengths[i] : ends[i]] for i in some])
-
-        yield Run(joined("tokens"), lengths[some].astype(np.int64), joined("counts") if masked else None)
+        of_some = [(runs[of_run[i]], slice(ends[i] - lengths[i], ends[i])) for i in some]
+        tokens = np.concatenate([run.tokens[place] for run, place in of_some])
+        counts = [run.counts[place] for run, place in of_some if run.counts is not None]
+        yield Run(tokens, lengths[some].astype(np.int64), np.concatenate(counts) if masked else None)
 
 
 def _runs(prefix: Path, bucket: int, dtype: np.dtype, masked: bool) -> Iterator[Run]:

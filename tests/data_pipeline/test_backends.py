@@ -157,7 +157,7 @@ def test_the_check_before_a_build_is_of_little_text_of_the_corpus(tiny_tokenizer
     """The reference is slow: what it is asked for is most of the time a build takes to start."""
     corpus = write_jsonl(tmp_path / "web.jsonl", ["word " * 8000] * 30 + ["short"])
     asked = []
-    monkeypatch.setattr("data_pipeline.build.pipeline.choose", lambda *values: asked.extend(values[2]) or "reference")
+    monkeypatch.setattr("data_pipeline.build.begin.choose", lambda *values: asked.extend(values[2]) or "reference")
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out", "workers=1")) == 0
     assert asked == ["word " * 8000, "short"]
 

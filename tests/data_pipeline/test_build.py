@@ -76,7 +76,7 @@ def test_documents_need_no_end(corpus, tiny_tokenizer, tmp_path):
 
 
 def test_shards_close_at_their_size_and_hold_the_same_documents(corpus, tiny_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_pipeline.build.tasks.BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr("data_pipeline.build.shard.BATCH_DOCUMENTS", 7)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(arguments(corpus, tiny_tokenizer, whole)) == 0
     assert main(arguments(corpus, tiny_tokenizer, parts, "shard_tokens=1000")) == 0
@@ -94,7 +94,7 @@ def test_shards_close_at_their_size_and_hold_the_same_documents(corpus, tiny_tok
 @pytest.mark.parametrize("records", [1, 64])
 def test_the_same_build_gives_the_same_bytes_for_any_batches(corpus, tiny_tokenizer, tmp_path, monkeypatch, records):
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "a", "shard_tokens=3000")) == 0
-    monkeypatch.setattr("data_pipeline.build.tasks.BATCH_DOCUMENTS", records)
+    monkeypatch.setattr("data_pipeline.build.shard.BATCH_DOCUMENTS", records)
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "b", "shard_tokens=3000")) == 0
     one, other = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert one.pop("manifest.json") != other.pop("manifest.json")  # the command names its folder
@@ -196,7 +196,7 @@ def test_a_damaged_result_is_not_taken_for_finished(corpus, tiny_tokenizer, tmp_
 
 
 def test_an_input_that_changes_during_a_build_is_noticed(corpus, tiny_tokenizer, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("data_pipeline.build.tasks.BATCH_DOCUMENTS", 10)
+    monkeypatch.setattr("data_pipeline.build.shard.BATCH_DOCUMENTS", 10)
     add = PartWriter.add
 
     def add_and_append(writer, *documents):

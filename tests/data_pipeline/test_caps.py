@@ -113,7 +113,7 @@ def test_ranks_of_mpi_take_the_same(corpus: Path, tiny_tokenizer: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("where", "shuffle"), [("cut", "false"), ("cut", "true"), ("_place", "false"), ("seal", "true")]
+    ("where", "shuffle"), [("cut", "false"), ("cut", "true"), ("placed", "false"), ("seal", "true")]
 )
 def test_a_capped_build_killed_anywhere_goes_on(
     corpus: Path, tiny_tokenizer: Path, tmp_path: Path, where: str, shuffle: str
@@ -122,14 +122,14 @@ def test_a_capped_build_killed_anywhere_goes_on(
     expected, out = tmp_path / "expected", tmp_path / "out"
     assert main(arguments(corpus, tiny_tokenizer, expected, *more)) == 0
     kill = {
-        "cut": "tasks.Tasks.cut = lambda *_: os._exit(9)",
-        "_place": "place = tasks.Tasks._place\n"
-        "tasks.Tasks._place = lambda *a: (place(*a), os._exit(9) if len(calls) == 4 else calls.append(1))[0]",
-        "seal": "pipeline.seal = lambda *_: os._exit(9)",
+        "cut": "stages.Room = lambda *left: os._exit(9) if any(left) else room(*left)",
+        "placed": "placed = shard.placed\n"
+        "shard.placed = lambda *a: (placed(*a), os._exit(9) if len(calls) == 4 else calls.append(1))[0]",
+        "seal": "finish.seal = lambda *_: os._exit(9)",
     }[where]
-    imports = "import os, sys\nfrom data_pipeline import cli\nfrom data_pipeline.build import pipeline, tasks\n"
+    imports = "import os, sys\nfrom data_pipeline import cli\nfrom data_pipeline.build import finish, shard, stages\n"
     command = arguments(corpus, tiny_tokenizer, out, *more)
-    run = f"{imports}calls = []\n{kill}\nsys.exit(cli.main(sys.argv[1:]))"
+    run = f"{imports}calls, room = [], stages.Room\n{kill}\nsys.exit(cli.main(sys.argv[1:]))"
     code = subprocess.run([sys.executable, "-c", run, *command], capture_output=True, env={**os.environ}).returncode
     assert code == 9
     assert main(command) == 0
@@ -141,10 +141,10 @@ def test_a_capped_build_killed_anywhere_goes_on(
 def test_a_unit_behind_the_cap_is_not_read(
     corpus: Path, tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from data_pipeline.build import tasks
+    from data_pipeline.read import records
 
-    read, count = tasks.read, []
-    monkeypatch.setattr(tasks, "read", lambda piece, *more: (count.append(piece.begin), read(piece, *more))[1])
+    read, count = records.read, []
+    monkeypatch.setattr(records, "read", lambda piece, *more: (count.append(piece.begin), read(piece, *more))[1])
     more = [ALONE, SMALL, "sources.web.max_documents=10"]
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out", *more)) == 0
     assert count == [0]

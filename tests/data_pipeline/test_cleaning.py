@@ -549,7 +549,7 @@ def test_documents_are_gathered_by_two_maps_of_a_unit_however_many_runs_it_has(t
     scatter = shuffle.Scatter(tmp_path / "unit", 1, np.dtype(np.uint16), [0])
     for number in range(100):
         scatter.add(np.full(5, number), np.array([5]))
-    scatter.close()
+    scatter.close(tmp_path)
     mapped = []
     right = np.memmap
     monkeypatch.setattr(shuffle.np, "memmap", lambda *values, **named: mapped.append(values) or right(*values, **named))
@@ -606,7 +606,7 @@ def test_a_build_never_mixes_two_versions_of_the_rules(tiny_tokenizer, tmp_path,
     settings = arguments(corpus, tiny_tokenizer, tmp_path / "out", setting, "workers=1", "max_bad_fraction=0")
     with monkeypatch.context() as older:
         older.setattr("data_pipeline.write.manifest.CLEANING", 1)
-        older.setattr("data_pipeline.build.pipeline._finish", lambda *_: exit(9))
+        older.setattr("data_pipeline.build.pipeline.finish", lambda *_: exit(9))
         with pytest.raises(SystemExit):
             main(settings)
     capsys.readouterr()

@@ -111,7 +111,7 @@ def test_of_inputs_that_are_gone_when_a_build_goes_on_no_dropped_text_is_left(ti
 
     other = [*same("out"), "seed=1", "overwrite=true"]
     with monkeypatch.context() as patch:
-        patch.setattr("data_pipeline.build.pipeline.seal", stop)
+        patch.setattr("data_pipeline.build.finish.seal", stop)
         assert main(other) == 130
     assert (tmp_path / "out.partial" / "dropped.jsonl").is_file()
     assert main(other) == 0  # it is the build's own
@@ -126,7 +126,7 @@ def test_inputs_that_change_under_a_build_that_did_not_fail_are_not_taken_for_me
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_pipeline.build.pipeline.write_inputs", stop)
+        patch.setattr("data_pipeline.build.finish.write_inputs", stop)
         assert main(same) == 130
     write_jsonl(corpus, make_texts(100))
     assert main(same) == 2

@@ -241,7 +241,7 @@ def test_a_build_that_lacks_its_name_only_is_not_emptied_by_another_recipe(
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            "data_pipeline.build.pipeline.publish" if with_work else "data_pipeline.write.output.delete_file", killed
+            "data_pipeline.build.finish.publish" if with_work else "data_pipeline.write.output.delete_file", killed
         )
         assert build() == 130
     before = everything(tmp_path)
@@ -270,7 +270,7 @@ def test_what_comes_into_the_folders_while_a_build_runs_is_kept(build, tmp_path,
         publish(partial, out)
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_pipeline.build.pipeline.publish", publish_later)
+        patch.setattr("data_pipeline.build.finish.publish", publish_later)
         assert build("overwrite=true", "seed=1") == 2
     assert "notes.txt" in capsys.readouterr().err
     assert (tmp_path / "web" / "notes.txt").read_text() == "years of work"

@@ -9,7 +9,7 @@ import zstandard
 from data_pipeline import progress
 from data_pipeline.build.parallel import Team
 from data_pipeline.cli import main
-from data_pipeline.progress import Progress
+from data_pipeline.progress import Done, Progress, told
 from ponder_scale.shards.manifest import read_manifest
 from tests.data_pipeline.builds import arguments, make_texts, write_jsonl
 
@@ -120,10 +120,26 @@ def test_a_restarted_build_begins_where_the_killed_one_ended(tiny_tokenizer, tmp
 def test_what_an_engine_did_in_vain_is_taken_back(tiny_tokenizer, tmp_path, monkeypatch):
     corpus = write_jsonl(tmp_path / "web.jsonl", [*make_texts(3000), " " * 1_000_000 + "x"])
     done = []
-    monkeypatch.setattr(Progress, "add", lambda self, size, documents=0, tokens=0: done.append(size))
+    monkeypatch.setattr(Progress, "add", lambda self, *news: done.append(news))
     settings = ["workers=1", "max_document_bytes=2000000", "backend=tiktoken"]
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out", *settings)) == 0
-    assert min(done) < 0 and sum(done) == corpus.stat().st_size
+    sizes, documents, tokens = (list(column) for column in zip(*done, strict=True))
+    assert min(sizes) < 0 and sum(sizes) == corpus.stat().st_size
+    infos = [info for infos in read_manifest(tmp_path / "out").splits.values() for info in infos]
+    assert (sum(documents), sum(tokens)) == (3001, sum(info.tokens for info in infos))
+
+
+def test_of_a_task_only_what_is_new_is_reported():
+    def doing():
+        yield Done(10, 1, 5)
+        yield Done(10, 1, 5)
+        yield Done(0)
+        yield Done(20, 2, 9)
+        return {"documents": 2}
+
+    reports = []
+    assert told(doing(), lambda *news: reports.append(news)) == {"documents": 2}
+    assert reports == [(10, 1, 5), (0, 0, 0), (-10, -1, -5), (20, 2, 9)]
 
 
 def test_a_rank_of_several_workers_sees_what_all_ranks_have_done(tiny_tokenizer, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.build.parallel import Stage
+from data_pipeline.build.parallel import Tasks
 from data_pipeline.cli import main
 from data_pipeline.read.units import PLAN, Plan
 from data_pipeline.write.output import WORK
@@ -122,16 +122,16 @@ def test_every_state_that_a_kill_can_leave_is_gone_on_from(corpus, tiny_tokenize
         return stop
 
     for name, after in [
-        ("data_pipeline.build.pipeline.save", False),
-        ("data_pipeline.build.pipeline.choose", False),
-        ("data_pipeline.build.pipeline.Plan", False),
+        ("data_pipeline.build.begin.save", False),
+        ("data_pipeline.build.begin.choose", False),
+        ("data_pipeline.build.begin.Plan", False),
         ("data_pipeline.build.parallel.sync_folder", False),
         ("data_pipeline.write.output.sync_folder", True),
         ("data_pipeline.write.manifest.Ledger.close", True),
-        ("data_pipeline.build.pipeline.write_inputs", True),
-        ("data_pipeline.build.pipeline.seal", False),
-        ("data_pipeline.build.pipeline.seal", True),
-        ("data_pipeline.build.pipeline.publish", False),
+        ("data_pipeline.build.finish.write_inputs", True),
+        ("data_pipeline.build.finish.seal", False),
+        ("data_pipeline.build.finish.seal", True),
+        ("data_pipeline.build.begin.publish", False),
     ]:
         module, _, attribute = name.rpartition(".")
         target = sys.modules.get(module) or sys.modules["data_pipeline.write.manifest"].Ledger
@@ -338,9 +338,9 @@ def test_a_launcher_that_does_not_fit_the_mpi_library_is_named(corpus, tiny_toke
 
 
 def test_a_claim_that_nobody_keeps_fresh_is_anybodys(tmp_path):
-    held = Stage(tmp_path, "shards", [1, 1], lease_seconds=5)
+    held = Tasks(tmp_path, "shards", [1, 1], lease_seconds=5)
     assert list(held.free([0])) == [0]
-    other = Stage(tmp_path, "shards", [1, 1], lease_seconds=5)
+    other = Tasks(tmp_path, "shards", [1, 1], lease_seconds=5)
     assert list(other.free([0])) == []
     old = time.time() - 60
     os.utime(tmp_path / "claims" / "shards" / "000000", (old, old))
