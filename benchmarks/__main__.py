@@ -6,13 +6,14 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from ponder_scale.config import RunConfig, load_recipe
+from ponder_scale.config import RunConfig
 from ponder_scale.errors import ConfigError, UserError
 from ponder_scale.planning.cost import RECOMPUTED_FORWARDS
-from ponder_scale.settings.commandline import Parser, new_folder, number, outlive_readers, parse, path, whole
+from ponder_scale.settings.commandline import Parser, flags, new_folder, number, outlive_readers, parse, path, whole
 
 POLICIES = tuple(RECOMPUTED_FORWARDS)
 
@@ -34,6 +35,7 @@ def _parser() -> Parser:
     bench = parser.add_subparsers(required=True, metavar="WHAT")
     op = bench.add_parser("op", help="the pondering embedding by backend, against the published way")
     op.add_argument("--tokens", type=whole(1), default=2048)
+    op.add_argument("--vocab", dest="vocabulary", metavar="VOCAB", type=whole(1), default=32000)
     op.add_argument("--runs", type=whole(1), default=5)
     op.set_defaults(run=_bench_op)
     step = bench.add_parser("step", help="time and memory of a training step by recomputation policy, against it")
@@ -51,24 +53,64 @@ def _parser() -> Parser:
     comm.add_argument("overrides", nargs="*", metavar="key=value", help="of the small model that runs")
     comm.set_defaults(run=_bench_comm)
     decode = bench.add_parser("decode", help="a token from the key-value caches, against running the prefix again")
-    decode.add_argument("--context", type=whole(1), nargs="+", default=[128, 512], help="tokens before it")
+    decode.add_argument(
+        "--context",
+        dest="contexts",
+        metavar="CONTEXT",
+        type=whole(1),
+        nargs="+",
+        default=[128, 512],
+        help="tokens before it",
+    )
     decode.add_argument("--runs", type=whole(1), default=5)
-    decode.add_argument("--compile", action="store_true", help="also a step that torch compiles, in half a minute")
+    decode.add_argument(
+        "--compile", dest="compiled", action="store_true", help="also a step that torch compiles, in half a minute"
+    )
     decode.set_defaults(run=_bench_decode)
+    _share_flags(op, step, memory, comm, decode)
+    _add_others(bench)
+    _add_runs(bench)
+    return parser
+
+
+def _add_others(bench: Any) -> None:
+    """Those that run no model of a shape that is said here."""
     scale = bench.add_parser(
         "scale", help="what a start, a step and a save cost as ranks and shard files grow: counted"
     )
-    scale.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="forked ranks of this machine")
     scale.add_argument(
-        "--shards", type=int, nargs="+", default=[1, 10, 100], help="training shards, on the fewest ranks"
+        "--ranks",
+        dest="worlds",
+        metavar="RANKS",
+        type=int,
+        nargs="+",
+        default=[2, 4, 8, 16, 32],
+        help="forked ranks of this machine",
+    )
+    scale.add_argument(
+        "--shards",
+        dest="files",
+        metavar="SHARDS",
+        type=int,
+        nargs="+",
+        default=[1, 10, 100],
+        help="training shards, on the fewest ranks",
     )
     scale.add_argument("--stage", type=int, choices=range(4), default=3, help="of ZeRO")
     scale.set_defaults(run=_bench_scale)
     serve = bench.add_parser("serve", help="generation by transformers against vLLM, where that is installed")
     serve.add_argument("folder", nargs="?", type=path, help="an exported folder; default: a model of width 256")
-    serve.add_argument("--batch", type=whole(1), nargs="+", default=[16, 64], help="requests at a time")
-    serve.add_argument("--prompt-tokens", type=whole(1), default=64)
-    serve.add_argument("--new-tokens", type=whole(1), default=64)
+    serve.add_argument(
+        "--batch",
+        dest="batches",
+        metavar="BATCH",
+        type=whole(1),
+        nargs="+",
+        default=[16, 64],
+        help="requests at a time",
+    )
+    serve.add_argument("--prompt-tokens", dest="prompt", metavar="PROMPT_TOKENS", type=whole(1), default=64)
+    serve.add_argument("--new-tokens", dest="new", metavar="NEW_TOKENS", type=whole(1), default=64)
     serve.add_argument("--runs", type=whole(1), default=3)
     serve.add_argument("--threads", type=whole(1), default=1, help="of torch, on a CPU")
     serve.add_argument("--eager", action="store_true", help="vLLM without compilation, which takes minutes on a CPU")
@@ -78,9 +120,6 @@ def _parser() -> Parser:
     data.add_argument("--tokenizer", type=path, required=True, help="a folder with tokenizer.json")
     data.add_argument("--rounds", type=whole(1), default=3)
     data.set_defaults(run=_bench_data)
-    _add_runs(bench)
-    _share_flags(op, step, memory, comm, decode)
-    return parser
 
 
 def _add_runs(bench: Any) -> None:
@@ -101,6 +140,7 @@ def _add_runs(bench: Any) -> None:
     gpu.add_argument("--minutes", type=number(above=0), default=10.0, help="for all but the training")
     gpu.add_argument(
         "--train",
+        dest="train_minutes",
         type=number(above=0),
         nargs="?",
         const=20.0,
@@ -114,11 +154,11 @@ def _share_flags(op: Any, step: Any, memory: Any, comm: Any, decode: Any) -> Non
     """What several benchmarks are told alike."""
     for kind in (op, step, memory, decode):
         kind.add_argument("--hidden", type=whole(1), default=256, help="width D")
-        kind.add_argument("--vocab", type=whole(1), default=32000)
         kind.add_argument("--dtype", default="float32")
         kind.add_argument("--threads", type=whole(1), default=1, help="of torch, on a CPU")
     for kind in (step, memory, decode):
         kind.add_argument("--recipe", help="its model and sequence length, in place of the shape given here")
+        kind.add_argument("--vocab", type=whole(1), default=32000)
         kind.add_argument("--layers", type=whole(1), default=8)
         kind.add_argument("--pondering-steps", type=whole(0), default=3)
     for kind in (step, memory, comm):
@@ -140,88 +180,64 @@ def _bench_gpu(options: argparse.Namespace) -> int:
         raise ConfigError(f"no torch in this Python ({sys.executable}); call one that has it: make gpu PYTHON=...")
     from benchmarks.gpu import run
 
-    return run(options.out, toy=options.toy, minutes=options.minutes, train_minutes=options.train)
+    return run(**flags(options))
 
 
 def _bench_op(options: argparse.Namespace) -> None:
     from benchmarks.op import run
 
-    run(options.tokens, options.hidden, options.vocab, options.dtype, options.runs, threads=options.threads)
+    run(**flags(options))
 
 
 def _bench_step(options: argparse.Namespace) -> None:
     from benchmarks.step import run
 
-    work = _workload(options, options.batch, options.seq_len)
-    run(work, runs=options.runs, threads=options.threads, policies=options.policies, largest=options.largest)
+    run(**_with_workload(options))
 
 
 def _bench_memory(options: argparse.Namespace) -> None:
     from benchmarks.step import memory
 
-    work = _workload(options, options.batch, options.seq_len)
-    memory(work, steps=options.steps, threads=options.threads, policies=options.policies)
+    memory(**_with_workload(options))
 
 
 def _bench_comm(options: argparse.Namespace) -> None:
     from benchmarks.communication import run
 
-    run(
-        regimes=options.regimes,
-        policies=options.policies,
-        pondering_steps=options.pondering_steps,
-        overrides=options.overrides,
-    )
+    run(**flags(options))
 
 
 def _bench_decode(options: argparse.Namespace) -> None:
     from benchmarks.decode import run
 
-    work = _workload(options, 1, max(options.context))
-    run(work, contexts=options.context, runs=options.runs, threads=options.threads, compiled=options.compile)
-
-
-def _bench_serve(options: argparse.Namespace) -> None:
-    from benchmarks.serve import run
-
-    run(
-        options.folder,
-        batches=options.batch,
-        prompt=options.prompt_tokens,
-        new=options.new_tokens,
-        runs=options.runs,
-        threads=options.threads,
-        eager=options.eager,
-    )
-
-
-def _workload(options: argparse.Namespace, batch: int, seq_len: int) -> Any:
-    from benchmarks.workload import workload
-    from ponder_scale.setup.device import default_device
-
-    return workload(
-        recipe=load_recipe(options.recipe) if options.recipe else None,
-        batch=batch,
-        seq_len=seq_len,
-        hidden=options.hidden,
-        layers=options.layers,
-        vocab=options.vocab,
-        pondering_steps=options.pondering_steps,
-        dtype=options.dtype,
-        device=default_device(),
-    )
+    run(**_with_workload(options))
 
 
 def _bench_scale(options: argparse.Namespace) -> None:
     from benchmarks.scale import measure
 
-    print(measure(options.ranks, options.shards, stage=options.stage))
+    print(measure(**flags(options)))
+
+
+def _bench_serve(options: argparse.Namespace) -> None:
+    from benchmarks.serve import run
+
+    run(**flags(options))
 
 
 def _bench_data(options: argparse.Namespace) -> None:
     from benchmarks.data import bench
 
-    print(bench(options.corpus, options.tokenizer, options.rounds))
+    print(bench(**flags(options)))
+
+
+def _with_workload(options: argparse.Namespace) -> dict[str, Any]:
+    """What a benchmark was given, with all that is said of the model and its micro-batch as one workload."""
+    from benchmarks.workload import workload
+
+    given = flags(options)
+    shape = {name: given.pop(name) for name in signature(workload).parameters if name in given}
+    return {"work": workload(**shape), **given}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from benchmarks import ceilings, decode, op, step
 from benchmarks.measure import MIB, medians
 from benchmarks.rows import Place, Row, tried
 from benchmarks.workload import PUBLISHED, Training, Workload, workload
-from ponder_scale.config import TrainConfig, load_recipe
+from ponder_scale.config import TrainConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.planning.cost import peak_flops, step_flops
 from ponder_scale.setup.speed import apply_speed
@@ -184,9 +184,8 @@ def _work(place: Place, batch: int) -> Workload:
     if place.toy:
         shape = {"hidden": 64, "layers": 1, "vocab": 300, "pondering_steps": STEPS}
         return workload(recipe=None, batch=batch, seq_len=32, dtype=place.dtype, device=place.device, **shape)
-    recipe = load_recipe(RECIPE, ["data.sources.pile.path=unused"])
     sizes = {"seq_len": 1, "hidden": 1, "layers": 1, "pondering_steps": STEPS}  # those of the recipe are taken
-    return workload(recipe=recipe, batch=batch, vocab=50304, dtype=place.dtype, device=place.device, **sizes)
+    return workload(recipe=RECIPE, batch=batch, vocab=50304, dtype=place.dtype, device=place.device, **sizes)
 
 
 def steps(place: Place) -> Iterator[Row]:

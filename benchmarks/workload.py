@@ -10,11 +10,12 @@ from torch import Tensor
 
 from benchmarks import published
 from benchmarks.measure import check_dtype, check_numbers
-from ponder_scale.config import ModelConfig, RunConfig
+from ponder_scale.config import ModelConfig, load_recipe
 from ponder_scale.errors import ConfigError
 from ponder_scale.planning.cost import RECOMPUTED_FORWARDS, Shape
 from ponder_scale.planning.shape import model_shape
 from ponder_scale.setup.build import build_model, model_configuration
+from ponder_scale.setup.device import default_device
 from ponder_scale.setup.recompute import apply_recompute
 
 PUBLISHED = "published"
@@ -90,31 +91,33 @@ class Workload:
 
 def workload(
     *,
-    recipe: RunConfig | None,
-    batch: int,
-    seq_len: int,
+    recipe: str | None,
     hidden: int,
     layers: int,
     vocab: int,
     pondering_steps: int,
     dtype: str,
-    device: str,
+    batch: int = 1,
+    seq_len: int = 512,
+    device: str | None = None,
 ) -> Workload:
-    """A LLaMA of the given shape, or the model of a recipe with its sequence length.
+    """A LLaMA of the given shape, or the model of a recipe with its sequence length, on the GPU if there is one.
 
     Raises:
         ConfigError: a number below 1 or a dtype that is not offered.
     """
     check_numbers(batch=batch, seq_len=seq_len, hidden=hidden, layers=layers, vocab=vocab)
     check_dtype(dtype)
+    device = device or default_device()
     if recipe is not None:
-        if recipe.model.feedback != "embedding" or recipe.model.residual == "replace":
+        config = load_recipe(recipe)
+        if config.model.feedback != "embedding" or config.model.residual == "replace":
             raise ConfigError(
-                f"--recipe: its model has feedback {recipe.model.feedback} and residual {recipe.model.residual}; the "
+                f"--recipe: its model has feedback {config.model.feedback} and residual {config.model.residual}; the "
                 "published way to compare with has the pondering embedding and accumulates or restarts"
             )
-        model = replace(recipe.model, vocab_size=recipe.model.vocab_size or vocab)
-        return Workload(model, batch, recipe.data.seq_len, dtype, device)
+        model = replace(config.model, vocab_size=config.model.vocab_size or vocab)
+        return Workload(model, batch, config.data.seq_len, dtype, device)
     model = ModelConfig(
         vocab_size=vocab,
         hidden_size=hidden,

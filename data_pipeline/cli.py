@@ -261,7 +261,7 @@ def _append(options: argparse.Namespace, command: str) -> None:
     from data_pipeline.commands.grow import append
     from data_pipeline.write.manifest import kept
 
-    manifest = append(options.folder, options.settings, command)
+    manifest = append(**flags(options), command=command)
     if manifest is not None:
         _say_kept(kept(manifest), options.folder)
 

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+import benchmarks.__main__
 import data_pipeline.cli
 import ponder_scale.cli
+from benchmarks import communication, data, decode, gpu, op, scale, serve, step
 from data_pipeline.commands.adopt import adopt
+from data_pipeline.commands.grow import append
 from data_pipeline.config import BuildConfig
 from ponder_scale.config import RunConfig
 from ponder_scale.evaluate.answers import evaluate_answers
@@ -46,8 +49,50 @@ def test_a_command_of_ponder_scale_has_the_names_of_its_function(
     assert "json_file" not in bound.arguments or str(bound.arguments["json_file"]) in ("a.json", "None")
 
 
-def test_adopt_has_the_names_of_its_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+DATA: dict[str, Callable[..., Any]] = {
+    "adopt x.bin --kind raw --tokenizer y --out z --dtype uint16": adopt,
+    "append x sources.web.kind=jsonl sources.web.path=y": append,
+}
+
+
+@pytest.mark.parametrize("words", DATA)
+def test_a_command_of_ponder_data_has_the_names_of_its_function(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    words = "adopt x.bin --kind raw --tokenizer y --out z --dtype uint16"
     options = parse(data_pipeline.cli._parser(), words.split(), BuildConfig, "settings")
-    inspect.signature(adopt).bind(**flags(options), command=words)
+    inspect.signature(DATA[words]).bind(**flags(options), command=words)
+
+
+BENCHMARKS: dict[str, tuple[Any, str]] = {
+    "op --vocab 100": (op, "run"),
+    "step --vocab 100 --largest --policies pass": (step, "run"),
+    "step --recipe llama-1.4b --batch 2": (step, "run"),
+    "memory --vocab 100 --steps 0 1": (step, "memory"),
+    "comm --regimes zero3_bounded --pondering-steps 1 model.hidden_size=8": (communication, "run"),
+    "decode --context 8 16 --compile": (decode, "run"),
+    "scale --ranks 1 2 3 --shards 1 2": (scale, "measure"),
+    "gpu --toy --minutes 7 --train 8": (gpu, "run"),
+    "serve --batch 2 3 --prompt-tokens 4 --new-tokens 5 --eager": (serve, "run"),
+    "data x.jsonl --tokenizer y": (data, "bench"),
+}
+
+
+@pytest.mark.parametrize("words", BENCHMARKS)
+def test_a_benchmark_is_told_all_that_was_said_by_the_names_of_its_function(
+    words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, name = BENCHMARKS[words]
+    takes, told = inspect.signature(getattr(module, name)), dict[str, Any]()
+    monkeypatch.setattr(module, name, lambda *values, **named: told.update(takes.bind(*values, **named).arguments))
+    assert benchmarks.__main__.main(words.split()) == 0
+    said = {int(word) for word in words.split() if word.isdecimal()}
+    work = told.get("work")
+    heard = [*told.values(), *([work.batch, work.model.vocab_size] if work is not None else [])]
+    assert said <= {
+        number
+        for value in heard
+        for number in (value if isinstance(value, list) else [value])
+        if isinstance(number, (int, float))
+    }
+    assert work is None or "--recipe" not in words or work.seq_len == 2048
