@@ -370,7 +370,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Held-out perplexity of every pass during training."""
+    """Held-out perplexity of every pass during training, and downstream tasks."""
 
     every_steps: int | None = knob(
         None,
@@ -386,6 +386,32 @@ class EvaluateConfig:
         min=1,
         max=10**9,
     )
+    tasks: list[str] = knob([], "Tasks of lm-evaluation-harness to ask the model while it trains. [] asks none.")
+    tasks_every_steps: int | None = knob(
+        None,
+        "Ask the tasks at every multiple of this step. `null` asks only after the last step.",
+        unit="steps",
+        min=1,
+        max=MOST_STEPS,
+    )
+    tasks_include: str | None = knob(
+        None,
+        "Folder of task files with their data. `null` uses the harness's own tasks, whose data come from the hub.",
+        path=True,
+    )
+    tasks_limit: int | None = knob(
+        None, "Documents to ask of each task. `null` asks all.", unit="documents", min=1, max=10**9
+    )
+    tasks_batch: int = knob(
+        8, "Requests of the tasks in one forward of one rank.", unit="requests", min=1, max=MOST_SEQUENCES
+    )
+
+    def __post_init__(self) -> None:
+        for key in ("tasks_every_steps", "tasks_include", "tasks_limit"):
+            if not self.tasks and (value := getattr(self, key)) is not None:
+                raise ConfigError(
+                    f"evaluate.{key} is {value} and evaluate.tasks is empty; name tasks, or leave it null"
+                )
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import logging
-import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from ponder_scale.errors import CheckpointError, ConfigError
 from ponder_scale.evaluate.generate import load_folder
 from ponder_scale.evaluate.trust import installed_configuration
 from ponder_scale.figures import json_text
+from ponder_scale.harness.find import explained, find_tasks, harness, scores, transformers_class
 
 PAPER_TASKS = (
     *("lambada_openai", "lambada_standard", "arc_easy", "arc_challenge", "winogrande"),
@@ -54,56 +52,26 @@ def evaluate_tasks(
         ConfigError: the harness or the engine is not installed, or does not know a task, or cannot get its data.
         CheckpointError: `folder` is not an exported folder.
     """
-    harness = _harness()
+    library = harness()
     _check_engine(engine, trust_remote_code)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in it; expected a folder made by `ponder-scale export`")
     if not trust_remote_code:
         installed_configuration(folder)  # refused before the harness has read its thousands of files
-    names, manager = _find_tasks(tasks, include)
+    names, manager = find_tasks(tasks, include, PAPER_TASKS)
     if engine == "vllm":
         models = _in_vllm(folder, steps)
     else:
         models = _in_transformers(folder, steps, batch_size, trust_remote_code)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for number, model in zip(steps, models, strict=True):
-        with _explained():
-            result = harness.simple_evaluate(model=model, tasks=names, task_manager=manager, limit=limit)
-        found["trained" if number is None else str(number)] = {
-            task: {key: value for key, value in metrics.items() if isinstance(value, float)}
-            for task, metrics in result["results"].items()
-        }
+        with explained():
+            result = library.simple_evaluate(model=model, tasks=names, task_manager=manager, limit=limit)
+        found["trained" if number is None else str(number)] = scores(result)
     print(as_table(found))
     if json_file is not None:
         json_file.write_text(json_text({"folder": str(folder), "steps": found}, indent=1) + "\n", encoding="utf-8")
     return found
-
-
-def _harness() -> Any:
-    """The harness."""
-    try:
-        import lm_eval
-    except ImportError as error:
-        raise ConfigError(f"evaluate tasks needs lm-eval ({error}); pip install 'ponder-scale[eval]'") from error
-    return lm_eval
-
-
-def _find_tasks(tasks: Sequence[str], include: Path | None) -> tuple[list[str], Any]:
-    """The names of the tasks to run, and the harness's manager that knows them."""
-    from lm_eval.tasks import TaskManager
-
-    own = TaskManager(include_path=str(include), include_defaults=False).all_tasks if include is not None else []
-    names = list(tasks or own or PAPER_TASKS)
-    # reading the harness' own thousands takes seconds
-    path, needed = None if include is None else str(include), not set(names) <= set(own)
-    manager = TaskManager(include_path=path, include_defaults=needed)
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        known = f"{include} has {', '.join(own)}; " if include else ""
-        raise ConfigError(
-            f"--tasks: the harness does not know {', '.join(unknown)}; {known}its own are listed by `lm_eval ls tasks`"
-        )
-    return names, manager
 
 
 def _check_engine(engine: str, trust_remote_code: bool) -> None:
@@ -127,16 +95,12 @@ def _in_transformers(
     folder: Path, steps: Sequence[int | None], batch_size: int, trust_remote_code: bool
 ) -> Iterator[Any]:
     """The harness's model for each number of steps; one is loaded, its configuration changes."""
-    try:
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:  # of packages that the harness itself does not bring
-        raise ConfigError(f"evaluate tasks needs {error.name} ({error}); pip install 'ponder-scale[eval]'") from error
-
+    model_class = transformers_class()
     loaded, tokenizer = load_folder(folder, trust_remote_code=trust_remote_code)
     trained = loaded.config.pondering_steps
     for number in steps:
         loaded.config.pondering_steps = trained if number is None else number
-        yield HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size)
+        yield model_class(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size)
 
 
 def _in_vllm(folder: Path, steps: Sequence[int | None]) -> Iterator[Any]:
@@ -156,25 +120,6 @@ def _in_vllm(folder: Path, steps: Sequence[int | None]) -> Iterator[Any]:
             model.model.llm_engine.engine_core.shutdown()
             del model
             gc.collect()
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Raise ConfigError where the harness cannot get the data of a task, whatever its libraries raise then."""
-    # each retry of the hub is a line of its log, for half a minute
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    try:
-        yield
-    except Exception as error:
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if frame.f_code.co_name == "download" and frame.f_globals["__name__"].startswith("lm_eval."):
-                task = frame.f_locals["self"].config.task
-                reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-                raise ConfigError(
-                    f"--tasks: the data of {task} cannot be read ({reason[:200]}); without a network, name a folder of "
-                    "task files with their data: --include FOLDER"
-                ) from error
-        raise
 
 
 def as_table(found: dict[str, dict[str, dict[str, float]]]) -> str:

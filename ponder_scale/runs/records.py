@@ -1,7 +1,7 @@
 """metrics.jsonl, the record of a run: one JSON object a line, {"event", "step", "attempt", "time", ...}.
 
-Lines of steps and evaluations are what a run computed: one a step, in order, whatever number of attempts it took. What
-an attempt computed after the step from which the next one went on is computed anew, so these lines move to
+Lines of steps, evaluations and tasks are what a run computed: one a step, in order, whatever number of attempts it
+took. What an attempt computed after the step from which the next one went on is computed anew, so these lines move to
 metrics.superseded.jsonl. All other events are history: they stay, in the order in which they happened.
 No torch here: the record is also read on login nodes.
 """
@@ -23,7 +23,8 @@ from ponder_scale.files.write import sync, writing
 logger = logging.getLogger(__name__)
 
 METRICS, SUPERSEDED = "metrics.jsonl", "metrics.superseded.jsonl"
-COMPUTED = ("step", "evaluation")
+MEASURED = ("evaluation", "tasks")
+COMPUTED = ("step", *MEASURED)
 ENDED, REFUSED, FAILED = "ended", "refused", "failed"  # last phases of a rank's heartbeat; the second before any step
 HISTORY = ("resume", "change", "save", "skip", "alarm", "rewind", "straggler", "end")
 
@@ -40,7 +41,9 @@ class Recorder:
     Attributes:
         reached: the last step of which an earlier attempt has a line, superseded ones included; 0 for none.
         evaluations: the steps of which one has an evaluation, superseded ones included.
+        asked: the same of tasks.
         evaluated: the last step of which there is an evaluation, up to `start_step`; 0 for none.
+        last_asked: the same of tasks.
     """
 
     def __init__(
@@ -48,8 +51,9 @@ class Recorder:
     ) -> None:
         self._attempt, self._check_owned = attempt, check_owned
         path = run_dir / METRICS
-        seen, self.evaluated = _keep_until(path, start_step)
-        self.reached, self.evaluations = seen.reached, seen.evaluations
+        seen, kept = _keep_until(path, start_step)
+        self.reached, self.evaluations, self.asked = seen.reached, seen.evaluations, seen.asked
+        self.evaluated, self.last_asked = (kept[event] for event in MEASURED)
         # unbuffered and in append mode: a line is one write, which another writer's line cannot split
         self._file = path.open("ab", buffering=0)
         self._pending = bytearray()  # lines, or the rest of one, that a full disk has not taken yet
@@ -120,31 +124,35 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 @dataclass
 class _Seen:
-    """What lines of steps and evaluations there are."""
+    """What lines of steps, evaluations and tasks there are."""
 
     reached: int = 0
     evaluations: set[int] = field(default_factory=set)
+    asked: set[int] = field(default_factory=set)
 
     def add(self, record: dict[str, Any]) -> None:
         if record["event"] == "step":
             self.reached = max(self.reached, record["step"])
         elif record["event"] == "evaluation":
             self.evaluations.add(record["step"])
+        elif record["event"] == "tasks":
+            self.asked.add(record["step"])
 
 
-def _keep_until(path: Path, step: int) -> tuple[_Seen, int]:
+def _keep_until(path: Path, step: int) -> tuple[_Seen, dict[str, int]]:
     """Move what was computed after `step` out of the record.
 
-    Returns what any attempt has recorded, and the last step of which the record keeps an evaluation.
+    Returns what any attempt has recorded, and the last steps of which the record keeps an evaluation and tasks.
     """
+    measured = dict.fromkeys(MEASURED, 0)
     superseded, seen = path.with_name(SUPERSEDED), _Seen()
     for moved_before in read(superseded) if superseded.is_file() else ():
         seen.add(moved_before)
     if not path.is_file():
-        return seen, 0
+        return seen, measured
     kept: list[bytes] = []
     moved: list[bytes] = []
-    damaged = evaluated = 0
+    damaged = 0
     with path.open("rb") as lines:
         for line in lines:
             record = _parse(line)
@@ -156,8 +164,8 @@ def _keep_until(path: Path, step: int) -> tuple[_Seen, int]:
                 moved.append(line)
                 continue
             kept.append(line)
-            if record["event"] == "evaluation":
-                evaluated = record["step"]
+            if record["event"] in MEASURED:
+                measured[record["event"]] = record["step"]
     if damaged:
         logger.warning("%s: %d damaged lines, as a crash leaves them, are left out", path, damaged)
     if moved:
@@ -165,7 +173,7 @@ def _keep_until(path: Path, step: int) -> tuple[_Seen, int]:
     if moved or damaged:
         with writing(path) as file:
             file.writelines(kept)
-    return seen, evaluated
+    return seen, measured
 
 
 def _append_new(path: Path, lines: list[bytes]) -> None:

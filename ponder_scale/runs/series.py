@@ -27,7 +27,7 @@ def read_run(run_dir: Path, name: str) -> dict[str, Any]:
 
     Returns:
         name, config (flat), summary, x (the points' step, tokens, FLOPs and hours), series (by key the points' mean,
-        and in `low` and `high` their extremes where a point stands for several steps), evaluations, events.
+        and in `low` and `high` their extremes where a point stands for several steps), evaluations, tasks, events.
 
     Raises:
         ConfigError: it is no run folder, or no step was recorded in it.
@@ -36,12 +36,14 @@ def read_run(run_dir: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{run_dir}: no {METRICS} in it; expected the run_dir of a run")
     table = _Table()
-    evaluations, events = [], []
+    evaluations, tasks, events = [], [], []
     for record in read(path):
         if record["event"] == "step":
             table.add(record)
         elif record["event"] == "evaluation":
             evaluations.append({key: value for key, value in record.items() if key not in NOT_DRAWN})
+        elif record["event"] == "tasks":
+            tasks.append({key: value for key, value in record.items() if key not in NOT_DRAWN})
         elif record["event"] in HISTORY:
             events.append(record)
     if not len(table):
@@ -58,6 +60,7 @@ def read_run(run_dir: Path, name: str) -> dict[str, Any]:
         "low": low,
         "high": high,
         "evaluations": _thin_list(evaluations, POINTS),
+        "tasks": _thin_list(tasks, POINTS),
         "events": _fewer_events(events),
     }
 

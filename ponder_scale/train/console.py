@@ -6,7 +6,7 @@ Everything is in metrics.jsonl; a line leaves out what it has no room for, the l
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ponder_scale.figures import duration, rate, size
@@ -54,6 +54,22 @@ def evaluation_lines(
         if len(line := f"{head} {'  '.join(shown)}") <= COLUMNS:
             return [line]
     return [head, f"    {'  '.join([*_few(passes), *last])}"]
+
+
+def tasks_lines(
+    step: int, steps: int, scores: Mapping[str, Mapping[str, float]], failure: str | None, seconds: float
+) -> list[str]:
+    """The tasks of a step: their metrics, without the errors that the harness estimates, or what failed."""
+    head = f"step {step}/{steps}  tasks, in {duration(seconds)}:"
+    if failure is not None:
+        return folded(f"{head} failed, and training goes on: {failure}")
+    found = (
+        f"{task} {metric.removesuffix(',none')} {_fixed(value, 4)}"
+        for task, metrics in scores.items()
+        for metric, value in metrics.items()
+        if "_stderr" not in metric
+    )
+    return folded(f"{head} {', '.join(found)}")
 
 
 def folded(text: str) -> list[str]:

@@ -58,6 +58,9 @@ def _train(run: Run) -> int:
     due = step > 0 and (step == config.train.steps or _due(step, config.evaluate.every_steps))
     if due and not orders.stop and not run.engine.agreed(run.metrics.has_evaluation(step)):
         _evaluate(run, step)  # the attempt before had to end
+    due = step > 0 and (step == config.train.steps or _due(step, config.evaluate.tasks_every_steps))
+    if due and not orders.stop and not run.engine.agreed(run.metrics.has_tasks(step)):
+        _ask_tasks(run, step)
     run.metrics.resume_clock(run.loader.wait_seconds)
     while step < config.train.steps and not orders.stop:
         step, began = step + 1, run.watch.clock()
@@ -96,6 +99,8 @@ def _train(run: Run) -> int:
             _save(run, step, reason)
         if last or (_due(step, config.evaluate.every_steps) and not orders.stop):
             _evaluate(run, step)
+        if last or (_due(step, config.evaluate.tasks_every_steps) and not orders.stop):
+            _ask_tasks(run, step)
         run.state.poll()
         run.control.done(orders)
     return _end(run, step, orders)
@@ -182,6 +187,18 @@ def _evaluate(run: Run, step: int) -> None:
     run.engine.end_evaluation()
     run.metrics.log_evaluation(step, {name: found for name, found in losses.items() if found is not None})
     run.control.took(evaluation=run.watch.clock() - began)
+    run.metrics.resume_clock(run.loader.wait_seconds)
+
+
+def _ask_tasks(run: Run, step: int) -> None:
+    """The downstream tasks after a step, where there are any. One that fails is recorded, and no run ends by it."""
+    if run.tasks is None:
+        return
+    run.watch.enter("evaluate")
+    scores, failure, seconds = run.tasks.ask()
+    run.engine.end_evaluation()
+    run.metrics.log_tasks(step, scores, failure, seconds)
+    run.control.took(evaluation=seconds)
     run.metrics.resume_clock(run.loader.wait_seconds)
 
 

@@ -7,6 +7,7 @@ import logging
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ponder_scale.train.console import folded
 from ponder_scale.train.contents import Contents
 from ponder_scale.train.measure.metrics import Metrics
 from ponder_scale.train.measure.profiling import Profiler
+from ponder_scale.train.measure.tasks import Tasks
 from ponder_scale.train.measure.work import Work
 from ponder_scale.train.resume import Resumed, resume
 from ponder_scale.train.state import RunState
@@ -43,6 +45,7 @@ from ponder_scale.train.survive.sanity import rehearse, trial_save
 from ponder_scale.train.survive.watchdog import Watch, forget_ranks
 from ponder_scale.train.zero.deepspeed_config import check_ranks, read_sharding
 from ponder_scale.train.zero.engine import Engine, from_first_rank, init_distributed
+from ponder_scale.train.zero.replica import replica
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ class Run:
     health: Health
     incidents: Incidents
     work: Work
+    tasks: Tasks | None
     first_step: int
 
 
@@ -80,7 +84,9 @@ def start(config: RunConfig, watch: Watch, attempt: Attempt) -> Run:
     init_distributed(None if config.health.hang_seconds is None else SUSPENSION)
     _check_shards(sources)
     config = _settled(config, configuration)
+    tokenizer = next(iter(sources.values())).tokenizer_folder
     engine = Engine(_model(config, configuration, sources), config)
+    tasks = Tasks(config.evaluate, partial(replica, engine), tokenizer, watch.alive) if config.evaluate.tasks else None
     loader = _loader(config, sources, engine)
     health, shape = Health(config.health), model_shape(configuration, config.data.seq_len)
     work = Work(config, shape)
@@ -107,7 +113,6 @@ def start(config: RunConfig, watch: Watch, attempt: Attempt) -> Run:
     )
     _tell(config, configuration, engine, resumed, metrics)
     control = Control(run_dir, config.train.time_limit, rank=engine.rank)
-    tokenizer = next(iter(sources.values())).tokenizer_folder
     state = RunState(contents, tokenizer, ranks, attempt, start_step=resumed.step, record=metrics.log_event)
     if resumed.step:
         control.took(load=loading)
@@ -128,6 +133,7 @@ def start(config: RunConfig, watch: Watch, attempt: Attempt) -> Run:
         health=health,
         incidents=Incidents(run_dir, config.health, engine, loader, health, metrics),
         work=work,
+        tasks=tasks,
         first_step=resumed.step + 1,
     )
 

@@ -157,8 +157,15 @@ def test_curves_of_passes_that_are_not_always_run_are_whole_and_single_points_ar
     (loss,) = re.findall(r'<path d="([^"]*)"', drawn["Loss"])
     assert loss.count("M") == 2  # a loss that was not finite is a gap
     once = make_random_run(tmp_path / "once", [2])
+    tasks = {
+        "a": {"acc,none": 0.5, "acc_stderr,none": 0.1},
+        "b": {"exact_match,none": 1.0, "word_perplexity,none": 9.0},
+    }
+    Recorder(once, start_step=1, attempt=2).write("tasks", 1, tasks=tasks, failure=None, seconds=1.0)
     page = report([once], tmp_path / "once.html")
     drawn = figures(browse(page, "--dump-dom"))
+    assert drawn["Tasks"].count("<circle") == 2 and "b exact_match" in drawn["Tasks"]
+    assert drawn["Tasks, other metrics"].count("<circle") == 1 and "b word_perplexity" in drawn["Tasks, other metrics"]
     assert drawn["Loss"].count("<circle") == 1 and drawn["Loss by pass"].count("<circle") == 3
     alone = make_random_run(tmp_path / "alone", [0, 0, 0, 0, 0, 1, 0, 0])  # one point in a curve of eight
     drawn = figures(browse(report([alone], tmp_path / "alone.html"), "--dump-dom"))

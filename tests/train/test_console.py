@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ponder_scale.cli import Timed
-from ponder_scale.train.console import COLUMNS, evaluation_lines, folded, step_line
+from ponder_scale.train.console import COLUMNS, evaluation_lines, folded, step_line, tasks_lines
 
 SMALL = {
     "loss": 7.8104,
@@ -50,6 +50,15 @@ def test_an_evaluation_fits(passes: int, source: str) -> None:
         lines = evaluation_lines(1_234_567, 1_800_000, source, 65_536, [math.inf, 7.9e8, *[12.345] * passes], bits)
         assert all(len(line) <= COLUMNS for line in lines) and len(lines) <= 2
         assert "pass 0 inf  pass 1 7.90e+08" in lines[-1] and lines[-1].endswith(f"pass {passes + 1} 12.35{last}")
+
+
+def test_tasks_are_told_in_lines_that_fit_without_the_errors_of_their_metrics() -> None:
+    scores = {f"task-{number}": {"acc,none": 0.25, "acc_stderr,none": 0.01} for number in range(9)}
+    lines = tasks_lines(1_234_567, 1_800_000, scores, None, 75.0)
+    assert all(len(line) <= COLUMNS for line in lines) and "stderr" not in "".join(lines)
+    assert lines[0].startswith("step 1234567/1800000  tasks, in 1m15s: task-0 acc 0.2500, task-1")
+    (line,) = tasks_lines(4, 8, {}, "ValueError: no data", 2.0)
+    assert line == "step 4/8  tasks, in 2s: failed, and training goes on: ValueError: no data"
 
 
 def test_a_sentence_is_folded_and_a_path_stays_whole() -> None:

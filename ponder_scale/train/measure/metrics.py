@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ponder_scale.config import RunConfig
 from ponder_scale.data.heldout import HeldOut, mean_over
+from ponder_scale.harness.find import Scores
 from ponder_scale.runs.records import Recorder
-from ponder_scale.train.console import evaluation_lines, folded, step_line
+from ponder_scale.train.console import evaluation_lines, folded, step_line, tasks_lines
 from ponder_scale.train.measure.throughput import Throughput
 from ponder_scale.train.measure.trackers import open_trackers
 from ponder_scale.train.measure.work import Work
@@ -116,6 +117,10 @@ class Metrics:
         """Whether earlier attempts have recorded the evaluation of a step; True on ranks that record nothing."""
         return not self._active or self._recorder.evaluated == step
 
+    def has_tasks(self, step: int) -> bool:
+        """The same of tasks."""
+        return not self._active or self._recorder.last_asked == step
+
     def log_event(self, event: str, step: int, **values: Any) -> None:
         """Record that something happened: one of `records.HISTORY`, with plain values. On disk on return."""
         if self._active:
@@ -172,6 +177,14 @@ class Metrics:
             where = (step, self._config.train.steps, name)
             for line in evaluation_lines(*where, found.tokens, found.perplexities, last):
                 logger.info("%s", line)
+
+    def log_tasks(self, step: int, scores: Scores | None, failure: str | None, seconds: float) -> None:
+        """Record the scores of the tasks, or why there are none."""
+        if not self._active:
+            return
+        self._write("tasks", step, {"tasks": scores or {}, "failure": failure, "seconds": seconds})
+        for line in tasks_lines(step, self._config.train.steps, scores or {}, failure, seconds):
+            logger.log(logging.INFO if failure is None else logging.ERROR, "%s", line)
 
     def resume_clock(self, data_wait: float) -> None:
         """Leave out the time since the last record, after something else than training; `data_wait` as above."""

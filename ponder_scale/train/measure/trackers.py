@@ -57,7 +57,8 @@ class _Wandb:
         id_file = run_dir / WANDB_ID
         if not id_file.is_file():
             id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-        self._reached, self._evaluations = recorder.reached, recorder.evaluations
+        self._reached = recorder.reached
+        self._sent = {"evaluation": recorder.evaluations, "tasks": recorder.asked}
         self._run = wandb.init(
             project=config.log.wandb_project,
             name=run_dir.resolve().name,
@@ -68,11 +69,11 @@ class _Wandb:
             config=to_dict(config),
         )
         self._run.define_metric(EVALUATION_STEP)
-        for names in ("losses/*", "bits_per_byte/*", "sources/*"):
+        for names in ("losses/*", "bits_per_byte/*", "sources/*", "tasks/*"):
             self._run.define_metric(names, step_metric=EVALUATION_STEP)
 
     def log(self, event: str, step: int, values: dict[str, Any]) -> None:
-        if event == "evaluation" and step not in self._evaluations:
+        if event in self._sent and step not in self._sent[event]:
             self._run.log({**_numbers(event, values), EVALUATION_STEP: step}, step=max(step, self._run.step))
         elif event == "step" and step > self._reached:
             self._run.log(_numbers(event, values), step=step)
@@ -107,7 +108,9 @@ class _TensorBoard:
 
 
 def _numbers(event: str, values: dict[str, Any]) -> dict[str, float]:
-    """By name; `tokens` of an evaluation would otherwise be taken for those of a step."""
+    """By name; `tokens` of an evaluation would otherwise be taken for those of a step. Of tasks the scores alone."""
+    if event == "tasks":
+        values = {"tasks": values["tasks"]}
     if event == "evaluation":
         values = {_HELD_OUT.get(name, name): value for name, value in values.items()}
     return _flat(values)

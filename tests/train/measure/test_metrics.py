@@ -152,7 +152,8 @@ def attempts_of(
                 values = {"pass_losses": [3.0, float(step)], "pass_entropies": [1.0, 1.0], "pass_kls": [0.1]}
                 metrics.log_step(step, StepMeans(values, 64), grad_norm=1.0, lr=1e-3, data_wait=0.0)
             if step in due:
-                metrics.log_evaluation(step, {"any": HeldOut([3.0, step + 0.5], 17)})
+                metrics.log_evaluation(step, {"any": HeldOut([3.0, step + 0.5], 17, 40)})
+                metrics.log_tasks(step, {"choice": {"acc,none": step / 8}}, None, 2.0)
         if attempt == len(attempts):
             metrics.log_event("end", last, reason="done")
             metrics.close()
@@ -182,6 +183,8 @@ def test_trackers_get_the_evaluation_that_a_resume_makes_up_for_and_each_number_
     rows = [items for file in wandb_files(tmp_path) for items in history(file)]
     held_out = [(int(items["evaluation_step"]), float(items["losses/1"])) for items in rows if "losses/1" in items]
     assert held_out == [(2, 2.5), (4, 4.5), (6, 6.5)]
+    tasks = [float(items["tasks/choice/acc,none"]) for items in rows if "tasks/choice/acc,none" in items]
+    assert tasks == [0.25, 0.5, 0.75] and any("bits_per_byte/1" in items for items in rows)
     assert [(int(items["_step"]), float(items["loss"])) for items in rows if "loss" in items] == [
         (step, step) for step in range(1, 8)
     ]
@@ -189,7 +192,8 @@ def test_trackers_get_the_evaluation_that_a_resume_makes_up_for_and_each_number_
     assert tokens == [64.0 * step for step in (1, 2, 3, 4, 1, 2, 3)]  # of this test's work, not of what is held out
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
-    assert [point.step for point in board.Scalars("losses/1")] == [2, 4, 6]
+    for name in ("losses/1", "bits_per_byte/1", "held_out_bytes", "tasks/choice/acc,none"):
+        assert [point.step for point in board.Scalars(name)] == [2, 4, 6]
     assert [point.step for point in board.Scalars("tokens")] == [1, 2, 3, 4, 5, 6, 7]
 
 

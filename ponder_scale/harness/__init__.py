@@ -1,0 +1,1 @@
+"""lm-evaluation-harness: its tasks found, its model shared out over ranks."""
