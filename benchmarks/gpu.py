@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -27,6 +28,7 @@ from ponder_scale.files.write import write_whole
 LEAST_SECONDS = 5.0  # less is left: a stage is not begun
 GRACE_SECONDS = 15.0  # for a stage whose budget is over to end with the row that it is at
 NAME = "gpu"  # of the files
+KERNELS = "ponder_scale.model"  # whose warnings say that a kernel was given up for another backend
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -135,6 +137,24 @@ def _run(stage: Stage, place: Place, out: Path, seconds: float) -> Outcome:
     return Outcome(stage.name, stage.title, ended["status"], ended["reason"], time.monotonic() - began, rows)
 
 
+class _Heard(logging.Handler):
+    """Keeps the warnings of ours as rows. One of the kernels is a failure: what follows is measured of another way."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._rows: list[Row] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As logging calls it."""
+        said = record.getMessage()
+        self._rows.append(Row("warning", said, error=said if record.name.startswith(KERNELS) else None))
+
+    def rows(self) -> list[Row]:
+        """Those since the last call."""
+        found, self._rows = self._rows, []
+        return found
+
+
 def _in_a_process(stage: Stage, place: Place, path: Path, log: Path, seconds: float) -> None:
     """Write each row as it comes, and at last the status."""
     os.setsid()
@@ -142,7 +162,8 @@ def _in_a_process(stage: Stage, place: Place, path: Path, log: Path, seconds: fl
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
     print(f"== {stage.name}", flush=True)
-    deadline = time.monotonic() + seconds
+    deadline, heard = time.monotonic() + seconds, _Heard()
+    logging.getLogger("ponder_scale").addHandler(heard)
     with path.open("a") as out:
 
         def write_line(value: dict[str, Any]) -> None:
@@ -151,9 +172,10 @@ def _in_a_process(stage: Stage, place: Place, path: Path, log: Path, seconds: fl
 
         failures = []
         try:
-            for row in stage.rows(place):
-                write_line(asdict(row))
-                failures += [row.what] if row.error else []
+            for measured in stage.rows(place):
+                for row in (measured, *heard.rows()):
+                    write_line(asdict(row))
+                    failures += [row.error if row.what == "warning" else row.what] if row.error else []
                 if time.monotonic() > deadline:
                     write_line({"status": "cut short", "reason": f"its {seconds:.0f} s were over"})
                     break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -44,6 +45,13 @@ def partly(place: Place) -> Iterator[Row]:
     yield tried("one", wrong)
     yield tried("another", large)
     yield Row("the last", "3")
+
+
+def warned(place: Place) -> Iterator[Row]:
+    logging.getLogger("ponder_scale.train").warning("a version that was not tested")
+    yield Row("before", "1")
+    logging.getLogger("ponder_scale.model.tiles").warning("kernel %s did not start", "mix")
+    yield Row("after", "2")
 
 
 def dying(place: Place) -> Iterator[Row]:
@@ -130,6 +138,18 @@ def test_a_stage_that_fails_hangs_or_dies_leaves_the_others_as_they_are(
     assert "| missing | *left out* | it needs what is not installed here |  |" in table
     assert "| good | number 1 | 1 / 1 |  |" in table
     assert json.loads((tmp_path / "gpu.json").read_text())["stages"][-1]["rows"][1]["values"] == {"number": 1}
+
+
+def test_kernels_that_fall_back_to_another_backend_are_a_failure(tmp_path: Path) -> None:
+    """Their numbers would be those of what took their place. Other warnings are told, and no more."""
+    (outcome,) = measure([named(warned)], HERE, tmp_path, 600)
+    assert (outcome.status, outcome.reason) == ("failed", "kernel mix did not start")
+    assert [(row["what"], row["figure"]) for row in outcome.rows] == [
+        ("before", "1"),
+        ("warning", "a version that was not tested"),
+        ("after", "2"),
+        ("warning", "kernel mix did not start"),
+    ]
 
 
 def test_a_budget_that_runs_out_skips_the_rest_and_says_so(tmp_path: Path) -> None:
