@@ -83,7 +83,7 @@ def named(function: Any, seconds: float = 60.0) -> Stage:
 @pytest.mark.timeout(900)
 def test_every_stage_runs_at_toy_size(tmp_path: Path) -> None:
     """By the command, but for the minutes, which are of no account here."""
-    command = [sys.executable, "-m", "benchmarks", "gpu", "--toy", "--out", str(tmp_path), "--minutes", "60"]
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--toy", "--out", str(tmp_path), "--minutes", "120"]
     environment = {**os.environ, **PLAIN}
     done = subprocess.run(
         [*command, "--train", "0.02"], capture_output=True, text=True, cwd=REPOSITORY, env=environment
@@ -164,7 +164,7 @@ def test_the_exit_code_says_whether_a_stage_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for given, code in (([named(good), named(missing)], 0), ([named(raising), named(good)], 1)):
-        monkeypatch.setattr(gpu, "_stages", lambda train_minutes, given=given: given)
+        monkeypatch.setattr(gpu, "_stages", lambda place, given=given: given)
         assert main(["gpu", "--toy", "--out", str(tmp_path)]) == code
         assert ("; failed: raising" in capsys.readouterr().out) == bool(code)
 
