@@ -248,6 +248,8 @@ def check_documents(
 ) -> None:
     """Raise ValueError where a row holds several documents, and transformers would let them see each other.
 
+    Compiled code raises RuntimeError.
+
     It tells them apart by positions (B, T) that start again, and only without a mask (B, T) and without a cache.
     """
     if position_ids is None:
@@ -260,18 +262,21 @@ def check_documents(
         return
     masked = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
     unseen = cache is not None and attention_mask is None
-    if not (masked or unseen) or position_ids.shape[-1] < 2 or torch.compiler.is_compiling() or is_fake(position_ids):
+    if not (masked or unseen) or position_ids.shape[-1] < 2 or is_fake(position_ids):
         return
     starts = position_ids.diff(dim=-1) <= 0  # (B, T - 1)
     if masked:  # what is masked has any positions
         seen = attention_mask[:, -position_ids.shape[-1] :].bool()
         starts = starts & seen[:, 1:] & seen[:, :-1]
-    if starts.any():
-        given = "an attention_mask of (B, T)" if masked else "a cache"
-        raise ValueError(
-            f"position_ids start again within a row, so it holds several documents, which {given} hides from "
-            "transformers: they would see each other; leave it out"
-        )
+    given = "an attention_mask of (B, T)" if masked else "a cache"
+    message = (
+        f"position_ids start again within a row, so it holds several documents, which {given} hides from "
+        "transformers: they would see each other; leave it out"
+    )
+    if torch.compiler.is_compiling():  # a graph has no branches
+        torch._assert_async(~starts.any(), message)
+    elif starts.any():
+        raise ValueError(message)
 
 
 def checked_steps(steps: Any) -> int:

@@ -154,6 +154,19 @@ def test_a_label_that_is_no_token_stops_compiled_code_too(feedback: str) -> None
         compiled(PROMPT, labels=torch.full_like(PROMPT, VOCABULARY))
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_documents_that_would_see_each_other_stop_compiled_code_too(backend: str) -> None:
+    model = small("llama")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    once, twice = torch.arange(9).expand(2, 9), (torch.arange(9) % 5).expand(2, 9)
+    mask = torch.ones_like(PROMPT)
+    with torch.no_grad():
+        got = compiled(PROMPT, attention_mask=mask, position_ids=once).logits
+        torch.testing.assert_close(got, model(PROMPT).logits, atol=1e-5, rtol=1e-4)
+        with pytest.raises(RuntimeError, match="position_ids start again within a row"):
+            compiled(PROMPT, attention_mask=mask, position_ids=twice)
+
+
 def load(name: str, folder: Path) -> ModuleType:
     """The package of a folder under a name, as loaders of remote code read it: again and again, if asked to."""
     for known in [each for each in sys.modules if each == name or each.startswith(f"{name}.")]:
