@@ -26,45 +26,48 @@ class GrowingLayer(DynamicLayer):
     """
 
     _buffers: tuple[Tensor, Tensor] | None = None
-    _filled = 0  # tokens in the buffers
+    _left: tuple[Tensor, Tensor] | None = None  # `keys` and `values` as the last token left them
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All keys and values with the new ones appended, (B, heads, T, head width) each."""
         differentiated = torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
-        if self.get_seq_length() == 0 or differentiated or torch.compiler.is_compiling():
+        if differentiated or torch.compiler.is_compiling() or self.get_seq_length() == 0:
             return super().update(keys, values, *args, **kwargs)
-        # what was cut off since may still be held by somebody as a view of the same buffers
-        whole = self.keys.shape[-2] == self.values.shape[-2] == self._filled
-        of_keys, of_values = (self._buffers if whole else None) or (None, None)
-        self._buffers = _roomy(of_keys, self.keys, keys), _roomy(of_values, self.values, values)
-        end = self._filled = self.keys.shape[-2] + keys.shape[-2]
-        self.keys: Tensor = self._buffers[0][..., :end, :]
-        self.values: Tensor = self._buffers[1][..., :end, :]
-        return self.keys, self.values
+        begin, new = self.keys.shape[-2], keys.shape[-2]
+        if self._buffers is None or not self._is_room_for(begin + new):
+            self._buffers = _roomy(self.keys, keys), _roomy(self.values, values)
+        for buffer, tensor in zip(self._buffers, (keys, values), strict=True):
+            buffer.narrow(-2, begin, new).copy_(tensor)
+        # what was cut off later may still be held by somebody as a view of the same buffers
+        self._left = self._buffers[0].narrow(-2, 0, begin + new), self._buffers[1].narrow(-2, 0, begin + new)
+        self.keys: Tensor = self._left[0]
+        self.values: Tensor = self._left[1]
+        return self._left
+
+    def _is_room_for(self, tokens: int) -> bool:
+        """Whether the buffers hold so many, and nothing but appending was done with what they hold."""
+        if self._left is None or self._buffers is None:
+            return False
+        if self.keys is not self._left[0] or self.values is not self._left[1]:
+            return False
+        buffer = self._buffers[0]
+        return buffer.shape[-2] >= tokens and (torch.is_inference_mode_enabled() or not buffer.is_inference())
 
     def reset(self) -> None:
         """Empty it."""
-        self._buffers = None
+        self._buffers = self._left = None
         super().reset()
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies are made of: the buffers stay with this one, or both would write into the same room."""
-        return {**self.__dict__, "_buffers": None}
+        return {**self.__dict__, "_buffers": None, "_left": None}
 
 
-def _roomy(buffer: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
-    """The buffer that `old` is the beginning of, or one with room, with `new` written behind it."""
-    length, end = old.shape[-2], old.shape[-2] + new.shape[-2]
-    if (
-        buffer is None
-        or buffer.data_ptr() != old.data_ptr()
-        or buffer.shape[:-2] != old.shape[:-2]
-        or buffer.shape[-2] < end
-        or (buffer.is_inference() and not torch.is_inference_mode_enabled())
-    ):
-        buffer = new.new_empty(*new.shape[:-2], end + ROOM, new.shape[-1])
-        buffer[..., :length, :] = old
-    buffer[..., length:end, :] = new
+def _roomy(old: Tensor, new: Tensor) -> Tensor:
+    """A buffer that begins with `old` and has room for `new` and more behind it."""
+    length = old.shape[-2]
+    buffer = new.new_empty(*new.shape[:-2], length + new.shape[-2] + ROOM, new.shape[-1])
+    buffer.narrow(-2, 0, length).copy_(old)
     return buffer
 
 
