@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from ponder_scale.cli import _parser
 from ponder_scale.config import RunConfig
 from ponder_scale.settings.commandline import parse
+from tests.commands import run_script
 from tests.model.architectures import make
 
 REPOSITORY = Path(__file__).parents[1]
@@ -141,3 +143,19 @@ def test_the_mechanism_is_measured_as_a_loop_over_rows_measures_it(out: Path, sc
     means = {name: value / (different if name in ("follows", "stays") else 40) for name, value in sums.items()}
     assert found == pytest.approx(means | {"items": 40}, rel=1e-4) and 0 < different < 40
     assert len({round(found[name], 3) for name in ("S = 0", "S = 1", "r1 alone", "without r1")}) > 1
+
+
+def test_the_commands_of_the_examples_readme_run(tmp_path: Path) -> None:
+    text = FACTS.with_name("README.md").read_text()
+    (script,) = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    small = ("run_dir=runs/composition", "run_dir=runs/composition train.steps=2 optim.warmup_steps=1")
+    (tmp_path / "script.sh").write_text(
+        "set -e\n" + script.replace(*small, 1).replace("--seed 11", "--seed 11 --entities 12")
+    )
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    done = run_script("sh", "script.sh", folder=tmp_path, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-1500:]
+    tables = re.findall(r"^\| group \|.*$", done.stdout, flags=re.MULTILINE)
+    assert (
+        tables == re.findall(r"^\| group \|.*$", text, flags=re.MULTILINE) and "| two hops, both new |" in done.stdout
+    )

@@ -1,8 +1,9 @@
 """Does pondering pay? Facts are learned, compositions that were never seen are asked: python evidence.py RUN
 
 It draws a world for each seed, makes shards of it, trains the pondering model and every
-baseline on it by `ponder-scale compare`, asks them, and leaves compare.html and compare-answers.svg in RUN. What is
-finished is passed over, so the same command goes on where it was stopped.
+baseline on it by `ponder-scale compare`, asks them, and leaves compare.html and compare-answers.svg in RUN. Then it
+measures the mechanism of each pondering model. It passes over what is finished, so you can stop it and start the same
+command again.
 
 `--tune` tries every learning rate and weight decay for every model, on seeds that the result is not reported on, and
 prints the best of each, for `BEST`. While that is empty, every model has the recipe's.
@@ -89,6 +90,25 @@ def evidence(out: Path, seeds: Sequence[int], jobs: int) -> None:
         together([comparison(out, seeds, f"run_dir={out}", "--only", name) for name in runs], jobs)
     report = comparison(out, seeds, f"run_dir={out}", "--report")
     print(subprocess.run(report, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    mechanism(out, seeds)
+
+
+def mechanism(out: Path, seeds: Sequence[int]) -> None:
+    """Print what mechanism.py measures of the pondering model, a mean over the seeds for each group."""
+    found = []
+    for seed in seeds:
+        place = out / FIRST[0] / f"seed-{seed}"
+        folder, figures = place / "huggingface", place / "mechanism.json"
+        if not folder.is_dir():
+            run("ponder-scale", "export", place, folder)
+        if not figures.is_file():
+            run(sys.executable, HERE / "mechanism.py", folder, out / "data" / str(seed), "--json", figures)
+        found.append(json.loads(figures.read_text(encoding="utf-8")))
+    columns = list(next(iter(found[0].values())))
+    print(f"| group | {' | '.join(columns)} |\n{'|---' * (len(columns) + 1)}|")
+    for group in found[0]:
+        means = (statistics.fmean(each[group][column] for each in found) for column in columns)
+        print(f"| {group} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
 
 
 def tune(out: Path, jobs: int) -> None:
