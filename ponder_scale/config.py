@@ -304,6 +304,13 @@ class OptimConfig:
     )
     muon_momentum: float = knob(0.95, "Momentum of Muon.", min=0, below=1)
     lr: float = knob(3e-4, "Peak learning rate.", above=0, max=1000)
+    mup_base_width: int | None = knob(
+        None,
+        "`model.hidden_size` that `lr` was tuned at. At other widths rates, initial weights and decay follow by muP. "
+        "`null` takes `lr` as it is.",
+        min=1,
+        max=MOST_WIDTH,
+    )
     min_lr: float = knob(3e-5, "Learning rate at the last step.", min=0, max=1000)
     warmup_steps: int = knob(0, "Steps of linear warm-up from 0.", unit="steps", min=0, max=MOST_STEPS)
     schedule: Literal["cosine", "linear", "constant", "wsd"] = knob(
@@ -555,6 +562,11 @@ class RunConfig:
             raise ConfigError(
                 f"optim.grad_clip is {self.optim.grad_clip} with muon: under ZeRO it would clip Muon's update, whose "
                 "norm is not the gradient's, and cripple learning; set optim.grad_clip=null"
+            )
+        if self.optim.optimizer == "muon" and self.optim.mup_base_width is not None:
+            raise ConfigError(
+                f"optim.mup_base_width is {self.optim.mup_base_width} with muon, whose updates do not follow Adam's "
+                "rule for width; use adamw, or leave it null"
             )
         if self.health.on_spike == "rewind" and not (self.checkpoint.every_steps or self.checkpoint.every_minutes):
             raise ConfigError(

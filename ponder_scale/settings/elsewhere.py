@@ -28,6 +28,7 @@ ELSEWHERE = {
     "time_limit": "time timeout max_time walltime",
     "lr": "learning_rate max_lr peak_lr",
     "min_lr": "final_lr lr_min end_lr",
+    "mup_base_width": "mup mup_base_hidden_size base_width",
     "muon_momentum": "momentum",
     "warmup_steps": "warmup warmup_iters lr_warmup_steps",
     "schedule": "lr_schedule lr_scheduler lr_scheduler_type scheduler lr_decay_style",
@@ -53,5 +54,6 @@ ELSEWHERE = {
 ELSEWHERE_IN_FULL = {
     "checkpoint.every_steps": "save_every save_steps save_interval checkpoint_every checkpoint_interval",
     "evaluate.every_steps": "eval_every eval_steps eval_interval evaluation_interval",
+    "evaluate.tasks": "lm_eval_tasks eval_tasks downstream_tasks",
     "log.every_steps": "log_every log_steps log_interval logging_steps",
 }

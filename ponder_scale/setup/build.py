@@ -14,6 +14,7 @@ from ponder_scale.config import ModelConfig, RunConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.model import configuration as configurations
 from ponder_scale.model import modeling
+from ponder_scale.setup.width import scale_initial_weights
 from ponder_scale.shards.format import ShardSet
 
 try:
@@ -192,7 +193,9 @@ def make_model(config: RunConfig, shards: ShardSet) -> Any:
     configuration = model_configuration(
         config.model, vocab_size=manifest.vocab_size, seq_len=config.data.seq_len, eod_id=manifest.eod_id
     )
-    return build_model(configuration, config.seed)
+    model = build_model(configuration, config.seed)
+    scale_initial_weights(model, config.optim.mup_base_width)
+    return model
 
 
 def build_model(configuration: Any, seed: int) -> Any:

@@ -29,6 +29,7 @@ from ponder_scale.setup.build import build_model, model_configuration
 from ponder_scale.setup.recompute import apply_recompute
 from ponder_scale.setup.speed import apply_speed
 from ponder_scale.setup.warm_start import warm_start
+from ponder_scale.setup.width import scale_initial_weights
 from ponder_scale.shards.format import ShardSet
 from ponder_scale.train.console import folded
 from ponder_scale.train.contents import Contents
@@ -148,6 +149,7 @@ def _configuration(config: RunConfig, sources: dict[str, ShardSet]) -> Any:
 def _model(config: RunConfig, configuration: Any, sources: dict[str, ShardSet]) -> Any:
     """The model as the engine takes it: built, warm, fast, and recomputed as the run has it."""
     model = build_model(configuration, config.seed)
+    scale_initial_weights(model, config.optim.mup_base_width)
     # a run that has a checkpoint goes on from that, also where the folder that it began with is gone
     if config.model.init_from is not None and not saved_steps(Path(config.run_dir)):
         tokenizer = next(iter(sources.values())).manifest.tokenizer

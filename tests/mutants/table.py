@@ -266,4 +266,30 @@ MUTANTS = [
         ("torch.cat([losses * count, torch.tensor(", "torch.cat([losses, torch.tensor("),
         ("[part.tokens / tokens for part in parts]", "[1 / len(parts) for part in parts]"),
     ),
+    *_of(
+        "ponder_scale/data/text_bytes.py",
+        "tests/data/test_text_bytes.py",
+        ("sizes[known].sum() - added.sum()", "sizes[known].sum()"),
+        ("for i in special | ends:", "for i in special:"),
+        ("return bytes(1)", "return token.encode()"),
+    ),
+    *_of(
+        "ponder_scale/compare/phi.py",
+        "tests/compare/test_phi.py",
+        ("by_phi = -alpha *", "by_phi = alpha *"),
+        ("weights = DELTA / np.maximum(np.abs(residuals), DELTA)", "weights = np.ones_like(residuals)"),
+        ("if high - low >= 1:", "if high - low >= 100:"),
+        ("phi * self.log_passes) * self.recurrent", "phi * self.log_passes) * (self.once + self.recurrent)"),
+    ),
+    *_of(
+        "ponder_scale/setup/width.py",
+        "tests/setup/test_width.py",
+        ("1.0 if weight.ndim < 2 else 1 / ratio", "1.0 if weight.ndim < 2 else 1.0"),
+        ("1.0 if factor == 1 else ratio**-0.5", "1 / ratio"),
+    ),
+    *_of(
+        "ponder_scale/harness/shared.py",
+        "tests/train/measure/test_tasks.py::test_two_ranks_of_stage_3_have_the_scores_of_the_exported_step",
+        ("answers[number::ranks] = part", "answers[number * len(part) : (number + 1) * len(part)] = part"),
+    ),
 ]

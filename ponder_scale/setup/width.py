@@ -1,0 +1,77 @@
+"""One learning rate for all widths: muP (arXiv 2203.03466) for Adam, without multipliers.
+
+A recipe is tuned at `optim.mup_base_width`. At m times that width D, with heads as wide as before, a weight's initial
+values and its learning rate are those of the base width times
+
+    weight                                      initial values      learning rate
+    matrices of the layers                      m^-1/2 (as always)  1/m
+    head                                        1/m                 1/m
+    embedding table, times sqrt(D) in forward   m^-1/2 (as always)  m^-1/2
+    embedding table, not scaled; positions      1                   1
+    norms and biases                            1                   1
+
+so that what the weights make of their inputs, and what a step changes of it, stays as large. The pondering embedding is
+a mean of rows of the table with the same factor as e_0, so every pass adds what e_0 is as large as. Weight decay is
+divided by the same factor as the rate, since AdamW multiplies the two. As nothing is left for the forward to do, the
+exported model is the plain one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ponder_scale.errors import ConfigError
+
+
+def learning_rate_scales(model: Any, base_width: int | None) -> dict[int, float]:
+    """The factor on the learning rate of each parameter, by its id. Raises ConfigError as `check_width` does."""
+    if base_width is None:
+        return {id(parameter): 1.0 for parameter in model.parameters()}
+    check_width(model, base_width)
+    ratio = model.config.hidden_size / base_width
+    scales = {id(weight): 1.0 if weight.ndim < 2 else 1 / ratio for weight in model.parameters()}
+    for weight, factor in _tables(model):
+        scales[id(weight)] = 1.0 if factor == 1 else ratio**-0.5
+    return scales
+
+
+@torch.no_grad()
+def scale_initial_weights(model: Any, base_width: int | None) -> None:
+    """Turn a freshly initialized model, whose weights all have 1/sqrt(D), into what the table above says."""
+    if base_width is None:
+        return
+    check_width(model, base_width)
+    ratio = model.config.hidden_size / base_width
+    model.get_output_embeddings().weight.mul_(ratio**-0.5)
+    for weight, factor in _tables(model):
+        if factor == 1:
+            weight.mul_(ratio**0.5)
+
+
+def check_width(model: Any, base_width: int) -> None:
+    """Raise ConfigError where the architecture cannot be widened in this way."""
+    config = model.config
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        name = config.model_type.removeprefix("ponder_")
+        raise ConfigError(
+            f"optim.mup_base_width is {base_width}, but the head of this {name} is its embedding table, which needs "
+            "one learning rate as a table and another as a head; set model.tie_word_embeddings=false, or leave it null"
+        )
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if base_width % head:
+        raise ConfigError(
+            f"optim.mup_base_width is {base_width}, no multiple of the width of a head ({head}): widths of a ladder "
+            "differ in the number of heads; give model.num_attention_heads so that a head is as wide as at the base"
+        )
+
+
+def _tables(model: Any) -> list[tuple[Tensor, float]]:
+    """The embedding tables, with the factor on what they give: sqrt(D) or 1."""
+    tokens = model.get_input_embeddings()
+    own = math.sqrt(model.config.hidden_size) if model.config.scale_embeds else 1.0
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return [(table.weight, own if table is tokens else 1.0) for table in tables]
