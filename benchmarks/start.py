@@ -162,8 +162,11 @@ def _on_a_rank(job: dict[str, Any], out: Path) -> None:
     ours = "recipe" in job
     if ours:
         gc.disable()  # as the command does before it loads anything; the engine is loaded here to be watched
+    import deepspeed
     from deepspeed.runtime.engine import DeepSpeedEngine
 
+    # compiled where it is not cached, which takes a minute; ours never loads it, so neither way has it
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     readings: list[float] = []
     step = DeepSpeedEngine.step
 
