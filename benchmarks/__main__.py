@@ -64,7 +64,11 @@ def _parser() -> Parser:
     )
     decode.add_argument("--runs", type=whole(1), default=5)
     decode.add_argument(
-        "--compile", dest="compiled", action="store_true", help="also a step that torch compiles, in half a minute"
+        "--compile",
+        dest="compiled",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also a step that torch compiles, in a minute",
     )
     decode.set_defaults(run=_bench_decode)
     _share_flags(op, step, memory, comm, decode)

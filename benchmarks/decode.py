@@ -1,6 +1,10 @@
 """`python -m benchmarks decode`: a token of a text from the caches of S + 1 passes, against the whole prefix anew.
 
 The published code keeps no key-value cache, so it runs all passes over the whole prefix for each token.
+
+One token uses each weight once a pass, so it can be no faster than memory hands them over. The table says what share of
+that a way reaches: the bytes that it cannot do without, over its time, over the bandwidth that a plain read or copy of
+more than the caches hold reached in the same turns.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from benchmarks.workload import PUBLISHED, Workload
 
 TOKENS = 4  # decoded in a measured run of the cached ways
 WAYS = {PUBLISHED: "whole prefix", "cached": "cached", "compiled": "compiled", "vanilla": "S = 0 cached"}
+STREAM_BYTES = 2**29  # more than caches hold
 
 
 def run(
@@ -39,13 +44,47 @@ def run(
         f"decoding, S = {work.model.pondering_steps}: {work.line()}; {device_name(work.device, threads)}; medians of "
         f"{runs} interleaved runs"
     )
-    print(f"{'context':>8s} {'way':>12s} {'ms a token':>11s} {'times faster':>13s} {'logits differ by':>17s}")
+    print(
+        f"{'context':>8s} {'way':>12s} {'ms a token':>11s} {'times faster':>13s} {'of bandwidth':>13s} "
+        f"{'logits differ by':>17s}"
+    )
     for row in rows:
         for way in [name for name in WAYS if name in row]:
             difference = f"{row[f'{way} difference']:17.1e}" if f"{way} difference" in row else ""
-            faster = row[PUBLISHED] / row[way]
-            print(f"{row['context']:8d} {WAYS[way]:>12s} {1e3 * row[way]:11.1f} {faster:13.1f} {difference}".rstrip())
+            share = f"{row[f'{way} share']:13.0%}" if f"{way} share" in row else " " * 13
+            times = f"{1e3 * row[way]:11.1f} {row[PUBLISHED] / row[way]:13.1f}"
+            print(f"{row['context']:8d} {WAYS[way]:>12s} {times} {share} {difference}".rstrip())
+        read = f"{row['bytes'] / 1e6:.0f} MB a token at least"
+        print(f"{row['context']:8d} {read}; memory bandwidth {row['bandwidth'] / 1e9:.1f} GB/s")
     return rows
+
+
+def bytes_of_a_token(model: Any, context: int, pondering_steps: int) -> int:
+    """What has to be read for one token: layers in every pass, both tables in each step, the head, the caches."""
+    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    tables = {id(weight): weight.nbytes for weight in (head, table)}
+    inside = sum(weight.nbytes for layer in model.layers for weight in layer.parameters())
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * context * heads * width * head.element_size() * model.num_layers
+    return (pondering_steps + 1) * (inside + cached) + pondering_steps * sum(tables.values()) + head.nbytes
+
+
+class _Stream:
+    """Reads and copies more than caches hold, for the bandwidth of the memory."""
+
+    def __init__(self, device: str) -> None:
+        self._source = torch.ones(STREAM_BYTES // 4, device=device)
+        self._target = torch.empty_like(self._source)
+
+    def read(self) -> None:
+        """STREAM_BYTES."""
+        self._source.sum()
+
+    def copy(self) -> None:
+        """STREAM_BYTES read, and as many written."""
+        self._target.copy_(self._source)
 
 
 def _measure(model: Any, work: Workload, context: int, runs: int, compiled: bool) -> dict[str, Any]:
@@ -65,10 +104,16 @@ def _measure(model: Any, work: Workload, context: int, runs: int, compiled: bool
     def whole_prefix() -> None:
         published.next_logits(model, text[:, :context], steps)
 
+    stream = _Stream(work.device)
     variants = {PUBLISHED: whole_prefix, **{name: decoder.some for name, decoder in decoders.items()}}
-    times = medians(variants, runs, work.device)
-    seconds = {name: found.seconds / (1 if name == PUBLISHED else TOKENS) for name, found in times.items()}
-    return {"context": context, **differences, **seconds}
+    times = medians({**variants, "read": stream.read, "copy": stream.copy}, runs, work.device)
+    bandwidth = max(STREAM_BYTES / times["read"].seconds, 2 * STREAM_BYTES / times["copy"].seconds)
+    row = {"context": context, "bandwidth": bandwidth, "bytes": bytes_of_a_token(model, context, steps), **differences}
+    row |= {name: times[name].seconds / (1 if name == PUBLISHED else TOKENS) for name in variants}
+    for name in decoders:
+        needed = bytes_of_a_token(model, context, 0 if name == "vanilla" else steps)
+        row[f"{name} share"] = needed / row[name] / bandwidth
+    return row
 
 
 class _Decoding:
@@ -110,7 +155,7 @@ class _Decoding:
             logits_to_keep=1,
             pondering_steps=self._steps,
         )
-        return output.logits[:, -1]
+        return output.logits[:, -1].clone()  # a CUDA graph writes the next ones into the same place
 
 
 class _Compiled(_Decoding):
@@ -121,4 +166,5 @@ class _Compiled(_Decoding):
 
     def _step_of(self, model: Any) -> Any:
         torch._dynamo.reset()  # of another context, whose caches have another size
-        return torch.compile(model.forward, dynamic=False)
+        mode = "reduce-overhead" if model.device.type == "cuda" else None  # by CUDA graphs
+        return torch.compile(model.forward, dynamic=False, fullgraph=True, mode=mode)

@@ -89,6 +89,7 @@ def test_memory_is_laid_out_by_pondering_steps(
 
 def test_cached_decoding_is_measured_where_it_equals_the_whole_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiled step is measured by the command of docs/performance.md, which fails where its logits differ."""
+    monkeypatch.setattr(decode, "STREAM_BYTES", 2**20)
     (row,) = decode.run(small(), contexts=[9], runs=1)
     assert row["context"] == 9 and row["cached difference"] < 1e-5
     assert all(row[name] > 0 for name in (PUBLISHED, "cached", "vanilla")) and "compiled" not in row
@@ -96,6 +97,23 @@ def test_cached_decoding_is_measured_where_it_equals_the_whole_prefix(monkeypatc
     monkeypatch.setattr(published, "next_logits", lambda model, tokens, steps: original(model, tokens, steps - 1))
     with pytest.raises(RuntimeError, match="cached and uncached logits differ"):
         decode.run(small(), contexts=[9], runs=1)
+
+
+def test_a_token_reads_layers_in_each_pass_tables_in_each_step_and_the_caches(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "STREAM_BYTES", 2**20)
+    work = small()
+    (row,) = decode.run(work, contexts=[9], runs=1)
+    layer = 4 * 64 * 64 + 3 * 64 * work.model.intermediate_size + 2 * 64
+    cached = 2 * 9 * 64  # keys and values of a layer
+    numbers = 3 * 2 * (layer + cached) + 2 * 2 * 300 * 64 + 300 * 64
+    assert row["bytes"] == 4 * numbers
+    assert row["cached share"] == pytest.approx(4 * numbers / row["cached"] / row["bandwidth"])
+    alone = 2 * (layer + cached) + 300 * 64
+    assert row["vanilla share"] == pytest.approx(4 * alone / row["vanilla"] / row["bandwidth"])
+    table = capsys.readouterr().out
+    assert "of bandwidth" in table and "MB a token at least; memory bandwidth" in table
 
 
 def test_a_bad_flag_is_named() -> None:
