@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.rows import Place, Row, seconds, tried
-from ponder_scale.planning.cost import peak_flops
+from ponder_scale.planning.hardware import peak_flops
 
 LAUNCHES = 100  # captured in one graph
 TOKENS, VOCABULARY, LENGTH, HEAD = 8192, 50304, 2048, 128  # of the shapes below

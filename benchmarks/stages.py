@@ -25,7 +25,8 @@ from benchmarks.rows import Place, Row, tried
 from benchmarks.workload import PUBLISHED, Training, Workload, workload
 from ponder_scale.config import TrainConfig
 from ponder_scale.errors import ConfigError
-from ponder_scale.planning.cost import peak_flops, step_flops
+from ponder_scale.planning.cost import step_flops
+from ponder_scale.planning.hardware import peak_flops
 from ponder_scale.setup.speed import apply_speed
 
 REPOSITORY = Path(__file__).parents[1]

@@ -24,7 +24,8 @@ from benchmarks.measure import (
 )
 from benchmarks.workload import POLICIES, PUBLISHED, Training, Workload
 from ponder_scale.errors import ConfigError
-from ponder_scale.planning.cost import peak_flops, step_flops
+from ponder_scale.planning.cost import step_flops
+from ponder_scale.planning.hardware import peak_flops
 
 
 def run(

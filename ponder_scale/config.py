@@ -201,7 +201,7 @@ class TrainConfig:
     )
     micro_batch: int | Literal["auto"] = knob(
         1,
-        "Sequences in one forward of one rank. auto: the choice of the planner.",
+        "Sequences in one forward of one rank. auto: those that take the least time, fit and divide the batch.",
         unit="sequences",
         min=1,
         max=MOST_SEQUENCES,
@@ -212,7 +212,7 @@ class TrainConfig:
     recompute: Literal["none", "selective", "layer", "pass", "pass+layer", "auto"] = knob(
         "pass",
         "What backward computes again. selective: layers without their attention. layer: whole layers. "
-        "pass: whole passes from their inputs. pass+layer: both. auto: the choice of the planner.",
+        "pass: whole passes from their inputs. pass+layer: both. auto: what takes the least time and fits.",
     )
     memory_gib: float | None = knob(
         None,
@@ -220,6 +220,11 @@ class TrainConfig:
         unit="GiB",
         above=0,
         max=2**20,
+    )
+    hardware: str | None = knob(
+        None,
+        "File that `ponder-scale plan --calibrate` wrote. `auto` uses its times. `null` uses the planner's table.",
+        path=True,
     )
     offload_activations: bool = knob(False, "Keep the activations that recomputation saves in host memory.")
     attention: Literal["auto", "sdpa", "flash_attention_2"] = knob(
@@ -231,7 +236,10 @@ class TrainConfig:
     compile: bool = knob(False, "Compile the layers with torch.compile.")
     pondering: PonderingSchedule = field(default_factory=PonderingSchedule)
     deepspeed: str = knob(
-        "zero3", "How to shard the run: the name of a file in deepspeed_configs/, or a path.", path=True
+        "zero3",
+        "How to shard the run: the name of a file in deepspeed_configs/, or a path. auto: the stage that takes the "
+        "least time.",
+        path=True,
     )
     sanity_step: bool = knob(
         True, "Before step 1, try forward and backward at full size and a trial save, then drop the result."

@@ -10,7 +10,7 @@ from ponder_scale.config import RunConfig, load_recipe
 from ponder_scale.errors import ConfigError
 from ponder_scale.files.places import check_folder
 from ponder_scale.files.shipped import SLURM
-from ponder_scale.planning.cost import DEVICES
+from ponder_scale.planning.hardware import TABLE, read_hardware
 from ponder_scale.settings import flat, meant, to_dict, to_yaml
 from ponder_scale.settings.commandline import new_folder, number, path, whole
 
@@ -44,13 +44,13 @@ def add_commands(commands: Any) -> None:
         help="pass one more option to sbatch, such as --sbatch=--qos=high; repeat for more",
     )
     submit.add_argument(
-        "--gpu", choices=sorted(DEVICES), default="h100", help="device that the plan assumes (default: h100)"
+        "--gpu", choices=sorted(TABLE), default="h100", help="device that the plan assumes (default: h100)"
     )
     submit.add_argument(
-        "--mfu",
-        type=number(above=0, most=1),
-        default=0.4,
-        help="share of the peak FLOP/s that the plan assumes (default: 0.4)",
+        "--hardware", type=path, metavar="FILE", help="measured figures for the plan, written by `plan --calibrate`"
+    )
+    submit.add_argument(
+        "--mfu", type=number(above=0, most=1), help="share of the peak FLOP/s that your runs reach, for the plan"
     )
     submit.add_argument(
         "--templates",
@@ -117,7 +117,9 @@ def _submit(options: argparse.Namespace, _: list[str]) -> None:
     if not (options.dry_run or options.test_only):
         submission.check_free()  # said before a plan, which takes seconds
     check_run(config, resources.ranks)
-    print_plan(config, resources.ranks, per_node=resources.gpus_per_node, device=options.gpu, utilization=options.mfu)
+    hardware = TABLE[options.gpu] if options.hardware is None else read_hardware(options.hardware)
+    per_node = resources.gpus_per_node
+    print_plan(config, resources.ranks, per_node=per_node, hardware=hardware, utilization=options.mfu)
     if options.dry_run:
         print(submission.describe())
     elif options.test_only:

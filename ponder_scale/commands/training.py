@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ponder_scale.config import RunConfig, load_recipe
 from ponder_scale.errors import REWOUND, ConfigError
+from ponder_scale.figures import span, stored
 from ponder_scale.files.places import check_file, check_folder
-from ponder_scale.planning.cost import DEVICES
 from ponder_scale.planning.failures import DEVICE_HOURS, Failures
 from ponder_scale.planning.failures import report as failures_report
-from ponder_scale.settings.commandline import number, whole
+from ponder_scale.planning.hardware import TABLE, Hardware, read_hardware, write_hardware
+from ponder_scale.settings.commandline import new_file, number, path, whole, wholes
 from ponder_scale.shards.format import ShardSet, check_vocabulary, open_all
 from ponder_scale.shards.manifest import MANIFEST
 
@@ -29,16 +31,29 @@ def add_commands(commands: Any) -> None:
     train.set_defaults(run=_train)
 
     plan = commands.add_parser("plan", help="memory, FLOPs and time of a run, before any device is touched")
-    plan.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    plan.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.add_argument("--gpus", type=whole(1), default=8, help="devices in all")
+    plan.add_argument(
+        "--gpus", type=wholes(1), default=[8], metavar="N[,N...]", help="devices in all; of several numbers, a table"
+    )
     plan.add_argument("--gpus-per-node", type=whole(1), default=8)
-    plan.add_argument("--gpu", choices=sorted(DEVICES), default="h100")
+    plan.add_argument("--gpu", choices=sorted(TABLE), default="h100")
+    plan.add_argument(
+        "--hardware",
+        type=path,
+        metavar="FILE",
+        help="what --calibrate wrote, in place of --gpu and the planner's table",
+    )
+    plan.add_argument(
+        "--calibrate",
+        type=new_file,
+        metavar="FILE",
+        help="measure this machine in half a minute, and write what the planner reckons with into the file",
+    )
     plan.add_argument(
         "--mfu",
         type=number(above=0, most=1),
-        default=0.4,
-        help="share of the device's dense bf16 FLOP/s that is reached",
+        help="reckon time by this share of the device's dense FLOP/s, such as your runs have measured",
     )
     plan.add_argument(
         "--failures",
@@ -69,7 +84,7 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_recipe(options.recipe, options.overrides)
     from ponder_scale.train.launch import default_processes, launch
     from ponder_scale.train.survive.control import check_time_limit
-    from ponder_scale.train.zero.deepspeed_config import check_ranks, read_sharding
+    from ponder_scale.train.zero.deepspeed_config import check_ranks, shardings
 
     check_time_limit(config.train.time_limit)
 
@@ -80,7 +95,8 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
         _check_data(config)
     processes = options.nproc or (1 if launched else default_processes())
     if not launched and processes > 1:
-        check_ranks(read_sharding(config.train.deepspeed), config.train, processes)
+        for sharding in shardings(config.train, config.optim).values():
+            check_ranks(sharding, config.train, processes)
         return launch(arguments, processes)
     import torch
 
@@ -96,47 +112,119 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, _: list[str]) -> None:
-    config = load_recipe(options.recipe, options.overrides)
-    work = print_plan(config, options.gpus, per_node=options.gpus_per_node, device=options.gpu, utilization=options.mfu)
-    if options.failures is not None:
-        failures = Failures(options.failures * 3600 / options.gpus, options.save_seconds, options.restart_seconds)
-        print("\n".join(failures_report(failures, devices=options.gpus, work=work, steps=config.train.steps)))
+    # argparse takes a recipe that follows a flag for an override, as it need not be there
+    recipe, *overrides = [*filter(None, (options.recipe,)), *options.overrides] or [None]
+    if recipe is None and options.calibrate is None:
+        options.parser.error("the following arguments are required: recipe")
+    if options.calibrate is not None:
+        _calibrate(options.calibrate)
+    if recipe is None:
+        return
+    config = load_recipe(recipe, overrides)
+    file = options.hardware or options.calibrate
+    hardware = TABLE[options.gpu] if file is None else read_hardware(file)
+    per_node = options.gpus_per_node
+    if len(options.gpus) > 1:
+        if options.failures is not None:
+            raise ConfigError(
+                f"--failures with --gpus {','.join(map(str, options.gpus))}; expected one number of devices"
+            )
+        print_scaling(config, options.gpus, per_node=per_node, hardware=hardware)
+    else:
+        ranks = options.gpus[0]
+        work = print_plan(config, ranks, per_node=per_node, hardware=hardware, utilization=options.mfu)
+        if options.failures is not None:
+            failures = Failures(options.failures * 3600 / ranks, options.save_seconds, options.restart_seconds)
+            print("\n".join(failures_report(failures, devices=ranks, work=work, steps=config.train.steps)))
     if options.serve is not None:
-        print_serving(config, options.serve, device=options.gpu)
+        print_serving(config, options.serve, hardware)
+
+
+def _calibrate(file: Path) -> None:
+    """Measure this machine, say what was found, and write it."""
+    from ponder_scale.planning.calibrate import calibrate
+
+    hardware = calibrate()
+    write_hardware(file, hardware)
+    print("\n".join(calibration_lines(hardware)))
+    print(f"written to {file}")
 
 
 def check_run(config: RunConfig, ranks: int) -> None:
     """Raise for what can be known to be wrong with a run before a device is touched: its data, its batch sizes."""
     from ponder_scale.train.survive.control import check_time_limit
-    from ponder_scale.train.zero.deepspeed_config import check_ranks, read_sharding
+    from ponder_scale.train.zero.deepspeed_config import check_ranks, shardings
 
     check_time_limit(config.train.time_limit)
     _check_data(config)
-    check_ranks(read_sharding(config.train.deepspeed), config.train, ranks)
+    for sharding in shardings(config.train, config.optim).values():
+        check_ranks(sharding, config.train, ranks)
 
 
-def print_plan(config: RunConfig, ranks: int, *, device: str, utilization: float, per_node: int = 8) -> float:
+def print_plan(
+    config: RunConfig, ranks: int, *, hardware: Hardware, utilization: float | None = None, per_node: int = 8
+) -> float:
     """Print what the run needs on so many devices, and return the seconds of its steps.
+
+    Args:
+        utilization: the share of the peak that model FLOPs take, in place of the planner's own time.
 
     Raises:
         ConfigError: the devices are no whole number of nodes, or the batch does not divide over them.
     """
     from ponder_scale.planning.auto import settle
-    from ponder_scale.planning.plan import Devices, plan_run, report, settle_sharding, training_seconds
-    from ponder_scale.train.zero.deepspeed_config import check_ranks, read_sharding
+    from ponder_scale.planning.plan import plan_run, report, settle_sharding, training_seconds
+    from ponder_scale.train.zero.deepspeed_config import check_ranks, shardings
+
+    devices, files = _devices(ranks, per_node, hardware), shardings(config.train, config.optim)
+    for sharding in files.values():
+        check_ranks(sharding, config.train, ranks)
+    configuration = _configuration(config)
+    config, said = settle(config, files, configuration, devices)
+    sharding = settle_sharding(config, files[config.train.deepspeed], configuration, devices)
+    plan = plan_run(config, sharding, configuration, devices)
+    print("\n".join([*said, *report(plan, config, devices, utilization=utilization), *_epochs(config)]))
+    return training_seconds(plan, devices, config.train.precision, utilization)
+
+
+def print_scaling(config: RunConfig, numbers: list[int], *, per_node: int, hardware: Hardware) -> None:
+    """Print how the run's time and cost grow with devices, under its own sharding and under ZeRO's stages.
+
+    Raises:
+        ConfigError: devices that are no whole number of nodes.
+    """
+    from ponder_scale.planning.scaling import scaling, scaling_lines
+    from ponder_scale.train.zero.deepspeed_config import AUTO, shardings
+
+    sizes = [_devices(ranks, per_node, hardware) for ranks in sorted(set(numbers))]
+    files = shardings(config.train, config.optim)
+    files |= shardings(replace(config.train, deepspeed=AUTO), config.optim)
+    rows = scaling(config, files, _configuration(config), sizes)
+    print("\n".join(scaling_lines(config, rows, sizes)))
+
+
+def calibration_lines(hardware: Hardware) -> list[str]:
+    """What was measured, for a person."""
+    peak, link = hardware.peak_flops, hardware.inside
+    product = hardware.product_share * max(peak.values())
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in hardware.vocabulary_share.items())
+    rates = ", ".join(f"{kind} {stored(each)}/s" for kind, each in link.bytes_per_second.items())
+    return [
+        f"products       {product / 1e12:,.3g} TFLOP/s large ones, as if {hardware.product_edge:.0f} longer each side",
+        f"vocabulary     of that peak: {shares}; attention {hardware.attention_share:.0%}",
+        f"memory         {stored(hardware.memory_bytes_per_second)}/s, optimizer "
+        f"{stored(hardware.optimizer_bytes_per_second)}/s, {span(hardware.call_seconds)} a call",
+        f"links          {rates}; {span(link.start_seconds + link.hop_seconds)} a call",
+    ]
+
+
+def _devices(ranks: int, per_node: int, hardware: Hardware) -> Any:
+    from ponder_scale.planning.plan import Devices
 
     in_a_node = min(per_node, ranks)
     if in_a_node < 1 or ranks % in_a_node:
         raise ConfigError(f"--gpus is {ranks}; expected a multiple of the {per_node} of a node (--gpus-per-node)")
-    sharding = read_sharding(config.train.deepspeed)
-    check_ranks(sharding, config.train, ranks)
-    configuration = _configuration(config)
-    devices = Devices(ranks, round(DEVICES[device][1]), in_a_node)
-    config = settle(config, sharding, configuration, devices)
-    sharding = settle_sharding(config, sharding, configuration, devices)
-    plan = plan_run(config, sharding, configuration, devices)
-    print("\n".join([*report(plan, config, device=device, utilization=utilization), *_epochs(config)]))
-    return training_seconds(plan, device, utilization)
+    return Devices(ranks, round(hardware.memory_bytes), in_a_node, hardware.asynchronous, hardware)
 
 
 def _epochs(config: RunConfig) -> list[str]:
@@ -149,12 +237,12 @@ def _epochs(config: RunConfig) -> list[str]:
     return epoch_lines(config, open_data(config))
 
 
-def print_serving(config: RunConfig, ranks: int, *, device: str) -> None:
+def print_serving(config: RunConfig, ranks: int, hardware: Hardware) -> None:
     """Print what a server of the model needs on `ranks` devices that share it. Raises ConfigError as `plan_serving`."""
     from ponder_scale.planning.serving import plan_serving, report
 
-    plan = plan_serving(_configuration(config), ranks)
-    print("\n".join(report(plan, config.data.seq_len, device=device, memory_bytes=DEVICES[device][1])))
+    plan, memory = plan_serving(_configuration(config), ranks), hardware.memory_bytes
+    print("\n".join(report(plan, config.data.seq_len, device=hardware.name, memory_bytes=memory)))
 
 
 def _configuration(config: RunConfig) -> Any:

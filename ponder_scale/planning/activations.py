@@ -1,7 +1,8 @@
-"""How much memory the activations of a micro-batch take, without a device: traced, not estimated by formula.
+"""What a micro-batch computes, and the memory its activations take, without a device: traced, not by formula.
 
 The model's own code runs forward and backward on fake tensors, which have shapes and no storage, while torch's tracker
-adds up what would be alive. With two depths the peak of any depth follows, since it is linear in the layers. The
+adds up what would be alive, and each operation is counted. With two depths all of it follows for any depth, since it
+is linear in the layers. The
 pondering embedding and the loss would run through hundreds of blocks there, so stand-ins take their place, which keep
 for backward what they keep; their blocks are counted in `cost`.
 """
@@ -10,8 +11,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,32 +21,57 @@ from torch import Tensor
 from ponder_scale.config import RunConfig
 from ponder_scale.model.backends import Statistics, width
 from ponder_scale.model.readout import Ops
+from ponder_scale.planning.operations import Counting, Operations
 from ponder_scale.setup.build import configuration_from_dict, model_class
 from ponder_scale.setup.recompute import apply_recompute
 
+Ends = Callable[[str], None]  # told which op ends
 DEPTHS = (2, 3)  # layers of the two models that are traced; with one layer the peak is another
+
+
+OPS = ("mixture forward", "mixture backward", "loss")
+
+
+class Traced(NamedTuple):
+    """Of forward and backward of a micro-batch, but for the blocks of the pondering embedding and the loss."""
+
+    peak_bytes: int  # besides weights and gradients
+    operations: Operations
+    at_op: tuple[int, ...] = (0,) * len(OPS)  # the most that is alive when each of `OPS` ends, besides weights
+
+
+def with_blocks(traced: Traced, blocks: tuple[int, ...]) -> int:
+    """The peak with the blocks of the op, by `OPS`, each at its own time: passes and blocks do not peak together."""
+    return max(traced.peak_bytes, *(alive + block for alive, block in zip(traced.at_op, blocks, strict=True)))
 
 
 def activation_bytes(config: RunConfig, configuration: Any) -> int:
     """Peak bytes alive in forward and backward of a micro-batch, besides weights, gradients and the op's blocks."""
+    return micro_batch(config, configuration).peak_bytes
+
+
+def micro_batch(config: RunConfig, configuration: Any) -> Traced:
+    """What forward and backward of a micro-batch of the run take."""
     layers = configuration.num_hidden_layers
     if layers <= DEPTHS[1]:
         return _traced(config, configuration, layers)
     shallow, deep = (_traced(config, configuration, depth) for depth in DEPTHS)
-    slope = (deep - shallow) / (DEPTHS[1] - DEPTHS[0])
-    return round(deep + slope * (layers - DEPTHS[1]))
+    more = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+    peak = shallow.peak_bytes + more * (deep.peak_bytes - shallow.peak_bytes)
+    at_op = (a + more * (b - a) for a, b in zip(shallow.at_op, deep.at_op, strict=True))
+    return Traced(round(peak), shallow.operations.deeper(deep.operations, more), tuple(round(alive) for alive in at_op))
 
 
-def _traced(config: RunConfig, configuration: Any, layers: int) -> int:
+def _traced(config: RunConfig, configuration: Any, layers: int) -> Traced:
     values = configuration.to_dict()
     # GPT-2 calls it otherwise, and its configuration maps both names to one value
     values["n_layer" if "n_layer" in values else "num_hidden_layers"] = layers
     size = config.train.micro_batch_sequences, config.data.seq_len
-    return _peak(json.dumps(values, sort_keys=True), config.train.recompute, config.train.precision, size)
+    return _trace(json.dumps(values, sort_keys=True), config.train.recompute, config.train.precision, size)
 
 
 @lru_cache(maxsize=256)
-def _peak(values: str, recompute: str, precision: str, size: tuple[int, int]) -> int:
+def _trace(values: str, recompute: str, precision: str, size: tuple[int, int]) -> Traced:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -58,15 +85,26 @@ def _peak(values: str, recompute: str, precision: str, size: tuple[int, int]) ->
         apply_recompute(model, recompute)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # gradients are counted with the states
-        stand_ins = Ops(_pondering_embedding, _cross_entropy)
         tokens = torch.zeros(size, dtype=torch.int64)
-        tracker = MemTracker()
+        tracker, counting = MemTracker(), Counting()
+        at_op = dict.fromkeys(OPS, 0)
+
+        def ends(op: str) -> None:
+            (now,) = tracker.get_tracker_snapshot("current").values()
+            at_op[op] = max(at_op[op], _activations(now))
+
+        stand_ins = Ops(partial(_pondering_embedding, ends), partial(_cross_entropy, ends))
         tracker.track_external(model)
-        with tracker:
+        with tracker, counting:
             tracker._mod_tracker.clear_user_hooks()  # they keep statistics of each module, half of the time
             model(input_ids=tokens, shift_labels=tokens, skip_logits=True, ops=stand_ins).loss.backward()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
-    by_kind = {str(kind).split(".")[-1]: size for kind, size in peak.items()}
+    return Traced(_activations(peak), counting.operations, tuple(at_op.values()))
+
+
+def _activations(snapshot: dict[Any, int]) -> int:
+    """Bytes alive besides weights, of the tracker's sums by kind."""
+    by_kind = {str(kind).split(".")[-1]: size for kind, size in snapshot.items()}
     return by_kind["Total"] - by_kind.get("PARAM", 0) - by_kind.get("BUFFER", 0)
 
 
@@ -74,13 +112,15 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _pondering_embedding(hidden: Tensor, head: Tensor, table: Tensor, **_: Any) -> tuple[Tensor, Statistics]:
-    mixed, *statistics = _Mixture.apply(hidden, head, table)
+def _pondering_embedding(
+    ends: Ends, hidden: Tensor, head: Tensor, table: Tensor, **_: Any
+) -> tuple[Tensor, Statistics]:
+    mixed, *statistics = _Mixture.apply(hidden, head, table, ends)
     return mixed, Statistics(*statistics)
 
 
-def _cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, **_: Any) -> tuple[Tensor, Statistics]:
-    total, *statistics = _Loss.apply(hidden, head)
+def _cross_entropy(ends: Ends, hidden: Tensor, head: Tensor, labels: Tensor, **_: Any) -> tuple[Tensor, Statistics]:
+    total, *statistics = _Loss.apply(hidden, head, ends)
     return total, Statistics(*statistics)
 
 
@@ -92,32 +132,36 @@ class _Mixture(torch.autograd.Function):
     """Allocates what the backends of the pondering embedding do, but for the buffers of a block."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, table: Tensor, ends: Ends) -> tuple[Tensor, Tensor, Tensor]:
         mixed, loss, entropy = torch.empty_like(hidden), _per_token(hidden), _per_token(hidden)
         ctx.save_for_backward(hidden, head, table, mixed, _per_token(hidden), _per_token(hidden))
         ctx.mark_non_differentiable(loss, entropy)
+        ctx.ends = ends
+        ends("mixture forward")
         return mixed, loss, entropy
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
         hidden, head, table, *_ = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden, dtype=width(hidden))
         gradients = torch.empty_like(head), torch.empty_like(table)
-        return d_hidden.to(hidden.dtype), *gradients
+        ctx.ends("mixture backward")
+        return d_hidden.to(hidden.dtype), *gradients, None
 
 
 class _Loss(torch.autograd.Function):
     """Allocates what the backends of the loss do: its gradients are made in forward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, ends: Ends) -> tuple[Tensor, Tensor, Tensor]:
         loss, entropy = _per_token(hidden), _per_token(hidden)
         d_hidden, d_head = torch.empty_like(hidden), torch.empty_like(head, dtype=width(head))
+        ends("loss")
         ctx.save_for_backward(d_hidden, d_head.to(head.dtype))
         ctx.mark_non_differentiable(loss, entropy)
         return loss.sum(), loss, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         d_hidden, d_head = ctx.saved_tensors
-        return d_hidden * grad.to(d_hidden.dtype), d_head * grad.to(d_head.dtype)
+        return d_hidden * grad.to(d_hidden.dtype), d_head * grad.to(d_head.dtype), None

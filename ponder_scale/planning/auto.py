@@ -1,30 +1,38 @@
-"""`train.recompute: auto` and `train.micro_batch: auto`: what the planner finds to fit, before a run starts.
+"""`auto`: what the planner chooses before a run starts, so that it trains in the least time.
 
-The order is that of time: recomputing nothing is fastest, `pass+layer` slowest. A micro-batch of fewer than
-`ENOUGH_TOKENS` leaves a GPU idle between kernels, which costs more than recomputation; so the first policy is taken
-that holds so many, or the whole share of a rank, and with it the largest micro-batch that fits and divides the batch
-of every step.
+`train.recompute`, `train.micro_batch` and `train.deepspeed` may each be left to it. They are chosen together, as each
+takes memory that another could use: a larger micro-batch may leave no room for weights to stay gathered, and recompute
+what a smaller one would keep. Of all that fits, the choice is what the planner's time (`time`) is least for.
+
+What a micro-batch computes is traced for two sizes, which tell it for every size. Its memory is estimated from the
+same two, and traced for what is chosen.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from ponder_scale.config import RunConfig, TrainConfig
 from ponder_scale.errors import ConfigError
+from ponder_scale.figures import span
+from ponder_scale.planning.activations import Traced, micro_batch
 from ponder_scale.planning.cost import GIB, RECOMPUTED_FORWARDS
-from ponder_scale.planning.plan import Devices, plan_run, settle_sharding
+from ponder_scale.planning.plan import Devices, Plan, plan_run, settle_sharding
 from ponder_scale.setup.recompute import attention_dropout
+from ponder_scale.setup.speed import FLASH
 
-BY_TIME = tuple(RECOMPUTED_FORWARDS)
-ENOUGH_TOKENS = 8192
+POLICIES = tuple(RECOMPUTED_FORWARDS)
+NO_DIFFERENCE = 0.01  # of time: then what needs less memory is taken
+logger = logging.getLogger(__name__)
 
 
 def is_auto(train: TrainConfig) -> bool:
     """Whether anything is left to the planner."""
-    return "auto" in (train.recompute, train.micro_batch)
+    return "auto" in (train.recompute, train.micro_batch, train.deepspeed)
 
 
 def as_before(config: RunConfig, before: TrainConfig | None, ranks: int) -> RunConfig:
@@ -37,55 +45,102 @@ def as_before(config: RunConfig, before: TrainConfig | None, ranks: int) -> RunC
     train = config.train
     if train.recompute == "auto":
         train = replace(train, recompute=before.recompute)
+    if train.deepspeed == "auto":
+        train = replace(train, deepspeed=before.deepspeed)
     if train.micro_batch == "auto" and train.batch_unit % (before.micro_batch_sequences * ranks) == 0:
         train = replace(train, micro_batch=before.micro_batch)
     return replace(config, train=train)
 
 
-def settle(config: RunConfig, sharding: dict[str, Any], configuration: Any, devices: Devices) -> RunConfig:
-    """The run with numbers and names in place of `auto`.
+@dataclass(frozen=True)
+class Choice:
+    """A run with nothing left open, and its plan."""
+
+    config: RunConfig
+    plan: Plan
+
+    @property
+    def sentence(self) -> str:
+        """For a person."""
+        train, plan = self.config.train, self.plan
+        regime = (
+            "" if plan.gathers is None else (", weights kept" if plan.gathers.volume == 1 else ", weights released")
+        )
+        return (
+            f"recompute {train.recompute}, micro-batch {train.micro_batch}, {train.deepspeed}{regime}: "
+            f"{plan.memory_bytes / GIB:.3g} GiB, {span(plan.step.seconds)} a step ({plan.step.sentence})"
+        )
+
+
+def settle(
+    config: RunConfig, shardings: Mapping[str, dict[str, Any]], configuration: Any, devices: Devices
+) -> tuple[RunConfig, list[str]]:
+    """The run with numbers and names in place of `auto`, and what to say about it: the choice and the runner-up.
+
+    Args:
+        shardings: the files that may be taken, by name; one, unless `train.deepspeed` is auto.
 
     Raises:
         ConfigError: nothing fits.
     """
     if not is_auto(config.train):
-        return config
-    search = _Search(config, sharding, configuration, devices)
-    best = None
-    for policy in search.policies:
-        found = search.largest(policy)
-        if found is None:
-            continue
-        if best is None or found > best[1]:
-            best = policy, found
-        if found * config.data.seq_len >= ENOUGH_TOKENS or found == search.sizes[-1]:
-            break
-    if best is None:
+        return config, []
+    choices = ranked(config, shardings, configuration, devices)
+    if not choices:
         raise ConfigError(
             f"train.recompute is {config.train.recompute} and train.micro_batch {config.train.micro_batch}: nothing "
             f"fits {devices.memory_bytes / GIB:.3g} GiB a rank; shard more by train.deepspeed, or use more ranks"
         )
-    return search.run(*best)
+    said = [f"chosen         {choices[0].sentence}"]
+    if len(choices) > 1:
+        said.append(f"runner-up      {choices[1].sentence}")
+    return choices[0].config, said
+
+
+def largest_that_fits(
+    config: RunConfig, sharding: dict[str, Any], configuration: Any, devices: Devices
+) -> RunConfig | None:
+    """The run under this sharding, what is auto chosen by time; None where it does not fit."""
+    choices = ranked(config, {config.train.deepspeed: sharding}, configuration, devices)
+    return choices[0].config if choices else None
+
+
+def ranked(
+    config: RunConfig, shardings: Mapping[str, dict[str, Any]], configuration: Any, devices: Devices
+) -> list[Choice]:
+    """All that fits, least time first; of what takes about as long the least memory."""
+    search = _Search(config, shardings, configuration, devices)
+    found = sorted(search.candidates(), key=lambda choice: choice.plan.step.seconds)
+    while found:
+        least = found[0].plan.step.seconds * (1 + NO_DIFFERENCE)
+        tied = [choice for choice in found if choice.plan.step.seconds <= least]
+        best = min(tied, key=lambda choice: choice.plan.memory_bytes)
+        found.remove(best)
+        exact = search.traced(best)
+        if exact.plan.fits(devices.memory_bytes):
+            return [exact, *found]
+    return []
 
 
 @dataclass(frozen=True)
 class _Search:
-    """Over policies and micro-batches."""
+    """Over policies, micro-batches and shardings."""
 
     config: RunConfig
-    sharding: dict[str, Any]
+    shardings: Mapping[str, dict[str, Any]]
     configuration: Any
     devices: Devices
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """Those to be tried, fastest first."""
+        """Those to be tried."""
         chosen = self.config.train.recompute
         if chosen != "auto":
             return (chosen,)
-        policies = BY_TIME[1:] if self.config.train.offload_activations else BY_TIME
-        masked = attention_dropout(self.configuration)[1] > 0
-        return tuple(policy for policy in policies if policy != "selective" or not masked)
+        policies = POLICIES[1:] if self.config.train.offload_activations else POLICIES
+        train = self.config.train  # with these `selective` is refused: see setup
+        refused = train.compile or train.attention == FLASH or attention_dropout(self.configuration)[1] > 0
+        return tuple(policy for policy in policies if policy != "selective" or not refused)
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -95,22 +150,42 @@ class _Search:
         share = self.config.train.batch_unit // self.devices.ranks
         return [size for size in range(1, share + 1) if share % size == 0]
 
-    def run(self, policy: Any, size: int) -> RunConfig:
-        """The run with these."""
-        return replace(self.config, train=replace(self.config.train, recompute=policy, micro_batch=size))
+    def candidates(self) -> Iterator[Choice]:
+        """What fits by the estimate of its memory."""
+        for policy in self.policies:
+            first: dict[int, Traced] = {}
+            for size in self.sizes:
+                fits = False
+                for name, sharding in self.shardings.items():
+                    choice = self._choice(policy, size, name, sharding, self._estimate(policy, size, first))
+                    if choice.plan.fits(self.devices.memory_bytes):
+                        fits = True
+                        yield choice
+                if not fits:
+                    break  # a larger micro-batch takes more
 
-    def largest(self, policy: str) -> int | None:
-        """The largest micro-batch that fits under a policy, by bisection: memory grows with it."""
-        low, high = 0, len(self.sizes)  # all below `low` fit, none from `high` on
-        while low < high:
-            middle = (low + high) // 2
-            if self._fits(policy, self.sizes[middle]):
-                low = middle + 1
-            else:
-                high = middle
-        return self.sizes[low - 1] if low else None
+    def traced(self, choice: Choice) -> Choice:
+        """The same, its memory traced for its own size."""
+        train = choice.config.train
+        sharding = self.shardings[train.deepspeed]
+        return self._choice(str(train.recompute), train.micro_batch_sequences, train.deepspeed, sharding, None)
 
-    def _fits(self, policy: str, size: int) -> bool:
-        config = self.run(policy, size)
-        sharding = settle_sharding(config, self.sharding, self.configuration, self.devices)
-        return plan_run(config, sharding, self.configuration, self.devices).fits(self.devices.memory_bytes)
+    def _estimate(self, policy: str, size: int, traced: dict[int, Traced]) -> Traced:
+        """Of a micro-batch of so many sequences: traced for 1 and 2, and from these for any."""
+        if size not in traced and (size <= 2 or len(self.sizes) == 1):
+            traced[size] = micro_batch(self._run(policy, size, self.config.train.deepspeed), self.configuration)
+        if size in traced:
+            return traced[size]
+        one, two = (self._estimate(policy, number, traced) for number in (1, 2))
+        peak = one.peak_bytes + (size - 1) * (two.peak_bytes - one.peak_bytes)
+        at_op = tuple(a + (size - 1) * (b - a) for a, b in zip(one.at_op, two.at_op, strict=True))
+        return Traced(peak, one.operations.scaled(two.operations, size - 1), at_op)
+
+    def _run(self, policy: Any, size: int, name: str) -> RunConfig:
+        train = replace(self.config.train, recompute=policy, micro_batch=size, deepspeed=name)
+        return replace(self.config, train=train)
+
+    def _choice(self, policy: str, size: int, name: str, sharding: dict[str, Any], estimate: Traced | None) -> Choice:
+        config = self._run(policy, size, name)
+        settled = settle_sharding(config, sharding, self.configuration, self.devices, traced=estimate)
+        return Choice(config, plan_run(config, settled, self.configuration, self.devices, traced=estimate))

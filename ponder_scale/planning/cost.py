@@ -4,40 +4,29 @@ A product of (m, k) and (k, n) counts 2 m k n. With G = 2 V D for one product of
 
     a pass, forward            2 P_block + 2 L D (T + 1)      matrices of the layers, causal attention
     pondering embedding        2 G forward, 4 G backward      z = h W^T and p E; dp, dE, dh, dW
+    the same by K tokens       1 G + 2 K D, 8 K D             z over all of the vocabulary, the rest over K rows
     last pass's loss           1 G forward, 2 G backward
 
-Model FLOPs (of MFU) count what the mathematics needs: 3 forwards for a pass, 6 G a pondering step, 3 G for the loss.
-Hardware FLOPs (of HFU) add what is computed twice: 1 G a pondering step, and the passes by the recomputation policy.
-Source of the counts: the derivation in `model/pondering_embedding.py`; attention as in PaLM (arXiv 2204.02311, B).
+Model FLOPs (of MFU) count what the mathematics needs: 3 forwards for a pass, 6 G a pondering step (G + 10 K D with K
+tokens), 3 G for the loss. Hardware FLOPs (of HFU) add what is computed twice: 1 G a pondering step but with K tokens,
+whose scores are kept, and the passes by the recomputation policy.
+
+Attention counts by its causal half, T + 1 of the 2 T of the whole square. PaLM's convention for MFU (arXiv 2204.02311,
+B) counts the square: `square_attention` is what it would add. Source of the other counts: the derivation in
+`model/pondering_embedding.py`.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ponder_scale.config import RunConfig
 
 GIB = 2**30
-# dense bf16 FLOP/s and memory of one device, from the makers' data sheets
-DEVICES = {
-    "a100": (312e12, 80 * GIB),
-    "a100-40": (312e12, 40 * GIB),
-    "h100": (989e12, 80 * GIB),
-    "h200": (989e12, 141 * 10**9),
-    "b200": (2250e12, 180 * 10**9),
-}
-# dense bf16 FLOP/s by a part of the name that torch gives a device; the first that matches
-PEAKS = {
-    r"H100 PCIE": 756e12,
-    r"H[12]00 NVL": 835e12,
-    r"\bG?H(100|200|800)\b": 989e12,
-    r"\bG?B200\b": 2250e12,
-    r"\bA[18]00\b": 312e12,
-    r"\bL40S\b": 362e12,
-}
 CHUNK_ELEMENTS = 2**22  # scores that exist at a time on a CPU
+ATTENTION_ROWS = 4  # numbers of width D that attention with the vocabulary holds for a token on a CPU
 KERNEL_BLOCK = 8192  # tokens, or columns of the vocabulary, whose scores exist at a time on a GPU
 # forwards of a pass that backward repeats, fastest policy first; `pass+layer` repeats the pass, and in it each layer
 RECOMPUTED_FORWARDS = {"none": 0.0, "selective": 1.0, "layer": 1.0, "pass": 1.0, "pass+layer": 2.0}
@@ -59,6 +48,10 @@ class Shape:
     sequence: int  # predicted tokens, T
     pondering_steps: int
     feedback: str = "embedding"  # "hidden" has no products of its own; its statistics take one with the vocabulary
+    top_k: int | None = None  # rows that a mixture is made of; None: the whole vocabulary
+    tied: bool = False  # the head is the embedding table
+    layer_matrices: int = 7  # of a layer, each gathered by itself
+    layer_modules: int = 16  # of a layer, each with ZeRO-3's hooks
 
     @property
     def block_parameters(self) -> int:
@@ -93,26 +86,29 @@ def flops_per_token(shape: Shape, recompute: str, pondering_steps: float | None 
     attention = 2.0 * shape.layers * shape.hidden * (shape.sequence + 1)
     forward = 2.0 * shape.block_parameters + attention
     again = forward - attention if recompute == "selective" else forward
+    mixture, twice = 6.0 * product, product
+    if shape.feedback != "embedding":
+        mixture = 0.0
+    elif shape.top_k is not None and shape.top_k < shape.vocabulary:
+        mixture, twice = product + 10.0 * shape.top_k * shape.hidden, 0.0
     return Flops(
         passes=3.0 * (steps + 1) * forward,
-        pondering=6.0 * steps * product if shape.feedback == "embedding" else 0.0,
+        pondering=steps * mixture,
         loss=3.0 * product,
-        recomputed=RECOMPUTED_FORWARDS[recompute] * (steps + 1) * again + steps * product,
+        recomputed=RECOMPUTED_FORWARDS[recompute] * (steps + 1) * again + steps * twice,
     )
+
+
+def square_attention(shape: Shape, pondering_steps: float | None = None) -> float:
+    """What PaLM's convention counts beside `flops_per_token(...).model`: the masked half of attention's square."""
+    steps = shape.pondering_steps if pondering_steps is None else pondering_steps
+    return 3.0 * (steps + 1) * 2.0 * shape.layers * shape.hidden * (shape.sequence - 1)
 
 
 def step_flops(shape: Shape, recompute: str, pondering_steps: int, tokens: int) -> Flops:
     """FLOPs of one optimizer step over all devices, of the number of pondering steps that it took."""
     each = flops_per_token(shape, recompute, pondering_steps)
     return Flops(tokens * each.passes, tokens * each.pondering, tokens * each.loss, tokens * each.recomputed)
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a device by its name in torch ("NVIDIA H100 80GB HBM3"); None where it is not known.
-
-    MFU is `step_flops(...).model / (seconds * devices * peak_flops(name))`, HFU the same of `.hardware`.
-    """
-    return next((peak for part, peak in PEAKS.items() if re.search(part, device_name.upper())), None)
 
 
 @dataclass(frozen=True)
@@ -149,18 +145,24 @@ def state_bytes(parameters: int, stage: int, ranks: int, precision: str, *, aver
     )
 
 
-def block_bytes(shape: Shape, tokens: int) -> int:
-    """The two buffers through which `model/backends.py` computes the pondering embedding and the loss on a CPU."""
-    return 2 * 4 * min(tokens * shape.vocabulary, CHUNK_ELEMENTS)
+def block_bytes(shape: Shape, tokens: int) -> tuple[int, int, int]:
+    """What the pondering embedding holds for a block while it runs on a CPU: forward and backward, and the loss.
+
+    `model/backends.py` has two buffers of scores, and the libraries' products a packed copy of a matrix (V, D). Where
+    W = E, attention takes their place in the mixture, which holds a few numbers of width D for each token.
+    """
+    scores = 2 * 4 * min(tokens * shape.vocabulary, CHUNK_ELEMENTS) + 4 * shape.vocabulary * shape.hidden
+    mixture = ATTENTION_ROWS * 4 * tokens * shape.hidden if shape.tied and shape.top_k is None else scores
+    return mixture, mixture, scores
 
 
-def kernel_bytes(shape: Shape, tokens: int) -> int:
-    """What the Triton kernels of the pondering embedding hold while they run, in bf16: q forward, p and dz backward.
+def kernel_bytes(shape: Shape, tokens: int) -> tuple[int, int, int]:
+    """The same of the Triton kernels in bf16: q forward and of the loss, p and dz backward.
 
     Blocks of tokens and of the vocabulary are those of `model/kernels.py`.
     """
-    forward = min(tokens, KERNEL_BLOCK) * shape.vocabulary
-    return 2 * max(forward, 2 * tokens * min(shape.vocabulary, KERNEL_BLOCK))
+    forward = 2 * min(tokens, KERNEL_BLOCK) * shape.vocabulary
+    return forward, 2 * 2 * tokens * min(shape.vocabulary, KERNEL_BLOCK), forward
 
 
 LIVE, REUSE, PREFETCH = "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"
@@ -197,6 +199,7 @@ class Gathering:
     regime: str
     volume: float
     live_share: float
+    rounds: float = 1.0  # sweeps through the layers that gather each of them
 
     @property
     def sentence(self) -> str:
@@ -207,24 +210,34 @@ class Gathering:
         )
 
 
-def gathering(shape: Shape, zero: dict[str, Any], recompute: str) -> Gathering | None:
+def weights_kept(shape: Shape, zero: Mapping[str, Any]) -> bool:
+    """Whether ZeRO-3 keeps all weights gathered from the first pass to the end of backward."""
+    return min(float(zero[LIVE]), float(zero[REUSE])) > shape.parameters
+
+
+def gathering(
+    shape: Shape, zero: Mapping[str, Any], recompute: str, pondering_steps: float | None = None
+) -> Gathering | None:
     """What ZeRO-3 does with the weights of S + 1 passes under the limits of `gather_limits`; None for other stages.
 
     Within both limits every weight is gathered once a micro-step. Beyond, the tables are, and each layer for each sweep
     through the layers: a pass, its backward, its recomputation. `python -m benchmarks comm` counts the same.
+
+    Args:
+        pondering_steps: of a step on average; default: the model's.
     """
     if zero["stage"] != 3:
         return None
-    if min(float(zero[LIVE]), float(zero[REUSE])) > shape.parameters:
+    if weights_kept(shape, zero):
         return Gathering("ZeRO-3 keeps all weights gathered from the first pass to the end of backward", 1.0, 1.0)
     blocks = shape.block_parameters / shape.parameters
-    passes = shape.pondering_steps + 1
+    passes = (shape.pondering_steps if pondering_steps is None else pondering_steps) + 1
     again = recompute in SWEEPS_AGAIN
     sweeps, turns = passes * (3 if again else 2), 2 * passes - 1 if again else 1
     rounds = sweeps - turns * min(1.0, KEPT_AT_TURN / shape.layers)
     live_share = min(1.0, (1.0 - blocks) + LIVE_LAYERS * blocks / shape.layers)
     return Gathering(
-        "ZeRO-3 gathers each layer once per pass and releases it", rounds * blocks + (1.0 - blocks), live_share
+        "ZeRO-3 gathers each layer once per pass and releases it", rounds * blocks + (1.0 - blocks), live_share, rounds
     )
 
 

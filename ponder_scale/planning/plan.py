@@ -1,21 +1,22 @@
 """What a run will need, before any device is touched: `ponder-scale plan`.
 
-Memory of activations is traced, see `activations`; the rest is arithmetic, see `cost`.
+Memory of activations and the operations of a micro-batch are traced, see `activations`; the rest is arithmetic, see
+`cost` and `time`.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ponder_scale.config import RunConfig
 from ponder_scale.figures import count, rate, size, span
-from ponder_scale.planning.activations import activation_bytes
+from ponder_scale.planning.activations import Traced, micro_batch, with_blocks
 from ponder_scale.planning.cost import (
-    DEVICES,
     GIB,
     REUSE,
     Flops,
@@ -28,12 +29,16 @@ from ponder_scale.planning.cost import (
     gathering,
     is_open,
     kernel_bytes,
+    square_attention,
     state_bytes,
     steps_to_tokens,
 )
+from ponder_scale.planning.hardware import CPU, Hardware, hardware_of, read_hardware
 from ponder_scale.planning.shape import model_shape
+from ponder_scale.planning.time import NO_TIME, Job, StepTime, step_time
 
 USABLE = 0.92  # of a device's memory; the rest is the driver's, NCCL's, and lost between blocks
+RESERVE = 0.05  # of the activations: what libraries hold while they compute, which no trace sees
 CLEARLY_SMALL = 0.05  # weights of so small a share of the memory may stay gathered without a closer look
 
 
@@ -47,11 +52,18 @@ class Plan:
     gathered_bytes: int
     bucket_bytes: int
     activation_bytes: int
-    workspace_bytes: int
+    workspace_bytes: int  # by which the op's blocks raise the peak of the activations, and what libraries hold
     keeps_gradients: bool  # while a micro-batch runs: those of earlier ones, or ZeRO-3's flat buffer
     gathers: Gathering | None
     ranks: int
     tokens: int
+    step: StepTime = NO_TIME  # on average over the run
+    steps: int = 1
+
+    @property
+    def seconds(self) -> float:
+        """Of all optimizer steps, without saves, evaluations and failures."""
+        return self.step.seconds * self.steps
 
     @property
     def memory_bytes(self) -> int:
@@ -78,6 +90,7 @@ class Devices:
     memory_bytes: int
     per_node: int = 1
     gpu: bool = True
+    hardware: Hardware = CPU
 
 
 def present_devices(config: RunConfig, ranks: int) -> Devices:
@@ -90,24 +103,50 @@ def present_devices(config: RunConfig, ranks: int) -> Devices:
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // per_node
-    return Devices(ranks, memory, min(per_node, ranks), gpu)
+    if config.train.hardware is not None:
+        hardware = read_hardware(Path(config.train.hardware))
+    else:
+        hardware = hardware_of(torch.cuda.get_device_name()) if gpu else CPU
+    return Devices(ranks, memory, min(per_node, ranks), gpu, hardware)
 
 
-def plan_run(config: RunConfig, sharding: dict[str, Any], configuration: Any, devices: Devices) -> Plan:
+def plan_run(
+    config: RunConfig,
+    sharding: dict[str, Any],
+    configuration: Any,
+    devices: Devices,
+    *,
+    traced: Traced | None = None,
+) -> Plan:
     """The plan of a run.
 
     Args:
         sharding: of `settle_sharding`.
         configuration: of transformers.
+        traced: of its micro-batch, where that is known.
     """
     shape = model_shape(configuration, config.data.seq_len)
     zero = sharding["zero_optimization"]
     gathers = gathering(shape, zero, config.train.recompute)
     width = 2 if config.train.precision == "bf16" else 4
-    tokens = config.train.micro_batch_sequences * config.data.seq_len
+    train, steps = config.train, mean_steps(config)
+    tokens, traced = train.micro_batch_sequences * config.data.seq_len, traced or micro_batch(config, configuration)
+    job = Job(
+        operations=traced.operations,
+        shape=shape,
+        tokens=tokens,
+        micro_steps=train.sequences_until(train.steps) / train.steps / (train.micro_batch_sequences * devices.ranks),
+        pondering_steps=steps,
+        zero=zero,
+        recompute=train.recompute,
+        ranks=devices.ranks,
+        per_node=devices.per_node,
+        width=width,
+    )
+    blocks = kernel_bytes(shape, tokens) if devices.gpu and width == 2 else block_bytes(shape, tokens)
     return Plan(
         shape=shape,
-        flops=flops_per_token(shape, config.train.recompute, mean_steps(config)),
+        flops=flops_per_token(shape, config.train.recompute, steps),
         states=state_bytes(
             shape.parameters,
             zero["stage"],
@@ -117,18 +156,25 @@ def plan_run(config: RunConfig, sharding: dict[str, Any], configuration: Any, de
         ),
         gathered_bytes=0 if gathers is None else round(gathers.live_share * shape.parameters * width),
         bucket_bytes=_bucket_bytes(zero, shape.parameters, width),
-        activation_bytes=activation_bytes(config, configuration),
-        workspace_bytes=kernel_bytes(shape, tokens) if devices.gpu and width == 2 else block_bytes(shape, tokens),
+        activation_bytes=traced.peak_bytes,
+        workspace_bytes=with_blocks(traced, blocks) - traced.peak_bytes + round(RESERVE * traced.peak_bytes),
         keeps_gradients=zero["stage"] == 3
         or config.train.global_batch > config.train.micro_batch_sequences * devices.ranks,
         gathers=gathers,
         ranks=devices.ranks,
         tokens=steps_to_tokens(config),
+        step=step_time(job, devices.hardware),
+        steps=train.steps,
     )
 
 
 def settle_sharding(
-    config: RunConfig, sharding: dict[str, Any], configuration: Any, devices: Devices
+    config: RunConfig,
+    sharding: dict[str, Any],
+    configuration: Any,
+    devices: Devices,
+    *,
+    traced: Traced | None = None,
 ) -> dict[str, Any]:
     """The sharding with what the file leaves open set for this model: ZeRO-3's limits and the groups of ZeRO++.
 
@@ -143,7 +189,7 @@ def settle_sharding(
     decided = zero["stage"] != 3 or not is_open(zero, REUSE)
     if decided or width * shape.parameters < CLEARLY_SMALL * devices.memory_bytes:
         return keep
-    if plan_run(config, keep, configuration, devices).fits(devices.memory_bytes):
+    if plan_run(config, keep, configuration, devices, traced=traced).fits(devices.memory_bytes):
         return keep
     return {**sharding, "zero_optimization": gather_limits(zero, shape, keep=False)}
 
@@ -167,10 +213,15 @@ def _bucket_bytes(zero: dict[str, Any], parameters: int, width: int) -> int:
     return bucket * width * (2 if zero["stage"] == 2 and zero.get("overlap_comm") else 1)
 
 
-def report(plan: Plan, config: RunConfig, *, device: str, utilization: float) -> list[str]:
-    """The plan as lines for a person; a line that begins with "warning:" says what will not work."""
-    peak, capacity = DEVICES[device]
-    seconds = training_seconds(plan, device, utilization)
+def report(plan: Plan, config: RunConfig, devices: Devices, *, utilization: float | None = None) -> list[str]:
+    """The plan as lines for a person; a line that begins with "warning:" says what will not work.
+
+    Args:
+        utilization: the share of the peak that model FLOPs take, in place of the planner's own time.
+    """
+    hardware, capacity = devices.hardware, devices.memory_bytes
+    seconds = training_seconds(plan, devices, config.train.precision, utilization)
+    told = "" if utilization is None else f" at {utilization:.0%} of {_peak(devices, config) / 1e12:,.0f} TFLOP/s"
     lines = [
         f"model          {count(plan.shape.parameters)} parameters, {count(plan.shape.table_parameters)} "
         f"of them in tables, S = {plan.shape.pondering_steps}, sequences of {plan.shape.sequence:,}",
@@ -184,24 +235,52 @@ def report(plan: Plan, config: RunConfig, *, device: str, utilization: float) ->
     ]
     if plan.gathers is not None:
         lines.append(f"all-gathers    {plan.gathers.sentence}")
+    if utilization is None:
+        lines += step_lines(plan, config, devices)
     lines.append(
         f"time           {count(plan.tokens)} tokens at {rate(plan.tokens / seconds)} tokens/s on "
-        f"{plan.ranks} x {device} at {utilization:.0%} of {peak / 1e12:,.0f} TFLOP/s: {span(seconds)}, "
-        f"{_of_devices(seconds * plan.ranks)}"
+        f"{plan.ranks} x {hardware.name}{told}: {span(seconds)}, {of_devices(seconds * plan.ranks)}"
     )
-    if not plan.fits(round(capacity)):
+    if not plan.fits(capacity):
         lines.append(
-            f"warning: {size(plan.memory_bytes)} do not fit {device}'s {size(capacity)} with "
+            f"warning: {size(plan.memory_bytes)} do not fit {hardware.name}'s {size(capacity)} with "
             f"{1 - USABLE:.0%} to spare; lower train.micro_batch, recompute more, or shard more"
         )
     return lines
 
 
-def training_seconds(plan: Plan, device: str, utilization: float) -> float:
+def step_lines(plan: Plan, config: RunConfig, devices: Devices) -> list[str]:
+    """What a step takes by its terms, and which share of the peak that is."""
+    step, tokens = plan.step, plan.tokens / plan.steps / plan.ranks
+    peak = _peak(devices, config)
+    rates = [
+        flops * tokens / step.seconds / _peak(devices, config) for flops in (plan.flops.model, plan.flops.hardware)
+    ]
+    waits = _percent(step.communication) if step.communication > 0.0005 else "nothing"
+    square = rates[0] * (1 + square_attention(plan.shape, mean_steps(config)) / plan.flops.model)
+    return [
+        f"step           {span(step.seconds)} with micro-batch {config.train.micro_batch}: {step.sentence}",
+        f"utilization    MFU {_percent(rates[0])} of {peak / 1e12:,.3g} TFLOP/s, attention counted by its "
+        f"causal half ({_percent(square)} by PaLM's convention, the whole square), HFU {_percent(rates[1])}; "
+        f"{waits} of the time waits for communication",
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
+
+
+def _peak(devices: Devices, config: RunConfig) -> float:
+    return devices.hardware.peak("bf16" if config.train.precision == "bf16" else "fp32")
+
+
+def training_seconds(plan: Plan, devices: Devices, precision: str, utilization: float | None = None) -> float:
     """Seconds of all optimizer steps, without saves, evaluations and failures."""
-    return plan.tokens * plan.flops.model / (utilization * DEVICES[device][0] * plan.ranks)
+    if utilization is None:
+        return plan.seconds
+    return plan.tokens * plan.flops.model / (utilization * devices.hardware.peak(precision) * plan.ranks)
 
 
-def _of_devices(seconds: float) -> str:
+def of_devices(seconds: float) -> str:
     """Device time, in the unit in which it is granted where there is much of it."""
     return f"{seconds / 3600:,.0f} device hours" if seconds >= 36000 else f"{span(seconds)} of one device"

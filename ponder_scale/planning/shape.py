@@ -15,7 +15,9 @@ def model_shape(configuration: Any, seq_len: int) -> Shape:
     with torch.device("meta"):
         model = new_model(configuration)
     embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    tables = {id(weight): weight for weight in (*embeddings, model.get_output_embeddings().weight)}
+    head = model.get_output_embeddings().weight
+    tables = {id(weight): weight for weight in (*embeddings, head)}
+    top_k, layer = configuration.pondering_top_k, model.layers[0]
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         table_parameters=sum(weight.numel() for weight in tables.values()),
@@ -25,4 +27,8 @@ def model_shape(configuration: Any, seq_len: int) -> Shape:
         sequence=seq_len,
         pondering_steps=configuration.pondering_steps,
         feedback=configuration.feedback,
+        top_k=None if top_k is None or top_k >= configuration.vocab_size else top_k,
+        tied=head is model.get_input_embeddings().weight,
+        layer_matrices=sum(weight.ndim > 1 for weight in layer.parameters()),
+        layer_modules=sum(1 for _ in layer.modules()),
     )

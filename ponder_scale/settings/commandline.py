@@ -100,6 +100,12 @@ def whole(least: int) -> Callable[[str], int]:
     return read
 
 
+def wholes(least: int) -> Callable[[str], list[int]]:
+    """The type of a flag: whole numbers with commas between them, not less than `least`."""
+    read = whole(least)
+    return lambda text: [read(part) for part in text.split(",")]
+
+
 def number(*, above: float | None = None, least: float | None = None, most: float = 1e15) -> Callable[[str], float]:
     """The type of a flag: a finite number within bounds."""
 

@@ -44,7 +44,7 @@ from ponder_scale.train.survive.health import Health
 from ponder_scale.train.survive.incidents import Incidents, left_out
 from ponder_scale.train.survive.sanity import rehearse, trial_save
 from ponder_scale.train.survive.watchdog import Watch, forget_ranks
-from ponder_scale.train.zero.deepspeed_config import check_ranks, read_sharding
+from ponder_scale.train.zero.deepspeed_config import check_ranks, shardings
 from ponder_scale.train.zero.engine import Engine, from_first_rank, init_distributed
 from ponder_scale.train.zero.replica import replica
 
@@ -229,9 +229,12 @@ def _settled(config: RunConfig, configuration: Any) -> RunConfig:
         written = Path(config.run_dir, "config.yaml")
         before = load(RunConfig, written).train if written.is_file() else None
         config = as_before(config, before, dist.get_world_size())
-        sharding, devices = read_sharding(config.train.deepspeed), present_devices(config, dist.get_world_size())
-        check_ranks(sharding, config.train, devices.ranks)
-        config = settle(config, sharding, configuration, devices)
+        files, devices = shardings(config.train, config.optim), present_devices(config, dist.get_world_size())
+        for sharding in files.values():
+            check_ranks(sharding, config.train, devices.ranks)
+        config, said = settle(config, files, configuration, devices)
         train = config.train
-        logger.info("auto: recompute %s, micro-batch %s", train.recompute, train.micro_batch)
+        logger.info("auto: recompute %s, micro-batch %s, %s", train.recompute, train.micro_batch, train.deepspeed)
+        for line in (part for sentence in said for part in folded(sentence)):
+            logger.info("%s", line)
     return from_first_rank(config)

@@ -1,4 +1,4 @@
-"""What trains in a fresh process, to be planned and measured: `python -m tests.planning.measured POLICY`."""
+"""What trains in a fresh process, planned and measured: `python -m tests.planning.measured POLICY key=value ...`."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ def train(configuration: Any, policy: str, steps: int) -> None:
 
 def main() -> None:
     """Print the bytes that a training takes at its peak, without what its code takes."""
-    config, configuration = large(sys.argv[1])
-    smaller, _ = large(sys.argv[1], "model.hidden_size=12", "model.num_hidden_layers=1")
+    policy, *overrides = sys.argv[1:]
+    config, configuration = large(policy, *overrides)
+    smaller, _ = large(policy, *overrides, "model.hidden_size=48", "model.num_hidden_layers=1")
     warm = model_configuration(smaller.model, vocab_size=8000, seq_len=128, eod_id=0)
     train(warm, config.train.recompute, 1)
     before = memory("VmRSS")

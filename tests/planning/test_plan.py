@@ -19,11 +19,13 @@ from ponder_scale.errors import ConfigError
 from ponder_scale.model import backends
 from ponder_scale.model.pondering_embedding import Statistics, pondering_embedding
 from ponder_scale.model.readout import Ops
-from ponder_scale.planning.auto import as_before, settle
+from ponder_scale.planning.activations import micro_batch, with_blocks
+from ponder_scale.planning.auto import as_before, ranked, settle
 from ponder_scale.planning.cost import (
     CHUNK_ELEMENTS,
     KERNEL_BLOCK,
     REUSE,
+    block_bytes,
     flops_per_token,
     gather_limits,
     gathering,
@@ -31,7 +33,9 @@ from ponder_scale.planning.cost import (
     step_flops,
 )
 from ponder_scale.planning.epochs import epoch_lines
+from ponder_scale.planning.hardware import TABLE
 from ponder_scale.planning.plan import USABLE, Devices, plan_run, report, settle_sharding
+from ponder_scale.planning.scaling import scaling, scaling_lines
 from ponder_scale.planning.shape import model_shape
 from ponder_scale.setup.build import build_model, model_configuration
 from ponder_scale.setup.recompute import apply_recompute
@@ -166,23 +170,87 @@ def memory_of(policy: str, micro_batch: int) -> int:
     return round(plan_run(config, STAGE_1, configuration, ALONE).memory_bytes / USABLE) + 1
 
 
+def settled(memory: int, *overrides: str, shardings: dict[str, Any] | None = None) -> Any:
+    config, configuration = shallow("train.recompute=auto", "train.micro_batch=auto", *overrides)
+    files = shardings or {config.train.deepspeed: STAGE_1}
+    return settle(config, files, configuration, replace(ALONE, memory_bytes=memory))
+
+
 @pytest.mark.slow
-def test_auto_takes_the_fastest_policy_and_the_largest_micro_batch_that_fit() -> None:
-    def settled(memory: int, *overrides: str) -> tuple[str, Any]:
-        config, configuration = shallow("train.recompute=auto", "train.micro_batch=auto", *overrides)
-        train = settle(config, STAGE_1, configuration, replace(ALONE, memory_bytes=memory)).train
+def test_auto_takes_the_least_time_of_what_fits() -> None:
+    def chosen(memory: int, *overrides: str) -> tuple[str, Any]:
+        train = settled(memory, *overrides)[0].train
         return train.recompute, train.micro_batch
 
-    assert settled(2**40) == ("none", 12)
+    assert chosen(2**40)[0] == "none"
     # what divides every step of a ramp
-    assert settled(2**40, "train.batch_ramp_from=4", "train.batch_ramp_steps=3") == ("none", 4)
-    assert settled(2**40, "train.offload_activations=true")[0] == "selective"
-    assert settled(memory_of("none", 4), "train.micro_batch=4") == ("none", 4)
+    policy, micro_batch = chosen(2**40, "train.batch_ramp_from=4", "train.batch_ramp_steps=3")
+    assert policy == "none" and 4 % micro_batch == 0
+    assert chosen(2**40, "train.offload_activations=true")[0] != "none"
+    assert chosen(memory_of("none", 4), "train.micro_batch=4") == ("none", 4)
     # a little less than what recomputing nothing needs
-    assert settled(memory_of("none", 4) - 2, "train.micro_batch=4")[0] != "none"
-    assert settled(memory_of("pass", 6), "train.recompute=pass") == ("pass", 6)
+    assert chosen(memory_of("none", 4) - 2, "train.micro_batch=4")[0] != "none"
+    assert chosen(memory_of("pass", 6), "train.recompute=pass")[1] <= 6
     with pytest.raises(ConfigError, match=r"nothing fits 9.31e-10 GiB a rank; shard more by train.deepspeed"):
         settled(1)
+
+
+def test_auto_says_what_it_chose_and_the_runner_up() -> None:
+    config, said = settled(2**40, "train.micro_batch=4")
+    assert [line.split()[0] for line in said] == ["chosen", "runner-up"]
+    assert said[0].startswith("chosen         recompute none, micro-batch 4, zero3: ")
+    found = (
+        r"recompute (selective|layer), micro-batch 4, zero3: [\d.e-]+ GiB, [\d.]+ m?s a step \(.*products [\d.]+ m?s"
+    )
+    assert re.search(found, said[1])
+    assert settle(config, {}, None, ALONE) == (config, [])  # nothing is left open
+
+
+def test_no_choice_that_fits_is_faster_than_that_of_auto() -> None:
+    """Policy, micro-batch and stage together, each traced anew."""
+    config, configuration = shallow("train.recompute=auto", "train.micro_batch=auto", "train.deepspeed=auto")
+    config = replace(config, train=replace(config.train, global_batch=4))
+    shardings = {"zero1": STAGE_1, "zero3": {"zero_optimization": {"stage": 3}}}
+    devices = Devices(2, 2 * memory_of("pass", 1), 2, gpu=False)
+    chosen = ranked(config, shardings, configuration, devices)[0]
+    assert chosen.plan.fits(devices.memory_bytes)
+    for policy in ("none", "selective", "layer", "pass"):
+        for size in (1, 2):
+            for name, sharding in shardings.items():
+                train = replace(config.train, recompute=policy, micro_batch=size, deepspeed=name)
+                other = replace(config, train=train)
+                zero = settle_sharding(other, sharding, configuration, devices)
+                plan = plan_run(other, zero, configuration, devices)
+                if plan.fits(devices.memory_bytes):
+                    assert chosen.plan.step.seconds <= 1.011 * plan.step.seconds, (policy, size, name)
+
+
+def test_a_micro_batch_is_foretold_from_one_and_two_sequences() -> None:
+    """What auto weighs by, against the same traced."""
+    config, configuration = shallow("train.recompute=layer")
+
+    def traced(size: int) -> Any:
+        return micro_batch(replace(config, train=replace(config.train, micro_batch=size)), configuration)
+
+    one, two, six = traced(1), traced(2), traced(6)
+    foretold = one.operations.scaled(two.operations, 5)
+    assert foretold.products == six.operations.products
+    for phase, rest in six.operations.rest.items():
+        assert foretold.rest[phase] == pytest.approx(rest, rel=0.02)
+    # a peak is the largest of some sums that grow with the batch, so a line from two of them is never above it
+    assert 0.8 * six.peak_bytes < one.peak_bytes + 5 * (two.peak_bytes - one.peak_bytes) <= six.peak_bytes
+
+
+def test_policies_differ_by_what_they_compute_again() -> None:
+    """Of the time: `none` nothing, `selective` all but attention, `pass+layer` about twice as much as `pass`."""
+    steps = {}
+    for policy in ("none", "selective", "layer", "pass", "pass+layer"):
+        config, configuration = small(f"train.recompute={policy}")
+        steps[policy] = plan_run(config, STAGE_1, configuration, ALONE).step
+    again = {policy: step.recomputation for policy, step in steps.items()}
+    assert again["none"] == 0 < again["selective"] < again["layer"] < again["pass"] < again["pass+layer"]
+    assert again["pass+layer"] == pytest.approx(2 * again["pass"], rel=0.25)
+    assert len({step.products for step in steps.values()}) == 1
 
 
 def test_a_run_goes_on_with_what_its_start_settled() -> None:
@@ -195,36 +263,114 @@ def test_a_run_goes_on_with_what_its_start_settled() -> None:
     assert as_before(config, before.train, more).train.micro_batch == "auto"
     chosen, _ = small("train.recompute=none", "train.micro_batch=auto")
     assert as_before(chosen, before.train, 2).train.recompute == "none"  # what is asked for now comes first
+    stage, _ = small("train.deepspeed=auto")
+    sharded, _ = small("train.deepspeed=zero2", "train.micro_batch=2")
+    assert as_before(stage, sharded.train, 2).train.deepspeed == "zero2"
 
 
-def test_planned_memory_is_within_10_percent_of_the_measured_peak() -> None:
+TIED, NEOX = ["model.tie_word_embeddings=true"], ["model.architecture=gpt_neox", "model.pondering_steps=4"]
+MEASURED = [
+    ("pass", []),
+    ("layer", TIED),
+    ("pass", NEOX),
+    pytest.param("none", [], marks=pytest.mark.slow),
+    pytest.param("selective", [], marks=pytest.mark.slow),
+    pytest.param("layer", [], marks=pytest.mark.slow),
+    pytest.param("pass+layer", [], marks=pytest.mark.slow),
+    pytest.param("none", ["model.architecture=gpt2"], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("policy", "overrides"), MEASURED)
+def test_planned_memory_is_up_to_10_percent_above_the_measured_peak_and_never_below(
+    policy: str, overrides: list[str]
+) -> None:
     # glibc would keep freed pieces below its moving threshold in the heap, which no other allocator does
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "tests.planning.measured", "pass"]
+    command = [sys.executable, "-m", "tests.planning.measured", policy, *overrides]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-1000:]
-    config, configuration = large("pass")
+    config, configuration = large(policy, *overrides)
     plan = plan_run(config, {"zero_optimization": {"stage": 0}}, configuration, ALONE)
     print(f"planned {plan.memory_bytes / 2**20:.0f} MiB, measured {int(done.stdout) / 2**20:.0f}")
-    assert plan.memory_bytes == pytest.approx(int(done.stdout), rel=0.10)
+    assert 1.0 <= plan.memory_bytes / int(done.stdout) <= 1.1
+
+
+def test_the_blocks_of_the_op_and_the_passes_do_not_peak_together() -> None:
+    """With passes recomputed the peak is in a pass; the blocks are there between passes, and count as far as they rise
+    above it."""
+    config, configuration = small("train.recompute=pass")
+    traced = micro_batch(config, configuration)
+    assert all(0 < alive < traced.peak_bytes for alive in traced.at_op)
+    assert with_blocks(traced, (0, 0, 0)) == traced.peak_bytes
+    room = traced.peak_bytes - traced.at_op[1]
+    assert with_blocks(traced, (0, room + 7, 0)) == traced.peak_bytes + 7
+    assert plan_run(config, STAGE_1, configuration, ALONE).workspace_bytes < sum(
+        block_bytes(model_shape(configuration, SEQUENCE), 256)
+    )
 
 
 def test_what_does_not_fit_is_warned_of() -> None:
     stage_0 = {"zero_optimization": {"stage": 0}}
     for overrides, device, warns in (([], "h100", False), (WIDE, "a100-40", True)):
         config, configuration = small(*overrides)
-        lines = report(plan_run(config, stage_0, configuration, ALONE), config, device=device, utilization=0.4)
+        devices = Devices(1, round(TABLE[device].memory_bytes), hardware=TABLE[device])
+        lines = report(plan_run(config, stage_0, configuration, devices), config, devices)
         assert lines[-1].startswith("warning: ") == warns
 
 
 def test_the_plan_of_a_small_model_has_units_that_fit() -> None:
     config, configuration = small("train.steps=3")
-    plan = plan_run(config, {"zero_optimization": {"stage": 0}}, configuration, ALONE)
-    text = "\n".join(report(plan, config, device="h100", utilization=0.4))
-    assert not re.search(r"(?<![\d.])0\.0+(?![\d])", text), text  # no 0.000B tokens, no 0.0 days
+    devices = Devices(1, 2**40, hardware=TABLE["h100"])
+    plan = plan_run(config, {"zero_optimization": {"stage": 0}}, configuration, devices)
+    text = "\n".join(report(plan, config, devices))
+    assert not re.search(r"(?<![\d.])0\.0+(?!\d)", text), text  # no 0.000B tokens, no 0.0 days
     assert f"{plan.tokens:,} tokens at" in text and f"{plan.shape.parameters:,} parameters" in text
-    assert re.search(r"TFLOP/s: [\d.]+ ms, [\d.]+ ms of one device", text) and "MiB" in text
+    assert re.search(r"1 x h100: [\d.]+ ms, [\d.]+ ms of one device", text) and "MiB" in text
+
+
+def test_the_plan_names_its_terms_and_how_mfu_counts_attention() -> None:
+    config, configuration = small()
+    devices = Devices(1, 2**40, hardware=TABLE["h100"])
+    plan = plan_run(config, {"zero_optimization": {"stage": 0}}, configuration, devices)
+    step, utilization = report(plan, config, devices)[3:5]
+    for name, seconds in plan.step.terms().items():
+        assert (seconds >= plan.seconds / plan.steps / 1000) == (f"{name} " in step), (name, step)
+    flops = plan.tokens * plan.flops.model / plan.seconds / TABLE["h100"].peak("fp32")
+    assert f"MFU {100 * flops:.3g}% of 67 TFLOP/s, attention counted by its causal half" in utilization
+    assert "by PaLM's convention, the whole square" in utilization
+    told = report(plan, config, devices, utilization=0.4)
+    assert "at 40% of 67 TFLOP/s" in told[-1] and not any(line.startswith("step ") for line in told)
+
+
+def test_more_devices_cost_more_device_hours_where_weights_are_released() -> None:
+    config, configuration = small("train.global_batch=512", "train.micro_batch=1", "train.deepspeed=zero3")
+    sharding = {"zero_optimization": {"stage": 3, "stage3_max_reuse_distance": 0}}
+    hours = []
+    for ranks in (8, 64, 512):
+        devices = Devices(ranks, 2**40, 8, hardware=TABLE["h100"])
+        settled_sharding = settle_sharding(config, sharding, configuration, devices)
+        plan = plan_run(config, settled_sharding, configuration, devices)
+        hours.append(plan.seconds * ranks)
+    assert hours == sorted(hours) and hours[2] > 1.5 * hours[0]
+
+
+def test_the_table_of_devices_says_where_a_stage_stops_paying() -> None:
+    config, configuration = small("train.global_batch=48", "train.micro_batch=1", "train.recompute=none")
+    shardings = {"zero1": STAGE_1, "zero3_bounded": {"zero_optimization": {"stage": 3, "stage3_max_reuse_distance": 0}}}
+    sizes = [Devices(ranks, 2**36, 8, hardware=TABLE["h100"]) for ranks in (8, 48, 64)]
+    rows = scaling(config, shardings, configuration, sizes)
+    assert [len(group) for group in rows] == [2, 2, 2]
+    tokens = [row.plan.tokens for group in rows for row in group if row.plan is not None]
+    assert len(tokens) == 6 and max(tokens) == pytest.approx(min(tokens), rel=0.15)
+    text = "\n".join(scaling_lines(config, rows, sizes))
+    assert "* at train.global_batch=64, the least that divides over 64; the same tokens" in text
+    assert re.search(r"^zero3_bounded +on 8 devices zero1 takes [\d.]+% less time", text, re.MULTILINE)
+    assert text.count("communication") == 1 and text.count("zero1") >= 4
+    tiny = [replace(sizes[0], memory_bytes=1000)]
+    (nothing,) = scaling(config, {"zero1": STAGE_1}, configuration, tiny)
+    assert nothing[0].plan is None and "does not fit" in scaling_lines(config, [nothing], tiny)[1]
 
 
 def test_the_plan_says_how_often_each_source_is_read(tiny_shards: Any) -> None:

@@ -147,7 +147,7 @@ def test_selective_recomputation_of_attention_with_dropout_is_refused(architectu
 
 
 def test_auto_does_not_choose_what_is_refused(shards: Any) -> None:
-    from ponder_scale.planning.auto import BY_TIME, _Search
+    from ponder_scale.planning.auto import POLICIES, _Search
     from ponder_scale.setup.build import model_configuration
 
     def policies(*more: str) -> tuple[str, ...]:
@@ -155,5 +155,7 @@ def test_auto_does_not_choose_what_is_refused(shards: Any) -> None:
         configuration = model_configuration(config.model, vocab_size=50, seq_len=12, eod_id=0)
         return _Search(config, {}, configuration, devices=None).policies  # type: ignore[arg-type]
 
-    assert policies() == BY_TIME and "selective" in BY_TIME
-    assert policies(*DROPOUT) == tuple(policy for policy in BY_TIME if policy != "selective")
+    assert policies() == POLICIES and "selective" in POLICIES
+    without = tuple(policy for policy in POLICIES if policy != "selective")
+    assert policies("train.compile=true") == policies("train.attention=flash_attention_2") == without
+    assert policies(*DROPOUT) == tuple(policy for policy in POLICIES if policy != "selective")

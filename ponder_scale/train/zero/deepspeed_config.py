@@ -15,6 +15,7 @@ from ponder_scale.config import OptimConfig, TrainConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.files.shipped import DEEPSPEED_CONFIGS
 
+AUTO = "auto"  # the stage is the planner's to choose
 ALLOWED = (
     "description",
     "zero_optimization",
@@ -88,6 +89,14 @@ def read_sharding(name: str) -> dict[str, Any]:
     return values
 
 
+def shardings(train: TrainConfig, optim: OptimConfig) -> dict[str, dict[str, Any]]:
+    """The checked files that a run may be sharded by, by name: the one it names, or those that `auto` chooses from."""
+    names = (train.deepspeed,)
+    if train.deepspeed == AUTO:
+        names = ("zero0", "zero3") if optim.optimizer == "muon" else ("zero1", "zero2", "zero3")  # type: ignore[assignment]
+    return {name: read_sharding(name) for name in names}
+
+
 def check_ranks(sharding: dict[str, Any], train: TrainConfig, ranks: int) -> None:
     """Raise ConfigError where the batch, or ZeRO++'s groups, do not divide over the ranks."""
     each = 1 if train.micro_batch == "auto" else train.micro_batch
@@ -149,5 +158,7 @@ def find_sharding(name: str) -> Path:
     for candidate in (Path(name), DEEPSPEED_CONFIGS / name, DEEPSPEED_CONFIGS / f"{name}.json"):
         if candidate.is_file():
             return candidate
+    if name == AUTO:
+        raise ConfigError("train.deepspeed is auto, which this needs settled; name a file of deepspeed_configs/")
     known = ", ".join(sorted(path.stem for path in DEEPSPEED_CONFIGS.glob("*.json"))) or "none"
     raise ConfigError(f"train.deepspeed is {name}: no such file; give a path to a JSON file or one of: {known}")

@@ -24,7 +24,8 @@ from ponder_scale.checkpoint.parts import Parts
 from ponder_scale.config import RunConfig
 from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.errors import ConfigError
-from ponder_scale.planning.cost import gathering, peak_flops
+from ponder_scale.planning.cost import gathering
+from ponder_scale.planning.hardware import peak_flops
 from ponder_scale.planning.plan import present_devices, settle_sharding
 from ponder_scale.planning.shape import model_shape
 from ponder_scale.setup.recompute import refuse_foreign_checkpointing

@@ -1,0 +1,323 @@
+"""Measure a machine for the planner: `ponder-scale plan --calibrate FILE`, in half a minute.
+
+Two ranks measure at the same time, as they would train, and then the link between them: by gloo on a CPU, by NCCL on
+two GPUs. What one machine cannot tell, the links between nodes, stays as the table has it. Each figure is a median.
+
+Shapes are those of small models on a CPU and of large ones on a GPU. The counts that turn seconds into rates are those
+by which the planner turns rates into seconds (`operations`, `time`).
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ponder_scale.model.pondering_embedding import cross_entropy, pondering_embedding
+from ponder_scale.planning.hardware import COLLECTIVES, CPU, Hardware, Link, hardware_of, read_hardware, write_hardware
+from ponder_scale.planning.operations import Counting, Product, Rest
+from ponder_scale.planning.time import LOSS_PRODUCTS, MIXTURE_PRODUCTS, TOP_K_ROWS, product_seconds
+
+SECONDS = 0.15  # that a figure is measured for, at least
+RUNS = 7
+TOP_K = 32
+
+
+class Sizes(NamedTuple):
+    """Of what is measured."""
+
+    products: tuple[tuple[int, int, int], ...]  # (m, n, k)
+    width: int
+    tokens: int
+    vocabulary: int
+    length: int  # of the sequences of attention
+    elements: int  # of an optimizer's matrix, of which there are eight
+    small: int  # bytes of a collective that takes its latency only
+    large: int
+
+
+ON_CPU = Sizes(
+    products=((512, 256, 256), (512, 1024, 256), (1024, 384, 1024), (2048, 256, 688), (256, 688, 512), (384, 384, 512)),
+    width=320,
+    tokens=512,
+    vocabulary=6000,
+    length=128,
+    elements=2**18,
+    small=2**10,
+    large=2**23,
+)
+ON_GPU = Sizes(
+    products=((8192, 5504, 2048), (8192, 2048, 2048), (2048, 5504, 8192), (2048, 2048, 2048), (16384, 1024, 1024)),
+    width=2048,
+    tokens=8192,
+    vocabulary=50304,
+    length=2048,
+    elements=2**24,
+    small=2**10,
+    large=2**28,
+)
+
+
+def calibrate(*, timeout: float = 300.0) -> Hardware:
+    """The hardware of this machine, measured by two ranks; by one where there is one GPU, with the table's links.
+
+    Raises:
+        RuntimeError: a rank failed.
+    """
+    ranks = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+    environment = {**os.environ}
+    if not torch.cuda.is_available():
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-W", "ignore", "-m", __name__, folder, str(ranks)]
+        logs = [Path(folder, f"rank{rank}.log") for rank in range(ranks)]
+        with ExitStack() as stack:
+            processes = []
+            for rank, log in enumerate(logs):
+                stream = stack.enter_context(log.open("w", encoding="utf-8"))
+                processes.append(subprocess.Popen([*command, str(rank)], env=environment, stdout=stream, stderr=stream))
+                stack.callback(processes[-1].wait)
+                stack.callback(processes[-1].kill)
+            deadline = time.monotonic() + timeout
+            # the others wait for one that has failed
+            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+                if any(process.poll() for process in processes):
+                    break
+                time.sleep(0.05)
+            codes = [process.poll() for process in processes]
+        if any(code != 0 for code in codes):
+            said = max((log.read_text(encoding="utf-8", errors="replace") for log in logs), key=len)
+            raise RuntimeError(f"a rank of the calibration failed, exit codes {codes}: {said[-2000:]}")
+        return read_hardware(Path(folder, "hardware.json"))
+
+
+def measure(rank: int, ranks: int) -> Hardware:
+    """The hardware of this rank's device; every rank calls it, in the process group that they form."""
+    gpu = torch.cuda.is_available()
+    device, sizes = torch.device("cuda", rank) if gpu else torch.device("cpu"), ON_GPU if gpu else ON_CPU
+    row = hardware_of(torch.cuda.get_device_name(device)) if gpu else CPU
+    precision, dtype = ("bf16", torch.bfloat16) if gpu else ("fp32", torch.float32)
+    memory = torch.cuda.get_device_properties(device).total_memory if gpu else _host_memory() // ranks
+    found = replace(row, memory_bytes=float(memory), source="measured by ponder-scale plan --calibrate")
+    found = _products(found, sizes, precision, device, dtype)
+    found = _elementwise(found, sizes, device, dtype)
+    found = replace(found, attention_share=_attention(sizes, device, dtype) / found.peak(precision))
+    found = replace(found, vocabulary_share=_vocabulary(found, sizes, precision, device, dtype))
+    here, host = (_optimizer(sizes, place) for place in (device, torch.device("cpu")))
+    copies = _copies(sizes, device) if gpu else found.memory_bytes_per_second
+    found = replace(
+        found,
+        optimizer_bytes_per_second=here,
+        host_optimizer_bytes_per_second=host,
+        host_bytes_per_second=copies,
+    )
+    if ranks > 1:
+        inside = _link(sizes, device, row.inside)
+        found = replace(found, inside=inside, between=row.between if gpu else inside)
+    return found
+
+
+def median_seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Of a call, after one that warms up."""
+    spent: list[float] = []
+    begin = time.perf_counter()
+    while len(spent) <= RUNS or time.perf_counter() - begin < SECONDS:
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent[1:])
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _products(found: Hardware, sizes: Sizes, precision: str, device: Any, dtype: Any) -> Hardware:
+    """Rate of large products, and what edges cost: seconds an operation are linear in 1/m + 1/n + 1/k."""
+    points = []
+    for m, n, k in sizes.products:
+        left, right = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
+        seconds = median_seconds(lambda left=left, right=right: F.linear(left, right), device)  # type: ignore[misc]
+        points.append((1 / m + 1 / n + 1 / k, seconds / (2.0 * m * n * k)))
+    slope, least = _line(points)
+    if least <= 0 or slope < 0:
+        slope, least = 0.0, statistics.median(each for _, each in points)
+    if device.type != "cuda":
+        found = replace(found, peak_flops={"bf16": 1 / least, "fp32": 1 / least})
+    return replace(found, product_share=1 / least / found.peak(precision), product_edge=slope / least)
+
+
+def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Slope and height at 0 of the line with the least squares of relative errors."""
+    weights = [1 / y**2 for _, y in points]
+    total = sum(weights)
+    x0 = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
+    y0 = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / total
+    spread = sum(w * (x - x0) ** 2 for w, (x, _) in zip(weights, points, strict=True))
+    slope = sum(w * (x - x0) * (y - y0) for w, (x, y) in zip(weights, points, strict=True)) / spread
+    return slope, y0 - slope * x0
+
+
+def _elementwise(found: Hardware, sizes: Sizes, device: Any, dtype: Any) -> Hardware:
+    """Time of a call, bytes a second, and exponentials a second, of chains like those of a layer."""
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return x + weight * (x * x.mean(-1, keepdim=True))
+
+    def costly(x: Tensor, weight: Tensor) -> Tensor:
+        return F.silu(x) * (x + weight)
+
+    def timed(function: Callable[..., Tensor], rows: int, columns: int) -> tuple[float, Rest]:
+        x, weight = (torch.randn(size, device=device, dtype=dtype) for size in ((rows, columns), (columns,)))
+        x.requires_grad_()
+
+        def run() -> None:
+            torch.autograd.grad(function(x, weight), x, torch.ones_like(x))
+
+        with Counting() as counting:
+            run()
+        parts = counting.operations.rest.values()
+        return median_seconds(run, device), Rest(*map(sum, zip(*parts, strict=True)))
+
+    seconds, rest = timed(plain, 2, 8)
+    call = seconds / rest.calls
+    own = 0.0 if found.asynchronous else call  # a device that runs behind the host hides the calls of large tensors
+    seconds, rest = timed(plain, sizes.tokens, sizes.width)
+    rate = rest.bytes / max(seconds - own * rest.calls, 0.1 * seconds)
+    seconds, rest = timed(costly, sizes.tokens, sizes.width * 2)
+    extra = max(seconds - own * rest.calls - rest.bytes / rate, 0.02 * seconds)
+    return replace(found, call_seconds=call, memory_bytes_per_second=rate, costly_per_second=rest.costly / extra)
+
+
+def _attention(sizes: Sizes, device: Any, dtype: Any) -> float:
+    """FLOP/s of causal attention, forward and backward."""
+    shape = (4, max(1, sizes.width // 64), sizes.length, 64)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+
+    def run() -> None:
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        torch.autograd.grad(mixed, (q, k, v), torch.ones_like(mixed))
+
+    with Counting() as counting:
+        run()
+    flops = sum(rest.attention_flops for rest in counting.operations.rest.values())
+    return flops / median_seconds(run, device)
+
+
+def _vocabulary(found: Hardware, sizes: Sizes, precision: str, device: Any, dtype: Any) -> dict[str, float]:
+    """Shares of the peak that the pondering embedding's and the loss's products reach, by the way they are made."""
+    tokens, vocabulary, width = sizes.tokens, sizes.vocabulary, sizes.width
+    hidden, head, table = (
+        (0.1 * torch.randn(rows, width, device=device)).to(dtype).requires_grad_()
+        for rows in (tokens, vocabulary, vocabulary)
+    )
+    labels = torch.randint(0, vocabulary, (tokens,), device=device)
+
+    def mix(rows: Tensor, **options: Any) -> Callable[[], None]:
+        def run() -> None:
+            mixed, _ = pondering_embedding(hidden, head, rows, labels=labels, **options)
+            inputs = [hidden, head] if rows is head else [hidden, head, rows]
+            torch.autograd.grad(mixed, inputs, torch.ones_like(mixed))
+
+        return run
+
+    def loss() -> None:
+        torch.autograd.grad(cross_entropy(hidden, head, labels)[0], (hidden, head))
+
+    def share(run: Callable[[], None], products: int, apart: float = 0.0) -> float:
+        whole = median_seconds(run, device)
+        product = Product("forward", tokens, vocabulary, width, products)
+        return product_seconds(product, found, precision, 1.0) / max(whole - apart, 0.1 * whole)
+
+    rows = TOP_K_ROWS * tokens * TOP_K * width * hidden.element_size() / found.memory_bytes_per_second
+    return {
+        "mixture": share(mix(table), MIXTURE_PRODUCTS),
+        "tied": share(mix(head), MIXTURE_PRODUCTS),
+        "loss": share(loss, LOSS_PRODUCTS),
+        "top_k": share(mix(table, top_k=TOP_K), 1, rows),
+    }
+
+
+def _optimizer(sizes: Sizes, device: torch.device) -> float:
+    """Bytes a second of AdamW, which reads four numbers for each of its own and writes three."""
+    elements = sizes.elements if device.type == "cuda" else ON_CPU.elements
+    weights = [torch.zeros(elements, device=device, requires_grad=True) for _ in range(8)]
+    optimizer = torch.optim.AdamW(weights, fused=device.type == "cuda")
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    return 7 * 4 * 8 * elements / median_seconds(optimizer.step, device)
+
+
+def _copies(sizes: Sizes, device: Any) -> float:
+    """Bytes a second from the host's pinned memory."""
+    host = torch.empty(sizes.large, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    return sizes.large / median_seconds(lambda: there.copy_(host, non_blocking=True), device)
+
+
+def _link(sizes: Sizes, device: Any, known: Link) -> Link:
+    """Between the ranks: each collective's rate, and what any takes that sends next to nothing."""
+    ranks, rates, small = dist.get_world_size(), {}, []
+    for kind in COLLECTIVES:
+        seconds = {}
+        for size in (sizes.small, sizes.large):
+            part = torch.zeros(size // 4 // ranks, device=device)
+            whole = torch.zeros(part.numel() * ranks, device=device)
+            seconds[size] = _alike(kind, part, whole)
+        small.append(seconds[sizes.small])
+        sent = (2 if kind == "all_reduce" else 1) * (sizes.large - sizes.small) * (ranks - 1) / ranks
+        rates[kind] = sent / max(seconds[sizes.large] - seconds[sizes.small], 0.1 * seconds[sizes.large])
+    latency = statistics.mean(small)
+    hop = known.hop_seconds if device.type == "cuda" else latency / 2
+    return Link(rates, max(0.0, latency - hop), hop)
+
+
+def _alike(kind: str, part: Tensor, whole: Tensor) -> float:
+    """Median seconds of a collective, called as often on every rank."""
+    spent = []
+    for _ in range(2 * RUNS):
+        dist.barrier()
+        start = time.perf_counter()
+        if kind == "all_gather":
+            dist.all_gather_into_tensor(whole, part)
+        elif kind == "all_reduce":
+            dist.all_reduce(whole)
+        else:
+            dist.reduce_scatter_tensor(part, whole)
+        if whole.is_cuda:
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent[1:])
+
+
+def main(folder: str, ranks: int, rank: int) -> None:
+    """One rank of `calibrate`."""
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(rank)
+    backend, meeting = "nccl" if gpu else "gloo", f"file://{folder}/meeting"
+    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=ranks)
+    found = measure(rank, ranks)
+    if rank == 0:
+        write_hardware(Path(folder, "hardware.json"), found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

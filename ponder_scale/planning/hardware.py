@@ -1,0 +1,240 @@
+"""What devices and the links between them can do: one table, and files that `ponder-scale plan --calibrate` measures.
+
+Sources. Peaks, memory and PCIe: the makers' data sheets, dense. What large products reach of the peak: the table of
+maximum achievable matrix products in Stas Bekman's "Machine Learning Engineering" (A100 267.9, H100 and H200 794.5,
+B200 1,745 TFLOP/s). Links inside a node: NVLink's rate to one side, by the share that NCCL's rings reach (230 GB/s of
+300 on an A100, in proportion on the others). Links between nodes: one adapter a device, of 200 Gbit/s in a DGX A100
+and 400 in later ones, at nine tenths. Latencies: those by which NCCL itself chooses its ring (src/graph/tuning.cc:
+8.4 us a call, 3.4 us a step over NVLink, 14 us over a network). What is not known without the device, and has no
+source but judgement: the shares of attention and of the vocabulary's products, the host's time for a call. Calibrate,
+where the device is at hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ponder_scale.errors import ConfigError
+from ponder_scale.files.write import write_whole
+
+GIB = 2**30
+FORMAT = "ponder-scale hardware 1"
+VOCABULARY_WAYS = ("mixture", "tied", "loss", "top_k")
+COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter")
+
+
+@dataclass(frozen=True)
+class Link:
+    """Between ranks. A collective over n of them takes `start + (n - 1) * hop`, and its bytes."""
+
+    bytes_per_second: Mapping[str, float]  # by collective: that a rank sends, to one side
+    start_seconds: float
+    hop_seconds: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device with what connects it. Shares are of the peak."""
+
+    name: str
+    peak_flops: Mapping[str, float]  # by precision, dense
+    memory_bytes: float
+    memory_bytes_per_second: float
+    inside: Link  # a node
+    between: Link  # nodes; its rate is that of one device's adapter
+    host_bytes_per_second: float  # to and from the host's memory: PCIe
+    host_optimizer_bytes_per_second: float  # of an optimizer that runs on the host
+    product_share: float
+    product_edge: float = 0.0  # a product takes as long as if each of its dimensions, alone, had so many more
+    attention_share: float = 0.5
+    vocabulary_share: Mapping[str, float] = field(default_factory=dict)  # by way; the products inside the op
+    costly_per_second: float = math.inf  # exponentials and the like
+    optimizer_bytes_per_second: float = math.inf
+    call_seconds: float = 0.0  # that the host needs to start an operation
+    asynchronous: bool = True  # the host runs ahead of the device, and links work while it computes
+    source: str = "data sheets and published measurements, see docs/performance.md"
+
+    def peak(self, precision: str) -> float:
+        """Dense FLOP/s in the precision of a run."""
+        return self.peak_flops.get(precision, self.peak_flops["fp32"])
+
+
+def _gpu(
+    name: str,
+    *,
+    bf16: float,
+    fp32: float,
+    memory: float,
+    bandwidth: float,
+    reached: float,
+    nvlink: float,
+    network: float,
+    pcie: float,
+) -> Hardware:
+    """A GPU of a table: `reached` of the peak by large products, the rest by the judgement that the module names."""
+    same = dict.fromkeys(COLLECTIVES, 1.0)
+    return Hardware(
+        name=name,
+        peak_flops={"bf16": bf16, "fp32": fp32},
+        memory_bytes=memory,
+        memory_bytes_per_second=0.85 * bandwidth,
+        inside=Link(dict.fromkeys(same, nvlink), 8.4e-6, 3.4e-6),
+        between=Link(dict.fromkeys(same, 0.9 * network), 8.4e-6, 14e-6),
+        host_bytes_per_second=0.8 * pcie,
+        host_optimizer_bytes_per_second=100e9,
+        product_share=reached,
+        product_edge=128.0,  # a tile that is not full
+        attention_share=0.5 * reached,
+        vocabulary_share=dict.fromkeys(VOCABULARY_WAYS, 0.6 * reached),
+        costly_per_second=bf16 / 256,  # a processor of an H100 makes 16 a clock beside 4,096 operations of bf16
+        optimizer_bytes_per_second=0.85 * bandwidth,
+        call_seconds=8e-6,
+    )
+
+
+TABLE = {
+    hardware.name: hardware
+    for hardware in (
+        _gpu(
+            "a100", bf16=312e12, fp32=19.5e12, memory=80 * GIB, bandwidth=2.039e12, reached=0.859,
+            nvlink=230e9, network=25e9, pcie=32e9,
+        ),
+        _gpu(
+            "a100-40", bf16=312e12, fp32=19.5e12, memory=40 * GIB, bandwidth=1.555e12, reached=0.859,
+            nvlink=230e9, network=25e9, pcie=32e9,
+        ),
+        _gpu(
+            "h100", bf16=989e12, fp32=67e12, memory=80 * GIB, bandwidth=3.35e12, reached=0.803,
+            nvlink=345e9, network=50e9, pcie=64e9,
+        ),
+        _gpu(
+            "h200", bf16=989e12, fp32=67e12, memory=141e9, bandwidth=4.8e12, reached=0.803,
+            nvlink=345e9, network=50e9, pcie=64e9,
+        ),
+        _gpu(
+            "b200", bf16=2250e12, fp32=80e12, memory=180e9, bandwidth=8e12, reached=0.776,
+            nvlink=690e9, network=50e9, pcie=64e9,
+        ),
+        _gpu(  # no NVLink: PCIe inside a node
+            "l40s", bf16=362e12, fp32=91.6e12, memory=48 * GIB, bandwidth=0.864e12, reached=0.75,
+            nvlink=20e9, network=25e9, pcie=32e9,
+        ),
+    )
+}  # fmt: skip
+
+# a core of a server of some years ago: for a run without GPUs whose machine was not calibrated
+CPU = Hardware(
+    name="cpu",
+    peak_flops={"bf16": 60e9, "fp32": 60e9},
+    memory_bytes=16 * GIB,
+    memory_bytes_per_second=6e9,
+    inside=Link(dict.fromkeys(COLLECTIVES, 1e9), 150e-6, 150e-6),
+    between=Link(dict.fromkeys(COLLECTIVES, 1e9), 300e-6, 300e-6),
+    host_bytes_per_second=6e9,
+    host_optimizer_bytes_per_second=6e9,
+    product_share=1.0,
+    product_edge=16.0,
+    attention_share=0.5,
+    vocabulary_share=dict.fromkeys(VOCABULARY_WAYS, 0.7),
+    costly_per_second=3e8,
+    optimizer_bytes_per_second=6e9,
+    call_seconds=8e-6,
+    asynchronous=False,
+    source="no measurement: calibrate by `ponder-scale plan --calibrate FILE`",
+)
+
+# dense bf16 FLOP/s by a part of the name that torch gives a device, and the row that plans for it; the first that
+# matches
+NAMES: dict[str, tuple[float, str]] = {
+    r"H100 PCIE": (756e12, "h100"),
+    r"H100 NVL": (835e12, "h100"),
+    r"H200 NVL": (835e12, "h200"),
+    r"\bG?H200\b": (989e12, "h200"),
+    r"\bG?H(100|800)\b": (989e12, "h100"),
+    r"\bG?B200\b": (2250e12, "b200"),
+    r"\bA[18]00\b.*40GB": (312e12, "a100-40"),
+    r"\bA[18]00\b": (312e12, "a100"),
+    r"\bL40S\b": (362e12, "l40s"),
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a device by its name in torch ("NVIDIA H100 80GB HBM3"); None where it is not known.
+
+    MFU is `step_flops(...).model / (seconds * devices * peak_flops(name))`, HFU the same of `.hardware`.
+    """
+    found = _by_name(device_name)
+    return None if found is None else found[0]
+
+
+def hardware_of(device_name: str) -> Hardware:
+    """The row for a device by its name in torch, with its own peak; an H100's shares and links for an unknown GPU."""
+    found = _by_name(device_name)
+    if found is None:
+        return replace(TABLE["h100"], name=device_name)
+    peak, row = found
+    return replace(TABLE[row], name=device_name, peak_flops={**TABLE[row].peak_flops, "bf16": peak})
+
+
+def _by_name(device_name: str) -> tuple[float, str] | None:
+    return next((row for part, row in NAMES.items() if re.search(part, device_name.upper())), None)
+
+
+def write_hardware(path: Path, hardware: Hardware) -> None:
+    """Write what was measured, for `read_hardware`."""
+    write_whole(path, json.dumps({"format": FORMAT, **asdict(hardware)}, indent=2) + "\n")
+
+
+def read_hardware(path: Path) -> Hardware:
+    """What `ponder-scale plan --calibrate` wrote.
+
+    Raises:
+        ConfigError: it is no such file.
+    """
+    remedy = f"write it by `ponder-scale plan --calibrate {path}`"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as a hardware file: {error}; {remedy}") from error
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise ConfigError(f'{path}: no hardware file: expected "format": "{FORMAT}"; {remedy}')
+    known = {entry.name for entry in fields(Hardware)}
+    if values.keys() != known:
+        wrong = ", ".join(sorted(values.keys() ^ known))
+        raise ConfigError(f"{path}: missing or unknown: {wrong}; {remedy}")
+    for name in ("inside", "between"):
+        values[name] = _checked_link(path, name, values[name], remedy)
+    for name, value in values.items():
+        if name in ("peak_flops", "vocabulary_share"):
+            wanted = {"fp32"} if name == "peak_flops" else set(VOCABULARY_WAYS)
+            right = isinstance(value, dict) and wanted <= value.keys() and all(map(_is_rate, value.values()))
+            expected = "numbers above 0 for " + ", ".join(sorted(wanted))
+        elif name in ("name", "source"):
+            right, expected = isinstance(value, str), "text"
+        elif name == "asynchronous":
+            right, expected = isinstance(value, bool), "true or false"
+        elif name in ("product_edge", "call_seconds"):
+            right, expected = _is_rate(value) or value == 0, "a number, at least 0"
+        else:
+            right, expected = isinstance(value, Link) or _is_rate(value), "a number above 0"
+        if not right:
+            raise ConfigError(f"{path}: {name} is {value!r}; expected {expected}; {remedy}")
+    return Hardware(**values)
+
+
+def _checked_link(path: Path, name: str, values: Any, remedy: str) -> Link:
+    whole = isinstance(values, dict) and values.keys() == {entry.name for entry in fields(Link)}
+    rates = values["bytes_per_second"] if whole else None
+    if not isinstance(rates, dict) or rates.keys() != set(COLLECTIVES) or not all(map(_is_rate, rates.values())):
+        raise ConfigError(f"{path}: {name} is {values!r}; expected a link with a rate for each collective; {remedy}")
+    return Link(**values)
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,282 @@
+"""How long an optimizer step takes: a sum of named terms, each of counted work over a rate of the hardware.
+
+    products       matrix products of forward and backward, by shape
+    attention      its kernels
+    elementwise    everything else that the passes do: bytes that they read and write, exponentials
+    vocabulary     the pondering embeddings and the loss: products with the vocabulary, or K rows of it
+    recomputation  of products, attention and the rest, once more, by the policy
+    host           what the device waits for the host to start it, or for ZeRO-3's bookkeeping
+    gathers        weights: ZeRO-3's of each micro-step, those after an update of stages 1 and 2
+    reductions     gradients
+    offload        what waits in the host's memory, over PCIe
+    optimizer      its update, on the device or the host
+
+What of the links' time computation hides is not in the terms. A layer's gather is hidden by the layer before it. A
+gradient is complete only when the first pass has gone backwards, as all passes share the weights: so what hides the
+reductions is the backward of one pass of S + 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ponder_scale.figures import span
+from ponder_scale.planning.cost import PREFETCH, Shape, gathering, weights_kept
+from ponder_scale.planning.hardware import Hardware, Link
+from ponder_scale.planning.operations import AGAIN, BACKWARD, FORWARD, Operations, Product, Rest
+
+MIXTURE_PRODUCTS = 7  # with the vocabulary, a token and pondering step: 2 forward, 5 backward with z once more
+LOSS_PRODUCTS = 3
+TOP_K_ROWS = 5  # of K rows of width D: one forward, four backward; each row is read or written
+HOOK_CALLS = 12  # ZeRO-3's hooks on a module, before and after, as so many started operations
+NORM_CALLS = 4  # collectives of a few bytes in an update: the norm, whether all is finite, the agreement of the ranks
+BUCKET_COPIES = 6  # times that a gradient is read or written: into a bucket, divided by the ranks, out of it
+BUCKET = 5e8  # numbers that ZeRO reduces at a time, where the file does not say
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one rank does in an optimizer step.
+
+    Args:
+        operations: of a micro-batch, with the pondering steps of `shape`.
+        tokens: of a micro-batch.
+        micro_steps: of an optimizer step.
+        pondering_steps: of an optimizer step, on average.
+        zero: of the sharding, limits settled.
+        width: bytes of a weight and its gradient.
+    """
+
+    operations: Operations
+    shape: Shape
+    tokens: int
+    micro_steps: float
+    pondering_steps: float
+    zero: Mapping[str, Any]
+    recompute: str
+    ranks: int
+    per_node: int
+    width: int
+
+    @property
+    def precision(self) -> str:
+        """By which the peak is chosen."""
+        return "bf16" if self.width == 2 else "fp32"
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO."""
+        return int(self.zero["stage"])
+
+    @property
+    def share(self) -> float:
+        """Of the passes for which the operations were counted that a step runs on average."""
+        return (self.pondering_steps + 1) / (self.shape.pondering_steps + 1)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step."""
+
+    products: float
+    attention: float
+    elementwise: float
+    vocabulary: float
+    recomputation: float
+    host: float
+    gathers: float
+    reductions: float
+    offload: float
+    optimizer: float
+
+    @property
+    def seconds(self) -> float:
+        """All terms."""
+        return sum(getattr(self, entry.name) for entry in fields(self))
+
+    @property
+    def communication(self) -> float:
+        """The share of the step in which ranks only wait for links."""
+        return (self.gathers + self.reductions) / self.seconds
+
+    def terms(self) -> dict[str, float]:
+        """By name, those that take time, largest first."""
+        terms = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {name: terms[name] for name in sorted(terms, key=terms.__getitem__, reverse=True) if terms[name] > 0}
+
+    @property
+    def sentence(self) -> str:
+        """The terms of at least a thousandth, for a person."""
+        least = self.seconds / 1000
+        return ", ".join(f"{name} {span(seconds)}" for name, seconds in self.terms().items() if seconds >= least)
+
+
+NO_TIME = StepTime(*[0.0] * len(fields(StepTime)))
+
+
+def step_time(job: Job, hardware: Hardware) -> StepTime:
+    """What a step takes on this hardware."""
+    once = {phase: _compute(job, hardware, (phase,)) for phase in (FORWARD, BACKWARD, AGAIN)}
+    products, attention, elementwise = (
+        once[FORWARD][index] + once[BACKWARD][index] for index in range(3)
+    )  # of a micro-step
+    recomputation = sum(once[AGAIN])
+    vocabulary = _vocabulary(job, hardware)
+    computing = products + attention + elementwise + recomputation + vocabulary
+    hidden = hardware.asynchronous
+    backward = (sum(once[BACKWARD]) + recomputation) / (job.pondering_steps + 1)  # of the pass that completes gradients
+    micro_reduce, step_reduce = _reductions(job, hardware, backward if hidden else 0.0)
+    micro_gather, step_gather = _gathers(job, hardware, computing if hidden else 0.0)
+    micro_offload, step_offload, optimizer = _update(job, hardware)
+    n = job.micro_steps
+    return StepTime(
+        products=n * products,
+        attention=n * attention,
+        elementwise=n * elementwise,
+        vocabulary=n * vocabulary,
+        recomputation=n * recomputation,
+        host=n * _host(job, hardware, computing),
+        gathers=n * micro_gather + step_gather,
+        reductions=n * micro_reduce + step_reduce,
+        offload=n * micro_offload + step_offload,
+        optimizer=optimizer,
+    )
+
+
+def product_seconds(product: Product, hardware: Hardware, precision: str, share: float | None = None) -> float:
+    """All `times` of a product; `share` of the peak in place of that of large products."""
+    rate = hardware.peak(precision) * (hardware.product_share if share is None else share)
+    edges = hardware.product_edge * (1 / product.m + 1 / product.n + 1 / product.k)
+    return product.flops * (1.0 + edges) / rate
+
+
+def collective_seconds(kind: str, size: float, calls: float, ranks: int, per_node: int, hardware: Hardware) -> float:
+    """Seconds of `calls` collectives over `size` bytes together, as a ring runs them.
+
+    Between nodes all adapters of a node carry the ring's bytes, and no faster than the links inside pass them on.
+    """
+    if ranks == 1 or calls <= 0:
+        return 0.0
+    nodes = math.ceil(ranks / per_node)
+    inside, between = hardware.inside, hardware.between
+    rate = inside.bytes_per_second[kind]
+    if nodes > 1:
+        rate = between.bytes_per_second[kind] * per_node
+        rate = min(rate, inside.bytes_per_second[kind]) if per_node > 1 else rate
+    rounds = 2 if kind == "all_reduce" else 1
+    latency = (between if nodes > 1 else inside).start_seconds + rounds * (
+        (ranks - nodes) * inside.hop_seconds + (nodes - 1) * between.hop_seconds
+    )
+    return calls * latency + rounds * size * (ranks - 1) / ranks / rate
+
+
+def _compute(job: Job, hardware: Hardware, phases: Iterable[str]) -> tuple[float, float, float]:
+    """Products, attention and the rest of a micro-batch in some phases."""
+    phases = set(phases)
+    products = sum(
+        product_seconds(product, hardware, job.precision)
+        for product in job.operations.products
+        if product.phase in phases
+    )
+    attention = elementwise = 0.0
+    for phase in phases:
+        rest: Rest = job.operations.rest[phase]
+        attention += rest.attention_flops / (hardware.peak(job.precision) * hardware.attention_share)
+        elementwise += rest.bytes / hardware.memory_bytes_per_second + rest.costly / hardware.costly_per_second
+        if not hardware.asynchronous:
+            elementwise += rest.calls * hardware.call_seconds
+    return job.share * products, job.share * attention, job.share * elementwise
+
+
+def _vocabulary(job: Job, hardware: Hardware) -> float:
+    """The pondering embeddings and the loss of a micro-batch, forward and backward."""
+    shape, tokens = job.shape, float(job.tokens)
+
+    def products(way: str, count: float) -> float:
+        product = Product(FORWARD, tokens, shape.vocabulary, shape.hidden, count)
+        return product_seconds(product, hardware, job.precision, hardware.vocabulary_share[way])
+
+    loss = products("loss", LOSS_PRODUCTS)
+    if shape.feedback != "embedding":
+        return loss + products("loss", job.pondering_steps)  # statistics of each pass
+    if shape.top_k is not None:
+        rows = TOP_K_ROWS * tokens * shape.top_k * shape.hidden * job.width
+        return loss + job.pondering_steps * (products("top_k", 1) + rows / hardware.memory_bytes_per_second)
+    return loss + products("tied" if shape.tied else "mixture", MIXTURE_PRODUCTS * job.pondering_steps)
+
+
+def _host(job: Job, hardware: Hardware, computing: float) -> float:
+    """Of a micro-step: what the host needs beyond the time in which the device is busy."""
+    hooks = 0.0
+    if job.stage == 3:
+        sweeps = (job.pondering_steps + 1) * (3 if any(p.phase == AGAIN for p in job.operations.products) else 2)
+        hooks = sweeps * job.shape.layers * job.shape.layer_modules * HOOK_CALLS * hardware.call_seconds
+    if not hardware.asynchronous:
+        return hooks
+    calls = job.share * sum(rest.calls for rest in job.operations.rest.values())
+    return max(0.0, calls * hardware.call_seconds + hooks - computing)
+
+
+def _gathers(job: Job, hardware: Hardware, computing: float) -> tuple[float, float]:
+    """What gathers of weights take that nothing hides: of a micro-step, and once a step."""
+    size = float(job.shape.parameters * job.width)
+    if job.ranks == 1 or job.stage == 0:
+        return 0.0, 0.0
+    if job.stage < 3:
+        return 0.0, collective_seconds("all_gather", size, 1, job.ranks, job.per_node, hardware)
+    gathers = gathering(job.shape, job.zero, job.recompute, job.pondering_steps)
+    assert gathers is not None
+    group = int(job.zero.get("zero_hpz_partition_size", 1))
+    ranks = group if group > 1 else job.ranks
+    size *= 0.5 if job.zero.get("zero_quantized_weights") else 1.0
+    if weights_kept(job.shape, job.zero):
+        calls, sweeps = 1.0 * math.ceil(job.shape.parameters / float(job.zero[PREFETCH])), 1.0
+        hiding = computing / (3 * (job.pondering_steps + 1))  # the first pass's forward
+    else:
+        sweeps = gathers.rounds
+        calls = sweeps * job.shape.layers * job.shape.layer_matrices
+        hiding = computing
+    seconds = collective_seconds("all_gather", gathers.volume * size, calls, ranks, job.per_node, hardware)
+    pieces = sweeps * job.shape.layers  # a layer's gather is hidden by the computation of the one before
+    return seconds / pieces + max(0.0, (1 - 1 / pieces) * (seconds - hiding)), 0.0
+
+
+def _reductions(job: Job, hardware: Hardware, hiding: float) -> tuple[float, float]:
+    """What reductions of gradients take that nothing hides: of a micro-step, and once a step."""
+    if job.ranks == 1:
+        return 0.0, 0.0
+    size = float(job.shape.parameters * job.width) * (0.25 if job.zero.get("zero_quantized_gradients") else 1.0)
+    kind = "reduce_scatter" if job.stage == 3 else "all_reduce"
+    calls = math.ceil(job.shape.parameters / float(job.zero.get("reduce_bucket_size", BUCKET)))
+    seconds = collective_seconds(kind, size, calls, job.ranks, job.per_node, hardware)
+    small = collective_seconds("all_reduce", 0.0, NORM_CALLS, job.ranks, job.per_node, hardware)
+    copies = BUCKET_COPIES * job.shape.parameters * job.width / hardware.memory_bytes_per_second
+    if job.stage < 2:  # once, when all micro-steps are done
+        return 0.0, copies + seconds + small
+    if not job.zero.get("overlap_comm", job.stage == 3):
+        return copies + seconds, small
+    return copies + max(seconds / calls, seconds - hiding), small
+
+
+def _update(job: Job, hardware: Hardware) -> tuple[float, float, float]:
+    """Offload of a micro-step, offload of a step, and the optimizer's update."""
+    own = job.shape.parameters / (job.ranks if job.stage else 1)
+    narrow, wide = own * job.width, 4.0 * own
+    moved = 10 * wide + (2 * narrow if job.width < 4 else 0.0)  # 7 of AdamW, 3 of norm, scale and clipping
+    micro = 0.0
+    if job.stage == 3 and "offload_param" in job.zero:
+        gathers = gathering(job.shape, job.zero, job.recompute, job.pondering_steps)
+        micro = (gathers.volume if gathers else 0.0) * narrow / hardware.host_bytes_per_second
+    if "offload_optimizer" not in job.zero:
+        return micro, 0.0, moved / hardware.optimizer_bytes_per_second
+    # gradients go down in each micro-step, weights come back once
+    micro += narrow / hardware.host_bytes_per_second
+    return micro, narrow / hardware.host_bytes_per_second, moved / hardware.host_optimizer_bytes_per_second
+
+
+def link_of(job: Job, hardware: Hardware) -> Link:
+    """The slowest that its collectives cross."""
+    return hardware.between if job.ranks > job.per_node else hardware.inside
