@@ -36,7 +36,8 @@ UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "te
 def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
-    yield
+    with torch.enable_grad():  # an error in compiled code can leave the mode of gradients as it was there
+        yield
     torch._dynamo.reset()
 
 

@@ -188,10 +188,12 @@ def test_every_path_key_expands_home_and_variables_or_is_refused(
     paths = [known.replace("NAME", "a") for known, _, item in known_keys(schema) if item.metadata["path"]]
     names = {known.replace("NAME", "a") for known, kind, _ in known_keys(schema) if str in parts(kind)}
     assert set(paths) == names & {
-        *("run_dir", "model.init_from", "data.sources.a.path", "train.deepspeed"),
+        *("run_dir", "model.init_from", "data.sources.a.path", "train.deepspeed", "train.hardware"),
+        "evaluate.tasks_include",
         *("out", "tokenizer", "sources.a.path", "sources.a.loss.template"),
     }
     beside = {
+        "evaluate.tasks_include": ["evaluate.tasks=[a]", "evaluate.tasks_every_steps=1"],
         "sources.a.loss.template": [
             *("sources.a.kind=jsonl", "sources.a.loss.messages=m", "special_tokens_in_text=tokens")
         ]
