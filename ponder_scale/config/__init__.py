@@ -1,0 +1,23 @@
+"""Every knob of a training run, with its unit and bounds."""
+
+from .data import DataConfig, PhaseConfig, SourceConfig
+from .model import ModelConfig
+from .run import RunConfig, load_recipe
+from .train import OptimConfig, PonderingSchedule, TrainConfig
+from .watch import CheckpointConfig, EvaluateConfig, HealthConfig, LogConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "HealthConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PhaseConfig",
+    "PonderingSchedule",
+    "RunConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "load_recipe",
+]

@@ -1,0 +1,101 @@
+"""A whole run: every group of knobs, and what has to hold between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ponder_scale.errors import ConfigError
+from ponder_scale.files.shipped import RECIPES
+from ponder_scale.settings import MISSING, find_recipe, knob, load
+
+from .data import DataConfig
+from .model import ModelConfig
+from .train import OptimConfig, TrainConfig
+from .watch import CheckpointConfig, EvaluateConfig, HealthConfig, LogConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run."""
+
+    run_dir: str = knob(
+        MISSING,
+        "Folder for everything the run writes. The folder is the identity of the run: the same folder resumes it.",
+        path=True,
+    )
+    seed: int = knob(
+        1, "Seed of the initial weights, the data order, random pondering steps and dropout.", min=0, max=2**31 - 1
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if self.optim.warmup_steps > self.train.steps:
+            raise ConfigError(
+                f"optim.warmup_steps is {self.optim.warmup_steps}, more than train.steps ({self.train.steps}); lower it"
+            )
+        if (self.optim.optimizer == "muon") != (self.optim.muon_lr is not None):
+            raise ConfigError(
+                f"optim.muon_lr is {self.optim.muon_lr} with optim.optimizer {self.optim.optimizer}; muon needs it "
+                "(0.02 is usual), adamw has none"
+            )
+        if self.optim.optimizer == "muon" and self.optim.grad_clip is not None:
+            raise ConfigError(
+                f"optim.grad_clip is {self.optim.grad_clip} with muon: under ZeRO it would clip Muon's update, whose "
+                "norm is not the gradient's, and cripple learning; set optim.grad_clip=null"
+            )
+        if self.optim.optimizer == "muon" and self.optim.mup_base_width is not None:
+            raise ConfigError(
+                f"optim.mup_base_width is {self.optim.mup_base_width} with muon, whose updates do not follow Adam's "
+                "rule for width; use adamw, or leave it null"
+            )
+        if self.health.on_spike == "rewind" and not (self.checkpoint.every_steps or self.checkpoint.every_minutes):
+            raise ConfigError(
+                "health.on_spike is rewind, but nothing is saved to go back to: the run would begin anew; set "
+                "checkpoint.every_steps or checkpoint.every_minutes"
+            )
+        decay = self.optim.wsd_decay_steps
+        if (self.optim.schedule == "wsd") != (decay is not None):
+            raise ConfigError(
+                f"optim.wsd_decay_steps is {decay} with optim.schedule {self.optim.schedule}; wsd needs it, "
+                "the other schedules have none"
+            )
+        if decay is not None and decay > self.train.steps - self.optim.warmup_steps:
+            raise ConfigError(
+                f"optim.wsd_decay_steps is {decay}, more than the {self.train.steps - self.optim.warmup_steps} steps "
+                "after warm-up; lower it"
+            )
+        if self.optim.min_lr > self.optim.lr:
+            raise ConfigError(f"optim.min_lr is {self.optim.min_lr}, above optim.lr ({self.optim.lr}); lower it")
+        if self.model.hidden_size % self.model.num_attention_heads:
+            raise ConfigError(
+                f"model.hidden_size is {self.model.hidden_size}; expected a multiple of "
+                f"model.num_attention_heads ({self.model.num_attention_heads})"
+            )
+        if self.train.pondering.schedule != "fixed" and self.train.pondering.low > self.model.pondering_steps:
+            raise ConfigError(
+                f"train.pondering.low is {self.train.pondering.low}, above model.pondering_steps "
+                f"({self.model.pondering_steps}); lower it"
+            )
+        if self.train.offload_activations and self.train.recompute == "none":
+            raise ConfigError("train.offload_activations needs a train.recompute that keeps little; none keeps all")
+        if not self.data.sources:
+            raise ConfigError("data.sources is empty; name a folder of shards: data.sources.NAME.path=FOLDER")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run as a recipe and `key=value` overrides describe it.
+
+    Args:
+        name: a YAML file, or the name of a shipped recipe.
+
+    Raises ConfigError as `settings.load` does, and where there is no such recipe.
+    """
+    return load(RunConfig, find_recipe(name, RECIPES), overrides)

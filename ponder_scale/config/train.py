@@ -1,0 +1,199 @@
+"""The knobs of training and of the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ponder_scale.errors import ConfigError
+from ponder_scale.settings import MISSING, knob
+
+from .bounds import MOST_SEQUENCES, MOST_STEPS, MOST_WIDTH
+
+
+@dataclass(frozen=True)
+class PonderingSchedule:
+    """How many pondering steps an optimizer step takes, at most `model.pondering_steps`."""
+
+    schedule: Literal["fixed", "uniform", "ramp"] = knob(
+        "fixed",
+        "Pondering steps of each optimizer step. fixed: always `model.pondering_steps`. uniform: drawn "
+        "between `low` and that number. ramp: rises from `low` to it.",
+    )
+    low: int = knob(1, "Fewest pondering steps that uniform and ramp use.", min=0, max=64)
+    ramp_steps: int = knob(
+        0, "Step at which the ramp reaches `model.pondering_steps`.", unit="steps", min=0, max=MOST_STEPS
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How much is trained, in what precision and pieces."""
+
+    steps: int = knob(MISSING, "Number of optimizer steps.", unit="steps", min=1, max=MOST_STEPS)
+    global_batch: int = knob(
+        MISSING, "Sequences in one optimizer step, over all ranks.", unit="sequences", min=1, max=MOST_SEQUENCES
+    )
+    batch_ramp_from: int | None = knob(
+        None,
+        "Sequences in step 1. It must divide `global_batch`, and the batch grows in multiples of it. "
+        "`null` uses `global_batch` from the start.",
+        unit="sequences",
+        min=1,
+        max=MOST_SEQUENCES,
+    )
+    batch_ramp_steps: int | None = knob(
+        None,
+        "First step that uses the full `global_batch`, when you ramp the batch.",
+        unit="steps",
+        min=2,
+        max=MOST_STEPS,
+    )
+    micro_batch: int | Literal["auto"] = knob(
+        1,
+        "Sequences in one forward of one rank. auto: those that take the least time, fit and divide the batch.",
+        unit="sequences",
+        min=1,
+        max=MOST_SEQUENCES,
+    )
+    precision: Literal["fp32", "bf16"] = knob(
+        "bf16", "Precision of the computation. bf16 keeps master weights in fp32."
+    )
+    recompute: Literal["none", "selective", "layer", "pass", "pass+layer", "auto"] = knob(
+        "pass",
+        "What backward computes again. selective: layers without their attention. layer: whole layers. "
+        "pass: whole passes from their inputs. pass+layer: both. auto: what takes the least time and fits.",
+    )
+    memory_gib: float | None = knob(
+        None,
+        "Device memory that `auto` and the limits of ZeRO-3 may plan with. `null` uses all of the device.",
+        unit="GiB",
+        above=0,
+        max=2**20,
+    )
+    hardware: str | None = knob(
+        None,
+        "File that `ponder-scale plan --calibrate` wrote. `auto` uses its times. `null` uses the planner's table.",
+        path=True,
+    )
+    offload_activations: bool = knob(False, "Keep the activations that recomputation saves in host memory.")
+    attention: Literal["auto", "sdpa", "flash_attention_2"] = knob(
+        "auto", "Attention implementation. auto uses flash-attn where it is installed, and sdpa elsewhere."
+    )
+    kernels: Literal["torch", "liger"] = knob(
+        "torch", "Kernels of norms, rotary embedding and MLP. liger needs CUDA and llama or olmo2."
+    )
+    compile: bool = knob(False, "Compile the layers with torch.compile.")
+    pondering: PonderingSchedule = field(default_factory=PonderingSchedule)
+    deepspeed: str = knob(
+        "zero3",
+        "How to shard the run: the name of a file in deepspeed_configs/, or a path. auto: the stage that takes the "
+        "least time.",
+        path=True,
+    )
+    sanity_step: bool = knob(
+        True, "Before step 1, try forward and backward at full size and a trial save, then drop the result."
+    )
+    time_limit: str | None = knob(
+        "slurm",
+        "Wall-clock limit for this attempt, as seconds or HH:MM:SS. Training saves a checkpoint and exits "
+        "with 85 before it is reached. `slurm` uses the limit of the job. `null` disables it.",
+    )
+
+    def __post_init__(self) -> None:
+        first, steps = self.batch_ramp_from, self.batch_ramp_steps
+        if (first is None) != (steps is None):
+            raise ConfigError(
+                f"train.batch_ramp_from is {first} with train.batch_ramp_steps {steps}; a ramp needs both, else neither"
+            )
+        if first is not None and self.global_batch % max(1, first):
+            raise ConfigError(
+                f"train.batch_ramp_from is {first}; expected a divisor of train.global_batch ({self.global_batch})"
+            )
+        if steps is not None and steps > self.steps:
+            raise ConfigError(f"train.batch_ramp_steps is {steps}, more than train.steps ({self.steps}); lower it")
+
+    @property
+    def batch_unit(self) -> int:
+        """Sequences that every step has a multiple of, so this is what has to divide over micro-batches and ranks."""
+        return self.batch_ramp_from or self.global_batch
+
+    def batch_at(self, step: int) -> int:
+        """Sequences of optimizer step `step`, counted from 1.
+
+        With a ramp the n sizes, n = global_batch / batch_ramp_from, take equal shares of the steps before
+        `batch_ramp_steps`, as far as whole steps allow; Megatron-LM's --rampup-batch-size does so by sequences.
+        """
+        if self.batch_ramp_steps is None:
+            return self.global_batch
+        rises, last = self.global_batch // self.batch_unit - 1, self.batch_ramp_steps - 1
+        return self.batch_unit * (1 + rises * min(step - 1, last) // last)
+
+    def sequences_until(self, step: int) -> int:
+        """Sequences of steps 1 to `step` together."""
+        if self.batch_ramp_steps is None:
+            return step * self.global_batch
+        rises, last = self.global_batch // self.batch_unit - 1, self.batch_ramp_steps - 1
+        # rise number k comes after the first ceil(k last / rises) steps
+        larger = sum(max(0, step + (-k * last) // rises) for k in range(1, rises + 1))
+        return self.batch_unit * (step + larger)
+
+    @property
+    def micro_batch_sequences(self) -> int:
+        """`micro_batch` once it is a number: `auto` is replaced when a run starts."""
+        assert isinstance(self.micro_batch, int), "train.micro_batch is still auto"
+        return self.micro_batch
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its schedule."""
+
+    optimizer: Literal["adamw", "muon"] = knob(
+        "adamw",
+        "adamw, or muon for the matrices of the layers with AdamW for the rest. Muon needs ZeRO stage 0 "
+        "or 3 and no `grad_clip`.",
+    )
+    muon_lr: float | None = knob(
+        None,
+        "Peak learning rate of the matrices that Muon updates. It follows the schedule of `lr`.",
+        above=0,
+        max=1000,
+    )
+    muon_momentum: float = knob(0.95, "Momentum of Muon.", min=0, below=1)
+    lr: float = knob(3e-4, "Peak learning rate.", above=0, max=1000)
+    mup_base_width: int | None = knob(
+        None,
+        "`model.hidden_size` that `lr` was tuned at. At other widths rates, initial weights and decay follow by muP. "
+        "`null` takes `lr` as it is.",
+        min=1,
+        max=MOST_WIDTH,
+    )
+    min_lr: float = knob(3e-5, "Learning rate at the last step.", min=0, max=1000)
+    warmup_steps: int = knob(0, "Steps of linear warm-up from 0.", unit="steps", min=0, max=MOST_STEPS)
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = knob(
+        "cosine", "Decay after warm-up. wsd stays constant and decays over the last `wsd_decay_steps`."
+    )
+    wsd_decay_steps: int | None = knob(None, "Length of the decay of wsd.", unit="steps", min=1, max=MOST_STEPS)
+    wsd_decay_style: Literal["linear", "minus_sqrt"] = knob(
+        "linear", "Shape of the decay of wsd. minus_sqrt: 1 - sqrt(progress)."
+    )
+    beta1: float = knob(0.9, "AdamW: decay of the first moment.", min=0, below=1)
+    beta2: float = knob(0.95, "AdamW: decay of the second moment.", min=0, below=1)
+    eps: float = knob(1e-8, "AdamW: epsilon.", min=1e-30, max=1)
+    weight_decay: float = knob(0.1, "Decoupled weight decay.", min=0, max=1000)
+    decay: Literal["matrices", "all"] = knob(
+        "matrices", "Which weights decay. matrices leaves out norms, biases and embeddings."
+    )
+    ema: float | None = knob(
+        None,
+        "Keep a running average of the weights with this decay, for `export --ema`. `null` keeps none.",
+        above=0,
+        max=0.999999,
+    )
+    z_loss: float = knob(
+        0.0, "Add this multiple of the mean squared log-sum-exp of the logits to the loss.", min=0, max=1000
+    )
+    grad_clip: float | None = knob(
+        1.0, "Clip the global gradient norm to this bound. `null` disables clipping.", above=0, max=1e9
+    )
