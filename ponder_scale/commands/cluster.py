@@ -17,6 +17,27 @@ from ponder_scale.settings.commandline import new_folder, number, path, whole
 
 def add_commands(commands: Any) -> None:
     """Add the commands to the parser."""
+    _add_config(commands)
+    _add_submit(commands)
+    templates = commands.add_parser(
+        "templates", help="copy the Slurm files to a folder where you can edit them for your site"
+    )
+    templates.add_argument("folder", type=new_folder, metavar="DIR")
+    templates.add_argument("--overwrite", action="store_true", help="replace files that exist and differ")
+    templates.set_defaults(run=_templates)
+    for name, help_text, action in (
+        ("stop", "save a checkpoint and end a run", _stop),
+        ("save", "save a checkpoint at the next step and train on", _save),
+        ("requeue", "save a checkpoint and put the job back in the queue", _requeue),
+    ):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("run_dir", type=path, metavar="RUN", help="run folder")
+        command.set_defaults(run=action)
+        if name == "stop":
+            command.add_argument("--now", action="store_true", help="stop at once, without a checkpoint")
+
+
+def _add_config(commands: Any) -> None:
     config = commands.add_parser("config", help="print the resolved configuration of a run")
     _add_recipe(config)
     config.add_argument(
@@ -24,6 +45,8 @@ def add_commands(commands: Any) -> None:
     )
     config.set_defaults(run=_config)
 
+
+def _add_submit(commands: Any) -> None:
     submit = commands.add_parser(
         "submit", help="check a run, print its plan and submit it to Slurm with a snapshot of its code"
     )
@@ -64,24 +87,6 @@ def add_commands(commands: Any) -> None:
         "--test-only", action="store_true", help="ask Slurm whether and when the job could run, and submit nothing"
     )
     submit.set_defaults(run=_submit)
-
-    templates = commands.add_parser(
-        "templates", help="copy the Slurm files to a folder where you can edit them for your site"
-    )
-    templates.add_argument("folder", type=new_folder, metavar="DIR")
-    templates.add_argument("--overwrite", action="store_true", help="replace files that exist and differ")
-    templates.set_defaults(run=_templates)
-
-    for name, help_text, action in (
-        ("stop", "save a checkpoint and end a run", _stop),
-        ("save", "save a checkpoint at the next step and train on", _save),
-        ("requeue", "save a checkpoint and put the job back in the queue", _requeue),
-    ):
-        command = commands.add_parser(name, help=help_text)
-        command.add_argument("run_dir", type=path, metavar="RUN", help="run folder")
-        command.set_defaults(run=action)
-        if name == "stop":
-            command.add_argument("--now", action="store_true", help="stop at once, without a checkpoint")
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:

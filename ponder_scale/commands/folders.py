@@ -11,6 +11,13 @@ from ponder_scale.settings.commandline import flags, new_file, new_folder, numbe
 
 def add_commands(commands: Any) -> None:
     """Add the commands to the parser."""
+    _add_export(commands)
+    _add_reference(commands)
+    _add_generate(commands)
+    _add_trace(commands)
+
+
+def _add_export(commands: Any) -> None:
     export = commands.add_parser("export", help="convert a checkpoint to a Hugging Face folder")
     export.add_argument(
         "source",
@@ -32,6 +39,8 @@ def add_commands(commands: Any) -> None:
     )
     export.set_defaults(run=_export)
 
+
+def _add_reference(commands: Any) -> None:
     imported = commands.add_parser(
         "import-reference", help="convert a model of the published PonderingLM code to this format"
     )
@@ -47,9 +56,14 @@ def add_commands(commands: Any) -> None:
     published.add_argument("out", type=new_folder, help="folder to create")
     published.set_defaults(run=_export_reference)
 
+
+def _add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="continue a prompt with an exported model")
     generate.add_argument("folder", type=path, help="an exported folder")
-    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--prompt", metavar="TEXT", help="text to continue (default: what standard input holds)")
+    generate.add_argument(
+        "--interactive", action="store_true", help="read prompts from standard input, one a line, and continue each"
+    )
     generate.add_argument("--max-new-tokens", type=whole(1), default=64)
     generate.add_argument("--pondering-steps", type=whole(0), help="number of pondering steps (default: as trained)")
     generate.add_argument(
@@ -74,6 +88,9 @@ def add_commands(commands: Any) -> None:
     generate.add_argument("--seed", type=whole(0), default=1)
     add_trust(generate)
     generate.set_defaults(run=_generate)
+
+
+def _add_trace(commands: Any) -> None:
     trace = commands.add_parser("trace", help="show what each pass predicts for each token of a text")
     trace.add_argument("folder", type=path, help="an exported folder")
     trace.add_argument("--text", required=True)

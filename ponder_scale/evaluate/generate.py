@@ -1,9 +1,10 @@
-"""Continue a prompt with an exported folder."""
+"""Continue prompts with an exported folder."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -115,7 +116,7 @@ def within(model: Any, wrapper: Callable[..., Any]) -> Iterator[None]:
 
 def generate(
     folder: Path,
-    prompt: str,
+    prompt: str | None,
     *,
     max_new_tokens: int,
     pondering_steps: int | None = None,
@@ -124,19 +125,40 @@ def generate(
     exit_kl: float | None = None,
     draft_steps: int | None = None,
     compiled: bool = False,
+    interactive: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
-    """Stream the continuation to standard output, then its speed and the passes it took.
+    """Stream the continuation of each prompt to standard output, then its speed and the passes it took.
 
     Args:
+        prompt: None reads one from standard input, all of it.
         exit_kl: stop pondering on a token when a pass moved the prediction by less, in nats.
         draft_steps: pondering steps of the same weights drafting; the text is the model's own.
         compiled: decode by one compiled graph a token, with caches of a fixed size.
+        interactive: read prompts from standard input, a line each, and continue each on its own until input ends.
         trust_remote_code: as `load_folder` has it.
 
     Raises:
-        ConfigError: settings that exclude each other or are out of range.
+        ConfigError: settings that exclude each other or are out of range; an empty prompt.
     """
+    _check(exit_kl=exit_kl, draft_steps=draft_steps, pondering_steps=pondering_steps, compiled=compiled)
+    texts = _prompts(prompt, interactive=interactive)
+    model, tokenizer = load_folder(folder, trust_remote_code=trust_remote_code)
+    if pondering_steps is not None:
+        model.config.pondering_steps = pondering_steps
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    options |= {"temperature": temperature} if temperature > 0 else {}
+    options |= {"exit_kl": exit_kl} if exit_kl is not None else {}
+    options |= compiled_step(model) if compiled else {}
+    torch.manual_seed(seed)
+    for text in texts:
+        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
+        if not inputs.input_ids.shape[1]:
+            raise ConfigError("the prompt is empty; give at least one token")
+        print(_continued(model, tokenizer, inputs, options, draft_steps, compiled=compiled))
+
+
+def _check(*, exit_kl: float | None, draft_steps: int | None, pondering_steps: int | None, compiled: bool) -> None:
     if exit_kl is not None and draft_steps is not None:
         raise ConfigError("--exit-kl and --draft-steps exclude each other: a draft is checked by whole forwards")
     if compiled and (exit_kl is not None or draft_steps is not None):
@@ -147,38 +169,53 @@ def generate(
     for name, value in (("--exit-kl", exit_kl), ("--draft-steps", draft_steps), ("--pondering-steps", pondering_steps)):
         if value is not None and value < 0:
             raise ConfigError(f"{name} is {value}; expected at least 0")
-    model, tokenizer = load_folder(folder, trust_remote_code=trust_remote_code)
-    if pondering_steps is not None:
-        model.config.pondering_steps = pondering_steps
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    if not inputs.input_ids.shape[1]:
-        raise CheckpointError("--prompt is empty; give at least one token")
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        options["temperature"] = temperature
-    if exit_kl is not None:
-        options["exit_kl"] = exit_kl
+
+
+def _prompts(prompt: str | None, *, interactive: bool) -> Iterable[str]:
+    if interactive:
+        if prompt is not None:
+            raise ConfigError(
+                "--prompt and --interactive exclude each other; type the prompt when you are asked for it"
+            )
+        return _typed()
+    if prompt is not None:
+        return [prompt]
+    if sys.stdin.isatty():
+        raise ConfigError("there is no prompt; give --prompt TEXT, pipe a text in, or use --interactive")
+    return [sys.stdin.read().removesuffix("\n")]
+
+
+def _typed() -> Iterator[str]:
+    """The lines of standard input that are not empty; on a terminal it asks for each."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if text := line.rstrip("\n"):
+            yield text
+
+
+def _continued(
+    model: Any, tokenizer: Any, inputs: Any, options: dict[str, Any], draft_steps: int | None, *, compiled: bool
+) -> str:
+    """Stream one continuation; returns the lines on what it took."""
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    prompt_tokens, begin = inputs.input_ids.shape[1], time.monotonic()
+    if compiled:  # without counters, which would be compiled too
+        new = model.generate(**inputs, **options, streamer=streamer).shape[1] - prompt_tokens
+        passes = new * (model.config.pondering_steps + 1)
+        return f"{_speed(new, time.monotonic() - begin)}, compilation included; {passes} passes in {new} forwards"
     draft = None if draft_steps is None else model.draft(draft_steps)
     if draft is not None:
-        options["assistant_model"] = draft
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    if compiled:
-        options |= compiled_step(model)
-    torch.manual_seed(seed)
-    begin = time.monotonic()
-    if compiled:  # without counters, which would be compiled too
-        new = model.generate(**inputs, **options, streamer=streamer).shape[1] - inputs.input_ids.shape[1]
-        seconds = time.monotonic() - begin
-        passes = new * (model.config.pondering_steps + 1)
-        print(f"{_speed(new, seconds)}, compilation included; {passes} passes in {new} forwards")
-        return
+        options = {**options, "assistant_model": draft}
     with counted(model) as counts, counted(draft or model.draft(0)) as drafted:
-        output = model.generate(**inputs, **options, streamer=streamer)
-    seconds = time.monotonic() - begin
-    new = output.shape[1] - inputs.input_ids.shape[1]
-    print(f"{_speed(new, seconds)}; {passes_line(model, counts)}")
-    if draft is not None:
-        print(f"draft of {draft_steps} pondering steps: {acceptance_line(new, counts, drafted)}")
+        new = model.generate(**inputs, **options, streamer=streamer).shape[1] - prompt_tokens
+    said = f"{_speed(new, time.monotonic() - begin)}; {passes_line(model, counts)}"
+    if draft is None:
+        return said
+    return f"{said}\ndraft of {draft_steps} pondering steps: {acceptance_line(new, counts, drafted)}"
 
 
 def compiled_step(model: Any) -> dict[str, Any]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pty
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +69,42 @@ def test_what_cannot_be_measured_is_answered(folder: Path, shards: tuple[Path, P
         measure(folder, {"x": shards[0], "y": shards[1]}, prompt_tokens=4, new_tokens=4)
     with pytest.raises(ShardError, match="no held-out sequence of 32 tokens"):
         measure(folder, {"x": shards[0]}, sequences=0, prompt_tokens=16, new_tokens=16)
+
+
+def continued(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What was printed, without the speeds."""
+    return re.sub(r"[\d.]+ s, [\d.]+ tokens/s", "", capsys.readouterr().out).splitlines()
+
+
+def test_prompts_come_from_standard_input_too(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = []
+    for text in ("The quick brown", "A lazy\ndog"):
+        generate(folder, text, max_new_tokens=4)
+        wanted.append(continued(capsys))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"{text}\n"))
+        generate(folder, None, max_new_tokens=4)
+        assert continued(capsys) == wanted[-1]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The quick brown\n\nThe quick brown"))
+    generate(folder, None, max_new_tokens=4, interactive=True)
+    assert continued(capsys) == wanted[0] * 2
+
+
+def test_a_terminal_is_asked_for_prompts_only_with_interactive(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, terminal = pty.openpty()
+    with os.fdopen(ours, "wb", buffering=0) as keyboard, os.fdopen(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(ConfigError, match="there is no prompt; give --prompt TEXT, pipe a text in"):
+            generate(folder, None, max_new_tokens=4)
+        with pytest.raises(ConfigError, match="--prompt and --interactive exclude each other"):
+            generate(folder, "x", max_new_tokens=4, interactive=True)
+        keyboard.write(b"The quick brown\n\x04")  # Control-D ends what is typed
+        generate(folder, None, max_new_tokens=4, interactive=True)
+    lines = continued(capsys)
+    assert lines[0].startswith("> The quick brown") and lines[-1] == "> "
 
 
 def test_generate_says_what_early_exit_and_a_draft_saved(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
