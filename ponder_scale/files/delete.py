@@ -12,7 +12,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Collection, Iterator
+import stat
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -95,8 +96,17 @@ def delete_contents(folder: Path, ours: Ours, first: Collection[str] = (), keep:
                     (folder / name).rmdir() if name.endswith("/") else (folder / name).unlink()
             return
         except OSError as error:
-            if error.errno != errno.ENOTEMPTY or attempt == _TRIES - 1:
+            if error.errno not in (errno.ENOTEMPTY, errno.EACCES) or attempt == _TRIES - 1:
                 raise
+            if error.errno == errno.EACCES:
+                _open([folder, *(folder / name for name in names if name.endswith("/"))])
+
+
+def _open(folders: Sequence[Path]) -> None:
+    """Let their owner delete in folders that were made read-only, as copies of read-only folders once were."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.chmod(folder.stat().st_mode | stat.S_IRWXU)
 
 
 def delete_made(folder: Path, ours: Ours, last: str = MARK) -> None:

@@ -101,17 +101,7 @@ def start(config: RunConfig, watch: Watch, attempt: Attempt) -> Run:
     loading = time.monotonic() - began
     if engine.rank == 0:
         _write_folder(run_dir, config, engine.world_size)
-    metrics = Metrics(
-        config,
-        run_dir,
-        start_step=resumed.step,
-        active=engine.rank == 0,
-        work=work,
-        vocabulary=shape.vocabulary,
-        peak=engine.peak_flops(),
-        attempt=attempt.number,
-        check_owned=attempt.check_owned,
-    )
+    metrics = _metrics(config, engine, work, attempt, start_step=resumed.step, vocabulary=shape.vocabulary)
     _tell(config, configuration, engine, resumed, metrics)
     control = Control(run_dir, config.train.time_limit, rank=engine.rank)
     state = RunState(contents, tokenizer, ranks, attempt, start_step=resumed.step, record=metrics.log_event)
@@ -136,6 +126,22 @@ def start(config: RunConfig, watch: Watch, attempt: Attempt) -> Run:
         work=work,
         tasks=tasks,
         first_step=resumed.step + 1,
+    )
+
+
+def _metrics(
+    config: RunConfig, engine: Engine, work: Work, attempt: Attempt, *, start_step: int, vocabulary: int
+) -> Metrics:
+    return Metrics(
+        config,
+        Path(config.run_dir),
+        start_step=start_step,
+        active=engine.rank == 0,
+        work=work,
+        vocabulary=vocabulary,
+        peak=engine.peak_flops(),
+        attempt=attempt.number,
+        check_owned=attempt.check_owned,
     )
 
 
