@@ -196,7 +196,7 @@ def test_every_path_key_expands_home_and_variables_or_is_refused(
         "evaluate.tasks_include": ["evaluate.tasks=[a]", "evaluate.tasks_every_steps=1"],
         "sources.a.loss.template": [
             *("sources.a.kind=jsonl", "sources.a.loss.messages=m", "special_tokens_in_text=tokens")
-        ]
+        ],
     }
     for key in paths:
 
