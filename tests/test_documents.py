@@ -7,6 +7,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -112,3 +113,73 @@ def test_the_configuration_page_speaks_of_numbers_and_text_not_of_types() -> Non
     assert {"whole number", "number, null", "text", "true, false", "list of whole numbers"} <= values
     assert not [value for value in values if re.search(r"\b(int|float|str|bool|Union|Optional|Any|dict)\b|\[", value)]
     assert not re.search(r"\de[+-]?0|\de\+", page), "a limit is 1,000,000 or 1e12"
+
+
+PROSE = """# A heading; you skip it
+
+You run [this one](https://you.example/a;b) with `a; b; c` now. Then we wait; it
+ends (Rae et al. 2021 say so).
+
+| you | ; |
+|---|---|
+
+```sh
+you; # and you
+```
+
+1. Stop it,
+
+       you; you
+
+   your way
+2. Go
+
+   there
+
+Over
+
+    you; indented code
+
+<!-- you; -->
+"""
+
+
+def test_the_prose_of_a_document_is_counted_without_code_tables_headings_and_targets() -> None:
+    counts = runpy.run_path(str(REPOSITORY / "docs" / "check_prose.py"))["count"](PROSE)
+    # sentences: You run this one with CODE now. | Then we wait; it ends (Rae et al. 2021 say so).
+    # Stop it, | your way | Go | there | Over
+    assert (counts.words, counts.reader, counts.semicolons) == (7 + 11 + 2 + 2 + 3, 3, 1)
+    assert counts.sentence == 2  # of 1, 1, 1, 2, 2, 7, 11
+
+
+@pytest.mark.parametrize(
+    ("text", "missed"),
+    [
+        ("You see it. " * 100, []),
+        ("Nobody is here. " * 100, ["page.md: you/your/we per 1,000 words: 0.0; expected at least 8"]),
+        ("You; see. " * 100, ["page.md: semicolons per 1,000 words: 500.0; expected at most 3"]),
+        ("You" + " see" * 18 + ". ", ["page.md: words of the median sentence: 19.0; expected at most 18"]),
+    ],
+)
+def test_prose_out_of_a_bound_is_named_with_its_measure_value_and_bound(text: str, missed: list[str]) -> None:
+    checker = runpy.run_path(str(REPOSITORY / "docs" / "check_prose.py"))
+    assert checker["misses"]("page.md", checker["count"](text)) == missed
+
+
+def test_the_check_of_prose_fails_with_a_line_for_each_miss(tmp_path: Path) -> None:
+    for name, text in (("good.md", "You see it. You do it."), ("bad.md", "It is seen; it is done.")):
+        (tmp_path / name).write_text(text)
+    checker = [sys.executable, str(REPOSITORY / "docs" / "check_prose.py")]
+    good, both = (
+        subprocess.run([*checker, *(str(tmp_path / name) for name in names)], capture_output=True, text=True)
+        for names in (["good.md"], ["good.md", "bad.md"])
+    )
+    assert (good.returncode, good.stderr, both.returncode) == (0, "", 1)
+    assert good.stdout == (
+        f"{tmp_path}/good.md: 6 words, 333.3 you/your/we per 1,000 words, 0.0 semicolons per 1,000 words, "
+        "3.0 words of the median sentence\n"
+    )
+    assert both.stderr.splitlines() == [
+        f"{tmp_path}/bad.md: you/your/we per 1,000 words: 0.0; expected at least 8",
+        f"{tmp_path}/bad.md: semicolons per 1,000 words: 166.7; expected at most 3",
+    ]
