@@ -1,4 +1,4 @@
-"""Writes the maps of the code into README.md and CONTRIBUTING.md, from the code: python docs/make_tree.py"""
+"""Writes the maps of the code into README.md, docs/code.md and CONTRIBUTING.md: python docs/make_tree.py"""
 
 from __future__ import annotations
 
@@ -27,6 +27,18 @@ def tree() -> str:
     for package in PACKAGES:
         _room(REPOSITORY / package, 0, lines)
     lines += [_line(name + "/", words) for name, words in OTHERS.items()]
+    return "\n".join(lines)
+
+
+def rooms() -> str:
+    """The folders at the top and the rooms of the first, a line each with what it is for."""
+    lines: list[str] = []
+    for package in PACKAGES:
+        folder = REPOSITORY / package
+        lines.append(_line(f"{package}/", _purpose(folder)))
+        inner = sorted(path.parent for path in folder.glob("*/__init__.py")) if package == PACKAGES[0] else []
+        lines += [_line(f"    {room.name}/", _purpose(room)) for room in inner]
+    lines += [_line(f"{name}/", words) for name, words in OTHERS.items()]
     return "\n".join(lines)
 
 
@@ -72,6 +84,10 @@ def _line(name: str, words: str) -> str:
 
 
 if __name__ == "__main__":
-    for file, name, made in (("README.md", "tree", tree()), ("CONTRIBUTING.md", "floors", floors())):
+    for file, name, made in (
+        ("README.md", "rooms", rooms()),
+        ("docs/code.md", "tree", tree()),
+        ("CONTRIBUTING.md", "floors", floors()),
+    ):
         path = REPOSITORY / file
         path.write_text(written(path.read_text(encoding="utf-8"), name, made), encoding="utf-8")

@@ -87,6 +87,12 @@ def test_a_command_of_the_documents_runs(command: str, workplace: tuple[Path, st
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
+def test_the_readmes_python_generates(workplace: tuple[Path, str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    done = run_command("python", "-c", block, folder=workplace[0])
+    assert done.returncode == 0 and done.stdout.startswith("import os"), done.stdout + done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("document", [*DOCUMENTS, *REPOSITORY.glob("*/README.md")], ids=lambda path: path.stem)
 def test_every_file_a_document_links_exists(document: Path) -> None:
     for name in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
@@ -94,7 +100,7 @@ def test_every_file_a_document_links_exists(document: Path) -> None:
             assert (document.parent / name).exists(), name
 
 
-@pytest.mark.parametrize(("document", "name"), [("README", "tree"), ("CONTRIBUTING", "floors")])
+@pytest.mark.parametrize(("document", "name"), [("README", "rooms"), ("docs/code", "tree"), ("CONTRIBUTING", "floors")])
 def test_the_maps_of_the_code_are_made_from_it(document: str, name: str) -> None:
     maker = runpy.run_path(str(REPOSITORY / "docs" / "make_tree.py"))
     text = (REPOSITORY / f"{document}.md").read_text()

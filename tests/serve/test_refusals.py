@@ -81,9 +81,11 @@ def test_what_is_not_served_is_refused_by_name(name: str, said: dict[str, Any]) 
     assert re.search(REFUSED[name][1], where), where[-3000:]
 
 
-def test_a_lossy_cache_is_served_with_a_warning(said: dict[str, Any]) -> None:
-    assert "error" not in said[LOSSY], said[LOSSY]["error"]
+def test_a_lossy_cache_is_warned_of(said: dict[str, Any]) -> None:
     assert "the key-value cache of fp8 is lossy: each pass reads it" in said["log"]
+    # it is served then, but on CPUs without AVX-512, for which vLLM has no such cache
+    error = said[LOSSY].get("error")
+    assert error is None or "FP8 KV cache on CPU requires x86 with AVX-512 or AMX" in error
 
 
 @pytest.fixture(scope="module")
