@@ -1,4 +1,4 @@
-"""Finding a checkpoint to read from: the newest whole one of a run, every byte of it verified."""
+"""Find the newest whole checkpoint of a run, and verify every byte of it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that save or read a checkpoint together; the default is this one alone."""
+    """The processes that save or read a checkpoint together. The default is this process alone."""
 
     rank: int = 0
     world_size: int = 1
-    group: Any = None  # of torch.distributed, by which they tell each other; None: that of the whole program
-    alive: Callable[[], None] = lambda: None  # called while much is read
+    group: Any = None  # process group of torch.distributed for their messages; None is the default group
+    alive: Callable[[], None] = lambda: None  # called again and again while files are read
 
     def gather(self, value: Any) -> list[Any]:
         """Each rank's value, on all ranks. Collective."""
@@ -46,15 +46,15 @@ class Ranks:
 
 
 def newest_whole(run_dir: Path, ranks: Ranks = Ranks()) -> Path | None:
-    """The newest checkpoint of a run that is whole, or None where nothing was saved yet. Collective.
+    """The newest whole checkpoint of a run, or None if nothing was saved yet. Collective.
 
-    Each rank reads its share of the files. Damaged checkpoints are passed over, with a warning on rank 0.
+    Each rank reads its share of the files. Damaged checkpoints are skipped, with a warning on rank 0.
 
     Raises:
-        CheckpointError: there are checkpoints and none is whole.
+        CheckpointError: there are checkpoints, but none of them is whole.
     """
     problems = []
-    # one rank looks: of a folder that many list at once each sees what the file system has for it
+    # Only one rank lists the folder, because a shared file system may show different contents to different ranks.
     listed = sorted(saved_steps(run_dir).values(), reverse=True) if ranks.rank == 0 else []
     folders = ranks.gather(listed)[0]
     for folder in folders:
@@ -73,15 +73,16 @@ def newest_whole(run_dir: Path, ranks: Ranks = Ranks()) -> Path | None:
 
 
 def set_aside(run_dir: Path, step: int) -> list[Path]:
-    """Take away their names from checkpoints after `step`: damaged ones that a run went back behind.
+    """Rename the checkpoints after `step`. They are damaged, and the run went back to one before them.
 
-    They would count as its newest. They are left for a person to look at, or to delete, under the names returned.
+    Under their old names they would count as the newest. You can look at them, or delete them, under the new names,
+    which are returned.
     """
     moved = []
     for later, folder in sorted(saved_steps(run_dir).items()):
         if later > step:
             aside = folder.with_name(ASIDE + folder.name)
-            while aside.exists():  # an earlier one of this step, which somebody may not have looked at yet
+            while aside.exists():  # an earlier one of this step, which you may not have looked at yet
                 aside = aside.with_name(aside.name + "-again")
             moved.append(folder.rename(aside))
     if moved:
@@ -90,7 +91,7 @@ def set_aside(run_dir: Path, step: int) -> list[Path]:
 
 
 def verify(folder: Path, ranks: Ranks = Ranks()) -> list[str]:
-    """Read and hash this rank's share of the files: a line for each that is not as it was saved, or was not saved."""
+    """Read and hash this rank's share of the files. Returns a line for each file that was changed or not saved."""
     try:
         index = read_index(folder)
         added = strangers(folder, index) if ranks.rank == 0 else []
@@ -116,10 +117,10 @@ def _finding(path: Path, name: str, size: int, digest: str) -> str | None:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint folder that `path` is, or the newest whole one of the run that it is; every byte is verified.
+    """The checkpoint at `path`, which is a checkpoint folder or a run with a whole one. Every byte is verified.
 
     Raises:
-        CheckpointError: neither, or the checkpoint is not as it was saved.
+        CheckpointError: it is neither, or the checkpoint is not as it was saved.
     """
     if (path / INDEX).is_file():
         check(path)
@@ -133,7 +134,7 @@ def find(path: Path) -> Path:
 
 
 def check(folder: Path) -> None:
-    """Read and hash a whole checkpoint. Raises CheckpointError where it is not as it was saved."""
+    """Read and hash a whole checkpoint. Raises CheckpointError if it is not as it was saved."""
     findings = verify(folder)
     if findings:
         more = f", and {len(findings) - 1} more" if len(findings) > 1 else ""
@@ -143,7 +144,7 @@ def check(folder: Path) -> None:
 
 
 def read_state(folder: Path, *keys: str) -> dict[str, Any]:
-    """The contents of state.json. Raises CheckpointError where it cannot be read, or has not all of `keys`."""
+    """The contents of state.json. Raises CheckpointError if it cannot be read, or lacks one of `keys`."""
     path = folder / STATE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -158,12 +159,12 @@ def read_state(folder: Path, *keys: str) -> dict[str, Any]:
 
 
 def average_since(state: Mapping[str, Any]) -> int | None:
-    """The first step of the running average of the weights that a checkpoint has; None: it has none.
+    """The first step of a checkpoint's running average of the weights, or None if it has no average.
 
     Args:
-        state: its state.json.
+        state: contents of its state.json.
     """
     if "average" in state:
         return state["average"] and state["average"]["first_step"]
-    # of an older version, which began with the run and saved a frozen average on where optim.ema had been switched off
+    # In an older version the average began with the run. If optim.ema was switched off, it was saved on, but frozen.
     return None if state["config"]["optim"].get("ema") is None else 1

@@ -1,6 +1,7 @@
-"""The header of a safetensors file, planned from shapes: the tensors' bytes follow it in the same order.
+"""Plan the header of a safetensors file from the shapes of its tensors.
 
-https://huggingface.co/docs/safetensors: 8 bytes length of the header, the header as JSON, then the tensors' bytes.
+The file has 8 bytes with the length of the header, the header as JSON, and then the tensors' bytes in the same order
+(https://huggingface.co/docs/safetensors).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Header(NamedTuple):
-    """What a file begins with, and where in it each tensor does."""
+    """The beginning of a file, and the place of each tensor in it."""
 
     content: bytes
     offsets: dict[str, int]  # from the beginning of the file
@@ -25,13 +26,13 @@ class Header(NamedTuple):
 
 
 def plan_header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> Header:
-    """The header of tensors of these types and shapes."""
+    """The header of a file of tensors of these types and shapes."""
     content: dict[str, Any] = {"__metadata__": dict(metadata)}
     begins, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         begins[name], end = end, end + math.prod(shape) * dtype.itemsize
         content[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begins[name], end]}
     encoded = json.dumps(content, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # readers want the tensors aligned
+    encoded += b" " * (-len(encoded) % 8)  # readers need aligned tensors
     whole = len(encoded).to_bytes(8, "little") + encoded
     return Header(whole, {name: len(whole) + begin for name, begin in begins.items()}, len(whole) + end)

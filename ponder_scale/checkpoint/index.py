@@ -1,14 +1,15 @@
-"""Where the checkpoints of a run are, and checkpoint.json: which files one has, and the size and hash of each.
+"""The layout of checkpoints, and their index checkpoint.json, which has the size and hash of each file.
 
     RUN/checkpoints/step-00000300/
         rank-00000.safetensors  weights and optimizer states that rank 0 kept; see parts.py
-        tokenizer/              as in the shards
+        tokenizer/              copy of the tokenizer in the shards
         state.json              step, loader state, configuration of run and model, versions
         checkpoint.json         size and hash of each file above
     RUN/latest                  name of the newest folder
 
-checkpoint.json is written last, so a folder without it is unfinished. What is not in it is no part of the checkpoint:
-readers find the parts here, never by looking into the folder. No torch here: login nodes look, too.
+checkpoint.json is written last, so a folder without it is unfinished. A file that is not in it does not belong to the
+checkpoint: readers find the parts in the index, never by listing the folder. This module does not import torch, because
+it is also used on login nodes.
 """
 
 from __future__ import annotations
@@ -25,34 +26,34 @@ from ponder_scale.errors import CheckpointError
 
 CHECKPOINTS, LATEST = "checkpoints", "latest"
 INDEX, STATE, TOKENIZER = "checkpoint.json", "state.json", "tokenizer"
-SAVING, ASIDE = ".saving-", "aside-"  # before the names of folders that are no checkpoints yet, or no more
+SAVING, ASIDE = ".saving-", "aside-"  # prefixes of folders that are not yet, or no longer, checkpoints
 FORMAT = 2
 _PART = re.compile(r"rank-\d{5,}\.safetensors")
 
-Index = dict[str, tuple[int, str]]  # size and hash of files, by their path in the checkpoint
+Index = dict[str, tuple[int, str]]  # size and hash of each file, by its path in the checkpoint
 
 
 def step_name(step: int) -> str:
-    """The name of what belongs to a step: its checkpoint, its evidence."""
+    """The name of a step's checkpoint, and of its evidence file."""
     return f"step-{step:08d}"
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
-    """The checkpoint of a step, saved or not."""
+    """The folder for the checkpoint of a step, whether it exists or not."""
     return run_dir / CHECKPOINTS / step_name(step)
 
 
 def saved_steps(run_dir: Path) -> dict[int, Path]:
-    """The checkpoint folders of a run, whole or not, by their step."""
+    """The checkpoint folders of a run by step, whether they are whole or not."""
     folders = (run_dir / CHECKPOINTS).glob("step-*")
     return {int(folder.name[5:]): folder for folder in folders if re.fullmatch(r"step-\d{8,}", folder.name)}
 
 
 def read_index(folder: Path) -> Index:
-    """What checkpoint.json lists.
+    """The files that checkpoint.json lists.
 
     Raises:
-        CheckpointError: it is missing, of another version, changed, or names what is not in the folder.
+        CheckpointError: it is missing, of another version or changed, or it names a path outside of the folder.
     """
     path = folder / INDEX
     try:
@@ -72,7 +73,7 @@ def read_index(folder: Path) -> Index:
 
 
 def part_files(folder: Path) -> list[str]:
-    """The names of the parts that the checkpoint has. Raises CheckpointError where there are none."""
+    """The names of a checkpoint's parts. Raises CheckpointError if it has none."""
     names = [name for name in read_index(folder) if is_part(name)]
     if not names:
         raise CheckpointError(f"checkpoint {folder}: no part of a rank in {INDEX}; it is of another program or version")
@@ -80,21 +81,24 @@ def part_files(folder: Path) -> list[str]:
 
 
 def is_part(name: str) -> bool:
-    """Whether a file of this name is the part of a rank."""
+    """Whether this is the name of a rank's part."""
     return _PART.fullmatch(name) is not None
 
 
 def strangers(folder: Path, index: Mapping[str, Any]) -> list[str]:
-    """Files that a reader of the folder could take for the checkpoint's and that its index does not list."""
+    """Files that look like files of the checkpoint and are not in its index."""
     beside = [path.name for path in folder.glob("rank-*")]
     within = [path.relative_to(folder).as_posix() for path in (folder / TOKENIZER).rglob("*") if _is_leaf(path)]
-    hidden = (".nfs", ".DS_Store")  # what file systems and desktops leave
+    hidden = (".nfs", ".DS_Store")  # left behind by file systems and desktops
     found = sorted({*beside, *within} - index.keys())
     return [name for name in found if not PurePosixPath(name).name.startswith(hidden)]
 
 
 def made(folder: Path) -> Callable[[str], bool]:
-    """Whether a path in a checkpoint's folder is its own: what the index lists, or without one what a save writes."""
+    """A function that tells whether a path belongs to the checkpoint.
+
+    These are the paths that the index lists. Without an index, they are those that a save writes.
+    """
     within = TOKENIZER + "/"
     try:
         listed = {*read_index(folder), INDEX}
@@ -104,7 +108,7 @@ def made(folder: Path) -> Callable[[str], bool]:
 
 
 def checksum(files: Mapping[str, Any]) -> str:
-    """Of the list of files, kept beside it."""
+    """The checksum of the list of files, which checkpoint.json has beside the list."""
     return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())
 
 

@@ -1,11 +1,12 @@
-"""The parts of a checkpoint: one safetensors file a rank, with its stretches of the flattened parameters.
+"""The parts of a checkpoint: one safetensors file for each rank, with its stretches of the flattened parameters.
 
-A tensor `KIND/NAME` (n,) holds the elements [begin, begin + n) of parameter NAME, flattened; KIND is `weight` (the
-fp32 master) or a state of the optimizer. `begins` in the file's metadata has the first element of each name. What a
-reader needs is found by name and range, so ranks and ZeRO stages may change between saving and loading, and no
-tensor is ever put together that the reader did not ask for. Nothing is pickled.
+A tensor `KIND/NAME` (n,) holds the elements [begin, begin + n) of the flattened parameter NAME. KIND is `weight` (the
+fp32 master) or a state of the optimizer. `begins` in the file's metadata has the first element of each name.
 
-What a header says is compared with the file before any memory is taken for it: a part may come from anywhere.
+Readers find elements by name and range. So the number of ranks and the ZeRO stage may change between saving and
+loading, and a reader never puts together a tensor that it does not need. Nothing is pickled.
+
+A part may come from anywhere, so a header is compared with the file before memory is allocated for its tensors.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from ponder_scale.errors import CheckpointError
 from ponder_scale.files.write import sync
 
 WEIGHT = "weight"
-AVERAGE = "average"  # of the weights over the steps, where a run keeps one
-_KEYS = {"dtype", "shape", "data_offsets"}  # of a tensor in a header
-_OPEN_FILES = 64  # at once: a checkpoint may have thousands
-_LAST = 2**63  # beyond any number of elements
-_SHOWN = 80  # characters of a value in a message
-_MAX_HEADER_BYTES = 2**24  # a hundred thousand tensors
-_BLOCK_BYTES = 2**24  # bounds the memory that reading and writing take beside the tensors themselves
+AVERAGE = "average"  # running average of the weights over the steps, if the run keeps one
+_KEYS = {"dtype", "shape", "data_offsets"}  # keys of a tensor in a header
+_OPEN_FILES = 64  # most files that are open at the same time; a checkpoint may have thousands
+_LAST = 2**63  # larger than any number of elements
+_SHOWN = 80  # most characters of a value in an error message
+_MAX_HEADER_BYTES = 2**24  # enough for a hundred thousand tensors
+_BLOCK_BYTES = 2**24  # limits the memory that reading and writing need besides the tensors
 
 
 class Stretch(NamedTuple):
-    """Elements [begin, begin + length) of a flattened parameter, in a file from byte `offset` on."""
+    """Elements [begin, begin + length) of a flattened parameter, which start at byte `offset` of a file."""
 
     begin: int
     length: int
@@ -46,11 +47,11 @@ class Stretch(NamedTuple):
     dtype: str
 
 
-Table = dict[str, list[Stretch]]  # by `KIND/NAME`, ascending
+Table = dict[str, list[Stretch]]  # ascending stretches by `KIND/NAME`
 
 
 def part_name(rank: int) -> str:
-    """The file of a rank."""
+    """The name of a rank's file."""
     return f"rank-{rank:05d}.safetensors"
 
 
@@ -60,6 +61,7 @@ def write_part(
     """Write tensors (n,) to a file, sync it, and return its size and hash.
 
     Args:
+        tensors: by `KIND/NAME`.
         metadata: JSON values by name.
         alive: called for each block that is written.
     """
@@ -85,15 +87,16 @@ class Parts:
     def __init__(self, folder: Path, files: Collection[str] | None = None, table: Table | None = None) -> None:
         """
         Args:
-            files: to read from; None: all that the checkpoint's index lists.
-            table: what was found in headers that others have read, to spare reading those of all files again.
+            files: files to read from. None means all that the checkpoint's index lists.
+            table: stretches that other ranks have found in the headers, so that they need not be read again.
 
         Raises:
             CheckpointError: a file is not what `write_part` writes, or two have the same elements.
         """
         self.folder = folder
         self.table = read_table(folder, part_files(folder) if files is None else files) if table is None else table
-        self._streams: dict[str, BinaryIO] = {}  # the latest last; a rank reads hundreds of stretches of few files
+        # Open files, the last used one last. A rank reads hundreds of stretches from few files.
+        self._streams: dict[str, BinaryIO] = {}
         self._kinds: dict[str, list[str]] = {}
         for key in sorted(self.table):
             kind, name = key.split("/", 1)
@@ -108,14 +111,14 @@ class Parts:
         return position >= begin + length
 
     def kinds(self, name: str) -> list[str]:
-        """What is held of a parameter: the weight and its states of the optimizer."""
+        """The kinds that the parts have of a parameter: the weight, and states of the optimizer."""
         return self._kinds.get(name, [])
 
     def read(self, kind: str, name: str, begin: int, out: Tensor) -> None:
-        """Fill `out` (n,) with the elements [begin, begin + n) of a parameter or of a state of it.
+        """Fill `out` (n,) with the elements [begin, begin + n) of a parameter or of one of its states.
 
         Raises:
-            CheckpointError: some of them are in no file.
+            CheckpointError: some of these elements are in no file.
         """
         position, end = begin, begin + out.numel()
         for stretch in self.table.get(f"{kind}/{name}", ()):
@@ -138,7 +141,7 @@ class Parts:
 
 
 def read_table(folder: Path, files: Collection[str]) -> Table:
-    """The stretches in some parts of a checkpoint by `KIND/NAME`, ascending. Raises as `Parts` does."""
+    """The ascending stretches in some parts of a checkpoint, by `KIND/NAME`. Raises like `Parts`."""
     table: Table = {}
     for name in files:
         with _opened(folder / name) as stream:
@@ -148,7 +151,7 @@ def read_table(folder: Path, files: Collection[str]) -> Table:
 
 
 def merged(folder: Path, tables: Iterable[Table]) -> Table:
-    """The tables of several parts as one. Raises CheckpointError where two parts have the same elements."""
+    """One table made of those of several parts. Raises CheckpointError if two parts have the same elements."""
     whole: Table = {}
     for table in tables:
         for key, stretches in table.items():
@@ -165,9 +168,10 @@ def merged(folder: Path, tables: Iterable[Table]) -> Table:
 
 
 def selected(table: Table, needs: Mapping[str, tuple[int, int]]) -> Table:
-    """What of a table a rank needs that keeps the elements [begin, begin + length) of each name.
+    """The part of a table that a rank needs if it keeps the elements [begin, begin + length) of each name.
 
-    A kind of which there is nothing in that range stays, empty: that it is missing must not look as if nobody had it.
+    A kind without elements in that range stays in the result, as an empty list. Otherwise the rank would believe that
+    the checkpoint does not have this kind.
     """
     found: Table = {}
     for key, stretches in table.items():
@@ -182,10 +186,10 @@ def selected(table: Table, needs: Mapping[str, tuple[int, int]]) -> Table:
 def shares(
     folder: Path, answers: Sequence[tuple[Table, str | None, Mapping[str, tuple[int, int]]]]
 ) -> list[tuple[Table, str | None]]:
-    """For each rank what it needs of the tables that all have read, or the error that every rank raises.
+    """For each rank, the part that it needs of all tables, or the error that every rank raises.
 
     Args:
-        answers: of each rank, the table of its share of the parts, what was wrong with them, and what it needs.
+        answers: for each rank, the table of its share of the parts, what was wrong with them, and what it needs.
     """
     error = next((error for _, error, _ in answers if error is not None), None)
     try:
@@ -230,7 +234,7 @@ def _stretches(path: Path, stream: BinaryIO) -> Iterator[tuple[str, Stretch]]:
 
 
 def _checked(key: str, tensor: Any, size: int) -> tuple[int, int, int]:
-    """Elements, first byte and end of a tensor in the header. Raises ValueError where they do not fit together."""
+    """The number of elements, the first byte and the end of a tensor. Raises ValueError if they do not fit together."""
     kind, slash, name = key.partition("/")
     if not (kind and slash and name) or not isinstance(tensor, dict) or tensor.keys() != _KEYS:
         raise ValueError(f"{_shown(key)} is described by {_shown(tensor)}")
@@ -250,7 +254,7 @@ def _checked(key: str, tensor: Any, size: int) -> tuple[int, int, int]:
 
 
 def _parse(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Tensors, metadata, and the byte where the tensors begin."""
+    """Read a header. Returns the tensors, the metadata, and the byte where the tensors begin."""
     try:
         size, head = path.stat().st_size, stream.read(8)
         length = int.from_bytes(head, "little")
@@ -265,7 +269,7 @@ def _parse(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def _json(text: str | bytes) -> Any:
-    """A JSON value that holds no name twice, and no number that is none."""
+    """Parse JSON. A name that comes twice, NaN and Infinity are errors."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -284,7 +288,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value of a header, short and on one line, whatever it is."""
+    """A value of a header as a short text on one line."""
     text = ascii(value)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 

@@ -1,7 +1,7 @@
-"""Saving a checkpoint: whole or not there.
+"""Save a checkpoint, so that it is either whole or not there.
 
-A save goes to a hidden folder, is synced and hashed by all ranks, gets its index when every rank has told that it is
-done, and only then its name; `latest` moves last. Nothing in it is pickled. The files of a checkpoint: index.py.
+All ranks write to a hidden folder, and sync and hash their files. When every rank has said that it is done, the folder
+gets its index and only then its name. `latest` changes last. Nothing is pickled. index.py describes the files.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints are kept besides the newest `last`; None keeps all."""
+    """The checkpoints to keep besides the newest `last`. None keeps all."""
 
     last: int | None = None
     every: int | None = None
     milestones: Collection[int] = ()
 
     def doomed(self, steps: Collection[int]) -> list[int]:
-        """Those of the saved steps that are to be deleted, oldest first."""
+        """The saved steps to delete, oldest first."""
         if self.last is None:
             return []
         older = sorted(steps)[: -self.last]
@@ -59,19 +59,20 @@ class Retention:
 
 
 class Part(NamedTuple):
-    """What one rank has of a checkpoint: tensors (n,) by `KIND/NAME`, and what their file says of them."""
+    """One rank's part of a checkpoint: tensors (n,) by `KIND/NAME`, and the metadata of their file."""
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, Any]
 
 
 class Saver:
-    """Saves the checkpoints of a run. Collective: every rank calls it, on whichever thread.
+    """Saves the checkpoints of a run. Collective: every rank calls it, on any thread.
 
     Args:
-        tokenizer: folder with its files, copied into each checkpoint.
-        check_owned: raises FencedError when another process has taken the run over; asked before anything is
-            written, named or deleted, and again when that fails, as it does in a folder the other has cleared.
+        tokenizer: folder whose files are copied into each checkpoint.
+        check_owned: raises FencedError if another process has taken the run over. It is called before anything is
+            written, named or deleted. It is called again when that fails, because the other process may have cleared
+            the folder.
     """
 
     def __init__(
@@ -90,12 +91,13 @@ class Saver:
         """Save a checkpoint, delete those that the retention does not keep, and return its folder.
 
         Args:
-            state: goes to state.json, from rank 0.
+            state: contents of state.json. Those of rank 0 are written.
             alive: called while the part of this rank is written.
 
         Raises:
-            SaveError: on every rank, if any rank failed. What was there before is as it was; the remains are deleted.
-            FencedError: on every rank.
+            SaveError: a rank failed. Raised on every rank. Earlier checkpoints are as before, and the remains are
+                deleted.
+            FencedError: another process has taken the run over. Raised on every rank.
         """
         final = step_folder(self._run_dir, step)
         index = self._fill(final, step, state, part, alive)
@@ -103,9 +105,9 @@ class Saver:
         return final
 
     def trial(self, state: Mapping[str, Any], part: Part, alive: Callable[[], None] = lambda: None) -> int:
-        """Do all that a save does, but delete it instead of giving it its name; the bytes of all parts.
+        """Do everything that a save does, but delete the checkpoint at the end. Returns the bytes of all parts.
 
-        Raises as `save` does.
+        Raises like `save`.
         """
         final = self._run_dir / CHECKPOINTS / (SAVING + "trial")
         index = self._fill(final, 0, state, part, alive)
@@ -118,7 +120,7 @@ class Saver:
         return sum(size for name, (size, _) in index.items() if is_part(name))
 
     def _fill(self, final: Path, step: int, state: Mapping[str, Any], part: Part, alive: Callable[[], None]) -> Index:
-        """Write everything but the index into the hidden folder of `final`; what the index will list."""
+        """Write everything except the index into the hidden folder of `final`. Returns what the index will list."""
         saving = _hidden(final)
 
         def begin() -> Index:
@@ -148,15 +150,15 @@ class Saver:
             self._check_owned()
             try:
                 after()
-            except OSError as error:  # it is saved all the same
+            except OSError as error:  # the checkpoint itself is saved
                 logger.warning("%s is saved, but %s", final, error)
 
     def _on_first(self, action: Callable[[], Any], final: Path, step: int) -> Any:
-        """What the action returned on rank 0, on all ranks. Raises as `_together`."""
+        """Run the action on rank 0 and return its result on all ranks. Raises like `_together`."""
         return self._together(action if self._ranks.rank == 0 else lambda: None, final, step)[0]
 
     def _together(self, action: Callable[[], Any], final: Path, step: int) -> list[Any]:
-        """What the action returned on each rank. If it failed on one, all raise, and the remains are deleted."""
+        """Run the action on all ranks and return all results. If one fails, all raise, and the remains are deleted."""
         result: Any = None
         failure: str | None = None
         remedy, fenced = "", False
@@ -164,7 +166,7 @@ class Saver:
             result = self._owned(action)
         except FencedError as error:
             failure, fenced = str(error), True
-        except Exception as error:  # whatever it is, the others must hear of it, or they would wait for ever
+        except Exception as error:  # the other ranks must hear of every error, or they would wait forever
             failure, remedy = f"{type(error).__name__}: {error}", _remedy(error, self._run_dir)
         outcomes = self._ranks.gather((result, failure, fenced, remedy))
         failures = {rank: outcome[1] for rank, outcome in enumerate(outcomes) if outcome[1] is not None}
@@ -174,7 +176,7 @@ class Saver:
         if any(outcome[2] for outcome in outcomes):
             raise FencedError(reason)
         if self._ranks.rank == 0:
-            _sweep(_hidden(final))  # on a full disk its room is needed
+            _sweep(_hidden(final))  # on a full disk, the next save needs its room
         more = f" and {len(failures) - 1} more ranks" if len(failures) > 1 else ""
         raise SaveError(
             f"the checkpoint of step {step} could not be saved: rank {rank}{more}: {reason}", outcomes[rank][3]
@@ -194,7 +196,7 @@ def _hidden(final: Path) -> Path:
 
 
 def _remedy(error: Exception, run_dir: Path) -> str:
-    """What a person can do about a save that failed by this error."""
+    """What you can do about a save that failed with this error."""
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"free space on the disk of {run_dir} or lower checkpoint.keep"
@@ -206,7 +208,7 @@ def _remedy(error: Exception, run_dir: Path) -> str:
 
 
 def _index_shared(saving: Path) -> Index:
-    """Sync and hash the files that belong to no rank."""
+    """Sync and hash the files that do not belong to a rank."""
     index = {}
     for path in sorted(path for path in saving.rglob("*") if path.is_file()):
         sync_file(path)
@@ -220,7 +222,7 @@ def _seal(saving: Path, final: Path, index: Index) -> None:
     names = [PurePosixPath(name) for name in index]
     for folder in sorted({parent for name in names for parent in name.parents}):
         sync_folder(saving / folder)
-    saving.rename(final)  # fails where another process has given the name, whose folder is never replaced
+    saving.rename(final)  # fails if another process has made a folder of this name, which is never replaced
     sync_folder(final.parent)
 
 
@@ -228,7 +230,7 @@ def _delete_older(run_dir: Path, retention: Retention) -> None:
     folders = saved_steps(run_dir)
     for step in retention.doomed(folders):
         folder = folders[step]
-        doomed = folder.with_name(f"{SAVING}old-{folder.name}")  # so that it never looks whole while it goes
+        doomed = folder.with_name(f"{SAVING}old-{folder.name}")  # so that it never looks whole while it is deleted
         try:
             check_ours(folder, made(folder), proven=lambda _: True)
         except ConfigError as error:
@@ -239,7 +241,7 @@ def _delete_older(run_dir: Path, retention: Retention) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Delete a folder that is no checkpoint, or no more, as far as it is ours and can be deleted."""
+    """Delete a folder that is not, or no longer, a checkpoint. Files that no save wrote are left."""
     try:
         delete_made(folder, made(folder), last=INDEX)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Weights in a checkpoint or in a Hugging Face folder, one tensor at a time."""
+"""Read the weights of a checkpoint or of a Hugging Face folder, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ponder_scale.errors import CheckpointError
 
 
 def read_weights(folder: Path, *, average: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """The fp32 weights of a checkpoint, (name, tensor) in the order of the model; a tied weight once.
+    """The fp32 weights of a checkpoint as (name, tensor), in the order of the model. A tied weight comes once.
 
     Args:
-        average: instead of the weights, their running average over the steps.
+        average: read the running average over the steps instead of the weights.
 
     Raises:
-        CheckpointError: files are missing or of a layout this does not know, or the run kept no average.
+        CheckpointError: files are missing, their layout is unknown, or the run kept no average.
     """
     shapes, parts = _shapes(folder), Parts(folder)
     kind = AVERAGE if average else WEIGHT
@@ -34,7 +34,7 @@ def read_weights(folder: Path, *, average: bool = False) -> Iterator[tuple[str, 
         raise CheckpointError(f"{folder}: it holds no average of the weights; train with optim.ema, or export without")
     for name, shape in shapes.items():
         count = math.prod(shape)
-        if not parts.has(kind, name, 0, count):  # asked before memory is taken for it
+        if not parts.has(kind, name, 0, count):  # checked before memory is allocated
             raise CheckpointError(f"checkpoint {folder}: not all of the {count:,} elements of {name} are in its parts")
         weight = torch.empty(shape)
         parts.read(kind, name, 0, weight.view(-1))
@@ -42,7 +42,7 @@ def read_weights(folder: Path, *, average: bool = False) -> Iterator[tuple[str, 
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:
-    """The shapes of all parameters, by state.json."""
+    """The shapes of all parameters, from state.json."""
     shapes = read_state(folder, "parameters")["parameters"]
     if not isinstance(shapes, dict) or not shapes:
         raise CheckpointError(f"{folder / STATE}: parameters: expected names and shapes")
@@ -53,14 +53,14 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a Hugging Face folder, (name, tensor) as they are there: safetensors, or PyTorch files.
+    """The tensors of a Hugging Face folder or of a universal checkpoint of DeepSpeed, as (name, tensor).
 
-    They are in the one file of transformers' name, or in those that its index lists.
-    Or those of a universal checkpoint of DeepSpeed: zero/NAME/fp32.pt holds {"param": tensor}, the master weight in
-    fp32, or, where it was made from ZeRO-3, that alone and flattened.
+    A Hugging Face folder has safetensors or PyTorch files: one file under transformers' name, or those that its index
+    lists. A universal checkpoint has zero/NAME/fp32.pt with {"param": tensor}, the master weight in fp32. If it was
+    made from ZeRO-3, that file has only the tensor, flattened.
 
     Raises:
-        CheckpointError: there are none, or one cannot be read.
+        CheckpointError: there are no such files, or one cannot be read.
     """
     for file in _files(folder):
         if file.suffix == ".pt":
@@ -105,7 +105,7 @@ def _indexed(index: Path) -> list[Path]:
 def _safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         with safe_open(file, "pt") as content:
-            for name in content.keys():  # noqa: SIM118 - it is not a dictionary
+            for name in content.keys():  # noqa: SIM118 - safe_open has no iterator
                 yield name, content.get_tensor(name)
     except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}; download or export it again") from error
@@ -117,31 +117,32 @@ def _tensors(file: Path, content: Any) -> Iterator[tuple[str, Tensor]]:
     yield from content.items()
 
 
-# Others are integers, or quantized: their numbers are no weights without the scales that go with them.
+# Other dtypes are integers or quantized, and their numbers mean nothing without their scales.
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Of published folders: what stock classes of today do not have, or compute themselves.
+# Tensors in published folders that today's stock classes do not have, or compute themselves.
 _LEFT_OUT = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
 
 def model_weights(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """A Hugging Face folder's tensors under the names of the model's parameters, a tied one once.
+    """The tensors of a folder under the names of the model's parameters. A tied weight comes once.
 
-    Takes folders of ours, of transformers' stock classes and of the published code, and universal checkpoints.
+    The folder may be an export of ours, of transformers' stock classes or of the published code, or a universal
+    checkpoint.
 
     Raises:
-        CheckpointError: a tensor is missing, too many, or of another shape.
+        CheckpointError: a tensor is missing or has another shape, or there is a tensor too many.
     """
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     tied = model.config.tie_word_embeddings
     for stored, tensor in read_folder(folder):
         name = "lm_head.weight" if stored == "embed_out.weight" else stored
         if name not in expected and f"{model.base_model_prefix}.{name}" in expected:
-            name = f"{model.base_model_prefix}.{name}"  # saved from the bare backbone
+            name = f"{model.base_model_prefix}.{name}"  # the folder was saved from a bare backbone
         if stored == "adapter.weight" or stored.endswith(_LEFT_OUT) or (name == "lm_head.weight" and tied):
             continue
         shape = expected.pop(name, None)
         if shape is not None and tensor.shape == (shape.numel(),):
-            tensor = tensor.view(shape)  # a universal checkpoint of ZeRO-3 has lost the shapes
+            tensor = tensor.view(shape)  # a universal checkpoint made from ZeRO-3 has no shapes
         if shape != tensor.shape:
             wanted = "no such parameter" if shape is None else f"shape {tuple(shape)}"
             raise CheckpointError(
@@ -160,7 +161,7 @@ def model_weights(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _load(path: Path) -> Any:
     try:
-        # weights_only: a pickle may otherwise run whatever its author wished
+        # Without weights_only, a pickle could run any code.
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())[:300]}") from error

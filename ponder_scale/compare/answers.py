@@ -1,4 +1,7 @@
-"""What the models of a comparison answer right, by group and pondering steps: measured once a run, kept beside it."""
+"""Count what the models of a comparison answer right, by group and pondering steps.
+
+Each run is measured once. The result is kept in its folder.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +25,25 @@ ANSWERS = "answers.json"
 
 @dataclass(frozen=True)
 class Answers:
-    """Of one run: items and right answers of each group, by pondering steps."""
+    """The items and right answers of each group, by pondering steps, of one run."""
 
     run: Run
     groups: dict[str, dict[str, Any]]
 
     def share(self, group: str, steps: int) -> float:
-        """Between 0 and 1."""
+        """The share of right answers, between 0 and 1."""
         return self.groups[group]["share"][str(steps)]
 
 
 def measure(run: Run, items: str, steps: Sequence[int]) -> Answers:
-    """Ask the newest checkpoint of a run, unless that was asked the same before.
+    """Ask the newest checkpoint of a run, unless it has been asked the same items before.
 
     Args:
-        items: the file of the items; `{seed}` in it is the run's seed.
+        items: path of the items. `{seed}` in it stands for the run's seed.
 
     Raises:
-        CheckpointError, ConfigError: no whole checkpoint; items that cannot be asked.
+        CheckpointError: the run has no whole checkpoint.
+        ConfigError: the items cannot be asked.
     """
     file, kept = Path(items.replace("{seed}", str(run.seed))), run.run_dir / ANSWERS
     saved = saved_steps(run.run_dir)
@@ -52,7 +56,7 @@ def measure(run: Run, items: str, steps: Sequence[int]) -> Answers:
         before = json.loads(kept.read_text(encoding="utf-8"))
         if before["asked"] == asked:
             return Answers(run, before["groups"])
-    folder = find(run.run_dir)  # reads every byte of it
+    folder = find(run.run_dir)  # verifies every byte
     asked["checkpoint"] = folder.name
     from transformers import AutoTokenizer
 
@@ -62,14 +66,17 @@ def measure(run: Run, items: str, steps: Sequence[int]) -> Answers:
     questions = read_items(file)
     model, _ = load_checkpoint(folder)
     groups = as_plain(score(model, AutoTokenizer.from_pretrained(folder / TOKENIZER), questions, steps))
-    # processes that train other runs of the comparison may look at it, or write it, at the same time
+    # Processes that train other runs of the comparison may read or write this file at the same time.
     with writing(kept, temporary=kept.with_name(f".{ANSWERS}.{os.getpid()}.tmp")) as stream:
         stream.write((json_text({"asked": asked, "groups": groups}, 1) + "\n").encode())
     return Answers(run, groups)
 
 
 def table(found: Sequence[Answers]) -> list[list[str]]:
-    """Rows, the first one the heads: a model asked with so many steps, its share of each group, mean and every seed."""
+    """The rows of a table, the first one its heads. There is a row for each model and number of steps.
+
+    Each cell has the share of right answers of a group: the mean, and the share of every seed.
+    """
     names = _groups(found)
     rows = [["model", "asked with", *(f"{name} ({_items(found, name)})" for name in names)]]
     for member in _members(found):
@@ -82,7 +89,10 @@ def table(found: Sequence[Answers]) -> list[list[str]]:
 
 
 def chart(found: Sequence[Answers]) -> str:
-    """An SVG: for each group a bar of each model, asked with the steps of its training; a dot for each seed."""
+    """An SVG with a bar for each group and model, and a dot for each seed.
+
+    Each model is asked with the steps that it was trained with, or the nearest number that was asked.
+    """
     names = _groups(found)
     shares: dict[str, list[list[float]]] = {}
     for member in _members(found):
@@ -94,7 +104,7 @@ def chart(found: Sequence[Answers]) -> str:
 
 
 def _groups(found: Sequence[Answers]) -> list[str]:
-    """Those that the items of every seed have."""
+    """The groups that the items of every seed have."""
     return [name for name in found[0].groups if all(name in answers.groups for answers in found)]
 
 

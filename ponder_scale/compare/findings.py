@@ -1,4 +1,4 @@
-"""What the runs of a comparison have measured, and a verdict that claims no more than its seeds bear."""
+"""Read what the runs of a comparison have measured, and give verdicts that claim no more than the seeds support."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 from ponder_scale.compare.members import VANILLA, Member, Run
 from ponder_scale.runs import records
 
-# Two-sided 95% quantiles of Student's t by degrees of freedom; beyond nine the last one, which is wider than need be.
+# Two-sided 95% quantiles of Student's t for one to nine degrees of freedom. More degrees use the last, which is wider
+# than necessary.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished or running training has measured.
+    """The measurements of a finished or running training.
 
     Args:
-        curve: (step, held-out loss of the last pass), as far as it has come.
-        trained: tokens and FLOPs that it had trained by then, by step, as it recorded them; runs of older versions did
-            not.
-        seconds: of training, without evaluations and saves.
-        held_out_tokens: over which the losses are means.
-        bits_per_byte: of the last held-out loss; None where bytes of the tokens are not known.
+        curve: pairs of a step and the held-out loss of the last pass, until now.
+        trained: by step, the tokens and FLOPs that the run had recorded by then. Runs of older versions have none.
+        seconds: time of training, without evaluations and saves.
+        held_out_tokens: number of tokens that the losses are means over.
+        bits_per_byte: the last held-out loss in bits per byte, or None if the bytes of the tokens are not known.
     """
 
     run: Run
@@ -37,7 +37,7 @@ class Result:
     bits_per_byte: float | None = None
 
     def amount(self, axis: str, step: int) -> float:
-        """Its tokens or FLOPs up to an evaluation: recorded, else as its recipe has them."""
+        """The tokens or FLOPs up to an evaluation, as recorded, or else computed from the recipe."""
         if step in self.trained:
             return self.trained[step][axis]
         member = self.run.member
@@ -45,7 +45,7 @@ class Result:
 
     @property
     def loss(self) -> float:
-        """The last held-out loss, in nats; nan where it was not finite, or nothing is held out."""
+        """The last held-out loss, in nats. It is nan if it was not finite, or if nothing is held out."""
         return self.curve[-1][1] if self.curve else math.nan
 
 
@@ -54,10 +54,10 @@ class Verdict:
     """A pondering model against a baseline, over the seeds that both have finished.
 
     Args:
-        differences: baseline's loss - pondering model's, in nats, by seed; above 0 pondering is better.
-        half_width: of the 95% interval of their mean; None for a single seed.
-        ahead_from: tokens from which on pondering is ahead at every evaluation in every seed; None: it is not, or
-            the two were evaluated at other steps.
+        differences: by seed, the baseline's loss minus the pondering model's, in nats. Above 0, pondering is better.
+        half_width: half of the 95% interval of their mean, or None for a single seed.
+        ahead_from: tokens after which pondering is ahead at every evaluation of every seed. None if it is not ahead,
+            or if the two were evaluated at different steps.
     """
 
     pondering: str
@@ -84,7 +84,7 @@ class Verdict:
 
 
 def read_result(run: Run) -> Result | None:
-    """What a run has measured; None before its first evaluation, or its end where nothing is held out."""
+    """The measurements of a run. None before its first evaluation, or before its end if nothing is held out."""
     path = run.run_dir / records.METRICS
     if not path.is_file():
         return None
@@ -94,7 +94,7 @@ def read_result(run: Run) -> Result | None:
     trained: dict[int, dict[str, Any]] = {}
     for record in records.read(path):
         if record["event"] == "evaluation":
-            loss = record["losses"][-1]  # null where it was not finite
+            loss = record["losses"][-1]  # null if it was not finite
             curve.append((record["step"], math.nan if loss is None else loss))
             tokens = record["tokens"]
             bits = (record.get("bits_per_byte") or [None])[-1]
@@ -109,7 +109,10 @@ def read_result(run: Run) -> Result | None:
 
 
 def time_ratio(results: Sequence[Result]) -> float | None:
-    """Training time of the first pondering model to vanilla's, of the first seed that has both; None before that."""
+    """The training time of the first pondering model over vanilla's, for the first seed that has both.
+
+    None until one seed has both.
+    """
     finished = [result for result in results if result.finished and result.seconds > 0]
     ours = {result.run.seed: result.seconds for result in reversed(finished) if result.run.member.ponders}
     theirs = {result.run.seed: result.seconds for result in finished if result.run.member.name == VANILLA}
@@ -117,7 +120,7 @@ def time_ratio(results: Sequence[Result]) -> float | None:
 
 
 def verdicts(results: Sequence[Result]) -> list[Verdict]:
-    """Every pondering model against every baseline, where a seed of both is finished."""
+    """The verdicts on every pondering model against every baseline that have finished a common seed."""
     members = members_of(results)
     finished = {(result.run.member.name, result.run.seed): result for result in results if result.finished}
     found = []
@@ -136,7 +139,7 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
 
 
 def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95% interval of a mean, by Student's t; None for one value, and where one is not finite."""
+    """Half of the 95% interval of a mean, by Student's t. None for a single value, and if a value is not finite."""
     if len(values) < 2 or not all(math.isfinite(value) for value in values):
         return None
     t = T_95[min(len(values) - 1, len(T_95)) - 1]
@@ -144,7 +147,7 @@ def half_width(values: Sequence[float]) -> float | None:
 
 
 def members_of(results: Sequence[Result]) -> list[Member]:
-    """The members of the results, each once, in their order."""
+    """The members of the results, each once, in order."""
     return list({result.run.member.name: result.run.member for result in results}.values())
 
 

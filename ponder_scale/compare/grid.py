@@ -1,4 +1,4 @@
-"""The runs that phi is fitted to, and what the fit says: `ponder-scale phi FOLDER...`."""
+"""`ponder-scale phi FOLDER...`: read the runs that phi is fitted to, fit it, and print the result."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Trained:
     """A finished run.
 
     Args:
-        kind: what it feeds back, and how; empty where it does not ponder, which belongs to every kind.
-        data: what its loss was measured on; only losses of the same can be compared.
+        kind: architecture, feedback and residual. It is empty for a run without pondering, which counts in every kind.
+        data: the held-out data of its loss. Only losses on the same data can be compared.
     """
 
     run_dir: Path
@@ -38,13 +38,13 @@ class Trained:
 
 
 def fit_runs(folders: Sequence[Path], json_file: Path | None = None) -> dict[str, Fit]:
-    """Print and return the law of the finished runs in these folders, for each kind of feedback among them.
+    """Fit the law to the finished runs in these folders, for each kind of run. Prints and returns the fits.
 
     Args:
-        folders: of runs, or of many runs at any depth, such as the run_dir of a comparison.
+        folders: run folders, or folders with runs at any depth, such as the run_dir of a comparison.
 
     Raises:
-        ConfigError: no finished run, losses of different held-out data, or a grid that cannot tell phi.
+        ConfigError: there is no finished run, the losses are of different held-out data, or the runs cannot tell phi.
     """
     runs = [run for place in _run_dirs(folders) if (run := read_run(place)) is not None]
     if not runs:
@@ -80,7 +80,7 @@ def fit_runs(folders: Sequence[Path], json_file: Path | None = None) -> dict[str
 
 
 def lines(kind: str, found: Fit, points: Sequence[Point]) -> list[str]:
-    """What a fit says."""
+    """The lines about a fit."""
     largest = max(points, key=lambda point: point.once + point.recurrent)
     own = largest.once + largest.recurrent
     tokens = "" if found.b is None else f" + {found.b:.4g} D^-{found.beta:.4f}"
@@ -99,7 +99,7 @@ def lines(kind: str, found: Fit, points: Sequence[Point]) -> list[str]:
 
 
 def read_run(run_dir: Path) -> Trained | None:
-    """What a run has measured; None, and a line in the log, where it is not finished or its checkpoint is gone."""
+    """The measurements of a run. None, with a line in the log, if it is not finished or its checkpoint is gone."""
     config = load(RunConfig, run_dir / "config.yaml")
     evaluations = [each for each in records.read(run_dir / records.METRICS) if each["event"] == "evaluation"]
     last = evaluations[-1] if evaluations else None

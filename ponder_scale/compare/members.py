@@ -1,7 +1,7 @@
-"""The runs of a comparison: the pondering models of a recipe and the baselines that it has to beat.
+"""Plan the runs of a comparison: the pondering models of a recipe, and the baselines that they have to beat.
 
-A member is a list of overrides of the recipe, so every run is an ordinary one. All members of a seed start from that
-seed and see the same data in the same order; a longer run goes on where the others end.
+A member is a list of overrides of the recipe, so every run is an ordinary run. All members with the same seed see the
+same data in the same order. A longer run continues with the data after the end of the others.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ TWICE = "vanilla-twice"
 FLOPS = "vanilla-flops"
 LONG, LONGER = "vanilla-long", 10
 TIME = "vanilla-time"
-EVALUATIONS = 20  # points of a curve, where the recipe does not say how often to evaluate
+EVALUATIONS = 20  # points of a curve if the recipe does not say how often to evaluate
 
 PLAIN = ("model.pondering_steps=0", "model.initial_scale=1", "train.pondering.schedule=fixed")
-# Baselines that are asked for by name, of as many pondering steps as the first pondering model.
+# Baselines that you can add by name. They take as many pondering steps as the first pondering model.
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     TIME: ("equal parameters and training time: more tokens", PLAIN),
     LONG: (f"equal parameters, {LONGER} times the steps", PLAIN),
@@ -53,10 +53,11 @@ class Member:
     """A model of the comparison.
 
     Args:
-        about: what it is, for the table.
-        overrides: of the recipe, after those that the user gave.
-        parameters, tokens, flops: of the model, and of its whole training.
-        pondering_steps: that it is trained with.
+        about: description for the table.
+        overrides: overrides of the recipe, applied after the user's.
+        parameters: number of the model's parameters.
+        tokens, flops: amounts of its whole training.
+        pondering_steps: number that it is trained with.
     """
 
     name: str
@@ -70,16 +71,16 @@ class Member:
 
     @property
     def steps(self) -> int:
-        """Of its whole training."""
+        """The optimizer steps of its whole training."""
         return self.train.steps
 
     def share(self, step: int) -> float:
-        """Of its tokens, that it has trained on after `step`."""
+        """The share of its tokens that it has trained on after `step`."""
         return self.train.sequences_until(step) / self.train.sequences_until(self.steps)
 
     @property
     def ponders(self) -> bool:
-        """Whether it is one of the models that the baselines are compared with."""
+        """Whether it is a pondering model, which the baselines are compared with."""
         return self.name.startswith("pondering-")
 
 
@@ -93,12 +94,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As `--only` takes it."""
+        """The name of the run for `--only`."""
         return f"{self.member.name}/seed-{self.seed}"
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """All that distinguishes it from the recipe with the user's overrides."""
+        """All overrides of this run, in addition to the user's."""
         return (*self.member.overrides, f"seed={self.seed}", f"run_dir={self.run_dir}")
 
 
@@ -118,16 +119,16 @@ def plan_runs(
     """The runs of a comparison, in the order of their members, seed after seed.
 
     Args:
-        load: the configuration of the recipe and the user's overrides with further ones.
-        vocab_size: of the shards' tokenizer.
-        steps: pondering steps of the pondering models; empty: the recipe's.
-        seeds: empty: the recipe's.
+        load: loads the recipe with the user's overrides and with further ones.
+        vocab_size: size of the vocabulary of the shards' tokenizer.
+        steps: pondering steps of the pondering models. If empty, the recipe's number.
+        seeds: seeds of the runs. If empty, the recipe's seed.
         extras: names of `EXTRAS`.
-        own: overrides of one member each, by its name: a learning rate that suits it, for example.
-        time_ratio: of the first pondering model's training to vanilla's; `vanilla-time` is left out until it is known.
+        own: overrides of single members by name, for example a learning rate that suits one of them.
+        time_ratio: training time of the first pondering model over vanilla's. Without it, `vanilla-time` is left out.
 
     Raises:
-        ConfigError: the recipe does not ponder, or a name that is not known.
+        ConfigError: the recipe does not ponder, or a name is not known.
     """
     recipe = load(())
     steps, seeds = list(steps or [recipe.model.pondering_steps]), list(seeds or [recipe.seed])
@@ -177,7 +178,7 @@ class _Maker:
         return [*pondering, vanilla, twice, flops, *more]
 
     def member(self, name: str, about: str, *overrides: str) -> Member:
-        """A member with its size and cost; `own` comes last, so it wins."""
+        """A member with its size and cost. The overrides of `own` come last, so they win."""
         overrides = (*overrides, *self.own.get(name, ()))
         config = self.load(overrides)
         each = config.evaluate.every_steps or max(1, config.train.steps // EVALUATIONS)
@@ -191,10 +192,10 @@ class _Maker:
 
 
 def twice_as_large(model: ModelConfig, vocab_size: int, seq_len: int) -> list[str]:
-    """Overrides that make a model of about twice the parameters: wider and deeper, with heads as wide as before.
+    """Overrides that make a model with about twice the parameters: wider and deeper, with heads as wide as before.
 
-    Of the shapes with up to twice the width and the layers, the nearest in size; of equally near ones (within 3%) the
-    one whose ratio of width to depth is nearest to the model's.
+    Shapes with up to twice the width and twice the layers are compared, and the nearest in size is taken. Of shapes
+    that are equally near (within 3%), the one whose ratio of width to depth is nearest to the model's is taken.
     """
     head = model.hidden_size // model.num_attention_heads
     group = model.num_attention_heads // (model.num_key_value_heads or model.num_attention_heads)

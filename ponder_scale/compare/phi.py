@@ -1,10 +1,11 @@
-"""How many parameters a pass is worth: the recurrence-equivalence exponent phi, fitted to the losses of many runs.
+"""Fit the recurrence-equivalence exponent phi, which says how many parameters a pass is worth, to losses of many runs.
 
     L = E + A (N_once + r^phi N_rec)^-alpha + B D^-beta
 
-of "How Much Is One Recurrence Worth?" (arXiv 2604.21106): a loss L in nats after D tokens, r = S + 1 passes over N_rec
-parameters, and N_once that more passes do not multiply. phi = 1: a pass is worth as much as layers of its own; phi = 0:
-nothing. The fit is Chinchilla's (arXiv 2203.15556): Huber's loss of log L with delta 1e-3, the best of many starts.
+The law is that of "How Much Is One Recurrence Worth?" (arXiv 2604.21106). L is a loss in nats after D tokens. r = S + 1
+passes run over N_rec parameters, and more passes do not multiply the other N_once. With phi = 1, a pass is worth as
+much as layers of its own. With phi = 0 it is worth nothing. The fit is Chinchilla's (arXiv 2203.15556): Huber's loss of
+log L with delta 1e-3, and the best of many starts.
 """
 
 from __future__ import annotations
@@ -17,34 +18,34 @@ import numpy as np
 
 from ponder_scale.errors import ConfigError
 
-DELTA = 1e-3  # of Huber's loss, in log L
+DELTA = 1e-3  # delta of Huber's loss, in log L
 ITERATIONS = 300
 RESAMPLES = 200
 Array = np.ndarray
-# where a fit may go: an exponent at its bound was not found in the losses. ln of E, A and B, then the exponents
+# Bounds of ln E, ln A, alpha, phi, ln B and beta. If an exponent ends at its bound, the losses do not determine it.
 _LEAST = np.array([-20.0, -20.0, 1e-3, -3.0, -20.0, 1e-3])
 _MOST = np.array([5.0, 5.0, 5.0, 4.0, 5.0, 5.0])
-_ALPHA, _PHI, _OF_TOKENS = 2, 3, 4  # places in what is fitted; from the last one on, what a single D leaves out
+_ALPHA, _PHI, _OF_TOKENS = 2, 3, 4  # places in theta; if all runs have the same D, theta ends before the last one
 
 
 class Point(NamedTuple):
-    """What one finished run has measured."""
+    """The measurements of one finished run."""
 
     once: float  # parameters that more passes do not multiply
     recurrent: float
     passes: int
     tokens: float
-    loss: float  # held-out, in nats
+    loss: float  # held-out loss in nats
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The law that fits.
+    """The fitted law.
 
     Args:
-        low, high: the 95% interval of phi over resampled runs.
-        b, beta: None where all runs have as many tokens; E holds that part then.
-        worst: the largest error of a predicted loss, as a share of it.
+        low, high: 95% interval of phi over resampled runs.
+        b, beta: None if all runs have the same number of tokens. E contains their term then.
+        worst: largest error of a predicted loss, relative to the loss.
     """
 
     phi: float
@@ -59,19 +60,19 @@ class Fit:
     worst: float
 
     def worth(self, once: float, recurrent: float, passes: int) -> float:
-        """Parameters of the model of one pass that is as good."""
+        """The parameters of a model with one pass that would be as good."""
         return float(once + passes**self.phi * recurrent)
 
 
 def fit(points: Sequence[Point], *, resamples: int = RESAMPLES, seed: int = 0) -> Fit:
-    """The law of these runs. Raises ConfigError, with the reason, where they cannot tell phi."""
+    """Fit the law to these runs. Raises ConfigError, with the reason, if they cannot tell phi."""
     _check(points)
     data = _Data(np.array(points, dtype=np.float64))
     best = min((_descend(data, start) for start in _starts(data)), key=lambda found: found[1])[0]
     data.check(best)
     phis = _resampled(data, best, resamples, np.random.default_rng(seed))
     low, high = np.percentile(phis, [2.5, 97.5]).tolist()
-    if high - low >= 1:  # 0 and 1, nothing and everything, are that far apart
+    if high - low >= 1:  # so wide an interval cannot tell 0 (nothing) from 1 (everything)
         raise ConfigError(
             f"phi is from {low:.2f} to {high:.2f} (95%), so these {len(points)} runs do not tell whether a pass is "
             "worth nothing or as much as layers of its own; add runs of other widths, steps S, or seeds"
@@ -83,7 +84,7 @@ def fit(points: Sequence[Point], *, resamples: int = RESAMPLES, seed: int = 0) -
 
 
 def _check(points: Sequence[Point]) -> None:
-    """Raise ConfigError where no fit could tell phi, whatever was measured."""
+    """Raise ConfigError if these runs cannot tell phi, whatever their losses are."""
     passes = sorted({point.passes for point in points})
     sizes = sorted({(point.once, point.recurrent) for point in points})
     tokens = {point.tokens for point in points}
@@ -110,9 +111,9 @@ def _check(points: Sequence[Point]) -> None:
 
 
 class _Data:
-    """The runs as arrays, sizes and tokens relative to their geometric means, so that all constants are near 1.
+    """The runs as arrays. Sizes and tokens are relative to their geometric means, so that all constants are near 1.
 
-    What is fitted is theta: ln E, ln A, alpha, phi, and ln B, beta where tokens differ.
+    The fit determines theta: ln E, ln A, alpha, phi, and if the tokens differ ln B and beta.
     """
 
     def __init__(self, rows: Array, scales: tuple[float, float] | None = None, parameters: int = 0) -> None:
@@ -126,11 +127,11 @@ class _Data:
         self.parameters = parameters or (len(_LEAST) if len(set(self.tokens)) > 1 else _OF_TOKENS)
 
     def pick(self, chosen: Array) -> _Data:
-        """The same law over some of the runs."""
+        """The data of some of the runs, for the same law."""
         return _Data(self._rows[chosen], self.scales, self.parameters)
 
     def residuals(self, theta: Array) -> tuple[Array, Array]:
-        """ln of what the law says minus ln of what was measured, (n,), and its derivatives by theta, (n, k)."""
+        """ln of the predicted minus ln of the measured losses, (n,), and the derivatives by theta, (n, k)."""
         ln_e, ln_a, alpha, phi = theta[:_OF_TOKENS]
         raised = np.exp(phi * self.log_passes) * self.recurrent
         log_size = np.log((self.once + raised) / self.scales[0])
@@ -144,14 +145,15 @@ class _Data:
         return np.log(total) - self.log_loss, np.stack(columns, 1) / total[:, None]
 
     def check(self, theta: Array) -> None:
-        """Raise ConfigError where phi is at its bound, or another phi fits as well."""
+        """Raise ConfigError if phi is at its bound, or if another phi fits as well."""
         jacobian = self.residuals(theta)[1]
         scale = np.linalg.norm(jacobian, axis=0)
         phi = jacobian[:, _PHI]
         others = np.delete(jacobian / np.where(scale > 0, scale, 1), _PHI, axis=1)
         left = phi - others @ np.linalg.lstsq(others, phi, rcond=1e-10)[0]
         least, most = _LEAST[_PHI], _MOST[_PHI]
-        # what of a change in phi the other constants cannot make up for, in ln L: less than a rounding tells nothing
+        # `left` is the part of a change in phi that the other constants cannot compensate, in ln L. If it is below
+        # rounding errors, the losses do not determine phi.
         if not least < theta[_PHI] < most or np.abs(left).max() < 1e-6:
             raise ConfigError(
                 f"these {len(jacobian)} runs fit as well with another phi, since the other constants of the law make "
@@ -159,7 +161,7 @@ class _Data:
             )
 
     def law(self, theta: Array) -> list[float]:
-        """E, A, alpha, phi, B, beta of sizes and tokens as they are."""
+        """E, A, alpha, phi, B and beta for sizes and tokens in their own units."""
         ln_e, ln_a, alpha, phi = theta[:_OF_TOKENS].tolist()
         ln_b, beta = theta[_OF_TOKENS:].tolist() if self.parameters > _OF_TOKENS else (-np.inf, 0.0)
         a, b = (
@@ -170,7 +172,7 @@ class _Data:
 
 
 def _starts(data: _Data) -> list[Array]:
-    """Where descents begin: the floor, both slopes and phi small and large, with the rest of the loss shared out."""
+    """The starts of the descents: small and large values of E, both slopes and phi, with A and B to match."""
     lowest, middle = float(np.exp(data.log_loss.min())), float(np.exp(data.log_loss.mean()))
     found = []
     for share in (0.3, 0.9):
@@ -189,7 +191,7 @@ def _huber(residuals: Array) -> float:
 
 
 def _descend(data: _Data, theta: Array) -> tuple[Array, float]:
-    """Levenberg and Marquardt's descent, with the weights that make least squares Huber's loss."""
+    """Minimize by Levenberg and Marquardt, with weights that turn least squares into Huber's loss."""
     least, most = _LEAST[: len(theta)], _MOST[: len(theta)]
     residuals, jacobian = data.residuals(theta)
     value, damping, still = _huber(residuals), 1e-2, 0
@@ -214,7 +216,7 @@ def _descend(data: _Data, theta: Array) -> tuple[Array, float]:
 
 
 def _resampled(data: _Data, best: Array, resamples: int, generator: np.random.Generator) -> list[float]:
-    """phi of runs drawn with replacement, those that could not tell it drawn again."""
+    """The phi of samples of the runs, drawn with replacement. Samples that could not tell phi are drawn again."""
     found: list[float] = []
     count = len(data.log_loss)
     for _ in range(20 * resamples):

@@ -1,4 +1,4 @@
-"""The report of a comparison: a table and verdicts as Markdown, everything as JSON, and a page with the curves."""
+"""Write the report of a comparison: a table and verdicts as Markdown, all data as JSON, and a page with the curves."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLUMNS = (
     *("held-out loss", "perplexity", "bits per byte", "seeds"),
 )
 AXES = {"step": "training step", "tokens": "training tokens", "flops": "training FLOPs"}
-LEFT_OUT = 0.1  # of each training, at the beginning of its curve: the first fall would flatten the rest
+LEFT_OUT = 0.1  # share of each training that its curve leaves out at the start, where it falls too steeply
 
 _CONTENT = """<style>
   td:nth-child(n+3) {{ text-align: right }}
@@ -34,12 +34,12 @@ _CONTENT = """<style>
 
 
 def write_report(out: Path, results: Sequence[Result], missing: Sequence[str], answers: Sequence[Answers] = ()) -> str:
-    """Write compare.md, .json and .html and an SVG of each curve into `out`; returns the Markdown.
+    """Write compare.md, .json and .html and an SVG of each curve into `out`. Returns the Markdown.
 
     Args:
-        results: of at least one run.
+        results: results of at least one run.
         missing: names of the runs that have no evaluation yet.
-        answers: of the runs that were asked.
+        answers: answers of the runs that were asked.
     """
     found = verdicts(results)
     unfinished = [*(result.run.name for result in results if not result.finished), *missing]
@@ -127,13 +127,13 @@ def _rows(results: Sequence[Result]) -> list[list[str]]:
 
 
 def _bits(done: Sequence[Result]) -> str:
-    """The mean over seeds, where each knows it."""
+    """The mean of the bits per byte over seeds, if all seeds know theirs."""
     bits = [result.bits_per_byte for result in done if result.bits_per_byte is not None]
     return f"{statistics.fmean(bits):.4f}" if len(bits) == len(done) else "-"
 
 
 def _curves(results: Sequence[Result], axis: str) -> dict[str, list[tuple[float, float]]]:
-    """The mean over seeds of each member's held-out loss, at the evaluations that all its seeds have."""
+    """The curve of each member: its held-out loss, averaged over seeds, at evaluations that all its seeds have."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for member in members_of(results):
         of_seeds = [result for result in results if result.run.member == member]

@@ -1,4 +1,4 @@
-"""Train the runs of a comparison one after another; finished ones are passed over, interrupted ones go on."""
+"""Train the runs of a comparison one after another. Finished runs are skipped, and interrupted ones are resumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose(runs: Sequence[Run], only: str | None) -> list[Run]:
-    """The runs that `--only` names: MEMBER for all its seeds, or MEMBER/seed-N. Raises ConfigError where none is."""
+    """The runs that `--only` names: MEMBER for all its seeds, or MEMBER/seed-N. Raises ConfigError if there is none."""
     chosen = [run for run in runs if only in (None, run.name, run.member.name)]
     if not chosen:
         raise ConfigError(f"--only {only}: expected one of {', '.join(run.name for run in runs)}")
@@ -27,13 +27,13 @@ def choose(runs: Sequence[Run], only: str | None) -> list[Run]:
 def train_runs(
     runs: Sequence[Run], recipe: str, overrides: Callable[[int], Sequence[str]], load: LoadConfig, processes: int
 ) -> int:
-    """Train what is not finished; the exit code of the first run that did not end well, or 0.
+    """Train the runs that are not finished. Returns the exit code of the first run that did not end well, or 0.
 
     Args:
-        overrides: of a seed, that all its runs have.
+        overrides: takes a seed and returns the overrides of all its runs.
 
     Raises:
-        ConfigError: a run's folder holds a run of other settings.
+        ConfigError: the folder of a run holds a run with other settings.
     """
     for run in runs:
         _check_same(run, load(run.overrides))

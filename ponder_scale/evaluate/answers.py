@@ -1,7 +1,7 @@
-"""How many prompts a model answers right, by group and by pondering steps: `ponder-scale evaluate answers`.
+"""`ponder-scale evaluate answers`: count the prompts that a model answers right, by group and by pondering steps.
 
-An item is a line of JSON, {"prompt": ..., "answer": ..., "group": ...}. It is answered right when every token of the
-answer is the most probable one after the prompt and the answer so far, which is what greedy decoding would write.
+An item is a line of JSON, {"prompt": ..., "answer": ..., "group": ...}. The answer is right if each of its tokens is
+the most probable one after the prompt and the answer so far. Greedy decoding would then write this answer.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ponder_scale.figures import json_text
 
 BATCH_TOKENS = 16384
 ALL = "all"
-# of a normal distribution, two-sided 95%
+# Two-sided 95% quantile of a normal distribution.
 Z_95 = 1.959964
 
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt, the answer that is right, and the group that it counts for."""
+    """A prompt, its right answer, and its group."""
 
     prompt: str
     answer: str
@@ -36,17 +36,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers of a group, by pondering steps: `right[k]` of `items` with k steps."""
+    """The right answers of a group. With k pondering steps, `right[k]` of `items` are right."""
 
     items: int
     right: dict[int, int]
 
     def share(self, steps: int) -> float:
-        """Between 0 and 1."""
+        """The share of right answers, between 0 and 1."""
         return self.right[steps] / self.items
 
     def interval(self, steps: int) -> tuple[float, float]:
-        """The 95% interval of the share by Wilson (JASA 22, 1927), which holds near 0 and 1 too."""
+        """The 95% interval of the share by Wilson (JASA 22, 1927), which also holds near 0 and 1."""
         share, n = self.share(steps), self.items
         spread = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n**2))
         middle = share + Z_95**2 / (2 * n)
@@ -55,7 +55,7 @@ class Score:
 
 
 def read_items(path: Path) -> list[Item]:
-    """The items of a .jsonl file. Raises ConfigError, with the line, for what is none."""
+    """The items of a .jsonl file. Raises ConfigError, with its number, for a line that is not an item."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -81,14 +81,14 @@ _EXPECTED = 'expected {"prompt": text, "answer": text} in each line, and "group"
 
 
 def score(model: Any, tokenizer: Any, items: Sequence[Item], steps: Sequence[int]) -> dict[str, Score]:
-    """Right answers by group, and of all where there are several groups.
+    """The right answers of each group, and of all items if there are several groups.
 
     Args:
         steps: numbers of pondering steps to answer with.
 
     Raises:
-        ConfigError: an item has no token before its answer, more tokens than the model has positions, or an answer
-            whose first token is part of the prompt's last.
+        ConfigError: an item has no token before its answer, or more tokens than the model has positions, or its answer
+            begins within the last token of the prompt.
     """
     encoded = [_encode(tokenizer, item, model.config.max_position_embeddings) for item in items]
     order = sorted(range(len(items)), key=lambda i: len(encoded[i][0]))
@@ -105,7 +105,10 @@ def score(model: Any, tokenizer: Any, items: Sequence[Item], steps: Sequence[int
 
 
 def table(scores: Mapping[str, Score]) -> list[str]:
-    """Lines of Markdown: a row for each group, a column for each number of steps, with the 95% interval."""
+    """The lines of a Markdown table with a row for each group and a column for each number of steps.
+
+    Each cell has the share of right answers and its 95% interval.
+    """
     steps = list(next(iter(scores.values())).right)
     lines = [f"| group | items | {' | '.join(f'S = {k}' for k in steps)} |", "|---" * (len(steps) + 2) + "|"]
     for name, found in scores.items():
@@ -122,7 +125,7 @@ def evaluate_answers(
     json_file: Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Score]:
-    """Print how many items an exported folder answers right, and return it. Raises ConfigError as `score` does."""
+    """Print and return how many items an exported folder answers right. Raises ConfigError like `score`."""
     from ponder_scale.evaluate.generate import load_folder
 
     items = read_items(file)
@@ -135,7 +138,7 @@ def evaluate_answers(
 
 
 def as_plain(scores: Mapping[str, Score]) -> dict[str, Any]:
-    """For JSON: items, right answers and their share by steps."""
+    """The scores as JSON values: items, right answers and their share by steps."""
     return {
         name: {
             "items": found.items,
@@ -147,11 +150,11 @@ def as_plain(scores: Mapping[str, Score]) -> dict[str, Any]:
 
 
 def _encode(tokenizer: Any, item: Item, most: int) -> tuple[list[int], int]:
-    """The tokens of prompt and answer, and how many of them are the prompt's."""
+    """The tokens of prompt and answer, and the number of tokens of the prompt."""
     whole = tokenizer(item.prompt + item.answer)["input_ids"]
     prompt = tokenizer(item.prompt)["input_ids"]
     while prompt and prompt[-1:] != whole[len(prompt) - 1 : len(prompt)] and prompt[-1] == tokenizer.eos_token_id:
-        prompt = prompt[:-1]  # of a tokenizer that ends every text
+        prompt = prompt[:-1]  # some tokenizers add an end token to every text
     said = f"the item {item.prompt!r} with the answer {item.answer!r}"
     if not prompt or whole[: len(prompt)] != prompt or len(whole) == len(prompt):
         raise ConfigError(
@@ -164,9 +167,9 @@ def _encode(tokenizer: Any, item: Item, most: int) -> tuple[list[int], int]:
 
 
 def _batches(order: Sequence[int], encoded: Sequence[tuple[list[int], int]]) -> list[list[int]]:
-    """Of items of like length, so many that they are about `BATCH_TOKENS` long together."""
+    """Batches of items of similar length, with about `BATCH_TOKENS` tokens each."""
     batches: list[list[int]] = []
-    for index in order:  # rising in length
+    for index in order:  # from short to long
         longest = len(encoded[index][0])
         if not batches or (len(batches[-1]) + 1) * longest > BATCH_TOKENS:
             batches.append([])
@@ -176,7 +179,7 @@ def _batches(order: Sequence[int], encoded: Sequence[tuple[list[int], int]]) -> 
 
 @torch.no_grad()
 def _answered(model: Any, batch: Sequence[tuple[list[int], int]], steps: int) -> Tensor:
-    """Which of them are right, (items,). Shorter ones are filled up at their end, which nothing before it sees."""
+    """Whether each answer is right, (items,). Shorter rows are padded at the end, which earlier tokens do not see."""
     longest = max(len(tokens) for tokens, _ in batch)
     rows = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in batch], device=model.device)
     prompts = torch.tensor([prompt for _, prompt in batch], device=model.device)

@@ -1,8 +1,10 @@
-"""What the faster ways to decode save and cost: early exit, fewer steps, self-speculation.
+"""Measure what faster ways to decode save and cost: early exit, fewer steps, self-speculation.
 
-Two measurements on held-out sequences. Forced: the text's own tokens are fed one by one after a prompt, so that loss
-and changed tokens are over the same positions with the same prefix. Free: greedy continuations of the same prompts,
-for the speed and, of drafts, the acceptance.
+There are two measurements on held-out sequences:
+
+    forced    feeds the text's own tokens one by one after a prompt, so that all ways are compared at the same positions
+              with the same prefix; gives the loss and the changed tokens
+    free      continues the same prompts greedily; gives the speed, and the acceptance of drafts
 """
 
 from __future__ import annotations
@@ -27,14 +29,15 @@ from ponder_scale.figures import json_text
 
 @dataclass(frozen=True)
 class Way:
-    """A way to decode, and what was measured of it.
+    """A way to decode, and its measurements.
 
     Args:
-        loss: mean of the held-out tokens after the prompts, in nats; None: that of plain decoding.
-        changed: share of these tokens at which the most probable one is not that of plain decoding.
-        passes: of the model, for each new token of the free continuations; of a draft, and `draft_passes` besides.
+        loss: mean loss of the held-out tokens after the prompts, in nats. None if it is that of plain decoding.
+        changed: share of these tokens whose most probable token is not that of plain decoding.
+        passes: passes of the model for each new token of the free continuations.
+        draft_passes: passes of the draft for each new token.
         speed: tokens/s of the free continuations, relative to plain decoding.
-        accepted: share of a draft's proposals that were taken.
+        accepted: share of the draft's proposals that were accepted.
     """
 
     name: str
@@ -57,11 +60,11 @@ def measure(
     json_file: Path | None = None,
     trust_remote_code: bool = False,
 ) -> list[Way]:
-    """Print and return every way to decode with an exported folder on held-out sequences.
+    """Measure every way to decode with an exported folder on held-out sequences. Prints and returns the results.
 
     Raises:
-        ConfigError: lengths that do not fit the model, or several folders of data.
-        ShardError, TokenizerError: shards that hold nothing out, or of another tokenizer.
+        ConfigError: the lengths do not fit the model, or there are several folders of data.
+        ShardError, TokenizerError: the shards hold nothing out, or were made with another tokenizer.
     """
     if len(data) > 1:
         raise ConfigError(f"--data names {len(data)} folders; decoding is measured on one")
@@ -83,7 +86,7 @@ def measure(
 
 
 def as_table(ways: Sequence[Way]) -> str:
-    """A line for each way."""
+    """The table as text, with a line for each way."""
     width = max(len(way.name) for way in ways)
     lines = [f"{'':{width}}    loss  changed  passes/token  draft passes  accepted  speed"]
     for way in ways:
@@ -121,7 +124,7 @@ def _ways(bench: _Bench, exit_kl: Sequence[float]) -> Iterator[Way]:
 
 
 class _Bench:
-    """Sequences and the model that decodes them; the first way that is measured is what others are compared with."""
+    """Held-out sequences and a model that decodes them. All ways are compared with the first one that is measured."""
 
     def __init__(self, model: Any, rows: list[Tensor], prompt_tokens: int, new_tokens: int) -> None:
         self.model, self.rows, self.steps = model, rows, model.config.pondering_steps
@@ -130,7 +133,7 @@ class _Bench:
         self._seconds: float | None = None
 
     def way(self, name: str, **options: Any) -> Way:
-        """Both measurements under options of the model's forward."""
+        """Both measurements with these options of the model's forward."""
         loss, best = self._forced(options)
         self._best = best if self._best is None else self._best
         changed = (best != self._best).float().mean().item()
@@ -139,7 +142,7 @@ class _Bench:
         return Way(name, loss, changed, counts.passes / self._generated, self._speed(seconds))
 
     def drafted(self, steps: int, plain: Way) -> Way:
-        """Self-speculation: the text is that of plain decoding, so that only its speed is measured."""
+        """Self-speculation. Its text is that of plain decoding, so only the speed is measured."""
         draft = self.model.draft(steps)
         with counted(self.model) as counts, counted(draft) as drafts:
             seconds = self._free({"assistant_model": draft})
@@ -172,8 +175,8 @@ class _Bench:
         return torch.stack(losses).mean().item(), torch.stack(best)
 
     def _free(self, options: dict[str, Any]) -> float:
-        """Seconds for greedy continuations of all prompts."""
-        # an end token is forbidden, so that all ways make as many tokens
+        """The seconds of greedy continuations of all prompts."""
+        # End tokens are forbidden, so that all ways make the same number of tokens.
         fixed = {"do_sample": False, "max_new_tokens": self._new, "min_new_tokens": self._new}
         begin = time.monotonic()
         for row in self.rows:

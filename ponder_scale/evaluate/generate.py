@@ -25,15 +25,15 @@ from ponder_scale.setup.speed import check_compiler
 
 
 def load_folder(folder: Path | str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Model and tokenizer of an exported folder, on the GPU where there is one.
+    """The model and the tokenizer of an exported folder, on the GPU if there is one.
 
     Args:
-        trust_remote_code: let the folder's own code load it. Otherwise the installed classes do, and no code of the
-            folder runs.
+        trust_remote_code: let the folder's own code load it. Otherwise the installed classes load it, and no code of
+            the folder runs.
 
     Raises:
-        CheckpointError: it cannot be loaded; it holds code that is not this installation's and may not be run; or its
-            model does not ponder.
+        CheckpointError: the folder cannot be loaded, or its model does not ponder, or its code is not that of this
+            installation and may not be run.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -41,11 +41,11 @@ def load_folder(folder: Path | str, *, trust_remote_code: bool = False) -> tuple
     configuration = None if trust_remote_code else installed_configuration(folder)
     try:
         if configuration is None:
-            # the tokenizer too: looking for it reads the model's configuration, which is remote code
+            # The tokenizer needs it, too, because its loader reads the model's configuration, which is remote code.
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
             model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         else:
-            loader: Any = AutoTokenizer  # given the configuration, it does not look for one
+            loader: Any = AutoTokenizer  # with a configuration given, it does not look for one in the folder
             tokenizer = loader.from_pretrained(folder, config=configuration, trust_remote_code=False)
             options = {"config": configuration, "trust_remote_code": False, "use_safetensors": True}
             model = model_class(configuration).from_pretrained(folder, local_files_only=True, **options)
@@ -59,10 +59,10 @@ def load_folder(folder: Path | str, *, trust_remote_code: bool = False) -> tuple
 
 
 def load_checkpoint(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The model of a checkpoint that was checked, on the GPU where there is one, and the checkpoint's state.json.
+    """The model of a verified checkpoint, on the GPU if there is one, and the contents of its state.json.
 
     Raises:
-        CheckpointError: it is of another program or version.
+        CheckpointError: it was made by another program or version.
     """
     state = read_state(folder, "step", "model", "config")
     configuration = configuration_from_dict(state["model"])
@@ -76,7 +76,7 @@ def load_checkpoint(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 @dataclass
 class Counts:
-    """Forwards of a model, and the passes in them."""
+    """The number of forwards of a model, and of the passes in them."""
 
     forwards: int = 0
     passes: int = 0
@@ -84,7 +84,7 @@ class Counts:
 
 @contextmanager
 def counted(model: Any) -> Iterator[Counts]:
-    """Counts what the model runs inside the block. A draft made of it before runs uncounted."""
+    """Count what the model runs inside of the block. A draft that was made of the model before is not counted."""
     counts = Counts()
 
     def counting(run_pass: Any, embeds: Any, index: int, *arguments: Any, **keywords: Any) -> Any:
@@ -98,8 +98,8 @@ def counted(model: Any) -> Iterator[Counts]:
 
 @contextmanager
 def within(model: Any, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Each pass of the model runs inside `wrapper`, which takes the pass and its arguments."""
-    if not hasattr(model, "wrappers"):  # the code of a folder that an older version has exported, run on trust
+    """Run each pass of the model inside of `wrapper`, which takes the pass and its arguments."""
+    if not hasattr(model, "wrappers"):  # trusted code of a folder that an older version exported
         model.run_pass = partial(wrapper, model.run_pass)
         try:
             yield
@@ -128,18 +128,18 @@ def generate(
     interactive: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
-    """Stream the continuation of each prompt to standard output, then its speed and the passes it took.
+    """Stream the continuation of each prompt to standard output, then its speed and the passes that it took.
 
     Args:
-        prompt: None reads one from standard input, all of it.
-        exit_kl: stop pondering on a token when a pass moved the prediction by less, in nats.
-        draft_steps: pondering steps of the same weights drafting; the text is the model's own.
-        compiled: decode by one compiled graph a token, with caches of a fixed size.
-        interactive: read prompts from standard input, a line each, and continue each on its own until input ends.
-        trust_remote_code: as `load_folder` has it.
+        prompt: the text to continue. None reads all of standard input.
+        exit_kl: stop pondering on a token when a pass has changed the prediction by less than this, in nats.
+        draft_steps: let the same weights draft with this number of pondering steps. This does not change the text.
+        compiled: decode with one compiled graph for each token, with caches of a fixed size.
+        interactive: read prompts from standard input, one in each line, and continue each by itself.
+        trust_remote_code: passed on to `load_folder`.
 
     Raises:
-        ConfigError: settings that exclude each other or are out of range; an empty prompt.
+        ConfigError: settings exclude each other or are out of range, or a prompt is empty.
     """
     _check(exit_kl=exit_kl, draft_steps=draft_steps, pondering_steps=pondering_steps, compiled=compiled)
     texts = _prompts(prompt, interactive=interactive)
@@ -186,7 +186,7 @@ def _prompts(prompt: str | None, *, interactive: bool) -> Iterable[str]:
 
 
 def _typed() -> Iterator[str]:
-    """The lines of standard input that are not empty; on a terminal it asks for each."""
+    """The lines of standard input that are not empty. On a terminal, asks for each."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
@@ -200,10 +200,10 @@ def _typed() -> Iterator[str]:
 def _continued(
     model: Any, tokenizer: Any, inputs: Any, options: dict[str, Any], draft_steps: int | None, *, compiled: bool
 ) -> str:
-    """Stream one continuation; returns the lines on what it took."""
+    """Stream one continuation. Returns the lines about its speed and its passes."""
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     prompt_tokens, begin = inputs.input_ids.shape[1], time.monotonic()
-    if compiled:  # without counters, which would be compiled too
+    if compiled:  # no counters here, because they would be compiled, too
         new = model.generate(**inputs, **options, streamer=streamer).shape[1] - prompt_tokens
         passes = new * (model.config.pondering_steps + 1)
         return f"{_speed(new, time.monotonic() - begin)}, compilation included; {passes} passes in {new} forwards"
@@ -219,16 +219,16 @@ def _continued(
 
 
 def compiled_step(model: Any) -> dict[str, Any]:
-    """Arguments by which `generate` compiles a decoding step; on a GPU it is replayed as one CUDA graph.
+    """Arguments that make `generate` compile the decoding step. On a GPU the step is replayed as one CUDA graph.
 
     Raises:
         ConfigError: there is no compiler.
     """
     check_compiler("--compile")
-    compilation = CompileConfig(fullgraph=True)  # of transformers, whose mode is the one with CUDA graphs
+    compilation = CompileConfig(fullgraph=True)  # the default mode of transformers is the one with CUDA graphs
     if model.device.type == "cpu":
         compilation.mode = "default"
-        compilation._compile_all_devices = True  # on CPUs only if it is told to
+        compilation._compile_all_devices = True  # without this, transformers does not compile on CPUs
     return {"cache_implementation": "static", "compile_config": compilation}
 
 
@@ -237,13 +237,16 @@ def _speed(new: int, seconds: float) -> str:
 
 
 def passes_line(model: Any, counts: Counts) -> str:
-    """How many of the passes ran."""
+    """The line about how many of the passes ran."""
     whole = counts.forwards * (model.config.pondering_steps + 1)
     saved = f", {1 - counts.passes / whole:.0%} saved by early exit" if counts.passes < whole else ""
     return f"{counts.passes} passes in {counts.forwards} forwards{saved}"
 
 
 def acceptance_line(new: int, counts: Counts, drafted: Counts) -> str:
-    """How much of a draft was taken: each forward of the model gives a token of its own and those it accepts."""
+    """The line about how much of a draft was accepted.
+
+    Each forward of the model gives one token of its own and the draft's tokens that it accepts.
+    """
     accepted = new - counts.forwards
     return f"{accepted} of {drafted.forwards} proposed tokens accepted, {drafted.passes} passes"

@@ -1,6 +1,7 @@
-"""Held-out loss by inference-time pondering steps: of an exported folder, or of every checkpoint a run has kept.
+"""Measure held-out losses by pondering steps, for an exported folder or for every checkpoint that a run has kept.
 
-One forward of k steps holds all smaller numbers of steps: what pass s predicts is what the model with s steps does.
+One forward with k steps gives the losses of all smaller numbers of steps, too, because pass s predicts what the model
+with s steps would predict.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ponder_scale.shards.format import ShardSet
 from ponder_scale.shards.manifest import tokenizer_identity
 
 MICRO_BATCH = 8
-_READING = ("seq_len", "packing", "document_mask")  # what a sequence of a run is
+_READING = ("seq_len", "packing", "document_mask")  # settings that define the sequences of a run
 ALL = "all"
 
 
@@ -38,9 +39,9 @@ class Sweep:
     """Losses in nats by pondering steps, 0 to k.
 
     Args:
-        trained: the steps of the model's configuration.
-        sources: by name, and `all`, the mean over their tokens, where there are several.
-        no_bytes: why bytes of the tokens are not known; None: they are.
+        trained: number of pondering steps in the model's configuration.
+        sources: losses by source. If there are several, `all` has the mean over their tokens.
+        no_bytes: why the bytes of the tokens are not known, or None if they are.
     """
 
     trained: int
@@ -48,7 +49,7 @@ class Sweep:
     no_bytes: str | None = None
 
     def as_plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """The losses as JSON values."""
         sources = {
             name: {**asdict(found), "bits_per_byte": found.bits_per_byte} for name, found in self.sources.items()
         }
@@ -70,15 +71,16 @@ def evaluate(
     """Print the losses of an exported folder on the held-out split of folders of shards, and return them.
 
     Args:
-        sequences: at most so many of each source.
-        steps: k; default: what the model was trained with.
-        document_mask: attention stays within documents, as a model trained with data.document_mask had it.
-        json_file, plot_file: where to write the losses, and an SVG of them.
+        sequences: most sequences of each source.
+        seq_len: tokens of a sequence. The default is the model's number of positions.
+        steps: k. The default is the number that the model was trained with.
+        document_mask: keep attention within documents. Use it for a model that was trained with data.document_mask.
+        json_file, plot_file: files for the losses, and for an SVG of them.
         trust_remote_code: let a folder that is not known to be ours run its own code.
 
     Raises:
         TokenizerError: the shards were made with another tokenizer than the model's.
-        ShardError: they hold nothing out.
+        ShardError: the shards hold nothing out.
     """
     model, _ = load_folder(folder, trust_remote_code=trust_remote_code)
     reading = {"seq_len": seq_len or model.config.max_position_embeddings, "document_mask": document_mask}
@@ -105,15 +107,15 @@ def trajectory(
     json_file: Path | None = None,
     plot_file: Path | None = None,
 ) -> dict[int, Sweep]:
-    """Print and return, by training step, the losses of each checkpoint that the run has kept.
+    """Print and return the losses of each checkpoint that the run has kept, by training step.
 
     Raises:
-        CheckpointError: the run has kept none, or one of them is not as it was saved.
+        CheckpointError: the run has kept no checkpoint, or one is not as it was saved.
     """
     folders = [folder for _, folder in sorted(saved_steps(run_dir).items())]
     if not folders:
         raise CheckpointError(f"{run_dir}: no checkpoint in {run_dir / CHECKPOINTS}; expected a run folder")
-    for folder in folders:  # all of them first: what is refused must not cost the hours of those before it
+    for folder in folders:  # check all before the first is evaluated, so that a damaged one is not found after hours
         check(folder)
     swept: dict[int, Sweep] = {}
     for folder in folders:
@@ -152,8 +154,17 @@ def sweep(
     sequences: int,
     steps: int | None = None,
 ) -> Sweep:
-    """The losses of a model on each source. `tokenizer` is the folder with its tokenizer, `reading` holds fields of
-    DataConfig that say what a sequence is; else as `evaluate`."""
+    """The losses of a model on each source.
+
+    Args:
+        tokenizer: folder of the model's tokenizer.
+        reading: fields of DataConfig that define the sequences.
+        sequences, steps: as in `evaluate`.
+
+    Raises:
+        ConfigError: `steps` is negative.
+        TokenizerError, ShardError: as in `evaluate`.
+    """
     trained = model.config.pondering_steps
     if steps is not None and steps < 0:
         raise ConfigError(f"--steps is {steps}; expected at least 0")
@@ -183,7 +194,7 @@ def sweep(
 
 
 def check_tokenizer(shards: ShardSet, folder: Path, tokenizer: Path) -> None:
-    """Raise TokenizerError where shards, which are in `folder`, were made with another than the one in `tokenizer`."""
+    """Raise TokenizerError if the shards of `folder` were made with another tokenizer than that in `tokenizer`."""
     made_with, own = shards.manifest.tokenizer, tokenizer_identity(tokenizer) or "none"
     if own != made_with:
         raise TokenizerError(
@@ -193,10 +204,10 @@ def check_tokenizer(shards: ShardSet, folder: Path, tokenizer: Path) -> None:
 
 
 def parse_sources(words: Iterable[str]) -> dict[str, Path]:
-    """Sources by name from `NAME=FOLDER` or `FOLDER`, whose name is the folder's.
+    """The sources of `NAME=FOLDER` or `FOLDER` by name. Without NAME, a source is named like its folder.
 
     Raises:
-        ConfigError: two have one name.
+        ConfigError: two sources have the same name.
     """
     sources: dict[str, Path] = {}
     for word in words:

@@ -1,4 +1,4 @@
-"""Charts as self-contained SVGs: lines over numbers, bars by group."""
+"""Draw charts as self-contained SVGs: lines over numbers, and bars by group."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ TICKS = 5
 
 
 def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> str:
-    """One line and its points for each of `series`, (x, y) pairs in order of x, with a legend.
+    """A chart with a legend, and with a line and its points for each of `series`.
 
-    Points that are not finite are left out.
+    Args:
+        series: by name, pairs (x, y) in order of x. Points that are not finite are left out.
     """
     series = {name: [point for point in points if math.isfinite(point[1])] for name, points in series.items()}
     xs = [x for points in series.values() for x, _ in points]
@@ -61,10 +62,10 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str
 
 
 def bar_chart(groups: Sequence[str], series: Mapping[str, Sequence[Sequence[float]]], y_label: str) -> str:
-    """For each group a bar of each of `series`, as high as the mean of its values, with a dot for each value.
+    """A chart with a bar for each group and series. The bar shows the mean of the values, and dots show each value.
 
     Args:
-        series: by name, the values of each group, in the order of `groups`; between 0 and 1.
+        series: by name, the values of each group in the order of `groups`. Values are between 0 and 1.
     """
     across, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     parts = [_svg(WIDTH, HEIGHT)]
@@ -110,7 +111,7 @@ def _y_title(label: str) -> str:
 
 
 def _round_values(low: float, high: float) -> tuple[list[float], int]:
-    """At most `TICKS` + 1 multiples of 1, 2 or 5 times a power of ten, and the decimals that they have."""
+    """At most `TICKS` + 1 multiples of 1, 2 or 5 times a power of ten, and their number of decimals."""
     power = math.floor(math.log10((high - low) / TICKS))
     each = next(each for factor in (1, 2, 5, 10) if (high - low) / (each := factor * 10.0**power) <= TICKS)
     numbers = range(math.ceil(low / each - 1e-9), math.floor(high / each + 1e-9) + 1)

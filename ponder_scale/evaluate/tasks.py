@@ -1,6 +1,6 @@
-"""The standard harness (lm-evaluation-harness) over a folder, for several numbers of pondering steps.
+"""Run lm-evaluation-harness on an exported folder, for several numbers of pondering steps.
 
-The model runs in transformers, or in vLLM with the plugin of `serve`, through the harness's own class for each.
+The model runs in transformers, or in vLLM with the plugin of `serve`. The harness has its own class for each.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ def evaluate_tasks(
     trust_remote_code: bool = False,
     engine: str = "transformers",
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Print and return the metrics of each task, as {steps: {task: {metric: value}}}; "trained" stands for None.
+    """Print and return the metrics of each task as {steps: {task: {metric: value}}}. "trained" stands for None.
 
     Args:
-        tasks: names the harness knows; empty: the nine of the paper.
-        steps: numbers of pondering steps at inference; None: what the model was trained with.
-        include: folder of further task files, which replace the harness's own of the same names. Those come with the
-            harness too, but their data come from the network unless they have been downloaded before. A task file may
-            name Python functions, which the harness runs.
-        limit: documents of each task; None: all.
+        tasks: names that the harness knows. Without any, the nine tasks of the paper are run.
+        steps: numbers of pondering steps at inference. None is the number that the model was trained with.
+        include: folder of your own task files. They replace the harness's tasks of the same names. The harness's own
+            tasks load their data from the network, unless they have been downloaded before. A task file may name
+            Python functions, which the harness runs.
+        limit: documents of each task. None means all.
         trust_remote_code: let a folder that is not known to be ours run its own code, in transformers.
-        engine: one of `ENGINES`; vLLM makes batches of its own.
+        engine: one of `ENGINES`. vLLM chooses its own batches.
 
     Raises:
-        ConfigError: the harness or the engine is not installed, or does not know a task, or cannot get its data.
+        ConfigError: the harness or the engine is not installed, or the harness does not know a task or cannot get its
+            data.
         CheckpointError: `folder` is not an exported folder.
     """
     library = harness()
@@ -57,7 +58,7 @@ def evaluate_tasks(
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json in it; expected a folder made by `ponder-scale export`")
     if not trust_remote_code:
-        installed_configuration(folder)  # refused before the harness has read its thousands of files
+        installed_configuration(folder)  # refuse a bad folder before the harness reads its thousands of files
     names, manager = find_tasks(tasks, include, PAPER_TASKS)
     if engine == "vllm":
         models = _in_vllm(folder, steps)
@@ -94,7 +95,7 @@ def _check_engine(engine: str, trust_remote_code: bool) -> None:
 def _in_transformers(
     folder: Path, steps: Sequence[int | None], batch_size: int, trust_remote_code: bool
 ) -> Iterator[Any]:
-    """The harness's model for each number of steps; one is loaded, its configuration changes."""
+    """The harness's model for each number of steps. It is loaded once, and its configuration changes."""
     model_class = transformers_class()
     loaded, tokenizer = load_folder(folder, trust_remote_code=trust_remote_code)
     trained = loaded.config.pondering_steps
@@ -104,12 +105,15 @@ def _in_transformers(
 
 
 def _in_vllm(folder: Path, steps: Sequence[int | None]) -> Iterator[Any]:
-    """The same, of one engine after the other: what an engine compiles and caches is of one number of steps."""
+    """The harness's model for each number of steps, each in a new engine.
+
+    What an engine compiles and caches is right for one number of steps only.
+    """
     from lm_eval.models.vllm_causallms import VLLM
 
     dtype = installed_configuration(folder).dtype
     for number in steps:
-        # asked for "auto", vLLM would make bf16 of fp32
+        # With "auto", vLLM would turn fp32 into bf16.
         options: dict[str, Any] = {"dtype": "auto" if dtype is None else str(dtype).removeprefix("torch.")}
         if number is not None:
             options["hf_overrides"] = {"pondering_steps": number}
@@ -123,7 +127,7 @@ def _in_vllm(folder: Path, steps: Sequence[int | None]) -> Iterator[Any]:
 
 
 def as_table(found: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Tasks and metrics down, pondering steps across."""
+    """The table as text, with a row for each task and metric and a column for each number of pondering steps."""
     rows = [(task, metric) for task, metrics in next(iter(found.values())).items() for metric in metrics]
     width = max(len(f"{task} {metric}") for task, metric in rows)
     lines = [f"{'pondering steps':{width}}" + "".join(f"{name:>10}" for name in found)]

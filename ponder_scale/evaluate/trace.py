@@ -1,4 +1,4 @@
-"""What each pass believes about each token of a text: in the terminal, and as a page with a heat map."""
+"""Show what each pass predicts after each token of a text, in the terminal and as a page with a heat map."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Belief:
-    """What a pass says after a token about the next.
+    """What a pass predicts after a token.
 
     Args:
         top: the most probable next tokens, with their probabilities.
-        entropy: of the prediction, in nats.
+        entropy: entropy of the prediction, in nats.
         kl_to_last: KL(last pass || this pass), in nats.
-        change: of the embedding that the pass was given, |e_s - e_{s-1}| / |e_{s-1}|; 0 in the first pass.
-        loss: -log p of the token that follows, in nats; None after the last.
+        change: change of the embedding that the pass was given, |e_s - e_{s-1}| / |e_{s-1}|. It is 0 in the first pass.
+        loss: -log p of the token that follows, in nats. None after the last token.
     """
 
     top: list[tuple[str, float]]
@@ -38,7 +38,7 @@ class Belief:
 
 @dataclass(frozen=True)
 class Trace:
-    """Tokens of a text, and for each of them the belief of each of the S + 1 passes."""
+    """The tokens of a text, and for each token the belief of each of the S + 1 passes."""
 
     tokens: list[str]
     beliefs: list[list[Belief]]
@@ -47,10 +47,10 @@ class Trace:
 def trace_folder(
     folder: Path, text: str, *, steps: int | None, html_file: Path | None, trust_remote_code: bool = False
 ) -> Trace:
-    """Print the trace of a text by an exported folder, and write it as a page where `html_file` is given.
+    """Print the trace of a text by an exported folder. If `html_file` is given, also write it as a page.
 
     Raises:
-        ConfigError: the text has no tokens, or more than the model has positions.
+        ConfigError: the text has no tokens, or more tokens than the model has positions.
     """
     model, tokenizer = load_folder(folder, trust_remote_code=trust_remote_code)
     ids = tokenizer(text, return_tensors="pt", return_token_type_ids=False).input_ids.to(model.device)
@@ -70,7 +70,7 @@ def trace_folder(
 
 @torch.no_grad()
 def trace_tokens(model: Any, tokenizer: Any, ids: Tensor, steps: int | None = None) -> Trace:
-    """The trace of token ids (1, T). `steps` overrides the configuration's S."""
+    """The trace of token ids (1, T). `steps` replaces the configuration's S."""
     embeds, log_p = _passes(model, ids, steps)  # (S + 1, T, D), (S + 1, T, V)
     entropy = -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1)  # (S + 1, T)
     kl = (log_p[-1].exp() * (log_p[-1] - log_p)).sum(-1).clamp(min=0)
@@ -91,7 +91,7 @@ def trace_tokens(model: Any, tokenizer: Any, ids: Tensor, steps: int | None = No
 
 
 def _passes(model: Any, ids: Tensor, steps: int | None) -> tuple[Tensor, Tensor]:
-    """The input embeddings and the log-probabilities of each pass, fp32 on the CPU."""
+    """The input embeddings (S + 1, T, D) and the log-probabilities (S + 1, T, V) of each pass, fp32 on the CPU."""
     given: list[Tensor] = []
     said: list[Tensor] = []
 
@@ -108,7 +108,7 @@ def _passes(model: Any, ids: Tensor, steps: int | None) -> tuple[Tensor, Tensor]
 
 
 def as_text(trace: Trace) -> str:
-    """A line for each token and pass: its three most probable successors, entropy, KL to the last pass, change."""
+    """A line for each token and pass: the three most probable next tokens, entropy, KL to the last pass, change."""
     width = max(len(repr(token)) for token in trace.tokens)
     lines = [f"{'token':{width}}  pass  entropy  KL to last  change  loss    most probable next"]
     for token, beliefs in zip(trace.tokens, trace.beliefs, strict=True):

@@ -1,7 +1,7 @@
-"""Whose code an exported folder holds. Loading a folder with its own code runs that code with the rights of the user.
+"""Decide whether the code of an exported folder is ours. Loading a folder with its own code runs it with your rights.
 
-A folder is known to be ours when its code is that of this installation, byte for byte. Then nothing of it is run: the
-installed classes load it. What a folder says of itself decides nothing.
+A folder is known to be ours if its code is that of this installation, byte for byte. Then the installed classes load
+it, and none of its code runs. What a folder says about itself does not matter.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ FLAG = "--trust-remote-code"
 
 
 def installed_configuration(folder: Path) -> Any:
-    """The configuration of a folder of ours, for the installed classes.
+    """The configuration of a folder that is known to be ours, for the installed classes.
 
     Raises:
-        CheckpointError: it is not known to be ours; says why.
+        CheckpointError: the folder is not known to be ours. The message says why.
     """
     values = _read(folder / "config.json")
     reason = _stranger(folder, values)

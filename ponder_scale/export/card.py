@@ -1,4 +1,4 @@
-"""The model card of a folder."""
+"""Write the model card of a folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Cannot be noticed, so do not do it: a stock class named in place of the model's 
 or by an override of `architectures` (as vLLM's `--hf-overrides`), reads the same weights and never ponders.
 """
 
-# What the tests run this code in; tests/export/test_finetuning.py compares these versions with those that ran.
+# The versions that the tests run with. tests/export/test_finetuning.py compares them with those that really ran.
 TESTED = {
     "transformers": f"{OLDEST} to {NEWEST}",
     "trl": "1.16.0",
@@ -82,7 +82,7 @@ _FEEDBACK = {
 def model_card(
     name: str, configuration: Any, parameters: int, facts: Mapping[str, str], licence: str | None = None
 ) -> str:
-    """The card as Markdown; `facts` are further rows of its table."""
+    """The card as Markdown. `facts` are further rows of its table."""
     architecture, layers = configuration.model_type.removeprefix("ponder_"), configuration.num_hidden_layers
     rows = {
         "architecture": f"{architecture}, {layers} layers, width {configuration.hidden_size}, "
@@ -107,10 +107,10 @@ def model_card(
 
 
 def _trained_on(state: Mapping[str, Any]) -> str:
-    """What the weights have learned from, as the run recorded it."""
+    """The amount that the weights have learned from, as the run recorded it."""
     length = f"sequences of {state['config']['data']['seq_len']:,}"
     done = state.get("done")
-    if done is None:  # saved before runs recorded what they did
+    if done is None:  # saved by an old version, which did not record what a run has done
         return f"{state['tokens']:,} tokens in {state['step']:,} steps, {length}"
     tokens, steps = done["tokens"] - done["skipped_tokens"], done["steps"] - done["skipped_steps"]
     text = f"{tokens:,} tokens in {steps:,} steps, {length}; {done['flops']:.3g} FLOPs"
@@ -123,11 +123,11 @@ def _trained_on(state: Mapping[str, Any]) -> str:
 def tuned_card(
     before: str | None, names: tuple[str, str], configuration: Any, parameters: int, facts: Mapping[str, str]
 ) -> str:
-    """The card of a folder whose weights another was trained from: the one before, and how it was tuned.
+    """The card of a tuned folder: the card of the folder that it was tuned from, and how it was tuned.
 
     Args:
-        before: the README of that folder, kept as it is but for the name; None: it has none.
-        names: of the folder before, and of this one.
+        before: README of the folder that it was tuned from. Only the name is changed. None if it has no README.
+        names: names of that folder and of this one.
     """
     source, name = names
     if before is None:
@@ -155,9 +155,9 @@ def trained_card(
     """The card of a checkpoint.
 
     Args:
-        state: its state.json.
-        held_out: the run's evaluation of it, as metrics.jsonl has it; None: there was none.
-        average: the folder holds the running average of the weights, which training did not evaluate.
+        state: contents of its state.json.
+        held_out: the run's evaluation of it from metrics.jsonl, or None if there was none.
+        average: the folder has the running average of the weights, which training did not evaluate.
     """
     config = state["config"]
     weights = [source["weight"] for source in config["data"]["sources"].values()]

@@ -1,7 +1,7 @@
 """Check an exported folder with torch and transformers only: `python check_folder.py FOLDER EXPECTED.safetensors`.
 
-Run by `verify.py` in a process of its own, and usable wherever the folder is copied to. EXPECTED holds `input_ids`
-(B, T), `labels`, the `logits` of each pass (S + 1, B, T, V) and `pass_losses` (S + 1,) as the checkpoint gives them.
+`verify.py` runs it in a process of its own. You can also run it anywhere that you copy the folder to. EXPECTED holds
+`input_ids` (B, T), `labels`, the `logits` of each pass (S + 1, B, T, V) and `pass_losses` (S + 1,) of the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ NEW_TOKENS = 12
 
 
 def main() -> None:
-    """Print one JSON object: the largest differences, and whether cached decoding equals uncached."""
+    """Print one JSON object with the largest differences, and with whether cached decoding equals uncached."""
     folder, expected_file = sys.argv[1:]
     expected = load_file(expected_file)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     with torch.no_grad():
         pass_losses = model(expected["input_ids"], labels=expected["labels"]).pass_losses
-        # what a pass predicts is what the model does with that many pondering steps
+        # pass s predicts what the model with s pondering steps predicts
         logits = [model(expected["input_ids"], pondering_steps=steps).logits for steps in range(len(pass_losses))]
     prompt = expected["input_ids"][:, :8]
     options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}

@@ -1,6 +1,7 @@
-"""A Hugging Face folder: weights, the code of `ponder_scale/model`, configuration, tokenizer and model card.
+"""Make a Hugging Face folder: weights, the code of `ponder_scale/model`, configuration, tokenizer and model card.
 
-It is written under a hidden name beside its own and renamed at the end. SHA256SUMS is for `sha256sum -c`.
+The folder is written beside its final place under a hidden name, and renamed at the end. You can check its SHA256SUMS
+with `sha256sum -c`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ _SUFFIXES = (".safetensors", ".json", ".py", ".md", ".model", ".txt", ".jinja", 
 
 @contextmanager
 def making(out: Path) -> Iterator[Path]:
-    """A hidden folder that becomes `out`, as readable as new files are, when the block ends well; else it goes away.
+    """Yield a hidden folder, and rename it to `out` when the block ends well. If the block raises, it is deleted.
 
     Raises:
-        CheckpointError: `out` exists.
+        CheckpointError: `out` exists, or cannot be made.
     """
     if out.exists():
         raise CheckpointError(f"{out}: exists already; remove it or give another folder")
@@ -45,7 +46,7 @@ def making(out: Path) -> Iterator[Path]:
             files = sorted(path for path in hidden.iterdir() if path.name != MARK)
             sums = "".join(f"{_sha256(path)}  {path.name}\n" for path in files)
             (hidden / SUMS).write_text(sums, encoding="utf-8")
-            mode = hidden.stat().st_mode & 0o666  # what new files get here; not all that write into it leave it at that
+            mode = hidden.stat().st_mode & 0o666  # new files get this mode here; some writers set another
             for path in hidden.iterdir():
                 path.chmod(mode)
             sync_folder(hidden)
@@ -55,13 +56,13 @@ def making(out: Path) -> Iterator[Path]:
         except BaseException as error:
             if hidden.is_dir():
                 delete_contents(hidden, _named_by_export)
-            if isinstance(error, OSError):  # the disk is full, for example
+            if isinstance(error, OSError):  # for example, the disk is full
                 raise CheckpointError(f"{out}: cannot be made: {error}; nothing of it is left") from error
             raise
 
 
 def _named_by_export(name: str) -> bool:
-    """Whether what makes such folders gives this name to something in one that is not finished."""
+    """Whether an export may have made a file of this name in an unfinished folder."""
     return "/" not in name and (name in (MARK, SUMS) or name.endswith(_SUFFIXES))
 
 
@@ -77,10 +78,10 @@ def write_folder(
     """Make the folder `out` and return its number of parameters.
 
     Args:
-        configuration: of a pondering model.
-        weights: (name, tensor), one in memory at a time.
-        card: takes the number of parameters, returns the README.
-        tokenizer: folder with its files; None: the model comes without one.
+        configuration: configuration of a pondering model.
+        weights: pairs (name, tensor). Only one tensor is in memory at a time.
+        card: takes the number of parameters and returns the README.
+        tokenizer: folder with the tokenizer's files, or None for a model without a tokenizer.
     """
     model = meta_model(configuration)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

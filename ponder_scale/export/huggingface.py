@@ -1,4 +1,7 @@
-"""A checkpoint as a Hugging Face folder, without a GPU and without DeepSpeed; about one tensor is in memory."""
+"""Export a checkpoint as a Hugging Face folder, without a GPU and without DeepSpeed.
+
+Only about one tensor is in memory at a time.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ logger = logging.getLogger(__name__)
 def export(
     source: Path | str, out: Path | str, *, dtype: str = "float32", licence: str | None = None, average: bool = False
 ) -> Path:
-    """Make the folder `out` from a run's newest whole checkpoint, or from a checkpoint; returns `out`.
+    """Make the folder `out` from a checkpoint, or from the newest whole checkpoint of a run. Returns `out`.
 
     Args:
-        licence: identifier on the hub, such as apache-2.0, for the model card.
-        average: take the running average of the weights instead of them.
+        licence: identifier of the hub for the model card, such as apache-2.0.
+        average: export the running average of the weights instead of the weights.
 
     Raises:
-        CheckpointError: no whole checkpoint, weights of another model than its configuration, or `out` exists.
+        CheckpointError: there is no whole checkpoint, the weights do not belong to its configuration, or `out` exists.
     """
     folder, out = find(Path(source)), Path(out)
     state = read_state(folder, "step", "tokens", "model", "config")
@@ -45,7 +48,7 @@ def export(
 
 
 def _held_out(folder: Path, step: int) -> dict[str, Any] | None:
-    """The run's last evaluation up to the checkpoint's step, where its metrics are still beside it."""
+    """The run's last evaluation up to the checkpoint's step. None if the run's metrics are not there any more."""
     metrics = folder.parent.parent / METRICS
     if not metrics.is_file():
         return None

@@ -1,6 +1,7 @@
-"""Folders of the published code to folders of ours and back (LUMIA-Group/PonderingLM and, for LLaMA, its follow-up).
+"""Convert folders of the published code to folders of ours, and back.
 
-Its format is told in `foreign`. There GPT-NeoX calls its head `embed_out` and has an `adapter.weight` of no use.
+The published code is LUMIA-Group/PonderingLM and, for LLaMA, its follow-up. `setup.warm_start` reads its configuration.
+Its GPT-NeoX calls the head `embed_out`, and has an `adapter.weight` that it does not use.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def import_reference(source: Path, out: Path, *, dtype: str = "float32", licence: str | None = None) -> Path:
-    """Make the folder `out` of ours from a folder of the published code; returns `out`.
+    """Convert a folder of the published code to a folder of ours, `out`. Returns `out`.
 
-    A folder of ours is taken as well: what another version has exported gets the code of this one.
+    `source` may also be a folder of ours that another version exported. `out` then has the code of this version.
 
     Raises:
-        CheckpointError: not a folder of an architecture that it has, or settings that mean another model.
+        CheckpointError: the architecture is not one of the published code, or the settings mean another model.
     """
     values = read_configuration(source)
     architecture = values.get("model_type")
@@ -71,10 +72,10 @@ def import_reference(source: Path, out: Path, *, dtype: str = "float32", licence
 
 
 def export_reference(source: Path, out: Path) -> Path:
-    """Make a folder `out` that the published code reads from a folder of ours; weights in fp32; returns `out`.
+    """Convert a folder of ours to a folder `out` that the published code reads, with weights in fp32. Returns `out`.
 
     Raises:
-        CheckpointError: `source` is not of ours, or ponders in a way that the published code does not have.
+        CheckpointError: `source` is not a folder of ours, or ponders in a way that the published code cannot.
     """
     values = read_configuration(source)
     architecture = str(values.get("model_type")).removeprefix("ponder_")
@@ -100,7 +101,7 @@ def export_reference(source: Path, out: Path) -> Path:
     stock = {
         key: value for key, value in configuration.to_dict().items() if key not in (*NOT_THE_MODEL, *PONDERING_FIELDS)
     }
-    known = GenerationConfig().to_dict().keys()  # anything else may name code
+    known = GenerationConfig().to_dict().keys()  # other keys may name code to run
     with making(out) as folder:
         write_safetensors(folder, shapes | unused, weights(), torch.float32)
         content = {**stock, "model_type": architecture, "architectures": [CLASSES[architecture]], **keys}
@@ -119,7 +120,7 @@ def published_keys(architecture: str, configuration: Any) -> dict[str, Any]:
     """The published code's keys for a configuration of ours.
 
     Raises:
-        CheckpointError: it has none for a field.
+        CheckpointError: the published code has no key for a field.
     """
     steps, scale = configuration.pondering_steps, configuration.initial_scale
     refused = {

@@ -1,4 +1,4 @@
-"""The tokenizer of an exported folder, readable by `AutoTokenizer` of transformers 4 and 5."""
+"""Write the tokenizer of an exported folder, so that `AutoTokenizer` of transformers 4 and 5 can read it."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ FILES = (
 )
 CONFIG = "tokenizer_config.json"
 SENTENCEPIECE = "tokenizer.model"
-# code, or a place to fetch it from
+# Keys that name code, or a place to load code from.
 _NAMING = ("auto_map", "custom_pipelines", "name_or_path", "_name_or_path", "trust_remote_code")
 SAMPLES = ("def read(self):\n    return 1", " leading and  double spaces", "naïve café — 你好", "\n\n\ttabs", "a")
 
 
 def bundle_tokenizer(source: Path, out: Path, *, eod_id: int | list[int] | None) -> None:
-    """Copy a tokenizer's files from `source` and complete what `AutoTokenizer` needs.
+    """Copy a tokenizer's files from `source` and add what `AutoTokenizer` needs.
 
     Args:
-        eod_id: as a configuration of transformers has it: of several the first is the text's end.
+        eod_id: end of a text, as in a transformers configuration. If there are several, the first one is used.
 
     Raises:
-        TokenizerError: transformers reads the SentencePiece model, but encodes text differently.
+        TokenizerError: there is no tokenizer in `source`, or transformers reads its SentencePiece model but encodes
+            text differently.
     """
     end = next(iter(eod_id), None) if isinstance(eod_id, list) else eod_id
     for name in FILES:
         copy_file(source, name, out)
     config = tokenizer_config(source)
     if (out / "tokenizer.json").is_file():
-        # transformers 5 writes its own class name there, which transformers 4 does not know
+        # transformers 5 writes a class name that transformers 4 does not know.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         if not config.get("eos_token"):
             config["eos_token"] = _token(out / "tokenizer.json", end)
@@ -55,7 +56,7 @@ def bundle_tokenizer(source: Path, out: Path, *, eod_id: int | list[int] | None)
 
 
 def copy_file(source: Path, name: str, out: Path) -> bool:
-    """Copy a file of `source` where it has one of this name, and tell whether; the bytes, whatever the mode.
+    """Copy a file of `source`, without its mode. Returns whether there was a file of this name.
 
     Raises:
         TokenizerError: it is a link that leads out of `source`.
@@ -68,13 +69,13 @@ def copy_file(source: Path, name: str, out: Path) -> bool:
 
 
 def tokenizer_config(source: Path) -> dict[str, Any]:
-    """What tokenizer_config.json says, without what names code or files for the loader. Raises as `read_json`."""
+    """The contents of tokenizer_config.json, without keys that name code or files to load. Raises like `read_json`."""
     config = read_json(source, CONFIG)
     return {key: value for key, value in config.items() if key not in _NAMING and not key.endswith(("_file", "_path"))}
 
 
 def read_json(source: Path, name: str) -> dict[str, Any]:
-    """The keys and values of a file of `source`; none where there is no file of this name.
+    """The keys and values of a JSON file of `source`. Empty if there is no file of this name.
 
     Raises:
         TokenizerError: it cannot be read, or is a link that leads out of `source`.
@@ -112,7 +113,7 @@ def _sentencepiece_config(model: Path, end: int | None) -> dict[str, Any]:
     return {
         "tokenizer_class": "LlamaTokenizer",
         "legacy": False,
-        "add_prefix_space": processor.encode("a", out_type=str)[0].startswith("\u2581"),  # the model's dummy prefix
+        "add_prefix_space": processor.encode("a", out_type=str)[0].startswith("\u2581"),  # dummy prefix
         "add_bos_token": False,
         "add_eos_token": False,
         "bos_token": None,
@@ -125,13 +126,13 @@ def _check_sentencepiece(out: Path) -> None:
     from transformers import AutoTokenizer
 
     ours = sentencepiece.SentencePieceProcessor(model_file=str(out / SENTENCEPIECE))
-    with tempfile.TemporaryDirectory() as alone:  # beside a config.json the loader would ask that for code
+    with tempfile.TemporaryDirectory() as alone:  # beside a config.json, the loader would look for code there
         for name in (CONFIG, SENTENCEPIECE, *FILES):
             copy_file(out, name, Path(alone))
         try:
             theirs = AutoTokenizer.from_pretrained(alone, trust_remote_code=False)
             found = {text: theirs(text, add_special_tokens=False)["input_ids"] for text in SAMPLES}
-        except Exception as error:  # whatever its class makes of a configuration that it does not expect
+        except Exception as error:  # tokenizer classes raise anything for a configuration that they do not expect
             reason = " ".join(str(error).split())[:300]
             raise TokenizerError(f"{out / CONFIG}: transformers cannot load the tokenizer: {reason}") from error
     for text, got in found.items():

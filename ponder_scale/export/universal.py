@@ -1,7 +1,8 @@
-"""A universal checkpoint of DeepSpeed as a Hugging Face folder: of a model of ours that another program has trained.
+"""Export a universal checkpoint of DeepSpeed as a Hugging Face folder.
 
-Our own runs have checkpoints of one format for every stage and number of ranks, and no need of this one. It is made by
-`python -m deepspeed.checkpoint.ds_to_universal`, is read here without DeepSpeed, and holds weights alone.
+Use it for a model of ours that another program has trained. Our own runs do not need it, because their checkpoints have
+one format for every stage and number of ranks. `python -m deepspeed.checkpoint.ds_to_universal` makes a universal
+checkpoint. It is read here without DeepSpeed, and only for its weights.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 def is_universal(source: Path) -> bool:
-    """Whether it has the layout of a universal checkpoint."""
+    """Whether a folder has the layout of a universal checkpoint."""
     return (source / "zero").is_dir()
 
 
 def read_universal(source: Path, like: Path) -> tuple[Any, Iterator[tuple[str, Tensor]]]:
-    """The configuration, which is that of the Hugging Face folder `like`, and the weights, as `model_weights`."""
+    """The configuration of the Hugging Face folder `like`, and the weights of `source`. Raises like `model_weights`."""
     configuration = folder_configuration(like)
     return configuration, model_weights(meta_model(configuration), source)
 
@@ -36,13 +37,13 @@ def read_universal(source: Path, like: Path) -> tuple[Any, Iterator[tuple[str, T
 def export_universal(
     source: Path, out: Path, *, like: Path, dtype: str = "float32", licence: str | None = None
 ) -> Path:
-    """Make the folder `out` from a universal checkpoint; returns `out`.
+    """Make the folder `out` from a universal checkpoint. Returns `out`.
 
     Args:
         like: Hugging Face folder with the model's config.json and tokenizer.
 
     Raises:
-        CheckpointError: weights of another model than that of `like`, or `out` exists.
+        CheckpointError: the weights are not of the model of `like`, or `out` exists.
     """
     configuration, weights = read_universal(source, like)
     facts = {"converted from": f"{source.name}, a universal checkpoint of DeepSpeed"}

@@ -1,4 +1,4 @@
-"""Whether an exported folder computes what its checkpoint does, seen from a fresh process."""
+"""Check, in a fresh process, that an exported folder computes the same as its checkpoint."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from ponder_scale.setup.build import configuration_from_dict, model_class
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4  # of logits, between two processes in fp32; the weights are rounded to the export's dtype first
+TOLERANCE = 1e-4  # for logits of two processes in fp32, after rounding the weights to the export's dtype
 
 
 def verify_in_fresh_process(
     source: Path, folder: Path, *, dtype: str, average: bool = False, like: Path | None = None
 ) -> None:
-    """Load `folder` elsewhere and compare it with the checkpoint it came from.
+    """Load `folder` in another process and compare it with the checkpoint that it was made from.
 
     Args:
-        like: the checkpoint is a universal one, of the model of this folder.
+        like: given for a universal checkpoint, the folder with its model's configuration.
 
     Raises:
-        CheckpointError: logits are not finite; logits, per-pass losses or the number of parameters differ, or decoding
-            with the cache gives other tokens than decoding without.
+        CheckpointError: logits are not finite, or logits, losses of passes or the number of parameters differ, or
+            decoding with the cache gives other tokens than decoding without it.
     """
     if like is None:
         source = find(source)
@@ -60,7 +60,7 @@ def verify_in_fresh_process(
         tensors = {"input_ids": tokens, "labels": tokens.clone(), "logits": logits, "pass_losses": pass_losses}
         save_file(tensors, expected)
         script = Path(__file__).with_name("check_folder.py")
-        # -I: nothing of the current folder or of PYTHONPATH can help the exported code
+        # With -I, the exported code cannot import anything from the current folder or PYTHONPATH.
         command = [sys.executable, "-I", str(script), str(folder.resolve()), str(expected)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=temporary)
     if done.returncode:
@@ -68,7 +68,7 @@ def verify_in_fresh_process(
         raise CheckpointError(f"{folder}: cannot be loaded in a fresh process: {said[-1]}")
     report = json.loads(done.stdout.splitlines()[-1])
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    close = report["logits"] <= TOLERANCE and report["pass_losses"] <= TOLERANCE  # nan is not
+    close = report["logits"] <= TOLERANCE and report["pass_losses"] <= TOLERANCE  # False for nan
     if not close or report["parameters"] != parameters:
         raise CheckpointError(f"{folder}: computes something else than checkpoint {source}: {report}")
     if not report["cached_equals_uncached"]:

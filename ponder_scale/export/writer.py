@@ -1,4 +1,4 @@
-"""Safetensors files written one tensor at a time: the header is planned from shapes, so that no shard is ever whole."""
+"""Write safetensors files one tensor at a time. Headers are planned from shapes, so no file is ever whole in memory."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def write_safetensors(
     """Write the tensors, in `dtype`, as model.safetensors, or as several files and their index.
 
     Args:
-        shapes: what is expected, in the order of the files.
-        weights: (name, tensor) in any order; each is dropped before the next is taken.
+        shapes: shapes of the expected tensors, in the order of the files.
+        weights: pairs (name, tensor) in any order. Each is dropped before the next is taken.
 
     Raises:
-        CheckpointError: a tensor is not among the expected, is of another shape, comes twice or is missing.
+        CheckpointError: a tensor is not expected, has another shape, comes twice or is missing.
     """
     places = _plan(folder, shapes, dtype)
     waiting = set(shapes)
@@ -46,7 +46,7 @@ def write_safetensors(
 
 
 def _plan(folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> dict[str, tuple[Path, int]]:
-    """Write the headers and the index; the file and the offset in it of each tensor."""
+    """Write the headers and the index. Returns the file of each tensor and its offset there."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, shape in shapes.items():

@@ -1,10 +1,11 @@
-"""What a micro-batch computes, and the memory its activations take, without a device: traced, not by formula.
+"""Trace the operations of a micro-batch and the memory of its activations, without a device.
 
-The model's own code runs forward and backward on fake tensors, which have shapes and no storage, while torch's tracker
-adds up what would be alive, and each operation is counted. With two depths all of it follows for any depth, since it
-is linear in the layers. The
-pondering embedding and the loss would run through hundreds of blocks there, so stand-ins take their place, which keep
-for backward what they keep; their blocks are counted in `cost`.
+The model's own code runs forward and backward on fake tensors, which have shapes but no storage. Meanwhile torch's
+tracker adds up the memory that would be alive, and each operation is counted. Everything is linear in the number of
+layers, so the traces of two depths give any depth.
+
+The pondering embedding and the loss would run through hundreds of blocks here. Stand-ins take their place, which keep
+the same tensors for backward. `cost` counts their blocks.
 """
 
 from __future__ import annotations
@@ -25,33 +26,33 @@ from ponder_scale.planning.operations import Counting, Operations
 from ponder_scale.setup.build import configuration_from_dict, model_class
 from ponder_scale.setup.recompute import apply_recompute
 
-Ends = Callable[[str], None]  # told which op ends
-DEPTHS = (2, 3)  # layers of the two models that are traced; with one layer the peak is another
+Ends = Callable[[str], None]  # called with the name of an op when it ends
+DEPTHS = (2, 3)  # layers of the two traced models; with one layer the peak would not be on the line
 
 
 OPS = ("mixture forward", "mixture backward", "loss")
 
 
 class Traced(NamedTuple):
-    """Of forward and backward of a micro-batch, but for the blocks of the pondering embedding and the loss."""
+    """The trace of a micro-batch, forward and backward, without the blocks of the pondering embedding and the loss."""
 
-    peak_bytes: int  # besides weights and gradients
+    peak_bytes: int  # without weights and gradients
     operations: Operations
-    at_op: tuple[int, ...] = (0,) * len(OPS)  # the most that is alive when each of `OPS` ends, besides weights
+    at_op: tuple[int, ...] = (0,) * len(OPS)  # most bytes alive when each of `OPS` ends, without weights
 
 
 def with_blocks(traced: Traced, blocks: tuple[int, ...]) -> int:
-    """The peak with the blocks of the op, by `OPS`, each at its own time: passes and blocks do not peak together."""
+    """The peak with the blocks of each of `OPS`, added when that op ends, because passes and blocks peak apart."""
     return max(traced.peak_bytes, *(alive + block for alive, block in zip(traced.at_op, blocks, strict=True)))
 
 
 def activation_bytes(config: RunConfig, configuration: Any) -> int:
-    """Peak bytes alive in forward and backward of a micro-batch, besides weights, gradients and the op's blocks."""
+    """The peak bytes alive in forward and backward of a micro-batch, without weights, gradients and the ops' blocks."""
     return micro_batch(config, configuration).peak_bytes
 
 
 def micro_batch(config: RunConfig, configuration: Any) -> Traced:
-    """What forward and backward of a micro-batch of the run take."""
+    """The trace of forward and backward of a micro-batch of the run."""
     layers = configuration.num_hidden_layers
     if layers <= DEPTHS[1]:
         return _traced(config, configuration, layers)
@@ -64,7 +65,7 @@ def micro_batch(config: RunConfig, configuration: Any) -> Traced:
 
 def _traced(config: RunConfig, configuration: Any, layers: int) -> Traced:
     values = configuration.to_dict()
-    # GPT-2 calls it otherwise, and its configuration maps both names to one value
+    # GPT-2 uses the name n_layer, and its configuration maps both names to one value.
     values["n_layer" if "n_layer" in values else "num_hidden_layers"] = layers
     size = config.train.micro_batch_sequences, config.data.seq_len
     return _trace(json.dumps(values, sort_keys=True), config.train.recompute, config.train.precision, size)
@@ -84,7 +85,7 @@ def _trace(values: str, recompute: str, precision: str, size: tuple[int, int]) -
         model = model.to_empty(device="cpu")
         apply_recompute(model, recompute)
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)  # gradients are counted with the states
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)  # `cost` counts gradients with the states
         tokens = torch.zeros(size, dtype=torch.int64)
         tracker, counting = MemTracker(), Counting()
         at_op = dict.fromkeys(OPS, 0)
@@ -96,14 +97,14 @@ def _trace(values: str, recompute: str, precision: str, size: tuple[int, int]) -
         stand_ins = Ops(partial(_pondering_embedding, ends), partial(_cross_entropy, ends))
         tracker.track_external(model)
         with tracker, counting:
-            tracker._mod_tracker.clear_user_hooks()  # they keep statistics of each module, half of the time
+            tracker._mod_tracker.clear_user_hooks()  # the statistics of each module would take half of the time
             model(input_ids=tokens, shift_labels=tokens, skip_logits=True, ops=stand_ins).loss.backward()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
     return Traced(_activations(peak), counting.operations, tuple(at_op.values()))
 
 
 def _activations(snapshot: dict[Any, int]) -> int:
-    """Bytes alive besides weights, of the tracker's sums by kind."""
+    """The bytes alive without weights and buffers, from the tracker's sums by kind."""
     by_kind = {str(kind).split(".")[-1]: size for kind, size in snapshot.items()}
     return by_kind["Total"] - by_kind.get("PARAM", 0) - by_kind.get("BUFFER", 0)
 
@@ -129,7 +130,7 @@ def _per_token(hidden: Tensor) -> Tensor:
 
 
 class _Mixture(torch.autograd.Function):
-    """Allocates what the backends of the pondering embedding do, but for the buffers of a block."""
+    """Allocates what the backends of the pondering embedding allocate, except the buffers of a block."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, table: Tensor, ends: Ends) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +151,7 @@ class _Mixture(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
-    """Allocates what the backends of the loss do: its gradients are made in forward."""
+    """Allocates what the backends of the loss allocate. They make the gradients in forward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, ends: Ends) -> tuple[Tensor, Tensor, Tensor]:

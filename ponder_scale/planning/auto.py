@@ -1,11 +1,12 @@
-"""`auto`: what the planner chooses before a run starts, so that it trains in the least time.
+"""`auto`: choose settings before a run starts, so that it trains in the least time.
 
-`train.recompute`, `train.micro_batch` and `train.deepspeed` may each be left to it. They are chosen together, as each
-takes memory that another could use: a larger micro-batch may leave no room for weights to stay gathered, and recompute
-what a smaller one would keep. Of all that fits, the choice is what the planner's time (`time`) is least for.
+You may leave each of `train.recompute`, `train.micro_batch` and `train.deepspeed` to the planner. They are chosen
+together, because each takes memory that another could use. For example, a larger micro-batch may leave no room for
+weights to stay gathered, and may have to recompute what a smaller one would keep. Of all choices that fit, the planner
+takes the one with the least time (see `time`).
 
-What a micro-batch computes is traced for two sizes, which tell it for every size. Its memory is estimated from the
-same two, and traced for what is chosen.
+The operations of a micro-batch are traced for two sizes, which give them for every size. Its memory is estimated from
+the same two traces, and traced again for the chosen size.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from ponder_scale.setup.recompute import attention_dropout
 from ponder_scale.setup.speed import FLASH
 
 POLICIES = tuple(RECOMPUTED_FORWARDS)
-NO_DIFFERENCE = 0.01  # of time: then what needs less memory is taken
+NO_DIFFERENCE = 0.01  # choices within this share of the least time count as equal, and the least memory decides
 logger = logging.getLogger(__name__)
 
 
 def is_auto(train: TrainConfig) -> bool:
-    """Whether anything is left to the planner."""
+    """Whether the planner has to choose anything."""
     return "auto" in (train.recompute, train.micro_batch, train.deepspeed)
 
 
 def as_before(config: RunConfig, before: TrainConfig | None, ranks: int) -> RunConfig:
-    """The run with what an earlier attempt of it settled, so that a resumed run computes as the interrupted one.
+    """The run with the choices of its earlier attempt, so that a resumed run computes like the interrupted one.
 
-    A micro-batch that does not divide over these ranks is settled anew.
+    A micro-batch that does not divide over the present ranks is chosen again.
     """
     if before is None or is_auto(before):
         return config
@@ -54,14 +55,14 @@ def as_before(config: RunConfig, before: TrainConfig | None, ranks: int) -> RunC
 
 @dataclass(frozen=True)
 class Choice:
-    """A run with nothing left open, and its plan."""
+    """A run without any `auto`, and its plan."""
 
     config: RunConfig
     plan: Plan
 
     @property
     def sentence(self) -> str:
-        """For a person."""
+        """The choice in words."""
         train, plan = self.config.train, self.plan
         regime = (
             "" if plan.gathers is None else (", weights kept" if plan.gathers.volume == 1 else ", weights released")
@@ -75,10 +76,10 @@ class Choice:
 def settle(
     config: RunConfig, shardings: Mapping[str, dict[str, Any]], configuration: Any, devices: Devices
 ) -> tuple[RunConfig, list[str]]:
-    """The run with numbers and names in place of `auto`, and what to say about it: the choice and the runner-up.
+    """Replace every `auto` of a run. Returns the run, and lines about the choice and the runner-up.
 
     Args:
-        shardings: the files that may be taken, by name; one, unless `train.deepspeed` is auto.
+        shardings: the files to choose from, by name. There is only one unless `train.deepspeed` is auto.
 
     Raises:
         ConfigError: nothing fits.
@@ -100,7 +101,7 @@ def settle(
 def largest_that_fits(
     config: RunConfig, sharding: dict[str, Any], configuration: Any, devices: Devices
 ) -> RunConfig | None:
-    """The run under this sharding, what is auto chosen by time; None where it does not fit."""
+    """The run under this sharding, with every `auto` replaced by the choice of least time. None if nothing fits."""
     choices = ranked(config, {config.train.deepspeed: sharding}, configuration, devices)
     return choices[0].config if choices else None
 
@@ -108,7 +109,7 @@ def largest_that_fits(
 def ranked(
     config: RunConfig, shardings: Mapping[str, dict[str, Any]], configuration: Any, devices: Devices
 ) -> list[Choice]:
-    """All that fits, least time first; of what takes about as long the least memory."""
+    """All choices that fit. The first takes the least memory of those within `NO_DIFFERENCE` of the least time."""
     search = _Search(config, shardings, configuration, devices)
     found = sorted(search.candidates(), key=lambda choice: choice.plan.step.seconds)
     while found:
@@ -124,7 +125,7 @@ def ranked(
 
 @dataclass(frozen=True)
 class _Search:
-    """Over policies, micro-batches and shardings."""
+    """The search over policies, micro-batches and shardings."""
 
     config: RunConfig
     shardings: Mapping[str, dict[str, Any]]
@@ -133,7 +134,7 @@ class _Search:
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """Those to be tried."""
+        """The policies to try."""
         chosen = self.config.train.recompute
         if chosen != "auto":
             return (chosen,)
@@ -144,14 +145,14 @@ class _Search:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Micro-batches that divide the batch of every step over the ranks, rising."""
+        """The micro-batches that divide the batch of every step over the ranks, in ascending order."""
         if self.config.train.micro_batch != "auto":
             return [self.config.train.micro_batch]
         share = self.config.train.batch_unit // self.devices.ranks
         return [size for size in range(1, share + 1) if share % size == 0]
 
     def candidates(self) -> Iterator[Choice]:
-        """What fits by the estimate of its memory."""
+        """All choices that fit by the estimate of their memory."""
         for policy in self.policies:
             first: dict[int, Traced] = {}
             for size in self.sizes:
@@ -162,16 +163,16 @@ class _Search:
                         fits = True
                         yield choice
                 if not fits:
-                    break  # a larger micro-batch takes more
+                    break  # a larger micro-batch needs more memory
 
     def traced(self, choice: Choice) -> Choice:
-        """The same, its memory traced for its own size."""
+        """The same choice, with the memory traced for its own size."""
         train = choice.config.train
         sharding = self.shardings[train.deepspeed]
         return self._choice(str(train.recompute), train.micro_batch_sequences, train.deepspeed, sharding, None)
 
     def _estimate(self, policy: str, size: int, traced: dict[int, Traced]) -> Traced:
-        """Of a micro-batch of so many sequences: traced for 1 and 2, and from these for any."""
+        """The trace of a micro-batch of `size` sequences. Sizes 1 and 2 are traced, and give all others."""
         if size not in traced and (size <= 2 or len(self.sizes) == 1):
             traced[size] = micro_batch(self._run(policy, size, self.config.train.deepspeed), self.configuration)
         if size in traced:

@@ -1,10 +1,11 @@
 """Measure a machine for the planner: `ponder-scale plan --calibrate FILE`, in half a minute.
 
-Two ranks measure at the same time, as they would train, and then the link between them: by gloo on a CPU, by NCCL on
-two GPUs. What one machine cannot tell, the links between nodes, stays as the table has it. Each figure is a median.
+Two ranks measure at the same time, because they would also train at the same time. Then they measure the link between
+them: with gloo on a CPU, with NCCL on two GPUs. One machine cannot measure the links between nodes, so these stay as in
+the table. Each figure is a median.
 
-Shapes are those of small models on a CPU and of large ones on a GPU. The counts that turn seconds into rates are those
-by which the planner turns rates into seconds (`operations`, `time`).
+The shapes are those of small models on a CPU and of large models on a GPU. Seconds are turned into rates by the same
+counts that the planner uses to turn rates into seconds (`operations`, `time`).
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ from ponder_scale.planning.hardware import COLLECTIVES, CPU, Hardware, Link, har
 from ponder_scale.planning.operations import Counting, Product, Rest
 from ponder_scale.planning.time import LOSS_PRODUCTS, MIXTURE_PRODUCTS, TOP_K_ROWS, product_seconds
 
-SECONDS = 0.15  # that a figure is measured for, at least
+SECONDS = 0.15  # each figure is measured for at least this long
 RUNS = 7
 TOP_K = 32
 
 
 class Sizes(NamedTuple):
-    """Of what is measured."""
+    """The sizes of what is measured."""
 
     products: tuple[tuple[int, int, int], ...]  # (m, n, k)
     width: int
     tokens: int
     vocabulary: int
-    length: int  # of the sequences of attention
-    elements: int  # of an optimizer's matrix, of which there are eight
-    small: int  # bytes of a collective that takes its latency only
+    length: int  # tokens of a sequence in attention
+    elements: int  # of one matrix of the optimizer, which has eight
+    small: int  # bytes of a collective whose time is only latency
     large: int
 
 
@@ -72,7 +73,7 @@ ON_GPU = Sizes(
 
 
 def calibrate(*, timeout: float = 300.0) -> Hardware:
-    """The hardware of this machine, measured by two ranks; by one where there is one GPU, with the table's links.
+    """The hardware of this machine, measured by two ranks. With one GPU, one rank measures and links are the table's.
 
     Raises:
         RuntimeError: a rank failed.
@@ -92,7 +93,7 @@ def calibrate(*, timeout: float = 300.0) -> Hardware:
                 stack.callback(processes[-1].wait)
                 stack.callback(processes[-1].kill)
             deadline = time.monotonic() + timeout
-            # the others wait for one that has failed
+            # If one rank has failed, the other would wait for it.
             while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
                 if any(process.poll() for process in processes):
                     break
@@ -105,7 +106,7 @@ def calibrate(*, timeout: float = 300.0) -> Hardware:
 
 
 def measure(rank: int, ranks: int) -> Hardware:
-    """The hardware of this rank's device; every rank calls it, in the process group that they form."""
+    """Measure the hardware of this rank's device. Every rank of the process group calls it."""
     gpu = torch.cuda.is_available()
     device, sizes = torch.device("cuda", rank) if gpu else torch.device("cpu"), ON_GPU if gpu else ON_CPU
     row = hardware_of(torch.cuda.get_device_name(device)) if gpu else CPU
@@ -131,7 +132,7 @@ def measure(rank: int, ranks: int) -> Hardware:
 
 
 def median_seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Of a call, after one that warms up."""
+    """The median seconds of a call, after a first call to warm up."""
     spent: list[float] = []
     begin = time.perf_counter()
     while len(spent) <= RUNS or time.perf_counter() - begin < SECONDS:
@@ -148,7 +149,7 @@ def _host_memory() -> int:
 
 
 def _products(found: Hardware, sizes: Sizes, precision: str, device: Any, dtype: Any) -> Hardware:
-    """Rate of large products, and what edges cost: seconds an operation are linear in 1/m + 1/n + 1/k."""
+    """Measure the rate of large products and the cost of edges: seconds an operation are linear in 1/m + 1/n + 1/k."""
     points = []
     for m, n, k in sizes.products:
         left, right = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
@@ -163,7 +164,7 @@ def _products(found: Hardware, sizes: Sizes, precision: str, device: Any, dtype:
 
 
 def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """Slope and height at 0 of the line with the least squares of relative errors."""
+    """The slope and the height at 0 of the line with the least squares of relative errors."""
     weights = [1 / y**2 for _, y in points]
     total = sum(weights)
     x0 = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
@@ -174,7 +175,7 @@ def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _elementwise(found: Hardware, sizes: Sizes, device: Any, dtype: Any) -> Hardware:
-    """Time of a call, bytes a second, and exponentials a second, of chains like those of a layer."""
+    """Measure the time of a call, bytes a second and exponentials a second, on operations like those of a layer."""
 
     def plain(x: Tensor, weight: Tensor) -> Tensor:
         return x + weight * (x * x.mean(-1, keepdim=True))
@@ -196,7 +197,7 @@ def _elementwise(found: Hardware, sizes: Sizes, device: Any, dtype: Any) -> Hard
 
     seconds, rest = timed(plain, 2, 8)
     call = seconds / rest.calls
-    own = 0.0 if found.asynchronous else call  # a device that runs behind the host hides the calls of large tensors
+    own = 0.0 if found.asynchronous else call  # on an asynchronous device, calls on large tensors are hidden
     seconds, rest = timed(plain, sizes.tokens, sizes.width)
     rate = rest.bytes / max(seconds - own * rest.calls, 0.1 * seconds)
     seconds, rest = timed(costly, sizes.tokens, sizes.width * 2)
@@ -205,7 +206,7 @@ def _elementwise(found: Hardware, sizes: Sizes, device: Any, dtype: Any) -> Hard
 
 
 def _attention(sizes: Sizes, device: Any, dtype: Any) -> float:
-    """FLOP/s of causal attention, forward and backward."""
+    """The FLOP/s of causal attention, forward and backward."""
     shape = (4, max(1, sizes.width // 64), sizes.length, 64)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
 
@@ -220,7 +221,7 @@ def _attention(sizes: Sizes, device: Any, dtype: Any) -> float:
 
 
 def _vocabulary(found: Hardware, sizes: Sizes, precision: str, device: Any, dtype: Any) -> dict[str, float]:
-    """Shares of the peak that the pondering embedding's and the loss's products reach, by the way they are made."""
+    """The shares of the peak that the products of the pondering embedding and of the loss reach, by way."""
     tokens, vocabulary, width = sizes.tokens, sizes.vocabulary, sizes.width
     hidden, head, table = (
         (0.1 * torch.randn(rows, width, device=device)).to(dtype).requires_grad_()
@@ -254,7 +255,7 @@ def _vocabulary(found: Hardware, sizes: Sizes, precision: str, device: Any, dtyp
 
 
 def _optimizer(sizes: Sizes, device: torch.device) -> float:
-    """Bytes a second of AdamW, which reads four numbers for each of its own and writes three."""
+    """The bytes a second of AdamW, which reads four numbers for each parameter and writes three."""
     elements = sizes.elements if device.type == "cuda" else ON_CPU.elements
     weights = [torch.zeros(elements, device=device, requires_grad=True) for _ in range(8)]
     optimizer = torch.optim.AdamW(weights, fused=device.type == "cuda")
@@ -264,14 +265,14 @@ def _optimizer(sizes: Sizes, device: torch.device) -> float:
 
 
 def _copies(sizes: Sizes, device: Any) -> float:
-    """Bytes a second from the host's pinned memory."""
+    """The bytes a second that are copied from the host's pinned memory."""
     host = torch.empty(sizes.large, dtype=torch.uint8, pin_memory=True)
     there = torch.empty_like(host, device=device)
     return sizes.large / median_seconds(lambda: there.copy_(host, non_blocking=True), device)
 
 
 def _link(sizes: Sizes, device: Any, known: Link) -> Link:
-    """Between the ranks: each collective's rate, and what any takes that sends next to nothing."""
+    """The link between the ranks: the rate of each collective, and the latency of one that sends almost nothing."""
     ranks, rates, small = dist.get_world_size(), {}, []
     for kind in COLLECTIVES:
         seconds = {}
@@ -288,7 +289,7 @@ def _link(sizes: Sizes, device: Any, known: Link) -> Link:
 
 
 def _alike(kind: str, part: Tensor, whole: Tensor) -> float:
-    """Median seconds of a collective, called as often on every rank."""
+    """The median seconds of a collective. Every rank calls it the same number of times."""
     spent = []
     for _ in range(2 * RUNS):
         dist.barrier()

@@ -1,4 +1,4 @@
-"""What a run costs by arithmetic: parameters, floating-point operations, bytes of state and of communication.
+"""Compute what a run costs by arithmetic: parameters, floating-point operations, bytes of state and communication.
 
 A product of (m, k) and (k, n) counts 2 m k n. With G = 2 V D for one product of a token with the vocabulary:
 
@@ -7,12 +7,12 @@ A product of (m, k) and (k, n) counts 2 m k n. With G = 2 V D for one product of
     the same by K tokens       1 G + 2 K D, 8 K D             z over all of the vocabulary, the rest over K rows
     last pass's loss           1 G forward, 2 G backward
 
-Model FLOPs (of MFU) count what the mathematics needs: 3 forwards for a pass, 6 G a pondering step (G + 10 K D with K
-tokens), 3 G for the loss. Hardware FLOPs (of HFU) add what is computed twice: 1 G a pondering step but with K tokens,
-whose scores are kept, and the passes by the recomputation policy.
+Model FLOPs, for MFU, count what the mathematics needs: 3 forwards for a pass, 6 G for a pondering step (G + 10 K D with
+K tokens) and 3 G for the loss. Hardware FLOPs, for HFU, add what is computed twice. That is 1 G for a pondering step,
+and passes as the recomputation policy says. With K tokens the scores are kept, so the 1 G is not needed.
 
-Attention counts by its causal half, T + 1 of the 2 T of the whole square. PaLM's convention for MFU (arXiv 2204.02311,
-B) counts the square: `square_attention` is what it would add. Source of the other counts: the derivation in
+Attention counts its causal half, T + 1 of the 2 T of the whole square. PaLM's convention for MFU (arXiv 2204.02311, B)
+counts the square, and `square_attention` is the difference. The other counts come from the derivation in
 `model/pondering_embedding.py`.
 """
 
@@ -25,43 +25,43 @@ from typing import Any
 from ponder_scale.config import RunConfig
 
 GIB = 2**30
-CHUNK_ELEMENTS = 2**22  # scores that exist at a time on a CPU
-ATTENTION_ROWS = 4  # numbers of width D that attention with the vocabulary holds for a token on a CPU
+CHUNK_ELEMENTS = 2**22  # most scores that exist at a time on a CPU
+ATTENTION_ROWS = 4  # rows of width D that attention with the vocabulary holds for each token on a CPU
 KERNEL_BLOCK = 8192  # tokens, or columns of the vocabulary, whose scores exist at a time on a GPU
-# forwards of a pass that backward repeats, fastest policy first; `pass+layer` repeats the pass, and in it each layer
+# Forwards of a pass that backward repeats, fastest policy first. `pass+layer` repeats the pass, and each layer in it.
 RECOMPUTED_FORWARDS = {"none": 0.0, "selective": 1.0, "layer": 1.0, "pass": 1.0, "pass+layer": 2.0}
-# policies that run through all layers again before their backward; the others recompute a layer beside its backward
+# Policies that run through all layers again before their backward. The others recompute a layer beside its backward.
 SWEEPS_AGAIN = ("pass", "pass+layer")
-LIVE_LAYERS = 3  # gathered at a time where layers are released
-KEPT_AT_TURN = 2.5  # of them, that are still there when a sweep through the layers is followed by one backwards
+LIVE_LAYERS = 3  # layers that are gathered at a time if layers are released
+KEPT_AT_TURN = 2.5  # layers that are still gathered when a sweep through the layers turns around
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a model that cost anything."""
+    """The numbers of a model that its cost depends on."""
 
     parameters: int
-    table_parameters: int  # of the embedding tables and, where it is not one of them, the head
+    table_parameters: int  # of the embedding tables, and of the head if it is not one of them
     vocabulary: int
     hidden: int
     layers: int
     sequence: int  # predicted tokens, T
     pondering_steps: int
-    feedback: str = "embedding"  # "hidden" has no products of its own; its statistics take one with the vocabulary
-    top_k: int | None = None  # rows that a mixture is made of; None: the whole vocabulary
+    feedback: str = "embedding"  # "hidden" needs one product with the vocabulary, for its statistics
+    top_k: int | None = None  # rows in a mixture; None is the whole vocabulary
     tied: bool = False  # the head is the embedding table
-    layer_matrices: int = 7  # of a layer, each gathered by itself
-    layer_modules: int = 16  # of a layer, each with ZeRO-3's hooks
+    layer_matrices: int = 7  # matrices of a layer, each of which is gathered by itself
+    layer_modules: int = 16  # modules of a layer, each of which has ZeRO-3's hooks
 
     @property
     def block_parameters(self) -> int:
-        """Of the matrices that every pass multiplies with; norms and biases are in it and do not matter."""
+        """The parameters of the layers, which every pass multiplies with. The few of norms and biases are included."""
         return self.parameters - self.table_parameters
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Per trained token."""
+    """Floating-point operations, of a trained token or of a step."""
 
     passes: float
     pondering: float
@@ -70,17 +70,17 @@ class Flops:
 
     @property
     def model(self) -> float:
-        """What MFU counts."""
+        """The operations that MFU counts."""
         return self.passes + self.pondering + self.loss
 
     @property
     def hardware(self) -> float:
-        """What HFU counts."""
+        """The operations that HFU counts."""
         return self.model + self.recomputed
 
 
 def flops_per_token(shape: Shape, recompute: str, pondering_steps: float | None = None) -> Flops:
-    """FLOPs of training on one token, forward and backward; `pondering_steps` overrides the model's."""
+    """The FLOPs of training on one token, forward and backward. `pondering_steps` replaces the model's number."""
     steps = shape.pondering_steps if pondering_steps is None else pondering_steps
     product = 2.0 * shape.vocabulary * shape.hidden
     attention = 2.0 * shape.layers * shape.hidden * (shape.sequence + 1)
@@ -100,20 +100,20 @@ def flops_per_token(shape: Shape, recompute: str, pondering_steps: float | None 
 
 
 def square_attention(shape: Shape, pondering_steps: float | None = None) -> float:
-    """What PaLM's convention counts beside `flops_per_token(...).model`: the masked half of attention's square."""
+    """The FLOPs that PaLM's convention adds to `flops_per_token(...).model`: the masked half of attention's square."""
     steps = shape.pondering_steps if pondering_steps is None else pondering_steps
     return 3.0 * (steps + 1) * 2.0 * shape.layers * shape.hidden * (shape.sequence - 1)
 
 
 def step_flops(shape: Shape, recompute: str, pondering_steps: int, tokens: int) -> Flops:
-    """FLOPs of one optimizer step over all devices, of the number of pondering steps that it took."""
+    """The FLOPs of one optimizer step over all devices, for the number of pondering steps that it took."""
     each = flops_per_token(shape, recompute, pondering_steps)
     return Flops(tokens * each.passes, tokens * each.pondering, tokens * each.loss, tokens * each.recomputed)
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes on one rank that live from step to step."""
+    """The bytes on one rank that live from step to step."""
 
     weights: int
     masters: int
@@ -127,11 +127,10 @@ class StateBytes:
 
 
 def state_bytes(parameters: int, stage: int, ranks: int, precision: str, *, average: bool = False) -> StateBytes:
-    """Bytes of weights, fp32 masters, AdamW's moments and gradients on one rank.
+    """The bytes of weights, fp32 masters, AdamW's moments and gradients on one rank.
 
-    A running average of the weights counts as a third moment.
-
-    bf16 trains on 2-byte weights and gradients with fp32 masters. In fp32, stage 0 has no separate masters.
+    bf16 trains on 2-byte weights and gradients with fp32 masters. In fp32, stage 0 has no separate masters. A running
+    average of the weights counts as a third moment.
     """
     narrow = 2 if precision == "bf16" else 4
     has_masters = precision == "bf16" or stage > 0
@@ -146,10 +145,10 @@ def state_bytes(parameters: int, stage: int, ranks: int, precision: str, *, aver
 
 
 def block_bytes(shape: Shape, tokens: int) -> tuple[int, int, int]:
-    """What the pondering embedding holds for a block while it runs on a CPU: forward and backward, and the loss.
+    """The bytes of a block on a CPU while it runs: pondering embedding forward, its backward, and the loss.
 
-    `model/backends.py` has two buffers of scores, and the libraries' products a packed copy of a matrix (V, D). Where
-    W = E, attention takes their place in the mixture, which holds a few numbers of width D for each token.
+    `model/backends.py` has two buffers of scores, and the libraries' products have a packed copy of a matrix (V, D). If
+    W = E, the mixture uses attention instead, which holds a few rows of width D for each token.
     """
     scores = 2 * 4 * min(tokens * shape.vocabulary, CHUNK_ELEMENTS) + 4 * shape.vocabulary * shape.hidden
     mixture = ATTENTION_ROWS * 4 * tokens * shape.hidden if shape.tied and shape.top_k is None else scores
@@ -157,9 +156,10 @@ def block_bytes(shape: Shape, tokens: int) -> tuple[int, int, int]:
 
 
 def kernel_bytes(shape: Shape, tokens: int) -> tuple[int, int, int]:
-    """The same of the Triton kernels in bf16: q forward and of the loss, p and dz backward.
+    """The bytes of a block of the Triton kernels in bf16, in the order of `block_bytes`.
 
-    Blocks of tokens and of the vocabulary are those of `model/kernels.py`.
+    Forward and the loss hold q, backward holds p and dz. The blocks of tokens and of the vocabulary are those of
+    `model/kernels.py`.
     """
     forward = 2 * min(tokens, KERNEL_BLOCK) * shape.vocabulary
     return forward, 2 * 2 * tokens * min(shape.vocabulary, KERNEL_BLOCK), forward
@@ -169,18 +169,19 @@ LIVE, REUSE, PREFETCH = "stage3_max_live_parameters", "stage3_max_reuse_distance
 
 
 def is_open(zero: dict[str, Any], key: str) -> bool:
-    """Whether a sharding file leaves a setting to us: it has "auto", or nothing."""
+    """Whether a sharding file leaves a setting open: it has "auto", or does not have the key."""
     return zero.get(key, "auto") == "auto"
 
 
 def gather_limits(zero: dict[str, Any], shape: Shape, *, keep: bool) -> dict[str, Any]:
-    """ZeRO-3's settings with the limits that the file leaves open set for this model.
+    """ZeRO-3's settings, with the limits that the file leaves open set for this model.
 
-    DeepSpeed's own defaults, 1e9 elements, keep all weights of a smaller model gathered from the first pass to the end
-    of backward, which saves nothing over ZeRO-2, and gather those of a larger one for each pass, wanted or not.
+    DeepSpeed's own defaults of 1e9 elements do not look at the model. The weights of a smaller model stay gathered from
+    the first pass to the end of backward, which saves nothing over ZeRO-2. Those of a larger one are gathered for each
+    pass.
 
     Args:
-        keep: whether weights may stay gathered for all passes, where the file does not say.
+        keep: whether weights may stay gathered for all passes, if the file does not say so.
     """
     if zero["stage"] != 3:
         return zero
@@ -194,16 +195,16 @@ def gather_limits(zero: dict[str, Any], shape: Shape, *, keep: bool) -> dict[str
 
 @dataclass(frozen=True)
 class Gathering:
-    """ZeRO-3's all-gathers of a micro-step, in multiples of the weights' bytes, and how many weights live at a time."""
+    """ZeRO-3's all-gathers of a micro-step."""
 
     regime: str
-    volume: float
-    live_share: float
-    rounds: float = 1.0  # sweeps through the layers that gather each of them
+    volume: float  # in multiples of the weights' bytes
+    live_share: float  # most weights that are gathered at a time, as a share of all
+    rounds: float = 1.0  # how often each layer is gathered
 
     @property
     def sentence(self) -> str:
-        """For the log of a run."""
+        """The regime in words, for the log of a run."""
         return (
             f"{self.regime}: {self.volume:.1f} x the weights in all-gathers a micro-step, at most "
             f"{self.live_share:.0%} of them gathered at a time"
@@ -218,13 +219,14 @@ def weights_kept(shape: Shape, zero: Mapping[str, Any]) -> bool:
 def gathering(
     shape: Shape, zero: Mapping[str, Any], recompute: str, pondering_steps: float | None = None
 ) -> Gathering | None:
-    """What ZeRO-3 does with the weights of S + 1 passes under the limits of `gather_limits`; None for other stages.
+    """The all-gathers of S + 1 passes under the limits of `gather_limits`. None for stages other than 3.
 
-    Within both limits every weight is gathered once a micro-step. Beyond, the tables are, and each layer for each sweep
-    through the layers: a pass, its backward, its recomputation. `python -m benchmarks comm` counts the same.
+    If all weights fit within both limits, each is gathered once a micro-step. Otherwise that is true of the tables
+    only, and each layer is gathered for each sweep through the layers: a pass, its backward, its recomputation.
+    `python -m benchmarks comm` counts the same on real ranks.
 
     Args:
-        pondering_steps: of a step on average; default: the model's.
+        pondering_steps: average over the steps. The default is the model's number.
     """
     if zero["stage"] != 3:
         return None
@@ -242,5 +244,5 @@ def gathering(
 
 
 def steps_to_tokens(config: RunConfig) -> int:
-    """Trained tokens of the whole run."""
+    """The trained tokens of the whole run."""
     return config.train.sequences_until(config.train.steps) * config.data.seq_len

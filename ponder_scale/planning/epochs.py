@@ -1,4 +1,4 @@
-"""How often a run will read each of its sources."""
+"""Compute how often a run will read each of its sources."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ponder_scale.shards.format import ShardSet
 
 
 def epoch_lines(config: RunConfig, sources: Mapping[str, ShardSet]) -> list[str]:
-    """A line for each source: its tokens, its share of the run, its epochs. Nothing is read but headers.
+    """A line for each source, with its tokens, its share of the run and its epochs. Only headers are read.
 
     Raises:
-        ConfigError, ShardError: as the loader of the run.
+        ConfigError, ShardError: the loader of the run would raise them, too.
     """
     data = config.data
     streams, packings = mixture(data, sources), open_packings(data, sources)

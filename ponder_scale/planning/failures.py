@@ -1,8 +1,8 @@
-"""What failures cost a run, and how often it should save: `ponder-scale plan --failures`.
+"""Compute what failures cost a run, and how often it should save: `ponder-scale plan --failures`.
 
-Devices fail independently of each other and at a constant rate, so the time between two failures of a job is
-exponential with mean (mean time of one device) / devices. A failure loses what was done since the last save began; the
-restart (detection, queue, start-up) takes the same time whatever failed, and can itself be hit.
+We assume that devices fail independently of each other and at a constant rate. The time between two failures of a job
+is then exponential, with mean (mean time of one device) / devices. A failure loses the work since the last save began.
+The restart (detection, queue, start-up) always takes the same time, and can fail, too.
 
     J. W. Young, A first order approximation to the optimum checkpoint interval, CACM 17 (1974)
     J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart dumps, FGCS 22 (2006)
@@ -21,27 +21,27 @@ DEVICE_HOURS = 16_384 * 54 * 24 / 419
 
 @dataclass(frozen=True)
 class Failures:
-    """How a job fails. All times in seconds."""
+    """The failures of a job. All times are in seconds."""
 
     between: float  # mean time between two failures of the whole job
-    save: float  # training stands still for so long at each save
-    restart: float  # from a failure to the first step after it
+    save: float  # time for which each save stops the training
+    restart: float  # time from a failure to the first step after it
 
     @property
     def young(self) -> float:
-        """Training between two saves by Young's formula: sqrt(2 save between)."""
+        """The training time between two saves by Young's formula: sqrt(2 save between)."""
         return math.sqrt(2 * self.save * self.between)
 
     @property
     def daly(self) -> float:
-        """The same by Daly's, equation 37, which also holds where saves are not short beside the failures."""
+        """The training time between two saves by Daly's equation 37, which holds even if failures are frequent."""
         if self.save >= 2 * self.between:
             return self.between
         ratio = self.save / (2 * self.between)
         return self.young * (1 + math.sqrt(ratio) / 3 + ratio / 9) - self.save
 
     def expected(self, work: float, interval: float) -> float:
-        """Expected seconds until `work` seconds of training are done: Daly's equation 20. inf beyond a float."""
+        """The expected seconds until `work` seconds of training are done, by Daly's equation 20. inf if too large."""
         try:
             pieces = math.expm1((interval + self.save) / self.between) * work / interval
             return self.between * math.exp(self.restart / self.between) * pieces
@@ -50,11 +50,11 @@ class Failures:
 
 
 def report(failures: Failures, *, devices: int, work: float, steps: int) -> list[str]:
-    """Lines for a person.
+    """The lines of `ponder-scale plan --failures`.
 
     Args:
         work: seconds of training without failures and saves.
-        steps: into which it is divided.
+        steps: number of optimizer steps in `work`.
     """
     step = work / steps
     every = min(steps, max(1, round(failures.daly / step)))

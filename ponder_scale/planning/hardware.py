@@ -1,13 +1,19 @@
-"""What devices and the links between them can do: one table, and files that `ponder-scale plan --calibrate` measures.
+"""The speeds of devices and links: one table, and files that `ponder-scale plan --calibrate` writes.
 
-Sources. Peaks, memory and PCIe: the makers' data sheets, dense. What large products reach of the peak: the table of
-maximum achievable matrix products in Stas Bekman's "Machine Learning Engineering" (A100 267.9, H100 and H200 794.5,
-B200 1,745 TFLOP/s). Links inside a node: NVLink's rate to one side, by the share that NCCL's rings reach (230 GB/s of
-300 on an A100, in proportion on the others). Links between nodes: one adapter a device, of 200 Gbit/s in a DGX A100
-and 400 in later ones, at nine tenths. Latencies: those by which NCCL itself chooses its ring (src/graph/tuning.cc:
-8.4 us a call, 3.4 us a step over NVLink, 14 us over a network). What is not known without the device, and has no
-source but judgement: the shares of attention and of the vocabulary's products, the host's time for a call. Calibrate,
-where the device is at hand.
+Sources:
+
+    peaks, memory, PCIe     the makers' data sheets, dense
+    large products          the share of the peak that they reach: the table of maximum achievable matrix products in
+                            Stas Bekman's "Machine Learning Engineering" (A100 267.9, H100 and H200 794.5, B200 1,745
+                            TFLOP/s)
+    links inside a node     NVLink's rate in one direction, times the share that NCCL's rings reach (230 GB/s of 300 on
+                            an A100, in proportion on the others)
+    links between nodes     nine tenths of one adapter for each device: 200 Gbit/s in a DGX A100, 400 in later ones
+    latencies               those by which NCCL itself chooses its ring (src/graph/tuning.cc: 8.4 us a call, 3.4 us a
+                            step over NVLink, 14 us over a network)
+
+Three figures have no source and are our judgement: the shares of attention, the shares of the vocabulary's products,
+and the host's time for a call. If you have the device, calibrate.
 """
 
 from __future__ import annotations
@@ -31,37 +37,37 @@ COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter")
 
 @dataclass(frozen=True)
 class Link:
-    """Between ranks. A collective over n of them takes `start + (n - 1) * hop`, and its bytes."""
+    """A link between ranks. A collective over n ranks takes `start + (n - 1) * hop` and the time of its bytes."""
 
-    bytes_per_second: Mapping[str, float]  # by collective: that a rank sends, to one side
+    bytes_per_second: Mapping[str, float]  # by collective: rate at which a rank sends in one direction
     start_seconds: float
     hop_seconds: float
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device with what connects it. Shares are of the peak."""
+    """A device and its links. Shares are shares of the peak."""
 
     name: str
-    peak_flops: Mapping[str, float]  # by precision, dense
+    peak_flops: Mapping[str, float]  # dense, by precision
     memory_bytes: float
     memory_bytes_per_second: float
-    inside: Link  # a node
-    between: Link  # nodes; its rate is that of one device's adapter
-    host_bytes_per_second: float  # to and from the host's memory: PCIe
-    host_optimizer_bytes_per_second: float  # of an optimizer that runs on the host
+    inside: Link  # inside a node
+    between: Link  # between nodes; its rate is that of one device's adapter
+    host_bytes_per_second: float  # to and from the host's memory, over PCIe
+    host_optimizer_bytes_per_second: float  # rate of an optimizer that runs on the host
     product_share: float
-    product_edge: float = 0.0  # a product takes as long as if each of its dimensions, alone, had so many more
+    product_edge: float = 0.0  # makes a product slower by the factor 1 + edge * (1/m + 1/n + 1/k)
     attention_share: float = 0.5
-    vocabulary_share: Mapping[str, float] = field(default_factory=dict)  # by way; the products inside the op
-    costly_per_second: float = math.inf  # exponentials and the like
+    vocabulary_share: Mapping[str, float] = field(default_factory=dict)  # of products with the vocabulary, by way
+    costly_per_second: float = math.inf  # exponentials and other costly functions
     optimizer_bytes_per_second: float = math.inf
-    call_seconds: float = 0.0  # that the host needs to start an operation
+    call_seconds: float = 0.0  # time that the host needs to start an operation
     asynchronous: bool = True  # the host runs ahead of the device, and links work while it computes
     source: str = "data sheets and published measurements, see docs/performance.md"
 
     def peak(self, precision: str) -> float:
-        """Dense FLOP/s in the precision of a run."""
+        """The dense FLOP/s in the precision of a run."""
         return self.peak_flops.get(precision, self.peak_flops["fp32"])
 
 
@@ -77,7 +83,7 @@ def _gpu(
     network: float,
     pcie: float,
 ) -> Hardware:
-    """A GPU of a table: `reached` of the peak by large products, the rest by the judgement that the module names."""
+    """A row of the table. Large products reach `reached`. Figures that are no arguments are the module's judgement."""
     same = dict.fromkeys(COLLECTIVES, 1.0)
     return Hardware(
         name=name,
@@ -89,10 +95,10 @@ def _gpu(
         host_bytes_per_second=0.8 * pcie,
         host_optimizer_bytes_per_second=100e9,
         product_share=reached,
-        product_edge=128.0,  # a tile that is not full
+        product_edge=128.0,  # the cost of a tile that is not full
         attention_share=0.5 * reached,
         vocabulary_share=dict.fromkeys(VOCABULARY_WAYS, 0.6 * reached),
-        costly_per_second=bf16 / 256,  # a processor of an H100 makes 16 a clock beside 4,096 operations of bf16
+        costly_per_second=bf16 / 256,  # a processor of an H100 does 16 a clock, and 4,096 operations in bf16
         optimizer_bytes_per_second=0.85 * bandwidth,
         call_seconds=8e-6,
     )
@@ -128,7 +134,7 @@ TABLE = {
     )
 }  # fmt: skip
 
-# a core of a server of some years ago: for a run without GPUs whose machine was not calibrated
+# One core of a server that is some years old, for runs without GPUs on a machine that was not calibrated.
 CPU = Hardware(
     name="cpu",
     peak_flops={"bf16": 60e9, "fp32": 60e9},
@@ -149,8 +155,8 @@ CPU = Hardware(
     source="no measurement: calibrate by `ponder-scale plan --calibrate FILE`",
 )
 
-# dense bf16 FLOP/s by a part of the name that torch gives a device, and the row that plans for it; the first that
-# matches
+# Key: part of the name that torch gives a device, and the first match counts. Value: dense bf16 FLOP/s, and the row of
+# the table.
 NAMES: dict[str, tuple[float, str]] = {
     r"H100 PCIE": (756e12, "h100"),
     r"H100 NVL": (835e12, "h100"),
@@ -165,16 +171,16 @@ NAMES: dict[str, tuple[float, str]] = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a device by its name in torch ("NVIDIA H100 80GB HBM3"); None where it is not known.
+    """The dense bf16 FLOP/s of a device by its name in torch ("NVIDIA H100 80GB HBM3"). None if it is not known.
 
-    MFU is `step_flops(...).model / (seconds * devices * peak_flops(name))`, HFU the same of `.hardware`.
+    MFU is `step_flops(...).model / (seconds * devices * peak_flops(name))`. HFU uses `.hardware` in place of `.model`.
     """
     found = _by_name(device_name)
     return None if found is None else found[0]
 
 
 def hardware_of(device_name: str) -> Hardware:
-    """The row for a device by its name in torch, with its own peak; an H100's shares and links for an unknown GPU."""
+    """The row for a device by its name in torch, with its own peak. An unknown GPU gets the row of an H100."""
     found = _by_name(device_name)
     if found is None:
         return replace(TABLE["h100"], name=device_name)
@@ -187,15 +193,15 @@ def _by_name(device_name: str) -> tuple[float, str] | None:
 
 
 def write_hardware(path: Path, hardware: Hardware) -> None:
-    """Write what was measured, for `read_hardware`."""
+    """Write measured hardware to a file for `read_hardware`."""
     write_whole(path, json.dumps({"format": FORMAT, **asdict(hardware)}, indent=2) + "\n")
 
 
 def read_hardware(path: Path) -> Hardware:
-    """What `ponder-scale plan --calibrate` wrote.
+    """Read the hardware that `ponder-scale plan --calibrate` wrote.
 
     Raises:
-        ConfigError: it is no such file.
+        ConfigError: it is not such a file.
     """
     remedy = f"write it by `ponder-scale plan --calibrate {path}`"
     try:

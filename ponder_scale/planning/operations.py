@@ -1,8 +1,9 @@
-"""What a micro-batch computes, operation by operation: counted while the model's code runs on stand-ins for tensors.
+"""Count the operations of a micro-batch while the model's code runs, on fake or on real tensors.
 
-A product of (m, k) and (k, n) is known by its shape, as its speed depends on that. Attention is known by what its
-kernel computes. Anything else reads and writes memory: its bytes count, how many numbers of it need an exponential or
-another function that costs more than an addition, and that it is one call.
+product      matrix product of (m, k) and (k, n), recorded by its shape, because its speed depends on the shape
+attention    counted by the FLOPs of its kernel
+all others   counted by the bytes that they read and write, the numbers that need a costly function such as an
+             exponential, and the calls
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-FORWARD, BACKWARD, AGAIN = "forward", "backward", "again"  # "again": of a forward, computed once more in backward
+FORWARD, BACKWARD, AGAIN = "forward", "backward", "again"  # "again" is forward work that backward repeats
 PHASES = (FORWARD, BACKWARD, AGAIN)
-BACKWARD_PRODUCTS = 2.5  # of attention over its forward's: five products with the square of the sequence, not two
+BACKWARD_PRODUCTS = 2.5  # attention's backward has five products with the square of the sequence, its forward two
 
 aten = torch.ops.aten
 PRODUCTS = {
@@ -25,7 +26,7 @@ PRODUCTS = {
     aten.addmm: 1,
     aten.bmm: 0,
     aten.baddbmm: 1,
-}  # where their two factors begin among the arguments
+}  # index of the first of their two factors among the arguments
 COSTLY = {
     *(aten.silu, aten.silu_backward, aten.gelu, aten.gelu_backward, aten.tanh, aten.tanh_backward, aten.sigmoid),
     *(aten.exp, aten._softmax, aten._softmax_backward_data, aten.cos, aten.sin, aten.native_dropout),
@@ -39,11 +40,11 @@ FREE = {
     aten.empty_strided,
     aten.lift_fresh,
 }
-LOOKUPS = {aten.embedding}  # read as many rows as they write, whatever the table holds
+LOOKUPS = {aten.embedding}  # read only the rows that they write, not the whole table
 
 
 class Product(NamedTuple):
-    """(m, k) times (k, n), `times` times."""
+    """A matrix product of (m, k) and (k, n) that runs `times` times."""
 
     phase: str
     m: float
@@ -53,31 +54,33 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of all of them."""
+        """The floating-point operations of all `times` products."""
         return 2.0 * self.m * self.n * self.k * self.times
 
 
 class Rest(NamedTuple):
-    """What is no product: of one phase."""
+    """The operations of one phase that are not products."""
 
     attention_flops: float = 0.0
     bytes: float = 0.0
-    costly: float = 0.0  # numbers that need an exponential or the like
-    calls: float = 0.0  # products and attention among them
+    costly: float = 0.0  # numbers that need an exponential or another costly function
+    calls: float = 0.0  # of all operations, including products and attention
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Of forward and backward of a micro-batch, but for the pondering embedding and the loss."""
+    """The operations of a micro-batch, forward and backward, without the pondering embedding and the loss."""
 
     products: tuple[Product, ...] = ()  # in the order in which they run
     rest: Mapping[str, Rest] = field(default_factory=lambda: {phase: Rest() for phase in PHASES})
 
     def scaled(self, larger: Operations, times: float) -> Operations:
-        """These with `times` as large a step on the way to `larger`: all dimensions and bytes are linear in the batch.
+        """The operations at another micro-batch: these, plus `times` the difference between `larger` and these.
+
+        All dimensions and bytes are linear in the batch.
 
         Args:
-            larger: of the same model with another micro-batch.
+            larger: operations of the same model with another micro-batch.
         """
         assert len(self.products) == len(larger.products), "another model"
         products = (
@@ -87,9 +90,10 @@ class Operations:
         return Operations(tuple(products), _mixed(self.rest, larger.rest, times))
 
     def deeper(self, more: Operations, layers: float) -> Operations:
-        """These with as many more layers, where `more` are those of one layer more.
+        """The operations with `layers` more layers, where `more` has one layer more than these.
 
-        Both lists stay as they are, with weights, so that those of another micro-batch are of the same products.
+        Both lists of products are kept and weighted. So the operations of two micro-batches stay comparable product by
+        product.
         """
         products = (
             product._replace(times=weight * product.times)
@@ -106,7 +110,7 @@ def _mixed(one: Mapping[str, Rest], two: Mapping[str, Rest], share: float) -> di
 
 
 class Counting(TorchDispatchMode):
-    """Counts what runs inside."""
+    """Counts the operations that run inside of its `with` block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +119,7 @@ class Counting(TorchDispatchMode):
 
     @property
     def operations(self) -> Operations:
-        """Until now."""
+        """The operations counted until now."""
         return Operations(tuple(self._products), {phase: Rest(*values) for phase, values in self._rest.items()})
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -141,7 +145,7 @@ class Counting(TorchDispatchMode):
 def _phase() -> str:
     if torch._C._current_graph_task_id() == -1:
         return FORWARD
-    return AGAIN if torch.is_grad_enabled() else BACKWARD  # checkpoints record what they run again
+    return AGAIN if torch.is_grad_enabled() else BACKWARD  # recomputation runs with gradients enabled
 
 
 def _product(packet: Any, args: Any) -> Product:
@@ -151,7 +155,7 @@ def _product(packet: Any, args: Any) -> Product:
 
 
 def _attention_flops(name: str, args: Any) -> float:
-    """Of the half of the square that a causal kernel computes."""
+    """The FLOPs of the half of the square that a causal kernel computes."""
     backward = "backward" in name
     query, key = args[1:3] if backward else args[:2]
     batch, heads, queries, width = query.shape
@@ -173,5 +177,5 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """What is read of it: an expanded tensor has fewer bytes than numbers."""
+    """The bytes that are read of a tensor. An expanded tensor has fewer in memory than its shape says."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())

@@ -1,7 +1,7 @@
-"""What a run will need, before any device is touched: `ponder-scale plan`.
+"""`ponder-scale plan`: compute what a run will need before any device is touched.
 
-Memory of activations and the operations of a micro-batch are traced, see `activations`; the rest is arithmetic, see
-`cost` and `time`.
+The memory of activations and the operations of a micro-batch are traced (see `activations`). Everything else is
+arithmetic (see `cost` and `time`).
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from ponder_scale.planning.hardware import CPU, Hardware, hardware_of, read_hard
 from ponder_scale.planning.shape import model_shape
 from ponder_scale.planning.time import NO_TIME, Job, StepTime, step_time
 
-USABLE = 0.92  # of a device's memory; the rest is the driver's, NCCL's, and lost between blocks
-RESERVE = 0.05  # of the activations: what libraries hold while they compute, which no trace sees
-CLEARLY_SMALL = 0.05  # weights of so small a share of the memory may stay gathered without a closer look
+USABLE = 0.92  # share of a device's memory to plan with; the driver, NCCL and fragmentation take the rest
+RESERVE = 0.05  # memory that libraries hold while they compute, which no trace sees, as a share of the activations
+CLEARLY_SMALL = 0.05  # weights below this share of the memory may stay gathered without a closer look
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All figures of a run on `ranks` devices. Bytes are of one rank."""
+    """All figures of a run on `ranks` devices. Bytes are those of one rank."""
 
     shape: Shape
     flops: Flops
@@ -52,25 +52,26 @@ class Plan:
     gathered_bytes: int
     bucket_bytes: int
     activation_bytes: int
-    workspace_bytes: int  # by which the op's blocks raise the peak of the activations, and what libraries hold
-    keeps_gradients: bool  # while a micro-batch runs: those of earlier ones, or ZeRO-3's flat buffer
+    workspace_bytes: int  # what the ops' blocks add to the peak of the activations, and what libraries hold
+    keeps_gradients: bool  # gradients of earlier micro-batches, or ZeRO-3's flat buffer, live beside the activations
     gathers: Gathering | None
     ranks: int
     tokens: int
-    step: StepTime = NO_TIME  # on average over the run
+    step: StepTime = NO_TIME  # average over the run
     steps: int = 1
 
     @property
     def seconds(self) -> float:
-        """Of all optimizer steps, without saves, evaluations and failures."""
+        """The seconds of all optimizer steps, without saves, evaluations and failures."""
         return self.step.seconds * self.steps
 
     @property
     def memory_bytes(self) -> int:
-        """Peak on one rank, without the allocator's fragmentation and the device's own context.
+        """The peak on one rank, without the allocator's fragmentation and the device's own context.
 
-        Activations are gone when the gradients are complete. Until then the whole gradients of a micro-batch are among
-        them under every stage: with weights that S + 1 passes share, a gradient is complete when the first pass is.
+        Activations are gone when the gradients are complete. Until then, they include the whole gradients of a
+        micro-batch under every stage: S + 1 passes share the weights, so a gradient is complete only when the backward
+        of the first pass is.
         """
         states = self.states
         kept = states.weights + states.masters + states.moments + self.gathered_bytes + self.bucket_bytes
@@ -78,13 +79,13 @@ class Plan:
         return kept + max(in_backward, states.gradients)
 
     def fits(self, memory_bytes: int) -> bool:
-        """Whether it runs on devices of so much memory."""
+        """Whether the run fits on devices with this memory."""
         return self.memory_bytes <= USABLE * memory_bytes
 
 
 @dataclass(frozen=True)
 class Devices:
-    """What a run is planned for: `ranks` devices, `per_node` of them in a node, of `memory_bytes` each."""
+    """The devices that a run is planned for: `ranks` devices, `per_node` in a node, with `memory_bytes` each."""
 
     ranks: int
     memory_bytes: int
@@ -94,7 +95,7 @@ class Devices:
 
 
 def present_devices(config: RunConfig, ranks: int) -> Devices:
-    """The devices this process trains on. Without a GPU a rank may use its share of the host's memory."""
+    """The devices that this process trains on. Without a GPU, a rank may use its share of the host's memory."""
     gpu = torch.cuda.is_available()
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() if gpu else 1))
     if config.train.memory_gib is not None:
@@ -121,9 +122,9 @@ def plan_run(
     """The plan of a run.
 
     Args:
-        sharding: of `settle_sharding`.
-        configuration: of transformers.
-        traced: of its micro-batch, where that is known.
+        sharding: result of `settle_sharding`.
+        configuration: the transformers configuration of the model.
+        traced: the trace of the run's micro-batch, if it is known already.
     """
     shape = model_shape(configuration, config.data.seq_len)
     zero = sharding["zero_optimization"]
@@ -176,9 +177,9 @@ def settle_sharding(
     *,
     traced: Traced | None = None,
 ) -> dict[str, Any]:
-    """The sharding with what the file leaves open set for this model: ZeRO-3's limits and the groups of ZeRO++.
+    """The sharding with open settings decided for this model: ZeRO-3's limits and the groups of ZeRO++.
 
-    Weights stay gathered for all passes where they fit beside the rest, which is the least communication.
+    Weights stay gathered for all passes if they fit beside everything else, because this needs least communication.
     """
     zero = dict(sharding["zero_optimization"])
     if zero.get("zero_hpz_partition_size") == "auto":
@@ -195,7 +196,7 @@ def settle_sharding(
 
 
 def mean_steps(config: RunConfig) -> float:
-    """Expected pondering steps of an optimizer step."""
+    """The expected pondering steps of an optimizer step."""
     schedule, highest = config.train.pondering, config.model.pondering_steps
     if schedule.schedule == "uniform":
         return (schedule.low + highest) / 2
@@ -206,7 +207,7 @@ def mean_steps(config: RunConfig) -> float:
 
 
 def _bucket_bytes(zero: dict[str, Any], parameters: int, width: int) -> int:
-    """Flat buffers in which stages 2 and 3 collect gradients to reduce them; two where reduction overlaps."""
+    """The bytes of the flat buffers that collect gradients under stages 2 and 3. Overlapping stage 2 has two."""
     if zero["stage"] < 2:
         return 0
     bucket = min(int(zero.get("reduce_bucket_size", 5e8)), parameters if zero["stage"] == 2 else 2**62)
@@ -214,10 +215,10 @@ def _bucket_bytes(zero: dict[str, Any], parameters: int, width: int) -> int:
 
 
 def report(plan: Plan, config: RunConfig, devices: Devices, *, utilization: float | None = None) -> list[str]:
-    """The plan as lines for a person; a line that begins with "warning:" says what will not work.
+    """The lines of `ponder-scale plan`. A line that begins with "warning:" says what will not work.
 
     Args:
-        utilization: the share of the peak that model FLOPs take, in place of the planner's own time.
+        utilization: share of the peak that model FLOPs reach. If given, it replaces the planner's own time.
     """
     hardware, capacity = devices.hardware, devices.memory_bytes
     seconds = training_seconds(plan, devices, config.train.precision, utilization)
@@ -250,7 +251,7 @@ def report(plan: Plan, config: RunConfig, devices: Devices, *, utilization: floa
 
 
 def step_lines(plan: Plan, config: RunConfig, devices: Devices) -> list[str]:
-    """What a step takes by its terms, and which share of the peak that is."""
+    """The time of a step by its terms, and the share of the peak that it reaches."""
     step, tokens = plan.step, plan.tokens / plan.steps / plan.ranks
     peak = _peak(devices, config)
     rates = [
@@ -275,12 +276,12 @@ def _peak(devices: Devices, config: RunConfig) -> float:
 
 
 def training_seconds(plan: Plan, devices: Devices, precision: str, utilization: float | None = None) -> float:
-    """Seconds of all optimizer steps, without saves, evaluations and failures."""
+    """The seconds of all optimizer steps, without saves, evaluations and failures."""
     if utilization is None:
         return plan.seconds
     return plan.tokens * plan.flops.model / (utilization * devices.hardware.peak(precision) * plan.ranks)
 
 
 def of_devices(seconds: float) -> str:
-    """Device time, in the unit in which it is granted where there is much of it."""
+    """The device time in words. Long times are in the unit in which clusters grant them."""
     return f"{seconds / 3600:,.0f} device hours" if seconds >= 36000 else f"{span(seconds)} of one device"

@@ -1,4 +1,4 @@
-"""How a run's time and cost grow with devices, stage by stage: `ponder-scale plan RECIPE --gpus 8,64,512`."""
+"""`ponder-scale plan RECIPE --gpus 8,64,512`: show how a run's time and cost grow with devices, for each stage."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ponder_scale.figures import rate, span
 from ponder_scale.planning.auto import NO_DIFFERENCE, largest_that_fits
 from ponder_scale.planning.plan import Devices, Plan, plan_run, settle_sharding
 
-PAYS = 0.5  # a further device that adds less than so much of the first one's speed
+PAYS = 0.5  # more devices stop paying when each adds less than this share of the speed of the first ones
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run under one sharding on some devices; `plan` is None where nothing fits."""
+    """A run under one sharding on some number of devices. `plan` is None if nothing fits."""
 
     sharding: str
     config: RunConfig
@@ -24,16 +24,17 @@ class Row:
 
     @property
     def cost(self) -> float:
-        """Device seconds; inf where nothing fits."""
+        """The device seconds of the run, or inf if nothing fits."""
         return float("inf") if self.plan is None else self.plan.seconds * self.plan.ranks
 
 
 def scaling(
     config: RunConfig, shardings: Mapping[str, dict[str, Any]], configuration: Any, sizes: Sequence[Devices]
 ) -> list[list[Row]]:
-    """For each number of devices a row for each sharding.
+    """For each number of devices, a row for each sharding.
 
-    A global batch that does not divide over the devices is raised to the least multiple of them, for the same tokens.
+    A global batch that does not divide over the devices is raised to their next multiple. The run then takes fewer
+    steps, for the same number of tokens.
     """
     rows = []
     for devices in sizes:
@@ -67,7 +68,7 @@ def _row(config: RunConfig, name: str, sharding: dict[str, Any], configuration: 
 
 
 def scaling_lines(config: RunConfig, rows: Sequence[Sequence[Row]], sizes: Sequence[Devices]) -> list[str]:
-    """The table, and where each sharding stops paying, for a person."""
+    """The lines of the table, and a line for each sharding about where it stops paying."""
     lines = [
         f"{'devices':>8s} {'sharding':14s} {'recompute':11s} {'micro':>5s} {'step':>9s} {'tokens/s':>9s} {'time':>10s} "
         f"{'device hours':>13s} {'communication':>13s}"
@@ -95,7 +96,7 @@ def scaling_lines(config: RunConfig, rows: Sequence[Sequence[Row]], sizes: Seque
 
 
 def _ends(rows: Sequence[Sequence[Row]], sizes: Sequence[Devices]) -> list[str]:
-    """A line for each sharding: from how many devices on another one is cheaper, or further devices hardly help."""
+    """A line for each sharding: the number of devices from which another is cheaper, or more devices hardly help."""
     lines = []
     for index, first in enumerate(rows[0]):
         column = [group[index] for group in rows]
@@ -128,7 +129,7 @@ def _beats(best: Row, own: Row) -> bool:
 
 
 def _idles(before: Row, after: Row) -> bool:
-    """Whether the devices between two rows add less than `PAYS` of what each of the first ones does."""
+    """Whether each device that `after` has more adds less than `PAYS` of the speed of a device of `before`."""
     if before.plan is None or after.plan is None:
         return False
     one, two = (row.plan.tokens / row.plan.seconds for row in (before, after) if row.plan is not None)

@@ -1,11 +1,11 @@
-"""What a server of a pondering model keeps in memory: its weights once, and a key-value cache for each pass.
+"""Compute the memory of a server of a pondering model: its weights once, and a key-value cache for each pass.
 
-Layer i of pass s attends to keys and values of its own, so a token takes
+Layer i of pass s attends to its own keys and values, so a token takes this much of the cache:
 
     (S + 1) * L * 2 * key-value heads * head width * bytes of a number
 
-of the cache: S + 1 times what the stock model takes. Tensor parallelism divides weights and heads; a head that there
-are fewer of than ranks is on several.
+That is S + 1 times what the stock model takes. Tensor parallelism divides weights and heads over the ranks. If there
+are fewer key-value heads than ranks, several ranks have the same head.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ponder_scale.errors import ConfigError
 from ponder_scale.figures import count, size
 from ponder_scale.planning.shape import model_shape
 
-SERVED_SHARE = 0.92  # of a device's memory that vLLM takes unless it is told another share
-WIDTH = 2  # bytes of a number in bfloat16, in which vLLM serves
-BLOCK = 16  # tokens that vLLM gives to a request at a time, on a GPU
+SERVED_SHARE = 0.92  # share of a device's memory that vLLM takes by default
+WIDTH = 2  # bytes of a number; vLLM serves in bfloat16
+BLOCK = 16  # vLLM gives cache to a request in blocks of this many tokens, on a GPU
 
 
 @dataclass(frozen=True)
 class Serving:
-    """Bytes on one device of `ranks` that share the model."""
+    """The bytes on one of `ranks` devices that share the model."""
 
     weights_bytes: int
     token_bytes: int
@@ -32,16 +32,16 @@ class Serving:
     ranks: int
 
     def tokens(self, memory_bytes: float) -> int:
-        """Tokens of all requests together that fit, without what the forward itself needs; 0 where nothing does."""
+        """The tokens that fit, over all requests. The memory of the forward itself is not counted. 0 if none fits."""
         return max(0, int(SERVED_SHARE * memory_bytes - self.weights_bytes) // self.token_bytes // BLOCK * BLOCK)
 
 
 def token_bytes(configuration: Any, *, ranks: int = 1, width: int = WIDTH) -> int:
-    """Bytes that one token takes of the cache of one device.
+    """The bytes that one token takes of the cache of one device.
 
     Args:
-        configuration: of a pondering model.
-        ranks: of tensor parallelism.
+        configuration: configuration of a pondering model.
+        ranks: number of ranks in tensor parallelism.
         width: bytes of a number.
     """
     heads = getattr(configuration, "num_key_value_heads", None) or configuration.num_attention_heads
@@ -69,7 +69,7 @@ def plan_serving(configuration: Any, ranks: int) -> Serving:
 
 
 def report(serving: Serving, sequence: int, *, device: str, memory_bytes: float) -> list[str]:
-    """The plan as lines for a person. `sequence`: tokens of the requests that are counted."""
+    """The lines of `ponder-scale plan --serve`. Requests are counted as `sequence` tokens each."""
     room = serving.tokens(memory_bytes)
     on = device if serving.ranks == 1 else f"each of {serving.ranks} x {device}"
     lines = [

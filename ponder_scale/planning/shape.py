@@ -1,4 +1,4 @@
-"""What a model costs depends on its shape, and a configuration has one."""
+"""Read the shape of a model, which its cost depends on, from its configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ponder_scale.setup.build import new_model
 
 
 def model_shape(configuration: Any, seq_len: int) -> Shape:
-    """The costs' view of a transformers configuration."""
+    """The shape of the model of a transformers configuration, for `cost`."""
     with torch.device("meta"):
         model = new_model(configuration)
     embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]

@@ -1,19 +1,19 @@
-"""How long an optimizer step takes: a sum of named terms, each of counted work over a rate of the hardware.
+"""Compute the time of an optimizer step as a sum of named terms. Each is counted work over a rate of the hardware.
 
     products       matrix products of forward and backward, by shape
-    attention      its kernels
-    elementwise    everything else that the passes do: bytes that they read and write, exponentials
-    vocabulary     the pondering embeddings and the loss: products with the vocabulary, or K rows of it
-    recomputation  of products, attention and the rest, once more, by the policy
-    host           what the device waits for the host to start it, or for ZeRO-3's bookkeeping
-    gathers        weights: ZeRO-3's of each micro-step, those after an update of stages 1 and 2
-    reductions     gradients
-    offload        what waits in the host's memory, over PCIe
-    optimizer      its update, on the device or the host
+    attention      kernels of attention
+    elementwise    everything else in the passes: bytes that are read and written, exponentials
+    vocabulary     pondering embeddings and the loss: products with the vocabulary, or with K rows of it
+    recomputation  products, attention and elementwise work that backward repeats by the policy
+    host           time that the device waits for the host, which starts operations and runs ZeRO-3's hooks
+    gathers        of weights: ZeRO-3's in each micro-step, or one after each update of stages 1 and 2
+    reductions     of gradients
+    offload        copies to and from the host's memory, over PCIe
+    optimizer      the update, on the device or the host
 
-What of the links' time computation hides is not in the terms. A layer's gather is hidden by the layer before it. A
-gradient is complete only when the first pass has gone backwards, as all passes share the weights: so what hides the
-reductions is the backward of one pass of S + 1.
+The terms have only that part of the links' time that computation does not hide. The gather of a layer is hidden by the
+layer before it. All passes share the weights, so a gradient is complete only when the first pass has gone backwards.
+That is why only the backward of one of S + 1 passes can hide the reductions.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from ponder_scale.planning.cost import PREFETCH, Shape, gathering, weights_kept
 from ponder_scale.planning.hardware import Hardware, Link
 from ponder_scale.planning.operations import AGAIN, BACKWARD, FORWARD, Operations, Product, Rest
 
-MIXTURE_PRODUCTS = 7  # with the vocabulary, a token and pondering step: 2 forward, 5 backward with z once more
+MIXTURE_PRODUCTS = 7  # with the vocabulary, for a token and pondering step: 2 forward, 5 backward as z is made again
 LOSS_PRODUCTS = 3
-TOP_K_ROWS = 5  # of K rows of width D: one forward, four backward; each row is read or written
-HOOK_CALLS = 12  # ZeRO-3's hooks on a module, before and after, as so many started operations
-NORM_CALLS = 4  # collectives of a few bytes in an update: the norm, whether all is finite, the agreement of the ranks
+TOP_K_ROWS = 5  # times that K rows of width D are read or written: one forward, four backward
+HOOK_CALLS = 12  # ZeRO-3's hooks on a module take as long as starting this many operations
+NORM_CALLS = 4  # small collectives of an update: the norm, whether all is finite, the agreement of the ranks
 BUCKET_COPIES = 6  # times that a gradient is read or written: into a bucket, divided by the ranks, out of it
-BUCKET = 5e8  # numbers that ZeRO reduces at a time, where the file does not say
+BUCKET = 5e8  # numbers that ZeRO reduces at a time by default
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one rank does in an optimizer step.
+    """The work of one rank in an optimizer step.
 
     Args:
-        operations: of a micro-batch, with the pondering steps of `shape`.
-        tokens: of a micro-batch.
-        micro_steps: of an optimizer step.
-        pondering_steps: of an optimizer step, on average.
-        zero: of the sharding, limits settled.
-        width: bytes of a weight and its gradient.
+        operations: operations of a micro-batch, with the pondering steps of `shape`.
+        tokens: tokens of a micro-batch.
+        micro_steps: number of micro-steps in an optimizer step.
+        pondering_steps: average number in an optimizer step.
+        zero: `zero_optimization` of the sharding, with its limits settled.
+        width: bytes of a weight, and of its gradient.
     """
 
     operations: Operations
@@ -63,23 +63,23 @@ class Job:
 
     @property
     def precision(self) -> str:
-        """By which the peak is chosen."""
+        """The precision whose peak counts."""
         return "bf16" if self.width == 2 else "fp32"
 
     @property
     def stage(self) -> int:
-        """Of ZeRO."""
+        """The ZeRO stage."""
         return int(self.zero["stage"])
 
     @property
     def share(self) -> float:
-        """Of the passes for which the operations were counted that a step runs on average."""
+        """The passes of an average step over the passes that `operations` were counted for."""
         return (self.pondering_steps + 1) / (self.shape.pondering_steps + 1)
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step."""
+    """The seconds of an optimizer step by term."""
 
     products: float
     attention: float
@@ -94,7 +94,7 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """All terms."""
+        """The sum of all terms."""
         return sum(getattr(self, entry.name) for entry in fields(self))
 
     @property
@@ -103,13 +103,13 @@ class StepTime:
         return (self.gathers + self.reductions) / self.seconds
 
     def terms(self) -> dict[str, float]:
-        """By name, those that take time, largest first."""
+        """The terms that take time by name, largest first."""
         terms = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return {name: terms[name] for name in sorted(terms, key=terms.__getitem__, reverse=True) if terms[name] > 0}
 
     @property
     def sentence(self) -> str:
-        """The terms of at least a thousandth, for a person."""
+        """The terms in words, without those below a thousandth of the step."""
         least = self.seconds / 1000
         return ", ".join(f"{name} {span(seconds)}" for name, seconds in self.terms().items() if seconds >= least)
 
@@ -118,11 +118,11 @@ NO_TIME = StepTime(*[0.0] * len(fields(StepTime)))
 
 
 def step_time(job: Job, hardware: Hardware) -> StepTime:
-    """What a step takes on this hardware."""
+    """The time of a step on this hardware."""
     once = {phase: _compute(job, hardware, (phase,)) for phase in (FORWARD, BACKWARD, AGAIN)}
     products, attention, elementwise = (
         once[FORWARD][index] + once[BACKWARD][index] for index in range(3)
-    )  # of a micro-step
+    )  # seconds of a micro-step
     recomputation = sum(once[AGAIN])
     vocabulary = _vocabulary(job, hardware)
     computing = products + attention + elementwise + recomputation + vocabulary
@@ -147,16 +147,16 @@ def step_time(job: Job, hardware: Hardware) -> StepTime:
 
 
 def product_seconds(product: Product, hardware: Hardware, precision: str, share: float | None = None) -> float:
-    """All `times` of a product; `share` of the peak in place of that of large products."""
+    """The seconds of all `times` of a product. `share` replaces the share of the peak that large products reach."""
     rate = hardware.peak(precision) * (hardware.product_share if share is None else share)
     edges = hardware.product_edge * (1 / product.m + 1 / product.n + 1 / product.k)
     return product.flops * (1.0 + edges) / rate
 
 
 def collective_seconds(kind: str, size: float, calls: float, ranks: int, per_node: int, hardware: Hardware) -> float:
-    """Seconds of `calls` collectives over `size` bytes together, as a ring runs them.
+    """The seconds of `calls` collectives over `size` bytes in total, run as a ring.
 
-    Between nodes all adapters of a node carry the ring's bytes, and no faster than the links inside pass them on.
+    Between nodes, all adapters of a node carry the bytes of the ring. The links inside of the node limit their rate.
     """
     if ranks == 1 or calls <= 0:
         return 0.0
@@ -174,7 +174,7 @@ def collective_seconds(kind: str, size: float, calls: float, ranks: int, per_nod
 
 
 def _compute(job: Job, hardware: Hardware, phases: Iterable[str]) -> tuple[float, float, float]:
-    """Products, attention and the rest of a micro-batch in some phases."""
+    """The seconds of products, attention and all else of a micro-batch in some phases."""
     phases = set(phases)
     products = sum(
         product_seconds(product, hardware, job.precision)
@@ -192,7 +192,7 @@ def _compute(job: Job, hardware: Hardware, phases: Iterable[str]) -> tuple[float
 
 
 def _vocabulary(job: Job, hardware: Hardware) -> float:
-    """The pondering embeddings and the loss of a micro-batch, forward and backward."""
+    """The seconds of the pondering embeddings and the loss of a micro-batch, forward and backward."""
     shape, tokens = job.shape, float(job.tokens)
 
     def products(way: str, count: float) -> float:
@@ -201,7 +201,7 @@ def _vocabulary(job: Job, hardware: Hardware) -> float:
 
     loss = products("loss", LOSS_PRODUCTS)
     if shape.feedback != "embedding":
-        return loss + products("loss", job.pondering_steps)  # statistics of each pass
+        return loss + products("loss", job.pondering_steps)  # for the statistics of each pass
     if shape.top_k is not None:
         rows = TOP_K_ROWS * tokens * shape.top_k * shape.hidden * job.width
         return loss + job.pondering_steps * (products("top_k", 1) + rows / hardware.memory_bytes_per_second)
@@ -209,7 +209,7 @@ def _vocabulary(job: Job, hardware: Hardware) -> float:
 
 
 def _host(job: Job, hardware: Hardware, computing: float) -> float:
-    """Of a micro-step: what the host needs beyond the time in which the device is busy."""
+    """The seconds of a micro-step in which the device waits for the host."""
     hooks = 0.0
     if job.stage == 3:
         sweeps = (job.pondering_steps + 1) * (3 if any(p.phase == AGAIN for p in job.operations.products) else 2)
@@ -221,7 +221,7 @@ def _host(job: Job, hardware: Hardware, computing: float) -> float:
 
 
 def _gathers(job: Job, hardware: Hardware, computing: float) -> tuple[float, float]:
-    """What gathers of weights take that nothing hides: of a micro-step, and once a step."""
+    """The seconds of gathers of weights that nothing hides, in each micro-step and once a step."""
     size = float(job.shape.parameters * job.width)
     if job.ranks == 1 or job.stage == 0:
         return 0.0, 0.0
@@ -240,12 +240,12 @@ def _gathers(job: Job, hardware: Hardware, computing: float) -> tuple[float, flo
         calls = sweeps * job.shape.layers * job.shape.layer_matrices
         hiding = computing
     seconds = collective_seconds("all_gather", gathers.volume * size, calls, ranks, job.per_node, hardware)
-    pieces = sweeps * job.shape.layers  # a layer's gather is hidden by the computation of the one before
+    pieces = sweeps * job.shape.layers  # the gather of a layer is hidden by the layer before it
     return seconds / pieces + max(0.0, (1 - 1 / pieces) * (seconds - hiding)), 0.0
 
 
 def _reductions(job: Job, hardware: Hardware, hiding: float) -> tuple[float, float]:
-    """What reductions of gradients take that nothing hides: of a micro-step, and once a step."""
+    """The seconds of reductions of gradients that nothing hides, in each micro-step and once a step."""
     if job.ranks == 1:
         return 0.0, 0.0
     size = float(job.shape.parameters * job.width) * (0.25 if job.zero.get("zero_quantized_gradients") else 1.0)
@@ -262,21 +262,21 @@ def _reductions(job: Job, hardware: Hardware, hiding: float) -> tuple[float, flo
 
 
 def _update(job: Job, hardware: Hardware) -> tuple[float, float, float]:
-    """Offload of a micro-step, offload of a step, and the optimizer's update."""
+    """The seconds of offload in each micro-step, of offload once a step, and of the optimizer's update."""
     own = job.shape.parameters / (job.ranks if job.stage else 1)
     narrow, wide = own * job.width, 4.0 * own
-    moved = 10 * wide + (2 * narrow if job.width < 4 else 0.0)  # 7 of AdamW, 3 of norm, scale and clipping
+    moved = 10 * wide + (2 * narrow if job.width < 4 else 0.0)  # 7 for AdamW, 3 for norm, scale and clipping
     micro = 0.0
     if job.stage == 3 and "offload_param" in job.zero:
         gathers = gathering(job.shape, job.zero, job.recompute, job.pondering_steps)
         micro = (gathers.volume if gathers else 0.0) * narrow / hardware.host_bytes_per_second
     if "offload_optimizer" not in job.zero:
         return micro, 0.0, moved / hardware.optimizer_bytes_per_second
-    # gradients go down in each micro-step, weights come back once
+    # Gradients go to the host in each micro-step, and weights come back once a step.
     micro += narrow / hardware.host_bytes_per_second
     return micro, narrow / hardware.host_bytes_per_second, moved / hardware.host_optimizer_bytes_per_second
 
 
 def link_of(job: Job, hardware: Hardware) -> Link:
-    """The slowest that its collectives cross."""
+    """The slowest link that the collectives of a job cross."""
     return hardware.between if job.ranks > job.per_node else hardware.inside

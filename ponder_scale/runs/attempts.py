@@ -1,7 +1,7 @@
-"""Who owns a run: each start of it is an attempt with a number, and the highest number owns it.
+"""Decide which process owns a run. Each start is an attempt with a number, and the highest number owns the run.
 
-RUN/attempt holds the number of the owner, RUN/attempts.jsonl a line for each start. An older process that still
-writes, on a node that was cut off or was started by mistake, finds a higher number there and must stop.
+RUN/attempt holds the number of the owner, and RUN/attempts.jsonl has a line for each start. An older process may still
+write, because its node was cut off or because it was started by mistake. It finds a higher number there and must stop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OWNER, RECORD = "attempt", "attempts.jsonl"
 
 
 def owner(run_dir: Path) -> int:
-    """The number of the attempt that owns the run; 0 before the first."""
+    """The number of the attempt that owns the run, or 0 before the first attempt."""
     try:
         return int((run_dir / OWNER).read_text())
     except FileNotFoundError:
@@ -48,22 +48,22 @@ def claim(run_dir: Path, **facts: Any) -> int:
 
 
 class Attempt:
-    """The start of a run that this process is part of: it owns nothing before it has a number."""
+    """The attempt that this process is part of. It owns nothing until `claim` or `join` gives it a number."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self.number = 0
 
     def claim(self, **facts: Any) -> None:
-        """Take the run over, as `claim`."""
+        """Take the run over, like the function `claim`."""
         self.number = claim(self._run_dir, **facts)
 
     def join(self, number: int) -> None:
-        """Be part of the attempt that another process of it has claimed."""
+        """Become part of the attempt that another process has claimed."""
         self.number = number
 
     def check_owned(self) -> None:
-        """Raise FencedError where another attempt has taken the run over since."""
+        """Raise FencedError if another attempt has taken the run over since."""
         if self.number:
             check_owned(self._run_dir, self.number)
 
@@ -81,8 +81,6 @@ def check_owned(run_dir: Path, number: int) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as stream:
-        with suppress(
-            OSError
-        ):  # some file systems have no locks; two starts in the same instant are then not told apart
+        with suppress(OSError):  # on file systems without locks, two starts in the same instant are not told apart
             fcntl.lockf(stream, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""An HTML page that needs no other file: one shell, with the content and the data of whoever makes it."""
+"""Make an HTML page that needs no other file, from a shared shell and the caller's content and data."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ SHELL = Path(__file__).with_name("page.html")
 
 
 def page(title: str, content: str, data: Any = None) -> str:
-    """The page.
+    """The text of the page.
 
     Args:
-        title: plain text, for the tab and the heading.
-        content: HTML; `@DATA@` in its script is where the data go.
-        data: plain values; numbers that are not finite become null.
+        title: plain text for the tab and the heading.
+        content: HTML. The data replace `@DATA@` in its script.
+        data: plain values. Numbers that are not finite become null.
     """
-    # a text may hold the end tag of the script it is put in
+    # "<" is escaped, because a text in the data could otherwise close the script element
     values = orjson.dumps(data).decode().replace("<", "\\u003c")
     shell = SHELL.read_text(encoding="utf-8").replace("@TITLE@", escape(title))
     return shell.replace("@CONTENT@", content).replace("@DATA@", values)

@@ -1,9 +1,10 @@
 """metrics.jsonl, the record of a run: one JSON object a line, {"event", "step", "attempt", "time", ...}.
 
-Lines of steps, evaluations and tasks are what a run computed: one a step, in order, whatever number of attempts it
-took. What an attempt computed after the step from which the next one went on is computed anew, so these lines move to
-metrics.superseded.jsonl. All other events are history: they stay, in the order in which they happened.
-No torch here: the record is also read on login nodes.
+Lines of steps, evaluations and tasks hold what the run computed. There is one line for each step, in order, even if
+the run took several attempts. If an attempt resumes from an earlier step, later steps are computed again, and their old
+lines move to metrics.superseded.jsonl. All other events are history and stay in the order in which they happened.
+
+This module does not import torch, because the record is also read on login nodes.
 """
 
 from __future__ import annotations
@@ -25,25 +26,26 @@ logger = logging.getLogger(__name__)
 METRICS, SUPERSEDED = "metrics.jsonl", "metrics.superseded.jsonl"
 MEASURED = ("evaluation", "tasks")
 COMPUTED = ("step", *MEASURED)
-ENDED, REFUSED, FAILED = "ended", "refused", "failed"  # last phases of a rank's heartbeat; the second before any step
+# The last phase of a rank's heartbeat. A run is "refused" if an error of the user ends it before the first step.
+ENDED, REFUSED, FAILED = "ended", "refused", "failed"
 HISTORY = ("resume", "change", "save", "skip", "alarm", "rewind", "straggler", "end")
 
 
 class Recorder:
-    """Appends to the record of a run; one process at a time.
+    """Appends to the record of a run. Only one process may do so at a time.
 
     Args:
-        start_step: the step from which the run goes on.
-        attempt: which start of the run this is, counted from 1; it is in every line.
-        check_owned: asked before each line; raises where another process has taken the run over. An older one, on a
-            node that was cut off from its cluster, would go on with a record that is no longer its own.
+        start_step: the step from which the run continues.
+        attempt: number of this start of the run, counted from 1. It is in every line.
+        check_owned: called before each line, and raises if another process has taken the run over. Otherwise an older
+            process, on a node that was cut off from its cluster, would write to a record that it no longer owns.
 
     Attributes:
-        reached: the last step of which an earlier attempt has a line, superseded ones included; 0 for none.
-        evaluations: the steps of which one has an evaluation, superseded ones included.
-        asked: the same of tasks.
-        evaluated: the last step of which there is an evaluation, up to `start_step`; 0 for none.
-        last_asked: the same of tasks.
+        reached: the last step that an earlier attempt has recorded, superseded lines included, or 0.
+        evaluations: the steps with a recorded evaluation, superseded lines included.
+        asked: the steps with recorded tasks, superseded lines included.
+        evaluated: the last step up to `start_step` with an evaluation, or 0.
+        last_asked: the last step up to `start_step` with tasks, or 0.
     """
 
     def __init__(
@@ -54,13 +56,13 @@ class Recorder:
         seen, kept = _keep_until(path, start_step)
         self.reached, self.evaluations, self.asked = seen.reached, seen.evaluations, seen.asked
         self.evaluated, self.last_asked = (kept[event] for event in MEASURED)
-        # unbuffered and in append mode: a line is one write, which another writer's line cannot split
+        # Unbuffered and in append mode, each line is one write, and no other writer's line can split it.
         self._file = path.open("ab", buffering=0)
-        self._pending = bytearray()  # lines, or the rest of one, that a full disk has not taken yet
+        self._pending = bytearray()  # lines, or the rest of one, for which the disk had no room yet
         self._refused = False
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """Append a line. Numbers that are not finite become null. What is not a step is on disk on return."""
+        """Append a line. Numbers that are not finite become null. Events other than steps are on disk on return."""
         assert event in COMPUTED + HISTORY, event
         self._check_owned()
         head = {"event": event, "step": step, "attempt": self._attempt, "time": round(time.time(), 3)}
@@ -71,7 +73,7 @@ class Recorder:
             self.sync()
 
     def sync(self) -> None:
-        """Wait until all lines are on disk. Before a checkpoint is sealed, so that no line before it can be lost."""
+        """Wait until all lines are on disk. Called before a checkpoint is sealed, so that no line before it is lost."""
         if self._flush():
             sync(self._file)
 
@@ -81,7 +83,7 @@ class Recorder:
         self._file.close()
 
     def _flush(self) -> bool:
-        """Whether the disk has taken all lines. A full one ends no run: what it refuses is offered again."""
+        """Write pending lines. Returns whether the disk took all. If it is full, the next call tries the rest again."""
         try:
             while self._pending:
                 del self._pending[: self._file.write(self._pending)]
@@ -94,7 +96,7 @@ class Recorder:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a record, in order; damaged ones are passed over."""
+    """The lines of a record, in order. Damaged lines are skipped."""
     with path.open("rb") as lines:
         for line in lines:
             record = _parse(line)
@@ -113,7 +115,7 @@ def read_end(path: Path, size: int) -> list[dict[str, Any]]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """A line as it was written, or None where a crash has cut it off."""
+    """The record in a line, or None if a crash has cut the line off."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -124,7 +126,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 @dataclass
 class _Seen:
-    """What lines of steps, evaluations and tasks there are."""
+    """The last step, and the steps of evaluations and tasks, in some lines."""
 
     reached: int = 0
     evaluations: set[int] = field(default_factory=set)
@@ -140,9 +142,10 @@ class _Seen:
 
 
 def _keep_until(path: Path, step: int) -> tuple[_Seen, dict[str, int]]:
-    """Move what was computed after `step` out of the record.
+    """Move the lines that were computed after `step` out of the record.
 
-    Returns what any attempt has recorded, and the last steps of which the record keeps an evaluation and tasks.
+    Returns what all attempts have recorded, and the last steps with an evaluation and with tasks that stay in the
+    record.
     """
     measured = dict.fromkeys(MEASURED, 0)
     superseded, seen = path.with_name(SUPERSEDED), _Seen()
@@ -177,16 +180,17 @@ def _keep_until(path: Path, step: int) -> tuple[_Seen, dict[str, int]]:
 
 
 def _append_new(path: Path, lines: list[bytes]) -> None:
-    """Append lines that are not there yet: a start that died after it and before the record was replaced comes again.
+    """Append the lines that are not in the file yet.
 
-    Each line has its attempt and time, so equal ones are the same.
+    Some may be there already, if an earlier start died after this and before it replaced the record. Each line has its
+    attempt and time, so equal lines are the same record.
     """
     with path.open("a+b") as file:
         file.seek(0)
         there, last = set(), b"\n"
         for last in file:
             there.add(last)
-        if not last.endswith(b"\n"):  # it died in the middle of a line, which nothing may join
+        if not last.endswith(b"\n"):  # a writer died in the middle of this line, so start a new one
             file.write(b"\n")
         file.writelines(line for line in lines if line not in there)
         sync(file)

@@ -1,4 +1,4 @@
-"""`ponder-scale report RUN...`: one HTML file with all that it needs inside."""
+"""`ponder-scale report RUN...`: write one HTML file that needs no other file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ CONTENT = Path(__file__).with_name("report.html")
 
 
 def report(run_dirs: Sequence[Path], out: Path) -> Path:
-    """Write the page about one run, or several over each other, to `out` and return it.
+    """Write a page about one run, or about several runs drawn over each other, to `out`. Returns `out`.
 
     Raises:
-        ConfigError: a folder is no run, or no step of it is recorded; `out` cannot be written.
+        ConfigError: a folder is no run, a run has no recorded step, or `out` cannot be written.
     """
     runs = [read_run(run_dir, name) for run_dir, name in zip(run_dirs, names(run_dirs), strict=True)]
     title = " against ".join(run["name"] for run in runs)
@@ -31,7 +31,7 @@ def report(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def names(run_dirs: Sequence[Path]) -> list[str]:
-    """Short names that differ: the folders' last parts, as many as it takes."""
+    """Short names that differ: as many of the last parts of each folder's path as it takes."""
     parts = [path.resolve().parts for path in run_dirs]
     if len(set(parts)) < len(parts):
         raise ConfigError("report: a run is named twice; name each once")

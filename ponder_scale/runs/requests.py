@@ -1,4 +1,4 @@
-"""The files by which a person asks a run for something: put into its folder, honoured at its next step."""
+"""Request files. You put one into the folder of a run, and the run fulfils it at its next step."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ REQUESTS = (STOP, SAVE, SAVE_AND_STOP)
 
 
 def requested(run_dir: Path) -> list[Path]:
-    """The requests that the run has not honoured yet."""
+    """The requests that the run has not fulfilled yet."""
     return [path for path in (run_dir / name for name in REQUESTS) if path.exists()]
 
 
 def request(run_dir: Path, name: str) -> Path:
-    """Ask for `name`, one of `REQUESTS`; the file that does. Raises OSError where it cannot be written."""
+    """Write the request `name`, one of `REQUESTS`, and return its file. Raises OSError if it cannot be written."""
     path = run_dir / name
     path.touch()
     return path
 
 
 def honoured(run_dir: Path, name: str) -> None:
-    """Take a request away, once it is honoured."""
+    """Remove a request that has been fulfilled."""
     delete_file(run_dir / name)

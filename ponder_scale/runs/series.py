@@ -1,4 +1,7 @@
-"""A run's record as the few numbers that a page can draw. numpy, no torch: reports are also made on login nodes."""
+"""Reduce the record of a run to the few numbers that a page can draw.
+
+This module uses numpy and not torch, because reports are also made on login nodes.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,19 @@ from ponder_scale.errors import ConfigError
 from ponder_scale.runs.records import HISTORY, METRICS, read
 from ponder_scale.settings import flat
 
-POINTS = 800  # drawn of a curve; each stands for as many logged steps as it takes
-EVENTS = 2000  # drawn of a run: all but the oldest saves
+POINTS = 800  # most points of a curve; in a long run each point stands for several logged steps
+EVENTS = 2000  # most events of a run that are drawn; if there are more, the oldest saves are left out
 AXES = ("step", "tokens", "flops", "hours")
 NOT_DRAWN = ("event", "attempt")
 
 
 def read_run(run_dir: Path, name: str) -> dict[str, Any]:
-    """What the page shows of a run, as JSON values.
+    """The data of a run that the page shows, as JSON values.
 
     Returns:
-        name, config (flat), summary, x (the points' step, tokens, FLOPs and hours), series (by key the points' mean,
-        and in `low` and `high` their extremes where a point stands for several steps), evaluations, tasks, events.
+        A dictionary of name, config (flat), summary, x (step, tokens, FLOPs and hours of each point), series (the mean
+        of each point, by key), low and high (the extremes, if a point stands for several steps), evaluations, tasks
+        and events.
 
     Raises:
         ConfigError: it is no run folder, or no step was recorded in it.
@@ -66,7 +70,7 @@ def read_run(run_dir: Path, name: str) -> dict[str, Any]:
 
 
 def columns_begin(columns: dict[str, np.ndarray], first_time: float) -> float:
-    """When the first recorded step began, in seconds since the epoch."""
+    """The time at which the first recorded step began, in seconds since the epoch."""
     took = columns.get("seconds_per_step")
     return first_time - (float(took[0]) if took is not None and math.isfinite(took[0]) else 0.0)
 
@@ -74,9 +78,10 @@ def columns_begin(columns: dict[str, np.ndarray], first_time: float) -> float:
 def thin(
     columns: dict[str, np.ndarray], points: int
 ) -> tuple[dict[str, list[Any]], dict[str, list[Any]], dict[str, list[Any]], dict[str, list[Any]]]:
-    """Curves of at most `points` points: the axes at the end of each stretch, and per curve mean, lowest, highest.
+    """Curves of at most `points` points, each of which stands for a stretch of steps.
 
-    Lowest and highest are given where a stretch has several steps, so that a spike of one step stays visible.
+    Returns the axes at the end of each stretch, and the mean, lowest and highest value of each curve by key. Lowest and
+    highest are given if stretches have several steps, so that a spike of one step stays visible.
     """
     count = len(columns["step"])
     width = -(-count // points)
@@ -100,7 +105,7 @@ def thin(
 
 
 class _Table:
-    """The numbers of the steps, a column each; lists become columns `name/index`."""
+    """The numbers of the steps, in one column for each key. Elements of lists get columns `name/index`."""
 
     def __init__(self) -> None:
         self._columns: dict[str, array[float]] = {}
@@ -160,7 +165,7 @@ def _summary(
 
 
 def _config(run_dir: Path) -> dict[str, str]:
-    """The run's settings by their full key, as text."""
+    """The settings of the run as text, by full key."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         return {}
@@ -176,7 +181,7 @@ def _config(run_dir: Path) -> dict[str, str]:
 
 
 def _fewer_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All but saves, and as many of the newest saves as there is room for."""
+    """All events except saves, and as many of the newest saves as there is room for."""
     others = sum(record["event"] != "save" for record in events)
     surplus = max(0, sum(record["event"] == "save" for record in events) - max(0, EVENTS - others))
     kept = []
@@ -189,13 +194,13 @@ def _fewer_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _thin_list(values: list[Any], points: int) -> list[Any]:
-    """Every n-th, so that at most `points` + 1 remain, and the last."""
+    """Every n-th value, so that at most `points` + 1 remain, and always the last."""
     stride = -(-len(values) // points) or 1
     return values[::stride] + (values[-1:] if values and (len(values) - 1) % stride else [])
 
 
 def _numbers(values: np.ndarray) -> list[Any]:
-    """To six digits, whole numbers whole; null where there is none."""
+    """The values to six digits. Whole numbers become integers, and missing numbers None."""
     return [
         None
         if not math.isfinite(value)

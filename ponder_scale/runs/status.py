@@ -1,6 +1,7 @@
-"""A run at a glance, from its files alone: `ponder-scale status RUN`, for login nodes. Neither torch nor a long read.
+"""`ponder-scale status RUN`: show a run at a glance.
 
-What is read: the end of metrics.jsonl, config.yaml, attempts.jsonl, heartbeat/, the names in checkpoints/, requests.
+It works on login nodes, because it needs no torch and reads only a few files: the end of metrics.jsonl, config.yaml,
+attempts.jsonl, heartbeat/, the names in checkpoints/ and the requests.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from ponder_scale.figures import count, duration, perplexity, rate, shown, size,
 from ponder_scale.runs.records import ENDED, FAILED, HISTORY, METRICS, REFUSED, read_end
 from ponder_scale.runs.requests import requested
 
-END_BYTES = 4 * 2**20  # of metrics.jsonl that are read: thousands of lines
+END_BYTES = 4 * 2**20  # bytes that are read from the end of metrics.jsonl, which hold thousands of lines
 EVENTS_SHOWN = 4
-STALE_SECONDS, STALE_STEPS = 60.0, 5.0  # a heartbeat older than both is a rank that stands still or is gone
-START_SECONDS = 3600.0  # after which a start that has come to no step is gone
+STALE_SECONDS, STALE_STEPS = 60.0, 5.0  # a rank whose heartbeat is older than both stands still or is gone
+START_SECONDS = 3600.0  # a start without a step for this long is gone
 STARTING = "start"  # the phase of a rank until its first step
 OTHER_KEYS = ("event", "step", "attempt", "time")
 
@@ -31,12 +32,12 @@ def status(run_dir: Path, now: float | None = None) -> list[str]:
     """The lines about a run.
 
     Args:
-        now: seconds since the epoch; default: the clock's.
+        now: seconds since the epoch. The default is the present time.
 
     Raises:
         ConfigError: it is no run folder.
     """
-    job = run_dir / "job"  # of `ponder-scale submit`
+    job = run_dir / "job"  # written by `ponder-scale submit`
     if not (run_dir / "config.yaml").is_file() and job.is_file():
         number = job.read_text(encoding="utf-8").strip()
         return [f"run       {run_dir}: submitted as job {number}, not begun; squeue --jobs={number} says why"]
@@ -76,7 +77,7 @@ def _last(records: list[dict[str, Any]], event: str) -> dict[str, Any] | None:
 
 
 def _state(records: list[dict[str, Any]], hearts: _Hearts, patience: float, now: float) -> str:
-    """What the run does, and what became of a start that is newer than that."""
+    """The state of the run, and what happened to a newer start, if there is one."""
     known, state = _doing(records[-1] if records else None, hearts, patience, now)
     start = hearts.start
     if start is None or start["time"] <= known:
@@ -89,7 +90,7 @@ def _state(records: list[dict[str, Any]], hearts: _Hearts, patience: float, now:
 
 
 def _doing(last: dict[str, Any] | None, hearts: _Hearts, patience: float, now: float) -> tuple[float, str]:
-    """What the run does by its last record and its working ranks, and the time that this is known of."""
+    """The state of the run by its last record and its working ranks, after the time of the newest sign of it."""
     working = [heart["time"] for heart in hearts.working]
     if last is not None and last["event"] == "end" and not any(at > last["time"] + STALE_SECONDS for at in working):
         return last["time"], f"ended ({last.get('reason', 'no reason given')}) {duration(now - last['time'])} ago"
@@ -105,7 +106,7 @@ def _doing(last: dict[str, Any] | None, hearts: _Hearts, patience: float, now: f
         return 0.0, "started, nothing recorded yet"
     known = max([*working, *([last["time"]] if last else [])])
     if hearts.start is not None and now - known < patience:
-        return known, "running"  # the start has put its heartbeats in the place of those of ranks that train on
+        return known, "running"  # a new start has overwritten the heartbeats of ranks that still train
     stopped = hearts.start is not None and hearts.start["time"] > known
     return known, f"{'not running' if stopped else 'no sign of life'} for {duration(now - known)}"
 
@@ -178,12 +179,13 @@ def _attempt(run_dir: Path, now: float) -> str:
 
 @dataclass(frozen=True)
 class _Hearts:
-    """The heartbeats of a run by what they say.
+    """The heartbeats of a run, sorted by what they say.
 
     Args:
-        working: those of ranks that are in a phase of training; `stale`: of these, what stands still or is gone.
-        start: the newest of ranks that have not come to training: they are starting, were refused, or failed.
-        failed: the newest of ranks that an error has ended in training.
+        working: heartbeats of ranks in a phase of training.
+        stale: those of `working` whose ranks stand still or are gone.
+        start: newest heartbeat of a rank that has not reached training: it is starting, was refused, or failed.
+        failed: newest heartbeat of a rank that an error has ended while it trained.
     """
 
     every: list[dict[str, Any]]
@@ -200,14 +202,14 @@ def _hearts(run_dir: Path, patience: float, now: float) -> _Hearts:
             heart = json.loads(path.read_text(encoding="utf-8"))
             every.append({**heart, "rank": int(path.stem.removeprefix("rank-")), "time": float(heart["time"])})
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # replaced or removed while it was looked at
+            continue  # the file was replaced or removed in the meantime
     over = (STARTING, ENDED, REFUSED, FAILED)
     working = [heart for heart in every if heart.get("phase") not in over]
     stale = [heart for heart in working if now - heart["time"] > patience]
     early = [
         heart for heart in every if heart.get("step") is None and heart.get("phase") in (STARTING, FAILED, REFUSED)
     ]
-    # a rank that was ended because another one was refused says nothing any more
+    # When one rank is refused, the others are ended while they start. The refusal tells more than their heartbeats.
     told = [heart for heart in early if heart["phase"] != STARTING] or early
     failed = [heart for heart in every if heart.get("phase") == FAILED and heart.get("step") is not None]
     return _Hearts(every, working, stale, _newest(told), _newest(failed))
@@ -233,7 +235,7 @@ def _ranks(hearts: _Hearts, now: float) -> str:
 
 
 def _events(records: list[dict[str, Any]], now: float) -> str:
-    # changed settings are with the attempt; here they would leave no room for the others
+    # The line of the attempt shows changed settings. Here they would leave no room for other events.
     shown = [record for record in records if record["event"] in HISTORY and record["event"] != "change"]
     events = shown[-EVENTS_SHOWN:]
     if not events:
@@ -242,7 +244,7 @@ def _events(records: list[dict[str, Any]], now: float) -> str:
 
 
 def describe(record: dict[str, Any]) -> str:
-    """An event in words: its name, its step and its values."""
+    """An event in words, with its name, step and values."""
     values = [f"{key} {_plain(value)}" for key, value in record.items() if key not in OTHER_KEYS]
     return f"{record['event']} at step {record['step']:,}" + (f": {', '.join(values)}" if values else "")
 

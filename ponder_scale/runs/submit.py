@@ -1,11 +1,11 @@
-"""Runs and Slurm: hand one over with its code and configuration, and send word to one that is there.
+"""Submit a run to Slurm with a snapshot of its code and configuration; stop, save or requeue it.
 
 RUN/submissions/0001/
-    code/           packages and templates as they were, laid out as a clone: what the job runs, now and when requeued
-    commit.txt      the commit they come from
-    diff.patch      how they differ from it
+    code/           snapshot of packages and templates, laid out like a clone; the job runs it, now and when requeued
+    commit.txt      the commit that the code comes from
+    diff.patch      differences between the code and that commit
     config.yaml     the resolved configuration
-    deepspeed.json  how to shard
+    deepspeed.json  the sharding file
     command.txt     the call of sbatch
 RUN/job             number of the newest job
 """
@@ -41,24 +41,24 @@ ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
     *("REVOKED", "SPECIAL_EXIT", "TIMEOUT"),
 )
-SIGNAL_SECONDS = 60  # before the end, where --signal names none
-START_SECONDS = 60  # until the first step, at least; and Slurm may signal up to a minute early
-COMPLETING_SECONDS = 30  # that a job may take to leave its nodes, before it waits again or has ended
+SIGNAL_SECONDS = 60  # Slurm signals this long before the end if --signal gives no time
+START_SECONDS = 60  # a start takes at least this long, and Slurm may signal up to a minute early
+COMPLETING_SECONDS = 30  # longest wait for a job to leave its nodes, after which it waits again or has ended
 
 
 class SubmitError(UserError):
-    """Slurm is not there, or refuses."""
+    """Slurm is not installed here, or refuses a request."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks of Slurm."""
+    """The resources that a job asks Slurm for."""
 
     nodes: int = 1
     gpus_per_node: int = 8
-    spares: int = 0  # nodes besides
-    time: str | None = None  # None: the template's
-    options: tuple[str, ...] = ()  # further ones of sbatch
+    spares: int = 0  # additional nodes that replace bad ones
+    time: str | None = None  # None uses the template's
+    options: tuple[str, ...] = ()  # further options of sbatch
 
     def __post_init__(self) -> None:
         for name, least in (("nodes", 1), ("gpus_per_node", 1), ("spares", 0)):
@@ -68,17 +68,22 @@ class Resources:
 
     @property
     def ranks(self) -> int:
-        """One on each GPU that trains."""
+        """The number of ranks: one for each GPU, without those of spare nodes."""
         return self.nodes * self.gpus_per_node
 
 
 class Submission:
-    """A run that can be described, asked for, and submitted."""
+    """A run that you can describe, test and submit."""
 
     def __init__(self, config: RunConfig, sharding: Path, resources: Resources, templates: Path = SLURM) -> None:
-        """`sharding` is the file that `train.deepspeed` names; `templates` the folder of train.sbatch and site.sh.
+        """Prepare a submission.
 
-        Raises SubmitError where one of these is not there.
+        Args:
+            sharding: the file that `train.deepspeed` names.
+            templates: folder of train.sbatch and site.sh.
+
+        Raises:
+            ConfigError: a template is missing.
         """
         self._config, self._sharding, self._resources, self._templates = config, sharding, resources, templates
         check_templates(templates)
@@ -89,18 +94,18 @@ class Submission:
         self.folder = self._run_dir / "submissions" / f"{number:04d}"
 
     def describe(self) -> str:
-        """What would be kept and called."""
+        """The snapshot and the call of sbatch that `submit` would make."""
         return f"would keep code and configuration in {self.folder}, and call\n{self._shown(self._command())}"
 
     def ask(self) -> str:
-        """Slurm's own answer: when and where the job could start. Raises SubmitError where it never could."""
+        """Slurm's estimate of when and where the job could start. Raises SubmitError if it never could."""
         *options, _, configuration = self._command()
-        # this project's template in place of the copy that would be made of it: only its head matters
+        # The copy of the template does not exist yet. Its original will do, because Slurm only reads the head.
         words = [*options, "--test-only", str(self._templates / TEMPLATE), configuration]
         return _slurm(words, self._environment()).stderr.strip()
 
     def check_free(self) -> None:
-        """Raise SubmitError while a job trains this run."""
+        """Raise SubmitError if a job trains this run already."""
         active = state_of(self._run_dir)
         if active is not None and active[1]:
             raise SubmitError(
@@ -109,7 +114,7 @@ class Submission:
             )
 
     def check_time(self) -> None:
-        """Raise SubmitError where Slurm's signal before the time limit leaves no time for a step."""
+        """Raise SubmitError if Slurm's signal before the time limit leaves no time for a step."""
         template = (self._templates / TEMPLATE).read_text(encoding="utf-8")
         limit, lead = (self._option(name, template) for name in ("time", "signal"))
         seconds, before = _slurm_seconds(limit), int(lead.partition("@")[2] or SIGNAL_SECONDS)
@@ -120,7 +125,7 @@ class Submission:
             )
 
     def _option(self, name: str, template: str) -> str:
-        """What sbatch goes by: the last on its command line, its environment, the head of the template."""
+        """The value that sbatch will use: the last on its command line, else its environment, else the template's."""
         words = [f"--time={self._resources.time}"] if self._resources.time else []
         words += self._resources.options
         given = [word.partition("=")[2] for word in words if word.startswith(f"--{name}=")]
@@ -131,7 +136,7 @@ class Submission:
         return given[-1] if given else os.environ.get(variable) or (inside[-1] if inside else "")
 
     def submit(self) -> str:
-        """Keep code and configuration, submit, and tell how to watch. Raises SubmitError."""
+        """Save code and configuration and submit the job. Returns how to watch it. Raises SubmitError."""
         self.check_free()
         command = self._command()
         self._keep(command)
@@ -147,7 +152,7 @@ class Submission:
 
     def _command(self) -> list[str]:
         resources, log = self._resources, str(self._run_dir / "slurm-%j.log")
-        prefix = log[: -len("%j.log")].replace("%", "%%")  # of the path, not a pattern
+        prefix = log[: -len("%j.log")].replace("%", "%%")  # a % in the folder's path is no pattern
         command = ["sbatch", "--parsable", f"--job-name=ponder-{_plain(self._run_dir.name)}"]
         command += [f"--output={prefix}%j.log", f"--nodes={resources.nodes + resources.spares}"]
         command += [f"--ntasks-per-node={resources.gpus_per_node}", f"--gpus-per-node={resources.gpus_per_node}"]
@@ -157,7 +162,7 @@ class Submission:
         return [*command, str(self.folder / "code" / "slurm" / TEMPLATE), str(self.folder / "config.yaml")]
 
     def _exported(self) -> list[str]:
-        """An option that gives the job what is ours where the user, or the site, keeps the environment from it."""
+        """An option that passes our variables to the job, if the user or the site does not export the environment."""
         given = [option.partition("=")[2] for option in self._resources.options if option.startswith("--export=")]
         names = (given[-1] if given else os.environ.get("SBATCH_EXPORT", "ALL")).split(",")
         if "ALL" in names:
@@ -168,7 +173,7 @@ class Submission:
         return {"PONDER_HOME": str(self.folder / "code"), "SPARES": str(self._resources.spares)}
 
     def _environment(self) -> dict[str, str]:
-        # secrets such as WANDB_API_KEY reach the job this way: in no file, and on no command line, which all can read
+        # Secrets such as WANDB_API_KEY reach the job through the environment. Everybody could read a command line.
         return {**os.environ, **self._ours()}
 
     def _shown(self, command: list[str]) -> str:
@@ -186,12 +191,12 @@ class Submission:
 
 
 def keep_code(folder: Path, templates: Path = SLURM) -> None:
-    """Copy packages, DeepSpeed files and templates to folder/code; note the commit and how they differ from it."""
+    """Copy packages, DeepSpeed files and templates to folder/code. Write the commit, and the differences to it."""
     code = folder / "code"
     parts = {name: Path(str(installed.files(name))) for name in PYTHON_PACKAGES}
     parts |= {"deepspeed_configs": DEEPSPEED_CONFIGS, "slurm": SLURM}
     commit, diff = f"unknown: version {__version__}, not a git checkout\n", ""
-    if _git(PACKAGE, "ls-files", "--error-unmatch", "cli.py") is not None:  # else it may lie in a checkout of others
+    if _git(PACKAGE, "ls-files", "--error-unmatch", "cli.py") is not None:  # not in others' checkout
         commit = _git(PACKAGE, "rev-parse", "HEAD") or "no commit yet\n"
         diff = _git(PACKAGE, "diff", "--binary", "HEAD", "--", *map(str, parts.values())) or ""
     for part, source in {**parts, "slurm": templates}.items():
@@ -207,7 +212,7 @@ def keep_code(folder: Path, templates: Path = SLURM) -> None:
 
 
 def _names_in(folder: Path) -> list[Path]:
-    """The files of a folder, from it: of a checkout those that git knows or would, else all."""
+    """The files of a folder, relative to it. In a checkout, files that git ignores are left out."""
     names = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix != ".pyc"]
     if _git(folder, "ls-files", "-z"):
         listed = _git(folder, "ls-files", "--cached", "--others", "--exclude-standard", "-z") or ""
@@ -216,9 +221,9 @@ def _names_in(folder: Path) -> list[Path]:
 
 
 def state_of(run_dir: Path) -> tuple[str, str] | None:
-    """The newest job of a run and its state in Slurm's queue ("" when it has left it); None when it never had one.
+    """The newest job of a run and its state in Slurm's queue. None if the run never had a job.
 
-    Raises SubmitError where there is no Slurm.
+    The state is "" once the job has left the queue. Raises SubmitError if Slurm is not installed here.
     """
     try:
         job = (run_dir / "job").read_text(encoding="utf-8").strip()
@@ -227,15 +232,15 @@ def state_of(run_dir: Path) -> tuple[str, str] | None:
     words = ["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T"]
     for _ in range(COMPLETING_SECONDS):
         done = _call(words)
-        state = done.stdout.strip() if done.returncode == 0 else ""  # squeue fails for a job it has forgotten
+        state = done.stdout.strip() if done.returncode == 0 else ""  # squeue fails for jobs that Slurm has forgotten
         if state != "COMPLETING":
             break
-        time.sleep(1)  # for its nodes, after which it waits in the queue again, or has ended
+        time.sleep(1)  # once the job has left its nodes, it waits in the queue again or has ended
     return job, "" if state in ENDED else state
 
 
 def stop(run_dir: Path, *, save: bool) -> str:
-    """End a run: at its next step when it trains, at once when it waits. Returns what was done."""
+    """End a run at its next step, or cancel it at once if it still waits. Returns what was done."""
     job, state = _active(run_dir)
     if state in WAITING:
         _slurm(["scancel", job])
@@ -244,7 +249,7 @@ def stop(run_dir: Path, *, save: bool) -> str:
 
 
 def save(run_dir: Path) -> str:
-    """Have a run save at its next step. Returns what was done."""
+    """Ask a run to save at its next step. Returns what was done."""
     job, state = _active(run_dir)
     if state in WAITING:
         raise SubmitError(f"job {job} of {run_dir} waits in the queue: there is nothing new to save")
@@ -252,16 +257,16 @@ def save(run_dir: Path) -> str:
 
 
 def requeue(run_dir: Path) -> str:
-    """Have a run save and its job wait in the queue again. Returns what was done."""
+    """Ask a run to save, and put its job back into the queue. Returns what was done."""
     job, state = _active(run_dir)
     if not job or state != "RUNNING":
         raise SubmitError(f"{run_dir}: expected a running job of Slurm, found {state or 'none'}")
-    _slurm(["scancel", "--batch", "--signal=USR2", job])  # what Slurm itself sends before the time limit
+    _slurm(["scancel", "--batch", "--signal=USR2", job])  # the signal that Slurm itself sends before the time limit
     return f"job {job} saves and goes back to the queue"
 
 
 def _active(run_dir: Path) -> tuple[str, str]:
-    """Job and state of a run that can take orders; both are "" for one that was not started by Slurm."""
+    """The job and state of a run that can take requests. Both are "" if Slurm did not start the run."""
     if not (run_dir / "config.yaml").is_file() and not (run_dir / "job").is_file():
         raise SubmitError(f"{run_dir} is no run folder: it has no config.yaml")
     found = state_of(run_dir)
@@ -281,14 +286,14 @@ def _request(run_dir: Path, name: str, what: str) -> str:
 
 
 def _slurm_seconds(limit: str) -> float | None:
-    """Seconds of a time limit as sbatch takes it, a plain number being minutes; None for none, and what it refuses."""
+    """The seconds of a time limit of sbatch, where a plain number means minutes. None for no limit and for nonsense."""
     minutes = limit.isdigit()
     seconds = seconds_of(limit)
     return seconds * 60 if seconds and minutes else seconds or None
 
 
 def _plain(name: str) -> str:
-    """A job name that no tool has to quote."""
+    """The name with all characters replaced that a tool would have to quote."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 

@@ -1,4 +1,4 @@
-"""`ponder-scale templates DIR`: the Slurm files, written out for a site to edit."""
+"""`ponder-scale templates DIR`: write the Slurm files out, so that you can edit them for your site."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from ponder_scale.files.delete import delete_file
 from ponder_scale.files.shipped import SLURM
 from ponder_scale.files.write import copy_file
 
-NEEDED = ("train.sbatch", "site.sh", "rank.sh", "check_node.sh")  # of a folder that a run is submitted with
+NEEDED = ("train.sbatch", "site.sh", "rank.sh", "check_node.sh")  # files that a run cannot be submitted without
 
 
 def write_templates(folder: Path, *, overwrite: bool = False) -> str:
-    """Write each Slurm file into `folder`; returns what was done and what to do next.
+    """Write each Slurm file into `folder`. Returns what was done and what to do next.
 
-    Files of these names that say the same are left. Nothing else in the folder is touched.
+    Files that already have the right contents are left. Nothing else in the folder is touched.
 
     Args:
-        overwrite: also files that differ.
+        overwrite: replace files that differ, too.
 
     Raises:
-        ConfigError: a file differs and may not be overwritten, or cannot be written. Before the first one is written,
-            where that can be known.
+        ConfigError: a file differs and may not be overwritten, or cannot be written. Where this can be known, it is
+            raised before the first file is written.
     """
     sources = [path for path in sorted(SLURM.iterdir()) if path.is_file()]
     missing = [path for path in sources if not _same(path, folder / path.name)]
@@ -49,7 +49,7 @@ def write_templates(folder: Path, *, overwrite: bool = False) -> str:
 
 
 def check_templates(folder: Path) -> None:
-    """Raise ConfigError for a folder that a job cannot be started with."""
+    """Raise ConfigError if a job cannot be started with the files of this folder."""
     for name in NEEDED:
         if not (folder / name).is_file():
             raise ConfigError(
@@ -62,7 +62,7 @@ def _same(source: Path, target: Path) -> bool:
 
 
 def _write(source: Path, target: Path) -> None:
-    """A file that is there is replaced as a whole; where it is a link, the link is, and not what it points to."""
+    """Replace the target as a whole. If it is a link, the link is replaced, and not the file that it points to."""
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         copy_file(source, temporary)

@@ -1,4 +1,7 @@
-"""What is otherwise on resume than it was when the checkpoint was saved: most may be, and none of it in silence."""
+"""What has changed between the save of a checkpoint and the resume from it.
+
+Most settings may change on resume. Every change is logged and recorded.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,26 @@ from typing import Any, NamedTuple
 
 from ponder_scale.settings import flat
 
-# what of state.json is compared, and what its keys are called
+# The keys of state.json that are compared, each with the prefix under which its changes are reported.
 GROUPS = {"config": "", "sharding": "deepspeed.", "world_size": "", "versions": "versions.", "commit": ""}
 
 
 class Change(NamedTuple):
-    """A key of the recipe, the sharding file or the surroundings; None stands for null and for what is not there."""
+    """A changed key of the recipe, the sharding file or the environment. None stands for null and for a missing key."""
 
     key: str
     before: Any
     after: Any
 
     def sentence(self, first_step: int) -> str:
-        """For the log; `first_step` is the first that it holds for."""
+        """The change as a sentence for the log. `first_step` is the first step that runs with the new value."""
         return f"{self.key} is {json.dumps(self.after)} from step {first_step} on; it was {json.dumps(self.before)}"
 
 
 def between(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """The keys whose values differ between two contents of state.json, in their order there.
 
-    What an older version has not saved is passed over.
+    Keys that an older version did not save are skipped.
     """
     found = []
     for name, prefix in GROUPS.items():
@@ -39,5 +42,5 @@ def between(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
 
 
 def _leaves(name: str, value: Any) -> dict[str, Any]:
-    value = json.loads(json.dumps(value))  # as a checkpoint gives it back
+    value = json.loads(json.dumps(value))  # the saved side went through JSON too
     return flat(value) if isinstance(value, dict) else {name: value}

@@ -1,6 +1,6 @@
-"""The lines of a training's log: what a step and an evaluation say, within the width of a terminal or a Slurm log.
+"""The lines of the training log for a step and for an evaluation, cut to the width of a terminal or a Slurm log.
 
-Everything is in metrics.jsonl; a line leaves out what it has no room for, the least important first.
+metrics.jsonl has all the numbers. A line that is too long drops parts, the least important first.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 from ponder_scale.figures import duration, rate, size
 
 COLUMNS = 120 - len("12:34:56 ")  # the command line puts the time of day before each line
-PASSES = 4  # that a line names: of more, the first two and the last
-LEFT_OUT = ("entropy", "memory", "lr", "passes", "mfu", "norm", "speed", "loss")  # in this order, where room is short
+PASSES = 4  # most passes that a line shows; with more, it shows the first two and the last
+LEFT_OUT = ("entropy", "memory", "lr", "passes", "mfu", "norm", "speed", "loss")  # dropped in this order to fit
 
 
 def step_line(step: int, steps: int, values: dict[str, Any]) -> str:
-    """A step, from what is recorded of it."""
+    """The line of a step, from its record."""
     losses = [_fixed(loss, 3) for loss in values["pass_losses"]]
     parts = {
         "step": f"step {step}/{steps}",
@@ -42,10 +42,10 @@ def step_line(step: int, steps: int, values: dict[str, Any]) -> str:
 def evaluation_lines(
     step: int, steps: int, source: str, tokens: int, perplexities: Sequence[float], bits: float | None = None
 ) -> list[str]:
-    """An evaluation of a source: one line, or a second one for what the first has no room for.
+    """The line of an evaluation of one source, and a second line if the first has no room for everything.
 
     Args:
-        bits: a byte, of the last pass; None: not known.
+        bits: bits per byte of the last pass, or None if they are not known.
     """
     head = f"step {step}/{steps}  held-out perplexity of {source} over {tokens} tokens:"
     passes = [f"pass {index} {_fixed(value, 2)}" for index, value in enumerate(perplexities)]
@@ -59,7 +59,7 @@ def evaluation_lines(
 def tasks_lines(
     step: int, steps: int, scores: Mapping[str, Mapping[str, float]], failure: str | None, seconds: float
 ) -> list[str]:
-    """The tasks of a step: their metrics, without the errors that the harness estimates, or what failed."""
+    """The lines of the tasks of a step: their metrics without the harness's error estimates, or the failure."""
     head = f"step {step}/{steps}  tasks, in {duration(seconds)}:"
     if failure is not None:
         return folded(f"{head} failed, and training goes on: {failure}")
@@ -73,7 +73,7 @@ def tasks_lines(
 
 
 def folded(text: str) -> list[str]:
-    """A sentence as lines that fit; a longer word, such as a path, stays whole."""
+    """A sentence split into lines that fit. A word that is too long, such as a path, stays whole."""
     return textwrap.wrap(text, COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 

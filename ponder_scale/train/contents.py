@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds: put together for a save, told apart from what the run that goes on has."""
+"""The contents of a checkpoint: how a save collects them, and which of them may change before a resume."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ponder_scale.train.zero.engine import Engine
 
 @dataclass(frozen=True)
 class Contents:
-    """The parts of a run that its checkpoints keep."""
+    """The parts of a run that its checkpoints save."""
 
     config: RunConfig
-    model_values: dict[str, Any]  # of the transformers configuration, as JSON gives them back
+    model_values: dict[str, Any]  # the transformers configuration after a round trip through JSON
     engine: Engine
     loader: Loader
     health: Health
     work: Work
 
     def part(self, *, copy: bool) -> Part:
-        """What this rank saves; `copy`: as it is now, whatever training does next."""
+        """The tensors that this rank saves. With `copy`, training may change the originals while they are written."""
         partition = self.engine.partition
         return Part(partition.tensors(copy=copy), {"begins": partition.begins()})
 
     def part_at_full_size(self) -> Part:
-        """With stand-ins for the two moments where the optimizer makes them at its first update."""
+        """`part` at the size of a real save: before the first update, weights stand in for the optimizer's moments."""
         tensors, metadata = self.part(copy=False)
         weights = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{WEIGHT}/")}
         if len(weights) < len(tensors):
@@ -46,7 +46,7 @@ class Contents:
         return Part({**tensors, **moments}, metadata)
 
     def state(self, step: int, attempt: int) -> dict[str, Any]:
-        """Contents of state.json. Learning rate and pondering steps are not in it: functions of step and seed."""
+        """The contents of state.json. Learning rate and pondering steps are left out, as step and seed give them."""
         engine = self.engine
         return {
             "step": step,
@@ -64,7 +64,7 @@ class Contents:
         }
 
     def circumstances(self) -> dict[str, Any]:
-        """What may be otherwise when the run goes on, and is then told."""
+        """The settings and surroundings that may change before a resume. The resume then reports the changes."""
         return {
             "config": to_dict(self.config),
             "sharding": self.engine.sharding,

@@ -1,9 +1,12 @@
-"""The random numbers of a rank: torch on the host and on its device, numpy, Python.
+"""The random number generators of a rank: torch on the host and on its device, numpy, Python.
 
-They begin anew in each step, from the seed, the step and the rank. So dropout masks are a function of these three, as
-learning rate and data order are of theirs: a command repeats itself, ranks differ although they may be forked from one
-parent, a resumed run draws what the uninterrupted one drew, and no checkpoint has to hold any state of them.
-Recomputation draws the masks of its forward again, because `torch.utils.checkpoint` puts the generators back for it.
+Each step seeds them again from the run's seed, the step and the rank, so dropout masks are a function of these three:
+
+    - The same command gives the same run.
+    - Ranks differ, even if they are forked from one parent.
+    - A resumed run draws what the uninterrupted run would have drawn, and checkpoints hold no state of the generators.
+
+Recomputation draws the same masks as its forward, because `torch.utils.checkpoint` restores the generators for it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 
 
 def seed(run_seed: int, step: int, rank: int) -> None:
-    """Begin the random numbers of a step."""
+    """Seed all generators for a step."""
     value = random.Random(f"generators {run_seed} {step} {rank}").getrandbits(63)
     random.seed(value)
     np.random.seed(value % 2**32)

@@ -1,4 +1,4 @@
-"""Start the ranks of one machine: what `ponder-scale train --nproc N` does. Under Slurm or torchrun it is not used."""
+"""Start the ranks of one machine for `ponder-scale train --nproc N`. Slurm and torchrun start ranks themselves."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ponder_scale.errors import AGAIN, INTERRUPTED, UserError
 from ponder_scale.settings import to_yaml
 from ponder_scale.train.survive import signals
 
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # that every launcher sets
-GRACE_SECONDS = 30.0  # for the other ranks to end after one has failed
-ORDERLY = (0, AGAIN, INTERRUPTED)  # all ranks have agreed to end
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # every launcher sets these
+GRACE_SECONDS = 30.0  # after one rank has failed, the others may take this long to end
+ORDERLY = (0, AGAIN, INTERRUPTED)  # exit codes of ranks that have agreed to end
 SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2)
 
 
@@ -33,22 +33,22 @@ def free_port() -> str:
 
 
 def default_processes() -> int:
-    """One rank a GPU; one rank where there is none."""
-    import torch  # slow to import, and not needed when the user says how many
+    """One rank for each GPU, or one rank without a GPU."""
+    import torch  # slow to import, and not needed if --nproc is given
 
     return max(1, torch.cuda.device_count())
 
 
 def train_run(config: RunConfig, processes: int | None = None) -> None:
-    """Train a run, or go on with it, in processes of its own on this machine: what `ponder-scale train` does.
+    """Train a run or resume it, in new processes on this machine, like `ponder-scale train`.
 
-    What the ranks print goes where this process prints.
+    The ranks print to the output of this process.
 
     Args:
-        processes: ranks; default: one a GPU, or one.
+        processes: number of ranks. The default is one for each GPU, or one without a GPU.
 
     Raises:
-        UserError: it did not end trained. Its message has the exit code; what is wrong has been printed.
+        UserError: the run did not end trained. The message has the exit code. The ranks have printed the cause.
     """
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder, "recipe.yaml")
@@ -63,11 +63,12 @@ def train_run(config: RunConfig, processes: int | None = None) -> None:
 def launch(arguments: Sequence[str], processes: int) -> int:
     """Run `ponder-scale ARGUMENTS` as `processes` ranks and return the exit code.
 
-    That is the code of the first rank that fails, as a shell gives it (128 + n for one that signal n killed); the
-    other ranks are then ended, with SIGTERM and later SIGKILL. If none fails, it is what they agreed on.
-    SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 are passed on to every rank.
+    If a rank fails, its exit code is returned, as a shell gives it (128 + n if signal n killed it). The other ranks
+    are ended with SIGTERM and later SIGKILL. If no rank fails, the code is the one that the ranks agreed on. SIGINT,
+    SIGTERM, SIGUSR1 and SIGUSR2 are passed on to every rank.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals.CAUGHT)  # ranks inherit it, until their handlers are there
+    # ranks inherit the block, so no signal can hit them before they have installed their handlers
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.CAUGHT)
     if signals.received.again or signals.received.interrupt:
         return AGAIN if signals.received.again else INTERRUPTED
     shared = {
@@ -82,7 +83,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         subprocess.Popen(
             command,
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            start_new_session=True,  # else a terminal's Ctrl-C reaches them twice, once through us
+            start_new_session=True,  # otherwise Ctrl-C reaches them twice: from the terminal and from this process
             preexec_fn=_end_with_parent,
         )
         for rank in range(processes)
@@ -104,7 +105,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """The code of the first rank that fails; 0 once all have ended in order."""
+    """Wait for all ranks. Returns the code of the first rank that fails, or 0 once all have ended in order."""
     while True:
         codes = [rank.poll() for rank in ranks]
         failed = next((code for code in codes if code is not None and code not in ORDERLY), 0)
@@ -127,6 +128,6 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _end_with_parent() -> None:
-    """In a rank before it runs: a launcher that is killed must not leave ranks behind. Linux has a call for it."""
+    """Runs in a rank before its program. On Linux, it has the kernel end the rank if the launcher is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, int(signal.SIGTERM))

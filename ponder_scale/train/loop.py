@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 def train(config: RunConfig) -> int:
     """Train the run to its last step, from its newest whole checkpoint if it has one. Every rank calls it.
 
-    Returns the exit code: 0, or that of the orders (a signal, a request file, the time limit) that ended it before.
+    Returns the exit code. It is 0, or the code of the order that ended the run earlier: a signal, a request file or
+    the time limit.
     """
     run_dir, rank = Path(config.run_dir), int(os.environ.get("RANK", "0"))
     attempt = Attempt(run_dir)
@@ -42,14 +43,14 @@ def train(config: RunConfig) -> int:
             return _train(run)
         except Exception:
             run.watch.enter("save")
-            run.state.abandon()  # whatever ends the run, a save that is being written behind is not lost by it
+            run.state.abandon()  # a save that is still being written in the background must not be lost
             raise
 
 
 def _train(run: Run) -> int:
     """The loop: forward and backward, agreement, update, log, save, evaluate."""
     config = run.config
-    gc.freeze()  # no rank pauses, and lets the others wait, to look for garbage in what the run is made of
+    gc.freeze()  # keeps startup objects out of garbage collection, where a pass on one rank would stall all others
     gc.enable()
     if refusal := run.engine.agreed(run.control.refusal()):
         raise ConfigError(refusal)
@@ -57,7 +58,7 @@ def _train(run: Run) -> int:
     step = run.first_step - 1
     due = step > 0 and (step == config.train.steps or _due(step, config.evaluate.every_steps))
     if due and not orders.stop and not run.engine.agreed(run.metrics.has_evaluation(step)):
-        _evaluate(run, step)  # the attempt before had to end
+        _evaluate(run, step)  # the attempt before ended between the save and the evaluation of this step
     due = step > 0 and (step == config.train.steps or _due(step, config.evaluate.tasks_every_steps))
     if due and not orders.stop and not run.engine.agreed(run.metrics.has_tasks(step)):
         _ask_tasks(run, step)
@@ -107,7 +108,7 @@ def _train(run: Run) -> int:
 
 
 def _accumulate(run: Run, step: int, ponder: int, *, logged: bool) -> StepTally:
-    """Forward and backward of the micro-batches of a step; what they report."""
+    """Run forward and backward of the micro-batches of a step. Returns what they report."""
     tally = StepTally()
     generators.seed(run.config.seed, step, run.engine.rank)
     extras: dict[str, Any] = {"track": run.config.log.track_tokens if logged else None}
@@ -116,7 +117,8 @@ def _accumulate(run: Run, step: int, ponder: int, *, logged: bool) -> StepTally:
     batches = run.loader.next_batches(sequences, ahead)
     counts = [int((batch.labels != IGNORE_INDEX).sum()) for batch in batches]
     if run.config.data.packing == "best-fit" or any(shards.manifest.masked for shards in run.sources.values()):
-        # fewer labels count in some batches than in others; each weighs the same in the step, and none is no division
+        # Batches have different numbers of labels that count. Dividing all by the same mean gives each label the same
+        # weight in the step. The mean may be 0.
         mean = run.engine.mean(counts)
         extras["label_count"] = torch.where(mean > 0, mean, 1.0)
     for batch, count in zip(batches, counts, strict=True):
@@ -125,7 +127,7 @@ def _accumulate(run: Run, step: int, ponder: int, *, logged: bool) -> StepTally:
 
 
 def _agree(run: Run, tally: StepTally) -> tuple[StepMeans, Orders]:
-    """What the step's micro-batches report over all ranks, and what all do after it, by one all-reduce."""
+    """Add up, in one all-reduce, the reports of all ranks' micro-batches and what each rank wants to happen next."""
     sums, wishes = run.engine.totals(tally.sums(), _wishes(run))
     return tally.means(sums), run.control.orders(wishes.tolist())
 
@@ -135,11 +137,11 @@ def _wishes(run: Run) -> torch.Tensor:
 
 
 def _end(run: Run, step: int, orders: Orders, *, rewound: bool = False) -> int:
-    """Close everything, once all ranks are here: a launcher may end the others as soon as the first leaves.
+    """Close everything. Ranks leave together, because a launcher may end the others as soon as the first leaves.
 
     Args:
-        step: the last one that is done.
-        rewound: the one after it is not to be kept, nor saved: the next attempt goes back.
+        step: the last step that is done.
+        rewound: the step after it was rejected. It is not saved, and the next attempt goes back to the checkpoint.
     """
     saved, complete = orders.save and not rewound, step >= run.config.train.steps
     if complete:
@@ -150,9 +152,9 @@ def _end(run: Run, step: int, orders: Orders, *, rewound: bool = False) -> int:
         reason, code = orders.reason, orders.exit_code or 0
     if not complete:
         logger.info("ended at step %d by %s%s", step, reason, "" if saved else ", without saving")
-    if orders.stop or not rewound:  # else a request to save is still to be honoured, by the next attempt
+    if orders.stop or not rewound:  # after a rewind, the next attempt still has to honour a request to save
         run.control.done(orders)
-    run.watch.enter("save")  # one written behind may still be under way
+    run.watch.enter("save")  # an asynchronous save may still be running
     run.state.close()
     run.metrics.log_event("end", step, reason=reason, exit_code=code)
     run.profiler.close()
@@ -163,7 +165,7 @@ def _end(run: Run, step: int, orders: Orders, *, rewound: bool = False) -> int:
 
 
 def _evaluate(run: Run, step: int) -> None:
-    """The held-out losses after a step. Where that fails, the step is saved before the run ends. Collective."""
+    """Measure the held-out losses after a step. If this fails, save the step before the run ends. Collective."""
     run.watch.enter("evaluate")
     began = run.watch.clock()
     sums: dict[str, torch.Tensor] = {}
@@ -177,7 +179,8 @@ def _evaluate(run: Run, step: int) -> None:
         logger.exception("step %d: the evaluation failed on rank %d; saving the step", step, run.engine.rank)
         failure = error
     if failure is not None and run.engine.zero_stage == 3:
-        run.watch.enter("step")  # if it failed here alone, the others wait in a gather: not for as long as they may
+        # If only this rank failed, the others wait in a gather. The limit of "step" ends that sooner than "evaluate".
+        run.watch.enter("step")
     if run.engine.total(torch.tensor(float(failure is not None))):
         _save(run, step, "a failed evaluation")
         raise failure or RuntimeError(f"step {step}: the evaluation failed on another rank; see its log")
@@ -191,7 +194,7 @@ def _evaluate(run: Run, step: int) -> None:
 
 
 def _ask_tasks(run: Run, step: int) -> None:
-    """The downstream tasks after a step, where there are any. One that fails is recorded, and no run ends by it."""
+    """Run the downstream tasks after a step, if there are any. A failure is recorded and does not end the run."""
     if run.tasks is None:
         return
     run.watch.enter("evaluate")
@@ -219,7 +222,7 @@ def _save(run: Run, step: int, reason: str) -> None:
     run.state.save(step, reason)
     run.incidents.saved()
     run.metrics.resume_clock(run.loader.wait_seconds)
-    if run.state.save_seconds:  # none known while the first one is written behind
+    if run.state.save_seconds:  # not known yet while the first save is written in the background
         run.control.took(save=run.state.save_seconds)
 
 

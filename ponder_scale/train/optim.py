@@ -15,15 +15,15 @@ from ponder_scale.setup.width import learning_rate_scales
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Groups of parameters with and without weight decay, each in the order of the model.
 
-    `decay: matrices` leaves norms, biases and embedding tables without decay; a tied head is its embedding table.
-    With muon the first groups are its own: the matrices of the layers, so neither tables nor head. `lr_scale` of a
-    group is its learning rate relative to `lr`, which `mup_base_width` sets by the shape of the weight.
+    `decay: matrices` leaves norms, biases and embedding tables without decay. A tied head counts as its embedding
+    table. With muon, the first groups are those that Muon updates: the matrices of the layers, without tables and head.
+    `lr_scale` of a group is its learning rate relative to `lr`. `mup_base_width` sets it by the shape of the weight.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = id(model.get_output_embeddings().weight) if optim.optimizer == "muon" else None  # type: ignore[operator]
     transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
-    of_muon: dict[float, list[nn.Parameter]] = {}  # by the factor on their updates
-    of_adam: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}  # decayed, rate
+    of_muon: dict[float, list[nn.Parameter]] = {}  # key: the factor on their updates
+    of_adam: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}  # key: decayed, scale
     scales = learning_rate_scales(model, optim.mup_base_width)
     for parameter in model.parameters():
         matrix = parameter.ndim >= 2 and id(parameter) not in tables
@@ -33,7 +33,7 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
         else:
             of_adam.setdefault((matrix or optim.decay == "all", scales[id(parameter)]), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        # decay goes with the learning rate, and is not to be scaled
+        # the optimizer multiplies decay by the learning rate, so dividing it here leaves the decay itself unscaled
         {"params": params, "weight_decay": optim.weight_decay / scale if decayed else 0.0, "lr_scale": scale}
         for (decayed, scale), params in of_adam.items()
     ]
@@ -52,7 +52,8 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
 def transposed_factor(weight: nn.Parameter) -> float:
     """The factor on Muon's update of a Conv1D's weight (in, out), which is a linear layer's (out, in) transposed.
 
-    DeepSpeed scales an update by sqrt(max(1, rows / columns)), of a weight (out, in); this makes it that of the layer.
+    DeepSpeed scales an update by sqrt(max(1, rows / columns)) and assumes a weight (out, in). The factor corrects this
+    for the transposed weight.
     """
     inputs, outputs = weight.shape
     return math.sqrt(outputs / inputs)

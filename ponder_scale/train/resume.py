@@ -1,4 +1,4 @@
-"""Taking a run up where it was left: from its newest whole checkpoint, by as many ranks as there are now."""
+"""Resume a run from its newest whole checkpoint, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ logger = logging.getLogger(__name__)
 
 
 class Resumed(NamedTuple):
-    """Where a run goes on."""
+    """The point from which a run continues."""
 
-    step: int  # the last one that is done; 0 at the beginning
-    changes: list[Change]  # of this attempt against the checkpoint that it goes on from
+    step: int  # the last step that is done; 0 for a new run
+    changes: list[Change]  # between the checkpoint and this attempt
 
 
 def resume(run_dir: Path, contents: Contents, ranks: Ranks, attempt: Attempt) -> Resumed:
     """Load the newest whole checkpoint and take the run over. Collective.
 
-    Ranks, ZeRO stage and micro-batch may be others than it was saved with.
+    Ranks, ZeRO stage and micro-batch may differ from those that it was saved with.
 
     Raises:
-        CheckpointError: there are checkpoints and none is whole, or it is of another model, optimizer or precision.
+        CheckpointError: none of the checkpoints is whole, or the newest is of another model, optimizer or precision.
     """
     newest = newest_whole(run_dir, ranks)
     resumed = Resumed(0, []) if newest is None else _load(newest, contents, ranks)
@@ -86,7 +86,7 @@ def _load(newest: Path, contents: Contents, ranks: Ranks) -> Resumed:
 
 
 def _parts(engine: Engine, newest: Path, ranks: Ranks, *, same: bool) -> Parts:
-    """What this rank reads: its own file if that is enough for every rank, else what it needs of all."""
+    """The parts that this rank reads: its own file if that is enough on every rank, else what it needs of all files."""
     if same:
         own = Parts(newest, [part_name(ranks.rank)])
         if all(ranks.gather(engine.partition.is_in(own))):
@@ -95,10 +95,10 @@ def _parts(engine: Engine, newest: Path, ranks: Ranks, *, same: bool) -> Parts:
 
 
 def _needed(engine: Engine, newest: Path, ranks: Ranks) -> Table:
-    """Where the elements that this rank keeps are. Collective: each header is read by one rank.
+    """Find the files that hold the elements of this rank. Collective: each header is read by one rank.
 
-    Rank 0 puts the tables together and gives to each rank what it needs: the whole grows with the ranks that
-    saved times the parameters, and nobody else has to hold it.
+    The whole table grows with the parameters times the ranks that saved them. So only rank 0 holds it, and sends each
+    rank the rows that it needs.
     """
     found, error = {}, None
     try:

@@ -1,4 +1,4 @@
-"""A run is built here, each part from those before it, and goes on where it was left."""
+"""Build all parts of a run and resume it from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ from ponder_scale.train.zero.replica import replica
 
 logger = logging.getLogger(__name__)
 
-SUSPENSION = timedelta(days=7)  # that a run may be stopped for and go on
-SLOWEST_SAVE = timedelta(hours=3)  # how long one rank may write before the others give it up
+SUSPENSION = timedelta(days=7)  # a run may be suspended for this long and still continue
+SLOWEST_SAVE = timedelta(hours=3)  # in a save, ranks wait this long for the slowest one
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop turns."""
+    """The parts of a run that the training loop uses."""
 
-    config: RunConfig  # with nothing left to the planner
+    config: RunConfig  # every `auto` is settled
     sources: dict[str, ShardSet]
-    sizes: TextBytes | None  # of the tokens; None: not known
+    sizes: TextBytes | None  # bytes of each token, or None if not known
     engine: Engine
     loader: Loader
     state: RunState
@@ -76,12 +76,12 @@ class Run:
 
 
 def start(config: RunConfig, watch: Watch, attempt: Attempt) -> Run:
-    """Everything the loop needs, at the step where the run goes on. Collective."""
+    """Make everything that the loop needs, at the step where the run continues. Collective."""
     run_dir = Path(config.run_dir)
     logger.info("run %s", run_dir)
     sources = open_sources(config.data, check=False)
     configuration = _configuration(config, sources)
-    # a hang is the watchdog's to end; a run that was stopped for hours must find its collectives as they were
+    # The watchdog ends hangs. Collectives must not time out by themselves, because a run may be suspended for hours.
     init_distributed(None if config.health.hang_seconds is None else SUSPENSION)
     _check_shards(sources)
     config = _settled(config, configuration)
@@ -91,7 +91,7 @@ def start(config: RunConfig, watch: Watch, attempt: Attempt) -> Run:
     loader = _loader(config, sources, engine)
     health, shape = Health(config.health), model_shape(configuration, config.data.seq_len)
     work = Work(config, shape)
-    model_values = json.loads(json.dumps(configuration.to_dict()))  # as a checkpoint gives it back
+    model_values = json.loads(json.dumps(configuration.to_dict()))  # checkpoints compare values that JSON has changed
     contents = Contents(config, model_values, engine, loader, health, work)
     ranks = Ranks(engine.rank, engine.world_size, dist.new_group(backend="gloo", timeout=SLOWEST_SAVE), watch.alive)
     for stretch in engine.agreed(left_out(run_dir)):
@@ -153,10 +153,10 @@ def _configuration(config: RunConfig, sources: dict[str, ShardSet]) -> Any:
 
 
 def _model(config: RunConfig, configuration: Any, sources: dict[str, ShardSet]) -> Any:
-    """The model as the engine takes it: built, warm, fast, and recomputed as the run has it."""
+    """The model for the engine: initialized, with the run's fast kernels and recomputation."""
     model = build_model(configuration, config.seed)
     scale_initial_weights(model, config.optim.mup_base_width)
-    # a run that has a checkpoint goes on from that, also where the folder that it began with is gone
+    # A run with checkpoints resumes from them, so it no longer needs the folder of `init_from`.
     if config.model.init_from is not None and not saved_steps(Path(config.run_dir)):
         tokenizer = next(iter(sources.values())).manifest.tokenizer
         warm_start(model, Path(config.model.init_from), tokenizer=tokenizer)
@@ -172,7 +172,7 @@ def _write_folder(run_dir: Path, config: RunConfig, world_size: int) -> None:
 
 
 def _tell(config: RunConfig, configuration: Any, engine: Engine, resumed: Resumed, metrics: Metrics) -> None:
-    """Record and log what the run begins with."""
+    """Record and log how the run starts."""
     done, steps = resumed.step, config.train.steps
     if done:
         metrics.log_event("resume", done, world_size=engine.world_size)
@@ -188,9 +188,9 @@ def _tell(config: RunConfig, configuration: Any, engine: Engine, resumed: Resume
 
 
 def _check_shards(sources: dict[str, ShardSet]) -> None:
-    """Compare the shards with their manifests, each on one rank, and say what of them counts.
+    """Compare the shards with their manifests, each shard on one rank. Log the share of tokens that count in the loss.
 
-    Collective; raises ShardError on all ranks.
+    Collective. Raises ShardError on all ranks.
     """
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, damaged_shard(sources, dist.get_rank(), dist.get_world_size()))
@@ -204,7 +204,7 @@ def _check_shards(sources: dict[str, ShardSet]) -> None:
 
 
 def _sizes(sources: dict[str, ShardSet]) -> TextBytes | None:
-    """The bytes of each token, for held-out bits per byte; without them a run is evaluated all the same."""
+    """The bytes of each token, for held-out bits per byte. None if they are not known, and evaluation goes without."""
     if not any(shards.manifest.splits.get("heldout") for shards in sources.values()):
         return None
     try:
@@ -228,7 +228,7 @@ def _loader(config: RunConfig, sources: dict[str, ShardSet], engine: Engine) -> 
 
 
 def _settled(config: RunConfig, configuration: Any) -> RunConfig:
-    """The run with what is left to the planner decided: as it was when the run began, else by what fits. Collective."""
+    """The run with every `auto` settled: as the first attempt settled it, else by the planner. Collective."""
     if not is_auto(config.train):
         return config
     if dist.get_rank() == 0:

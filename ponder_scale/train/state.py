@@ -1,8 +1,9 @@
-"""What a run can be taken up from, saved while it trains.
+"""Save checkpoints while a run trains.
 
-Saving is in two halves. Training stops for the first, which copies this rank's tensors to the host. The second
-writes, syncs, hashes, waits for the other ranks and seals; with `checkpoint.asynchronous` it runs on a thread while
-training goes on. Its collectives have a gloo group of their own, so that they cannot mix with those of training.
+A save has two halves. Training stops for the first, which copies this rank's tensors to the host. The second writes,
+syncs, hashes, waits for the other ranks and seals the checkpoint. With `checkpoint.asynchronous` the second half runs
+on a thread while training continues. Its collectives use a separate gloo group, so they cannot mix with those of
+training.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from ponder_scale.train.contents import Contents
 
 logger = logging.getLogger(__name__)
 
-FAILURES = 3  # saves in a row that may fail before the run stops: a full disk is often noticed and cleared in time
+# The run stops when this number of saves in a row has failed. A full disk is often noticed and cleared before that.
+FAILURES = 3
 
 
 class RunState:
     """Saves a run. Collective, except for `late` and `poll`.
 
     Args:
-        tokenizer: folder with its files, copied into each checkpoint.
-        ranks: whose group is for saving alone; their `alive` is called while training waits for a save.
-        start_step: the step that is saved already; 0 for none.
-        record: told of each save and each failure on rank 0: the event, the step and values.
+        tokenizer: folder whose files are copied into each checkpoint.
+        ranks: the group that is used for saving only. `alive` is called while training waits for a save.
+        start_step: the step that is already saved, or 0.
+        record: called on rank 0 for each save and each failure, with the event, the step and values.
     """
 
     def __init__(
@@ -58,10 +60,10 @@ class RunState:
         self._saved_step = start_step
         self._saved_at = time.monotonic()
         self._failures: list[SaveError] = []  # in a row
-        self.save_seconds = 0.0  # what the slowest save has taken from beginning to end, for those who must end in time
+        self.save_seconds = 0.0  # of the slowest save, from beginning to end; the time limit reserves this much
 
     def due(self, step: int) -> str | None:
-        """Why the settings ask for a save after this step, or None. The last step is always saved."""
+        """The reason for a save after this step by the settings, or None. The last step is always saved."""
         settings = self._settings
         if step == self._steps:
             return "last step"
@@ -72,15 +74,15 @@ class RunState:
         return None
 
     def late(self) -> bool:
-        """Whether this rank's clock asks for a save; rank 0's counts."""
+        """Whether a save is due by this rank's clock. Only the clock of rank 0 counts."""
         every = self._settings.every_minutes
         return every is not None and time.monotonic() - self._saved_at >= 60 * every
 
     def save(self, step: int, reason: str = "schedule") -> None:
-        """Save a checkpoint of this step; `reason` is for the log. A failure is told, and the next save tries again.
+        """Save a checkpoint of this step. `reason` is for the log. A failure is logged, and the next save tries again.
 
         Raises:
-            SaveError: it failed, and so many before it.
+            SaveError: `FAILURES` saves in a row have failed.
             FencedError: another process has taken the run over.
         """
         self.finish()
@@ -99,7 +101,7 @@ class RunState:
             self.finish()
 
     def trial(self) -> int:
-        """Save all that the first save will, at its full size, and delete it again; the bytes of the ranks' parts.
+        """Write a checkpoint of full size and delete it again. Returns the bytes of the ranks' parts.
 
         Raises:
             SaveError: it failed.
@@ -108,20 +110,20 @@ class RunState:
         return self._saver.trial(state, self._contents.part_at_full_size(), self._ranks.alive)
 
     def poll(self) -> None:
-        """Between steps: record a save that has ended since. It does not wait."""
+        """Record an asynchronous save that has ended. Called between steps, and does not wait."""
         saving = self._saving
         if saving is None or not saving.job.done():
             return
         error = saving.job.exception()
         if isinstance(error, FencedError):
             raise error
-        if isinstance(error, SaveError):  # what follows from it is decided where all ranks look, in `finish`
+        if isinstance(error, SaveError):  # `finish`, which all ranks call at the same point, decides what follows
             self._tell(saving, error)
         elif error is None:
             self._record(saving)
 
     def finish(self) -> None:
-        """Wait for the save under way, if there is one. Raises as `save` does."""
+        """Wait for the running save, if there is one. Raises like `save`."""
         saving = self._saving
         if saving is None:
             return
@@ -141,21 +143,21 @@ class RunState:
             self._saving = None
 
     def abandon(self) -> None:
-        """Before an error ends the run: wait for the save under way, so that it is whole; what it raises is told."""
+        """Wait for the running save before an error ends the run, so that the checkpoint is whole. Logs its errors."""
         try:
             self.finish()
-        except Exception as error:  # such as that of a group whose other ranks are gone
+        except Exception as error:  # for example, the other ranks of the group are gone
             logger.error("%s", error)
 
     def close(self) -> None:
-        """Finish and end the thread. Raises SaveError if the last save failed: nobody will try again."""
+        """Finish and end the thread. Raises SaveError if the last save failed, because no other save follows."""
         self.finish()
         self._thread.shutdown()
         if self._failures:
             raise self._failed()
 
     def _write(self, step: int, state: dict[str, Any], part: Part, alive: Callable[[], None]) -> tuple[Path, float]:
-        """The second half of a save; its folder and seconds."""
+        """The second half of a save. Returns its folder and seconds."""
         began = time.monotonic()
         folder = self._saver.save(step, state, part, alive)
         return folder, time.monotonic() - began
@@ -168,7 +170,7 @@ class RunState:
         logger.error("%s; %s; the next save tries again", error, error.remedy)
 
     def _record(self, saving: _Saving) -> None:
-        if saving.recorded or self._ranks.rank != 0:  # only rank 0 looks at the clock and keeps the record
+        if saving.recorded or self._ranks.rank != 0:  # only rank 0 keeps the record
             return
         saving.recorded = True
         folder, seconds = saving.job.result()
@@ -192,7 +194,7 @@ class RunState:
 
 @dataclass
 class _Saving:
-    """A save under way. Times are monotonic seconds."""
+    """A running save. Times are monotonic seconds."""
 
     step: int
     reason: str

@@ -1,6 +1,6 @@
-"""What is measured while training: metrics.jsonl always, a console line, and trackers where asked for.
+"""Write the metrics of a run: to metrics.jsonl, to the console, and to the trackers that the recipe asks for.
 
-metrics.jsonl is the record of the run; `records` says what is in it.
+metrics.jsonl is the record of the run. The module `records` describes its contents.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepMeans:
-    """What a step reports, over all ranks."""
+    """The report of a step over all ranks."""
 
-    by_name: dict[str, list[float]]  # each a mean over the labels, most of them one for each pass
-    labels: int  # fewer than the tokens where packed sequences are not full, or the shards have a mask
+    by_name: dict[str, list[float]]  # means over the labels; most lists have one mean for each pass
+    labels: int  # fewer than the tokens if packed sequences are not full, or if the shards have a mask
 
     @property
     def pass_losses(self) -> list[float]:
@@ -43,12 +43,12 @@ class StepMeans:
 
     @property
     def loss(self) -> float:
-        """Of the last pass, which is trained."""
+        """The loss of the last pass, which is the one that is trained."""
         return self.pass_losses[-1]
 
 
 class StepTally:
-    """What the micro-batches of one step on one rank report, added up without waiting for the device."""
+    """Adds up the reports of the micro-batches of one step on one rank, without waiting for the device."""
 
     def __init__(self) -> None:
         self._sizes: dict[str, int] = {}
@@ -56,7 +56,7 @@ class StepTally:
         self._weight = 0.0
 
     def add(self, output: Any, weight: float = 1.0) -> None:
-        """Count a model output whose means are over so many labels, or so many micro-batches of as many labels."""
+        """Add a model output. `weight` is the number of labels that its means are over."""
         named = {"pass_losses": output.pass_losses, "pass_entropies": output.pass_entropies}
         if output.z_loss is not None:
             named["z_loss"] = output.z_loss.reshape(1)
@@ -68,12 +68,12 @@ class StepTally:
         self._weight += weight
 
     def sums(self) -> Tensor:
-        """All sums and, last, the weights: one flat tensor of the same length on every rank."""
+        """All sums, and the total weight as the last element: one flat tensor of the same length on every rank."""
         assert self._sums is not None
         return torch.cat([self._sums, torch.full((1,), self._weight, device=self._sums.device)])
 
     def means(self, total: Tensor) -> StepMeans:
-        """The means of the sums added up over all ranks; 0 where no label counts."""
+        """The means, from `sums` added up over all ranks. They are 0 if no label counts."""
         *sums, weight = total.split([*self._sizes.values(), 1])
         divisor = weight + (weight == 0)
         by_name = {name: (part / divisor).tolist() for name, part in zip(self._sizes, sums, strict=True)}
@@ -84,12 +84,12 @@ class Metrics:
     """The metrics of a run. Rank 0 writes; on other ranks every method does nothing.
 
     Args:
-        start_step: steps done before; what an earlier attempt computed after it leaves metrics.jsonl.
-        attempt: which start of the run this is, counted from 1.
-        check_owned: raises where another process has taken the run over; asked before anything is recorded.
-        work: what the run has done.
-        vocabulary: of the model.
-        peak: dense bf16 FLOP/s of all devices; None where it is not known, and then MFU and HFU are not either.
+        start_step: steps done before this attempt. Records of later steps are removed from metrics.jsonl.
+        attempt: number of this start of the run, counted from 1.
+        check_owned: raises if another process has taken the run over. Called before anything is recorded.
+        work: counts what the run has done.
+        vocabulary: size of the model's vocabulary.
+        peak: dense bf16 FLOP/s of all devices, or None if not known. MFU and HFU are not known then, either.
     """
 
     def __init__(
@@ -114,15 +114,15 @@ class Metrics:
         self._trackers = open_trackers(config, run_dir, self._recorder, start_step=start_step)
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether earlier attempts have recorded the evaluation of a step; True on ranks that record nothing."""
+        """Whether earlier attempts have recorded the evaluation of a step. True on ranks that record nothing."""
         return not self._active or self._recorder.evaluated == step
 
     def has_tasks(self, step: int) -> bool:
-        """The same of tasks."""
+        """Whether earlier attempts have recorded the tasks of a step. True on ranks that record nothing."""
         return not self._active or self._recorder.last_asked == step
 
     def log_event(self, event: str, step: int, **values: Any) -> None:
-        """Record that something happened: one of `records.HISTORY`, with plain values. On disk on return."""
+        """Record an event of `records.HISTORY` with plain values. It is on disk when this returns."""
         if self._active:
             self._recorder.write(event, step, **values)
 
@@ -139,8 +139,8 @@ class Metrics:
         """Record a step.
 
         Args:
-            data_wait: seconds that rank 0 has waited for data in all, of this attempt.
-            communication: share of the step's time in collectives, where it was measured.
+            data_wait: seconds that rank 0 has waited for data since this attempt began.
+            communication: share of the step's time in collectives, or None if it was not measured.
         """
         if not self._active:
             return
@@ -187,12 +187,12 @@ class Metrics:
             logger.log(logging.INFO if failure is None else logging.ERROR, "%s", line)
 
     def resume_clock(self, data_wait: float) -> None:
-        """Leave out the time since the last record, after something else than training; `data_wait` as above."""
+        """Leave the time since the last record out of the rates: the run did not train. `data_wait` as above."""
         if self._active:
             self._throughput.restart(data_wait)
 
     def sync(self) -> None:
-        """Wait until the record is on disk; before a save, so that a checkpoint is never ahead of it."""
+        """Wait until the record is on disk. Called before a save, so that no checkpoint is ahead of the record."""
         if self._active:
             self._recorder.sync()
 
@@ -214,11 +214,11 @@ def _plain(found: HeldOut) -> dict[str, Any]:
 
 
 def memory() -> dict[str, float]:
-    """Memory of this process now and at its peak, in GiB: on the GPU where there is one, else resident."""
+    """The memory of this process now and at its peak, in GiB: on the GPU if there is one, else resident memory."""
     if torch.cuda.is_available():
         now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        resident = Path("/proc/self/statm")  # in pages; Linux has it
+        resident = Path("/proc/self/statm")  # counts pages; only Linux has it
         now = int(resident.read_text().split()[1]) * resource.getpagesize() if resident.is_file() else peak
     return {"memory_now_gib": now / 2**30, "memory_gib": peak / 2**30}

@@ -1,4 +1,4 @@
-"""What torch's profiler says about some steps: traces to look at, and the share of a step spent in collectives."""
+"""Profile some steps with torch's profiler: write traces, and measure the share of a step spent in collectives."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ponder_scale.config import LogConfig
 
 logger = logging.getLogger(__name__)
 
-# of one profile of a step; beyond it the oldest allocations are left out of the memory snapshot
+# Most events in the memory snapshot of a profiled step. If there are more, the oldest allocations are left out.
 SNAPSHOT_EVENTS = 200_000
-COLLECTIVES = ("nccl", "gloo:", "mpi:", "rccl")  # how their kernels, or on a CPU their works, are called
+COLLECTIVES = ("nccl", "gloo:", "mpi:", "rccl")  # parts of the names of their kernels, or of their works on a CPU
 
 
 class Profiler:
-    """Profiles the steps that the settings name, on the ranks that they name, into RUN/profile.
+    """Profiles the steps and ranks that the settings name, and writes to RUN/profile.
 
     Args:
-        first_step: of this attempt; steps before it are not profiled again.
+        first_step: first step of this attempt. Steps before it are not profiled again.
     """
 
     def __init__(self, log: LogConfig, run_dir: Path, *, rank: int, first_step: int) -> None:
@@ -37,7 +37,7 @@ class Profiler:
 
     @contextmanager
     def step(self, step: int, *, logged: bool) -> Iterator[Communication]:
-        """Around the whole of a step. Yields where its share of communication will be."""
+        """Context of a whole step. Yields an object that has its share of communication afterwards."""
         found = Communication()
         if step in self._steps:
             if self._profile is None:
@@ -54,7 +54,7 @@ class Profiler:
             yield found
 
     def close(self) -> None:
-        """Write what was profiled of steps that the run does not finish."""
+        """Write the profile of steps that the run did not finish."""
         if self._profile is not None:
             self._end()
 
@@ -78,18 +78,18 @@ class Profiler:
 
 
 class Communication:
-    """The share of a step's time in which this rank was in a collective, waiting for others included.
+    """The share of a step's time that this rank spent in collectives, including the wait for other ranks.
 
-    None where it was not measured.
+    None if it was not measured.
     """
 
     share: float | None = None
 
 
 def communication_share(events: Iterable[Any]) -> float | None:
-    """The share of the span of `step` that collectives cover, each moment once; None where the span is not found.
+    """The share of the span of `step` that collectives cover. Overlaps count once. None if the span is not found.
 
-    On a GPU these are the kernels on the device, under which computation may go on; on a CPU the works of gloo.
+    On a GPU these are the kernels on the device, beside which computation may run. On a CPU they are the works of gloo.
     """
     spans, begin, end = [], None, None
     for event in events:

@@ -1,6 +1,6 @@
-"""Downstream tasks while training: lm-evaluation-harness asks the model of a step, as `evaluate tasks` asks its export.
+"""Run tasks of lm-evaluation-harness on the model while it trains, as `evaluate tasks` does on an export.
 
-Every rank holds a whole copy of the weights meanwhile and answers its share of the requests.
+In the meantime every rank holds a whole copy of the weights. Each rank answers its share of the requests.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ KEY = "evaluate.tasks"
 
 
 class Tasks:
-    """The tasks of a run. Collective, as are its methods.
+    """The tasks of a run. The constructor and the methods are collective.
 
     Args:
-        replica: makes a whole model of this step's weights on this rank. Collective.
-        tokenizer: folder with its files.
+        replica: makes a whole model from the weights of this step, on this rank. Collective.
+        tokenizer: folder with the tokenizer's files.
         alive: called for each batch.
 
     Raises:
-        ConfigError: the harness or the tokenizer cannot be had, or a task cannot be built: on all ranks.
+        ConfigError: the harness or the tokenizer cannot be loaded, or a task cannot be built. Raised on all ranks.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Tasks:
         self._config, self._replica, self._alive = config, replica, alive
         rank, ranks = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo") if ranks > 1 else None
-        # rank 0 first: what it has downloaded and prepared, the others find
+        # Rank 0 goes first, so that the others find what it has downloaded and prepared.
         for turn in (rank == 0, rank != 0):
             problem = self._open(tokenizer) if turn else None
             found: list[str | None] = [problem] * ranks
@@ -52,7 +52,7 @@ class Tasks:
                 raise ConfigError(said)
 
     def ask(self) -> tuple[Scores | None, str | None, float]:
-        """The scores of the weights as they are, on rank 0; what failed, on all ranks; and the seconds it took."""
+        """Score the present weights. Returns the scores (on rank 0), the failure (on all ranks) and the seconds."""
         began, found, failure = time.monotonic(), None, None
         try:
             model = shared_model(
@@ -69,7 +69,7 @@ class Tasks:
                 limit=self._config.tasks_limit,
                 log_samples=False,
             )
-            found = None if result is None else scores(result)  # None: not of the first rank of its node
+            found = None if result is None else scores(result)  # None except on the first rank of each node
             del model
         except Exception as error:
             logger.exception("the tasks failed")
@@ -80,7 +80,7 @@ class Tasks:
         return found, failure, time.monotonic() - began
 
     def _open(self, tokenizer: Path) -> str | None:
-        """Find and build everything; what is wrong, or None."""
+        """Load the harness and build all tasks. Returns what is wrong, or None."""
         try:
             self._build(tokenizer)
         except UserError as error:
@@ -93,7 +93,7 @@ class Tasks:
         from lm_eval.tasks import get_task_dict
         from transformers import AutoTokenizer
 
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs what it does at each evaluation
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would log each of its actions at each evaluation
         include = None if self._config.tasks_include is None else Path(self._config.tasks_include)
         if include is not None and not include.is_dir():
             raise ConfigError(f"{KEY}_include is {include}, which is no folder; name one with task files")
@@ -111,11 +111,11 @@ class Tasks:
                     task.build_all_requests(limit=1, rank=0, world_size=1)
         except UserError:
             raise
-        except Exception as error:  # of a file that anyone wrote, by code of others
+        except Exception as error:  # task files and their code come from others and may raise anything
             names = ", ".join(self._names)
             raise ConfigError(f"{KEY}: {names} cannot be built: {type(error).__name__}: {in_a_line(error)}") from error
 
 
 def _tasks_in(found: dict[Any, Any]) -> list[Any]:
-    """The tasks of what the harness gives for names, which are groups at any depth."""
+    """The tasks in the harness's answer for some names, where groups may be nested."""
     return [task for value in found.values() for task in (_tasks_in(value) if isinstance(value, dict) else [value])]

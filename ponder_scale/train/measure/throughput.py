@@ -1,4 +1,4 @@
-"""Rates of a run between logged steps, and what is left of it."""
+"""The rates of a run between logged steps, and its remaining time."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from ponder_scale.config import RunConfig
 from ponder_scale.train.measure.work import Work
 
-WINDOW = 50  # logged lines by which the time left is told: a slow moment, or a step of few passes, is no trend
+WINDOW = 50  # the remaining time is estimated from these many logged lines, so that one slow or short step is no trend
 
 
 class Throughput:
-    """Rates of training alone: time for saves and evaluations is left out by `restart`.
+    """The rates of training alone. Call `restart` after a save or an evaluation to leave its time out.
 
     Args:
-        work: what the run has done, which is counted before it is asked for here.
-        peak: dense bf16 FLOP/s of all devices; None where it is not known, as on a CPU.
+        work: counts what the run has done. It must have counted a step before `since_last` is called for it.
+        peak: dense bf16 FLOP/s of all devices, or None if not known, as on a CPU.
     """
 
     def __init__(self, config: RunConfig, work: Work, *, peak: float | None) -> None:
@@ -28,10 +28,10 @@ class Throughput:
         self.restart(0.0)
 
     def since_last(self, step: int, data_wait: float) -> dict[str, Any]:
-        """What is recorded of the time since the last call or `restart`, which were after an earlier step.
+        """The rates since the last call or `restart`, for the record of `step`.
 
         Args:
-            data_wait: seconds waited for data in all, of this attempt.
+            data_wait: seconds waited for data since this attempt began.
         """
         work, before, train = self._work, self._before, self._config.train
         seconds = max(time.monotonic() - self._at, 1e-9)
@@ -39,7 +39,7 @@ class Throughput:
         left = (train.sequences_until(train.steps) - train.sequences_until(step)) * self._config.data.seq_len
         waited = data_wait - self._data_wait
         if not self._warm and self._recent:
-            self._recent.clear()  # the first line of an attempt, which has compiled and connected
+            self._recent.clear()  # drop the first line of an attempt, whose time includes compiling and connecting
             self._warm = True
         self._recent.append((seconds, tokens))
         pace = sum(spent for spent, _ in self._recent) / sum(trained for _, trained in self._recent)
@@ -57,5 +57,5 @@ class Throughput:
         }
 
     def restart(self, data_wait: float) -> None:
-        """Leave out the time since the last record, after something else than training; `data_wait` as above."""
+        """Leave out the time since the last record, because the run did not train. `data_wait` as above."""
         self._before, self._at, self._data_wait = copy(self._work), time.monotonic(), data_wait

@@ -1,4 +1,4 @@
-"""Weights & Biases and TensorBoard, fed what metrics.jsonl gets. A run stays one run there however often it starts."""
+"""Send the records of metrics.jsonl to Weights & Biases and TensorBoard. A run that restarts stays one run there."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _HELD_OUT = {"tokens": "held_out_tokens", "bytes": "held_out_bytes"}
 
 
 class Tracker(Protocol):
-    """Takes numbers by step."""
+    """Receives numbers by step."""
 
     def log(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """Take the numbers of a step or an evaluation; lists become `name/index`."""
+        """Receive the numbers of a step or an evaluation. Elements of lists are named `name/index`."""
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Write everything that is still buffered."""
 
 
 def open_trackers(config: RunConfig, run_dir: Path, recorder: Recorder, *, start_step: int) -> list[Tracker]:
-    """What the run asks for.
+    """The trackers that the recipe asks for.
 
     Args:
         recorder: knows what earlier attempts have recorded.
-        start_step: the step from which the run goes on.
+        start_step: the step from which the run continues.
 
     Raises:
         ConfigError: TensorBoard is asked for and not installed.
@@ -45,10 +45,10 @@ def open_trackers(config: RunConfig, run_dir: Path, recorder: Recorder, *, start
 
 
 class _Wandb:
-    """Its history only grows: what is computed again is not sent again.
+    """Weights & Biases. Its history only grows, so steps that are computed again are not sent again.
 
-    An evaluation that the attempt before had no time for is of a step that the history is past. So evaluations have an
-    axis of their own, `evaluation_step`, and such a one is sent with the next step there.
+    If an attempt ends before an evaluation, the next attempt makes it, when the history may already be past that step.
+    So evaluations have their own axis, `evaluation_step`, and a late one is sent with the next step of the history.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, recorder: Recorder) -> None:
@@ -82,11 +82,11 @@ class _Wandb:
         import wandb
 
         self._run.finish()
-        wandb.teardown()  # waits for its service process, which may not have written the last steps yet
+        wandb.teardown()  # waits for the service process, which may not have written the last steps yet
 
 
 class _TensorBoard:
-    """Takes back what it has of the steps that are computed again, which are all where nothing was saved yet."""
+    """TensorBoard. Purges steps that are computed again. These are all steps if nothing was saved yet."""
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
         try:
@@ -108,7 +108,10 @@ class _TensorBoard:
 
 
 def _numbers(event: str, values: dict[str, Any]) -> dict[str, float]:
-    """By name; `tokens` of an evaluation would otherwise be taken for those of a step. Of tasks the scores alone."""
+    """The numbers of a record, with names by event, so that `tokens` of an evaluation are not taken for a step's.
+
+    Of tasks, only the scores are kept.
+    """
     if event == "tasks":
         values = {"tasks": values["tasks"]}
     if event == "evaluation":

@@ -1,7 +1,7 @@
-"""What a run has done so far: steps, sequences, tokens, floating-point operations.
+"""Count what a run has done so far: steps, sequences, tokens, floating-point operations.
 
-It is added up as it is done and kept in every checkpoint, never computed again from the recipe: the batch, its ramp and
-the pondering schedule may be others after a resume, and what was done before stays what it was.
+The counts are added up step by step and saved in every checkpoint. They are never computed from the recipe, because
+you may change the batch, its ramp and the pondering schedule when you resume.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ponder_scale.train.schedules import pondering_steps
 
 
 class Work:
-    """Counts the same on every rank.
+    """The counts of a run, which are the same on every rank.
 
     Args:
-        shape: of the model.
+        shape: shape of the model.
 
     Attributes:
-        steps, sequences, tokens: that went through forward and backward; tokens are predicted ones.
-        skipped_steps, skipped_tokens: of them, those whose update was skipped, so that no weight has learned of them.
-        flops: of the mathematics; `hardware_flops` counts what is computed twice, too.
-        by_pondering_steps: steps by the number of pondering steps that they took.
+        steps, sequences, tokens: those that went through forward and backward. Tokens are predicted tokens.
+        skipped_steps, skipped_tokens: those among them whose update was skipped, so no weight has learned from them.
+        flops: operations that the mathematics needs. `hardware_flops` also counts operations that are done twice.
+        by_pondering_steps: number of steps by the number of pondering steps that they took.
     """
 
     def __init__(self, config: RunConfig, shape: Shape) -> None:
@@ -37,7 +37,7 @@ class Work:
         self.by_pondering_steps: Counter[int] = Counter()
 
     def add(self, sequences: int, pondering_steps: int, *, updated: bool) -> None:
-        """Count a step over so many sequences of all ranks; `updated`: it changed the weights."""
+        """Count a step. `sequences` are those of all ranks, and `updated` says whether it changed the weights."""
         tokens = sequences * self._seq_len
         flops = step_flops(self._shape, self._recompute, pondering_steps, tokens)
         self.steps, self.sequences, self.tokens = self.steps + 1, self.sequences + sequences, self.tokens + tokens
@@ -60,20 +60,21 @@ class Work:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
+        """Continue from `state`."""
         self.steps, self.skipped_steps = state["steps"], state["skipped_steps"]
         self.sequences, self.tokens, self.skipped_tokens = state["sequences"], state["tokens"], state["skipped_tokens"]
         self.flops, self.hardware_flops = state["flops"], state["hardware_flops"]
         self.by_pondering_steps = Counter({int(key): n for key, n in state["steps_by_pondering_steps"].items()})
 
     def estimate(self, checkpoint: Mapping[str, Any], sequences: int) -> None:
-        """Go on from a checkpoint that was saved before runs recorded what they did.
+        """Continue from a checkpoint that was saved by an old version, which did not record what a run has done.
 
-        The sequences are those that its loader had read. Their FLOPs, and the pondering steps of each step, are those
-        of the recipe that it was saved with, as if it had been the recipe from the first step on.
+        The FLOPs and the pondering steps of each step are computed from the recipe in the checkpoint, as if that had
+        been the recipe from the first step on.
 
         Args:
-            checkpoint: its state.json.
+            checkpoint: contents of its state.json.
+            sequences: those that its loader had read.
         """
         recipe = from_dict(RunConfig, checkpoint["config"])
         for step in range(1, checkpoint["step"] + 1):

@@ -1,12 +1,14 @@
-"""Signs that pondering has collapsed, in the numbers that are logged anyway.
+"""Alarms when pondering has collapsed. They look at the numbers that each step logs.
 
     pondering_idle      no pass changes the prediction: every KL from a pass to the next is below IDLE_KL nats
-    pondering_uniform   the pondering softmax is as good as uniform: its entropy in every pass but the last is above
+    pondering_uniform   the pondering softmax is almost uniform: its entropy in every pass but the last is above
                         UNIFORM_SHARE of log V, so that every token is fed the same mean embedding
 
-An alarm is given when its sign has been there for LOGGED_STEPS logged steps in a row, and once until the sign goes
-away; steps without pondering say nothing. Before FIRST_STEP, and until the warm-up of the learning rate is over, fresh
-weights look like either and none is given. Pondering that works begins near 0.35 nats a pass (arXiv 2505.20674).
+An alarm is given when its sign has been there for LOGGED_STEPS logged steps in a row. It is not repeated until the sign
+goes away. Steps without pondering are not counted.
+
+Fresh weights show either sign, so no alarm is given before FIRST_STEP and during the warm-up of the learning rate.
+Pondering that works starts near 0.35 nats a pass (arXiv 2505.20674).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ FIRST_STEP = 200
 
 
 class CollapseAlarms:
-    """Watches the logged steps of a run."""
+    """Looks for the signs in the logged steps of a run."""
 
     def __init__(self, config: RunConfig, vocabulary: int) -> None:
         self._from = max(FIRST_STEP, config.optim.warmup_steps)
@@ -31,7 +33,7 @@ class CollapseAlarms:
         self._seen = {"pondering_idle": 0, "pondering_uniform": 0}
 
     def of(self, step: int, means: dict[str, list[float]]) -> list[dict[str, Any]]:
-        """The alarms to give after a logged step, each with its kind and message."""
+        """The alarms that a logged step raises, each with its kind and message."""
         if step < self._from:
             return []
         kls, entropies = means.get("pass_kls", []), means["pass_entropies"][:-1]

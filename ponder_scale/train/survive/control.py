@@ -1,8 +1,8 @@
-"""Who may end or save a run from outside, and how all ranks come to do the same at the same step.
+"""End or save a run from outside, on all ranks at the same step.
 
-Each rank has its own signals; rank 0 alone looks at the clock and at the request files STOP, SAVE and SAVE_AND_STOP
-in the run folder. What they want is a row of numbers that is added up over the ranks together with the losses
-of the step, so agreement costs no collective of its own.
+Every rank listens for signals. Only rank 0 looks at the clock and at the request files STOP, SAVE and SAVE_AND_STOP in
+the run folder. Each rank turns its wishes into a row of numbers. The rows are added up over the ranks together with the
+losses of the step, so the ranks need no other collective to agree.
 """
 
 from __future__ import annotations
@@ -24,29 +24,30 @@ from ponder_scale.train.survive import signals
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0  # between two looks for request files
-SHORTEST_SECONDS = 30.0  # of a time limit: torch alone takes a third of it to load
-UNKNOWN_SAVE_SECONDS = 60.0  # until a save or a load has been measured; a tenth of limits under ten minutes
+SHORTEST_SECONDS = 30.0  # shortest time limit: loading torch alone takes a third of this
+# Assumed time of a save until a save or a load has been measured. Limits under ten minutes assume a tenth of the limit.
+UNKNOWN_SAVE_SECONDS = 60.0
 
 
 class Seen(NamedTuple):
-    """What one rank sees that may end or save the run."""
+    """The reasons to end or save the run that one rank sees."""
 
-    requests: frozenset[str]  # rank 0 alone looks for them
+    requests: frozenset[str]  # only rank 0 looks for request files
     interrupt: bool
-    again: bool  # a signal by which a scheduler says that the run may come back
+    again: bool  # SIGTERM or SIGUSR2 came: the scheduler ends the run and may start it again
     out_of_time: bool  # by rank 0's clock
-    late: bool  # with a save by the clock, rank 0's
+    late: bool  # rank 0's clock says that a save is due
 
 
 @dataclass(frozen=True)
 class Orders:
     """What all ranks do at a step boundary."""
 
-    wanted: Callable[[Seen], bool] = lambda seen: False  # whether a rank that sees so much wants it
+    wanted: Callable[[Seen], bool] = lambda seen: False  # whether a rank that sees this wants these orders
     save: bool = False
-    exit_code: int | None = None  # None: go on
+    exit_code: int | None = None  # None: the run continues
     reason: str = ""
-    request: str | None = None  # the request file that is honoured by it
+    request: str | None = None  # the request file that these orders fulfil
 
     @property
     def stop(self) -> bool:
@@ -54,7 +55,7 @@ class Orders:
         return self.exit_code is not None
 
 
-# in order of precedence: a person's wish before that of a scheduler
+# In order of precedence: what a person asks for comes before what a scheduler asks for.
 ORDERS = (
     Orders(lambda seen: STOP in seen.requests, exit_code=0, reason="the file STOP", request=STOP),
     Orders(
@@ -76,7 +77,7 @@ class Control:
     """Requests to a run, as this rank sees them.
 
     Args:
-        time_limit: of `train.time_limit`; only rank 0 reads it.
+        time_limit: value of `train.time_limit`. Only rank 0 reads it.
     """
 
     def __init__(self, run_dir: Path, time_limit: str | None, *, rank: int) -> None:
@@ -102,7 +103,7 @@ class Control:
         load: float | None = None,
         evaluation: float | None = None,
     ) -> None:
-        """Note the seconds of something, to end in time. A load stands for a save until one has been measured."""
+        """Note how long something took, so that the run ends in time. A load counts as a save until one is measured."""
         if step is not None:
             self._step_seconds = [*self._step_seconds[-9:], step]
         if save is not None:
@@ -114,7 +115,7 @@ class Control:
             self._evaluation_seconds = max(self._evaluation_seconds, evaluation)
 
     def refusal(self) -> str | None:
-        """Why no attempt of this time limit can do a step, asked before the first one; None where one can."""
+        """Why no attempt with this time limit can do a step, or None if one can. Called before the first step."""
         started = time.monotonic() - signals.imported
         if not self._out_of_time():
             return None
@@ -130,7 +131,7 @@ class Control:
         )
 
     def wishes(self, *, late: bool = False) -> list[float]:
-        """1 for each of `ORDERS` that this rank wants, else 0; `late`: it is time for a save by this rank's clock."""
+        """A 1 for each of `ORDERS` that this rank wants, else a 0. `late`: a save is due by this rank's clock."""
         seen = Seen(
             requests=self._look() if self._first else frozenset(),
             interrupt=signals.received.interrupt,
@@ -141,11 +142,11 @@ class Control:
         return [float(orders.wanted(seen)) for orders in ORDERS]
 
     def orders(self, wishes: Sequence[float]) -> Orders:
-        """What to do, from the wishes of all ranks added up."""
+        """The first orders that any rank wants, from the sum of the wishes of all ranks."""
         return next((orders for orders, wish in zip(ORDERS, wishes, strict=True) if wish), Orders())
 
     def done(self, orders: Orders) -> None:
-        """Remove the request file that has been honoured."""
+        """Remove the request file that these orders have fulfilled."""
         if self._first and orders.request:
             honoured(self._run_dir, orders.request)
             self._requests -= {orders.request}
@@ -157,18 +158,18 @@ class Control:
         return self._requests
 
     def _out_of_time(self) -> bool:
-        """Whether an evaluation, a scheduled save, a step and the save after it might not end in time."""
+        """Whether the time may be too short for an evaluation, a scheduled save, a step and the save after it."""
         return self._deadline is not None and self.seconds_left() < self._reserve()
 
     def _reserve(self) -> float:
-        """Seconds that are kept free to end in time."""
+        """The seconds that the run needs to end in time."""
         margin = min(60.0, 0.1 * self._limit)
         steps, saves = 2 * max(self._step_seconds, default=0.0), 2.5 * self._save_seconds
         return margin + self._evaluation_seconds + steps + saves
 
 
 def parse_time_limit(value: str) -> float:
-    """Seconds of "90", "30:00" (minutes), "12:00:00" or Slurm's "1-12:00:00", "1-12:00" and "1-12" (hours).
+    """The seconds of "90", "30:00" (minutes), "12:00:00" or Slurm's "1-12:00:00", "1-12:00" and "1-12" (hours).
 
     Raises ConfigError for anything else.
     """
@@ -179,7 +180,7 @@ def parse_time_limit(value: str) -> float:
 
 
 def check_time_limit(value: str | None) -> None:
-    """Raise ConfigError where `train.time_limit` cannot be read, or nothing could be done in it."""
+    """Raise ConfigError if `train.time_limit` cannot be read, or is too short for a start."""
     if value not in (None, "slurm") and parse_time_limit(value) < SHORTEST_SECONDS:
         raise ConfigError(
             f"train.time_limit is {value}; expected at least {SHORTEST_SECONDS:.0f} s, as a start takes that long; "
@@ -188,7 +189,7 @@ def check_time_limit(value: str | None) -> None:
 
 
 def _limit(time_limit: str | None) -> tuple[float, float | None]:
-    """Seconds of an attempt in all, and when this one must have ended, on the monotonic clock."""
+    """The seconds that an attempt may take in all, and the monotonic time by which this one must have ended."""
     if time_limit is None:
         return float("inf"), None
     if time_limit != "slurm":
@@ -199,12 +200,13 @@ def _limit(time_limit: str | None) -> tuple[float, float | None]:
         return float("inf"), None
     deadline = time.monotonic() + left
     begin, end = (os.environ.get(f"SLURM_JOB_{moment}_TIME") for moment in ("START", "END"))
-    # of the job, which may have trained before on these nodes; else as if this start were its first
+    # The limit is that of the whole job, in which earlier attempts may have run. If Slurm does not tell its times, this
+    # attempt counts as the first of the job.
     return float(end) - float(begin) if begin and end else deadline - signals.started, deadline
 
 
 def _slurm_seconds_left() -> float | None:
-    """Seconds until Slurm ends this job; None outside a job, without a limit, or when Slurm does not say."""
+    """The seconds until Slurm ends this job. None outside a job, without a limit, or if Slurm does not say."""
     job, end = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_END_TIME")
     if not job:
         return None

@@ -1,9 +1,11 @@
 """A process beside a rank that ends it when its interpreter is blocked: guard.py PID SIGNAL.
 
-Where native code keeps the interpreter's lock, no thread of the rank can look at a clock. This process can: it is
-told on its standard input, every second or so, for how many seconds it may hear nothing. It counts only the seconds
-in which both ran, so that a run which was stopped (SIGSTOP, `scontrol suspend`, a paused container) goes on afterwards.
-The signal makes the rank write its stacks and end. Nothing but the standard library here, so that it starts at once.
+When native code keeps the interpreter's lock, no thread of the rank can look at a clock. This process can. About every
+second, the rank tells it on its standard input how many seconds of silence are allowed. When they are over, it sends
+the signal, which makes the rank write its stacks and end.
+
+It counts only seconds in which both processes ran. So a run that was stopped (SIGSTOP, `scontrol suspend`, a paused
+container) continues afterwards. It imports only the standard library, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ TICK_SECONDS = 1.0
 
 
 def guard(pid: int, number: int) -> None:
-    """Return when the rank has ended, or has been ended."""
+    """Watch the rank until it has ended or has been sent the signal."""
     idle, allowed = 0.0, float("inf")
     while os.getppid() == pid:
         began = time.monotonic()
@@ -28,9 +30,9 @@ def guard(pid: int, number: int) -> None:
             if not said:
                 return
             idle, allowed = 0.0, float(said.split()[-1])
-            time.sleep(TICK_SECONDS / 10)  # where it is told in quick succession
+            time.sleep(TICK_SECONDS / 10)  # do not spin if the rank writes in quick succession
             continue
-        # after a gap this process itself was stopped
+        # A longer gap means that this process itself was stopped, so it counts as two ticks at most.
         idle += min(time.monotonic() - began, 2 * TICK_SECONDS) if not is_stopped(pid) else 0.0
         if idle > allowed:
             print(f"Timeout ({idle:.0f} s)! The interpreter is blocked:", file=sys.stderr, flush=True)
@@ -39,7 +41,7 @@ def guard(pid: int, number: int) -> None:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process is stopped; False where there is no /proc."""
+    """Whether a process is stopped. False on a system without /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in b"Tt"
     except OSError:
@@ -48,5 +50,5 @@ def is_stopped(pid: int) -> bool:
 
 if __name__ == "__main__":
     for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(caught, signal.SIG_IGN)  # meant for the rank; the end of that is the end of this
+        signal.signal(caught, signal.SIG_IGN)  # meant for the rank, and this process ends with the rank
     guard(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,7 +1,7 @@
-"""Whether a step may change the weights: not if it is not finite, and as asked for if it is a spike.
+"""Decide whether a step may change the weights: never if it is not finite, and as the settings say if it is a spike.
 
-Judged by numbers that all ranks share (the loss summed over them, the norm of the reduced gradient), so that all come
-to the same verdict without a word more.
+The decision uses numbers that all ranks share: the loss summed over the ranks and the norm of the reduced gradient. So
+all ranks decide alike without another collective.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Finding:
     kind: Literal["not finite", "spike"]
     quantity: Literal["loss", "grad_norm"]
     value: float
-    mean: float | None  # of the window; None for what is not finite
+    mean: float | None  # of the window; None if the value is not finite
     deviation: float | None
     treatment: Literal["warn", "skip", "rewind"]
 
     def values(self) -> dict[str, Any]:
-        """For the record."""
+        """The fields, for metrics.jsonl."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ class Finding:
 
 
 class Health:
-    """Judges step after step. The state is what a checkpoint keeps."""
+    """Judges each step. Its state is saved in checkpoints."""
 
     def __init__(self, config: HealthConfig) -> None:
         self._config = config
@@ -50,9 +50,9 @@ class Health:
         self.finding: Finding | None = None  # of the last step
 
     def accepts(self, loss: float, grad_norm: float, labels: int = 1) -> bool:
-        """Whether the step updates the weights; `finding` then says what is wrong with it, if anything.
+        """Whether the step may update the weights. `finding` then has what is wrong with the step, or None.
 
-        A step of no `labels`, whose loss and gradient are 0, is no measure for others.
+        A step without `labels` has loss and gradient 0, so it does not enter the windows that judge later steps.
         """
         values = {"loss": loss, "grad_norm": grad_norm}
         self.finding = self._not_finite(values) or self._spike(values)
@@ -78,7 +78,7 @@ class Health:
         return {"windows": windows, "skips": self.skips, "skips_in_a_row": self._in_a_row}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`; the window may have another length now."""
+        """Continue from `state`. The window may have another length now."""
         for name, window in self._windows.items():
             window.clear()
             window.extend(state["windows"][name])

@@ -1,7 +1,7 @@
-"""What is done about a step that is not right, about ranks whose weights differ and ranks that are slow.
+"""Act on steps that are not right, on ranks whose weights differ and on ranks that are slow.
 
-RUN/evidence/    a file for each: numbers, sequences of the step, losses by rank
-RUN/rewinds.json the rewinds of the run and the sequences that each leaves out, for all attempts to come
+RUN/evidence/    a file for each bad step (its numbers, sequences, losses by rank) and for each difference of weights
+RUN/rewinds.json the rewinds of the run and the sequences that each leaves out, which every later attempt reads
 """
 
 from __future__ import annotations
@@ -42,23 +42,24 @@ class Incidents:
     ) -> None:
         self._run_dir, self._config = run_dir, config
         self._engine, self._loader, self._health, self._metrics = engine, loader, health, metrics
-        self._begins: deque[int] = deque(maxlen=config.rewind_skip_steps)  # first sequences of steps not saved yet
+        # the first sequence of each step since the last save
+        self._begins: deque[int] = deque(maxlen=config.rewind_skip_steps)
 
     def begin_step(self) -> None:
-        """Before the data of a step are taken."""
+        """Note where the data of the coming step begin. Called before they are taken."""
         self._begins.append(self._loader.consumed)
 
     def saved(self) -> None:
-        """A rewind will not go further back than this."""
+        """Note that this step is saved: a rewind leaves out no sequences from before it."""
         self._begins.clear()
 
     def treat(self, step: int, tally: StepTally) -> bool:
         """Record the finding of a step that has just been judged, and keep the evidence.
 
-        Returns whether the run goes back to its newest checkpoint; else it goes on.
+        Returns whether the run has to go back to its newest checkpoint.
 
         Raises:
-            UnhealthyError: too many steps in a row were skipped, or too many rewinds.
+            UnhealthyError: too many steps in a row were skipped, or there were too many rewinds.
         """
         finding = self._health.finding
         assert finding is not None
@@ -85,7 +86,7 @@ class Incidents:
         return True
 
     def compare_replicas(self, step: int) -> None:
-        """Compare the weights of all ranks, as far as they are the same on all.
+        """Compare the weights that every rank holds whole.
 
         Raises:
             UnhealthyError: they differ.
@@ -108,10 +109,10 @@ class Incidents:
         self._give_up(step, message + "; take that node out and start again from the newest checkpoint before it")
 
     def name_straggler(self, step: int, watch: Watch, *, first: bool) -> None:
-        """Compare the ranks' seconds since the last comparison and record the slowest, if it is much slower.
+        """Compare the seconds of all ranks since the last call. Record the slowest rank if it is much slower.
 
         Args:
-            first: it was the first step of the attempt, whose seconds are not typical.
+            first: this was the first step of the attempt. Its times are not typical, so they are not compared.
         """
         own = torch.tensor(watch.phase_seconds())
         seconds = torch.zeros(self._engine.world_size, len(own))
@@ -125,7 +126,7 @@ class Incidents:
             self._warn("step %d: rank %d is slow in %s: %.1f s, the median %.1f s", step, *found.values())
 
     def _warn(self, message: str, *values: Any) -> None:
-        # all ranks find the same, and the console shows the warnings of all
+        # All ranks come here, and the console shows the warnings of every rank.
         if self._engine.rank == 0:
             for line in folded(message % values if values else message):
                 logger.warning("%s", line)
@@ -153,7 +154,7 @@ class Incidents:
 
 
 def left_out(run_dir: Path) -> list[list[int]]:
-    """The stretches [first, end) of sequences that rewinds of this run leave out."""
+    """The ranges [first, end) of sequences that rewinds of this run leave out."""
     return [rewind["skip"] for rewind in _read(run_dir / REWINDS)]
 
 
@@ -163,4 +164,4 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _write(path: Path, content: Any) -> None:
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, orjson.dumps(content, option=orjson.OPT_INDENT_2))  # what is not finite becomes null
+    write_whole(path, orjson.dumps(content, option=orjson.OPT_INDENT_2))  # orjson writes nan and infinity as null

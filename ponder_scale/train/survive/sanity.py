@@ -1,7 +1,8 @@
-"""Before step 1: one pass through everything at full size, dropped again.
+"""Before step 1, rehearse a step and a save at full size, and drop the result.
 
-Out of memory shows at the highest number of pondering steps and the second micro-batch, a full or read-only disk at
-the first save: hours into a run, when nobody looks. Here they show in its first minute.
+A run usually runs out of memory at the highest number of pondering steps and the second micro-batch. A full or
+read-only disk shows at the first save. Both may come hours into a run, when nobody looks. The rehearsal finds them in
+the first minute.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ COUNTERS = ("micro_steps", "global_steps", "global_samples", "skipped_steps")  #
 
 
 def rehearse(engine: Engine, config: RunConfig, vocab_size: int) -> None:
-    """Forward and backward of the real shapes with the most pondering steps, and no update. Collective.
+    """Run forward and backward at the real shapes with the most pondering steps, without an update. Collective.
 
-    The second micro-batch, where gradients are accumulated, is the last here. The update is refused at its gate, which
-    drops all gradients; counters are put back, and random numbers begin anew in each step: nothing is left of it.
+    Two micro-batches are enough, because the second one already accumulates gradients. Nothing remains of the
+    rehearsal: the gate refuses the update and drops all gradients, the counters are restored, and each step seeds the
+    random numbers again.
 
     Raises:
         ConfigError: a device has not enough memory.
-        UnhealthyError: the loss of the initial weights is not finite.
+        UnhealthyError: the loss or the gradient of the initial weights is not finite.
     """
     deepspeed = engine.deepspeed
     counters = {name: getattr(deepspeed, name) for name in COUNTERS}
@@ -63,10 +65,10 @@ def rehearse(engine: Engine, config: RunConfig, vocab_size: int) -> None:
 
 
 def trial_save(run_dir: Path, config: RunConfig, state: RunState) -> float:
-    """Save as the first save will, but under a hidden name, and delete it again; the seconds it took. Collective.
+    """Save a checkpoint of full size under a hidden name and delete it again. Returns the seconds. Collective.
 
     Raises:
-        CheckpointError: a rank could not.
+        CheckpointError: a rank could not save.
     """
     began = time.monotonic()
     try:

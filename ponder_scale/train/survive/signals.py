@@ -1,11 +1,12 @@
-"""Signals to `ponder-scale train`, remembered from its first moment until a step boundary honours them.
+"""Signals to `ponder-scale train`. They are remembered from the first moment and honoured at a step boundary.
 
-    SIGTERM, SIGUSR2    save at the next step boundary, exit 85: a launcher starts the run again
-    SIGINT              save at the next step boundary, exit 130; a second one ends at once
-    SIGUSR1             stacks of all threads to standard error, and on with it
+    SIGTERM, SIGUSR2    save at the next step boundary and exit with 85, so that a launcher starts the run again
+    SIGINT              save at the next step boundary and exit with 130; a second one ends the process at once
+    SIGUSR1             write the stacks of all threads to standard error and continue
 
-Importing torch and building an engine take seconds to minutes, in which the default action of a signal would kill
-the process. So the handlers are installed before anything slow is imported: nothing but the standard library here.
+Importing torch and building an engine take seconds to minutes. In that time the default action of a signal would kill
+the process. So the handlers are installed before anything slow is imported, and this module imports only the standard
+library.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ CAUGHT = (*AGAIN, signal.SIGINT, signal.SIGUSR1)
 
 @dataclass
 class Received:
-    """What has arrived so far."""
+    """The signals that have arrived so far."""
 
     again: bool = False
     interrupt: bool = False
 
 
 def process_start() -> float:
-    """When this process began, on the monotonic clock; `start_over` does not change it."""
+    """The monotonic time at which this process began. `start_over` does not change it."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since boot: man 5 proc
     except OSError:  # not Linux
@@ -42,11 +43,11 @@ def process_start() -> float:
 
 
 received = Received()
-started, imported = process_start(), time.monotonic()  # they differ where `start_over` was called
+started, imported = process_start(), time.monotonic()  # far apart if `start_over` was called
 
 
 def install() -> None:
-    """Install the handlers and let through what a launcher held back until now. For the main thread."""
+    """Install the handlers, then let through the signals that a launcher held back. Call it from the main thread."""
     for number in AGAIN:
         signal.signal(number, _remember)
     signal.signal(signal.SIGINT, _interrupt)
@@ -56,8 +57,9 @@ def install() -> None:
 
 
 def start_over() -> NoReturn:
-    """Run this command again in this process, from the beginning; what has arrived is not forgotten by it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)  # what is pending stays so, until `install` there
+    """Run this command again in this process, from the beginning. Signals that have arrived are not lost."""
+    # Blocked signals stay pending across exec, until the new program calls `install`.
+    signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
     for number, arrived in ((signal.SIGTERM, received.again), (signal.SIGINT, received.interrupt)):
         if arrived:
             os.kill(os.getpid(), number)
@@ -74,5 +76,5 @@ def _interrupt(*_: Any) -> None:
     if received.interrupt:
         raise KeyboardInterrupt
     received.interrupt = True
-    # os.write would be the safe call within a C handler; Python runs this one between bytecodes
+    # `print` is safe here, because Python runs this handler between bytecodes and not inside the C handler.
     print("interrupted: saving after this step; interrupt again to end at once", file=sys.stderr, flush=True)

@@ -1,13 +1,15 @@
-"""The watch over one rank: where it is, for others to read; how long its phases take; whether it has stopped.
+"""Watch one rank: publish where it is, measure how long its phases take, and end it when it hangs.
 
-A rank that hangs usually waits in a collective for one that failed elsewhere, so all of them stop. Each finds that
-out by itself, writes the stacks of its threads to its log, gives the others time for the same and leaves with exit
-code 86. Two threads: one looks at the clock, one writes RUN/heartbeat/rank-00000.json, which may block on a sick file
-system without harm to the first. Where the interpreter itself is blocked (native code that holds its lock) neither
-can run; a small process beside the rank, `guard`, then sends it BLOCKED, by which faulthandler, which needs no
-interpreter, writes the stacks and ends it.
+A rank that hangs usually waits in a collective for a rank that failed elsewhere, so all ranks stop. Each rank finds
+this out by itself. It writes the stacks of its threads to its log, gives the others time to do the same, and leaves
+with exit code 86. Three things watch:
 
-Only seconds in which this process ran count as idle: a run that was stopped and continued is not hung.
+    watchdog thread    looks at the clock
+    heartbeat thread   writes RUN/heartbeat/rank-00000.json; if a sick file system blocks it, the watchdog still runs
+    `guard` process    acts when native code holds the interpreter's lock, so that no thread can run. It sends the
+                       signal BLOCKED. faulthandler, which needs no interpreter, writes the stacks, and the rank ends
+
+Only seconds in which this process ran count as idle, so a run that was stopped and continued is not taken for hung.
 """
 
 from __future__ import annotations
@@ -35,24 +37,24 @@ from ponder_scale.train.survive import guard
 
 HEARTBEATS = "heartbeat"
 HEARTBEAT_SECONDS = 5.0
-GRACE_SECONDS = 10.0  # for the other ranks to write their stacks before the first one leaves
-BLOCKED = signal.SIGVTALRM  # nothing else uses it, and its own action ends the process
-SUSPENDED_SECONDS = 5.0  # a longer gap between two looks at the clock is a suspension, or a very busy machine
-SLOW = ("start", "save", "evaluate")  # may take `slow_seconds`, and so may all of the first step
-# Seconds of the other phases hold the wait for the slowest rank, so they say nothing about this one; so do those of
-# forward under ZeRO-3, which gathers weights there.
+GRACE_SECONDS = 10.0  # the other ranks get this long to write their stacks before the first one leaves
+BLOCKED = signal.SIGVTALRM  # nothing else uses it, and its default action ends the process
+SUSPENDED_SECONDS = 5.0  # a longer gap between two looks at the clock means a suspension, or a very busy machine
+SLOW = ("start", "save", "evaluate")  # these phases and the whole first step may take `slow_seconds`
+# The other phases include the wait for the slowest rank, so their seconds say nothing about this rank. Under ZeRO-3
+# that is true of forward, too, because it gathers weights.
 TIMED = ("data", "forward")
 WHY = 300  # letters of an error that a heartbeat keeps
-NEGLIGIBLE = 0.05  # of the time: a rank that loses less by it is not worth naming
+NEGLIGIBLE = 0.05  # a rank that loses less than this share of the time is not worth naming
 
 
 class Watch:
-    """Begins to watch when it is made; `enter` is the sign of life, the end of a `with` block ends it.
+    """Watches from its construction until the end of its `with` block. The main thread calls `enter` as a sign of life.
 
-    Used by the main thread of a rank; costs it two looks at the clock a phase.
+    Each phase costs the main thread two looks at the clock.
 
     Args:
-        check_owned: raises FencedError once another attempt has the run; asked before each heartbeat.
+        check_owned: raises FencedError once another attempt has taken the run over. Called before each heartbeat.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Watch:
         self._where: tuple[str, int | None] = ("start", None)
         self._since, self._since_date = time.monotonic(), time.time()
         self._first_step: int | None = None
-        self._why: str | None = None  # it left by an error
+        self._why: str | None = None  # the error that ended the rank
         self._seconds, self._compared = dict.fromkeys(TIMED, 0.0), self._since
         self._closed = threading.Event()
         self._pause = heartbeat_seconds(int(os.environ.get("WORLD_SIZE", "1")))
@@ -78,7 +80,7 @@ class Watch:
             thread.start()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """This rank has reached `phase`, of step `step` or the one before said."""
+        """Note that this rank has reached `phase` of step `step`. None is the step of the last call."""
         now, (before, known) = time.monotonic(), self._where
         if before in self._seconds:
             self._seconds[before] += now - self._since
@@ -88,18 +90,18 @@ class Watch:
         self._where, self._since, self._since_date = (phase, step), now, time.time()
 
     def alive(self) -> None:
-        """There is progress in the phase that was entered last."""
+        """Note progress in the phase that was entered last."""
         self.enter(self._where[0])
 
     def clock(self) -> float:
-        """Monotonic seconds, without those in which this process was stopped, as far as that is watched."""
+        """Monotonic seconds without those in which this process was stopped. Needs the watchdog to know them."""
         suspended, unseen = self._suspended, time.monotonic() - self._looked
-        if len(self._threads) > 1 and unseen > SUSPENDED_SECONDS:  # it has just been continued
+        if len(self._threads) > 1 and unseen > SUSPENDED_SECONDS:  # the process has just been continued
             suspended += unseen
         return time.monotonic() - suspended
 
     def phase_seconds(self) -> list[float]:
-        """Seconds since the last call: in each of `TIMED`, and in all."""
+        """The seconds since the last call that were spent in each of `TIMED`, and all seconds since then."""
         now = time.monotonic()
         spent = [*self._seconds.values(), now - self._compared]
         self._seconds, self._compared = dict.fromkeys(TIMED, 0.0), now
@@ -110,7 +112,8 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         if kind is not None and self._leaving:
-            time.sleep(2 * GRACE_SECONDS)  # a peer that left first broke a collective; the cause is still the hang
+            # A rank that left first has broken a collective here. Wait, so that this rank still leaves with HUNG.
+            time.sleep(2 * GRACE_SECONDS)
         self._why = None if error is None else " ".join((str(error) or type(error).__name__).split())[:WHY]
         refused = isinstance(error, UserError) and self._first_step is None
         self.enter(ENDED if error is None else REFUSED if refused else FAILED)
@@ -138,7 +141,7 @@ class Watch:
         beside.close()
 
     def _look(self, pause: float) -> float:
-        """Look at the clock: the seconds since the last look that count, of about `pause`."""
+        """Look at the clock. Returns the seconds since the last look that count as idle, at most twice `pause`."""
         now = time.monotonic()
         gap, self._looked = now - self._looked, now
         if gap > SUSPENDED_SECONDS:
@@ -146,7 +149,7 @@ class Watch:
         return min(gap, 2 * pause)
 
     def _alarm(self, idle: float) -> None:
-        """Write the stacks; leave unless there is progress after all."""
+        """Write the stacks, then leave unless there is progress after all."""
         since, (phase, step) = self._since, self._where
         when = "before the first step" if step is None else f"of step {step}"
         print(
@@ -169,7 +172,7 @@ class Watch:
         while True:
             closed = self._closed.wait(0.5 if written is None else self._pause)
             where = (self._where, self._since_date)
-            # the run folder is rank 0's to make, once it is known that the run can begin
+            # Rank 0 makes the run folder once it knows that the run can begin.
             if where != written and self._path.parent.parent.is_dir():
                 self._write(*where)
                 written = where
@@ -184,13 +187,13 @@ class Watch:
             self._path.parent.mkdir(exist_ok=True)
             write_whole(self._path, json.dumps(content) + "\n", durable=False)
         except FencedError:
-            return  # the file is the new attempt's now; the main thread finds out at its next record or save
-        except OSError as error:  # a full disk must not end the run by way of its heartbeat
+            return  # the new attempt owns the file now; the main thread finds out at its next record or save
+        except OSError as error:  # a heartbeat that fails, as on a full disk, must not end the run
             print(f"rank {self._rank}: heartbeat {self._path}: {error}", file=sys.stderr, flush=True)
 
 
 class _Beside:
-    """The process that ends this one when no thread of it can run any more."""
+    """The guard process, which ends this rank when none of its threads can run."""
 
     def __init__(self) -> None:
         faulthandler.register(BLOCKED, file=2, all_threads=True, chain=True)
@@ -198,16 +201,16 @@ class _Beside:
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0)
-        except OSError as error:  # no more processes are allowed: the other thread still watches
+        except OSError as error:  # no more processes are allowed; the watchdog thread still watches
             print(f"a blocked interpreter will not be noticed: {error}", file=sys.stderr, flush=True)
             return
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
 
     def allow(self, seconds: float) -> None:
-        """This process has run; it need not say so again for so many seconds."""
+        """Tell the guard that this process has run, and how many seconds of silence to allow from now on."""
         if self._process is not None and self._process.stdin is not None:
-            with suppress(BlockingIOError, BrokenPipeError):  # it is stopped; it was ended from outside
+            with suppress(BlockingIOError, BrokenPipeError):  # the guard is stopped, or was ended from outside
                 self._process.stdin.write(f"{seconds}\n".encode())
 
     def close(self) -> None:
@@ -217,23 +220,23 @@ class _Beside:
 
 
 def heartbeat_seconds(world_size: int) -> float:
-    """How often a rank writes its heartbeat: all of them together make at most 200 files a second."""
+    """The seconds between two heartbeats of a rank. All ranks together write at most 200 files a second."""
     return max(HEARTBEAT_SECONDS, world_size / 200)
 
 
 def forget_ranks(run_dir: Path, world_size: int) -> None:
-    """Remove the heartbeats of ranks that an earlier attempt had and this one has not."""
+    """Remove the heartbeats of ranks that only an earlier attempt had."""
     for path in (run_dir / HEARTBEATS).glob("rank-*.json"):
         if int(path.stem.removeprefix("rank-")) >= world_size:
             path.unlink(missing_ok=True)
 
 
 def straggler(seconds: Sequence[Sequence[float]], factor: float, phases: Sequence[str]) -> dict[str, Any] | None:
-    """The slowest rank and phase if it is `factor` times slower than the median rank, else None.
+    """The slowest rank and phase if it took more than `factor` times the median of the ranks, else None.
 
     Args:
-        seconds: a row for each rank, of `Watch.phase_seconds`.
-        phases: those of `TIMED` that are compared.
+        seconds: a row for each rank, from `Watch.phase_seconds`.
+        phases: the phases of `TIMED` to compare.
     """
     columns = dict(zip(TIMED, zip(*seconds, strict=True), strict=False))
     slow = []

@@ -1,7 +1,7 @@
-"""From a file of deepspeed_configs/ and the recipe to the dictionary DeepSpeed takes.
+"""Make the dictionary that DeepSpeed takes, from a file of deepspeed_configs/ and the recipe.
 
-The file says how to shard and nothing else. DeepSpeed ignores a top-level key it does not know, so the check is here;
-keys that belong to the recipe, and settings known to be wrong with shared passes, are refused with the reason.
+The file only says how to shard. DeepSpeed ignores top-level keys that it does not know, so they are checked here. Keys
+that belong to the recipe are refused with the reason. So are settings that are known to be wrong with shared passes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ponder_scale.config import OptimConfig, TrainConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.files.shipped import DEEPSPEED_CONFIGS
 
-AUTO = "auto"  # the stage is the planner's to choose
+AUTO = "auto"  # the planner chooses the stage
 ALLOWED = (
     "description",
     "zero_optimization",
@@ -55,7 +55,8 @@ def read_sharding(name: str) -> dict[str, Any]:
     """The checked contents of a DeepSpeed file, given by path or by its name in deepspeed_configs/.
 
     Raises:
-        ConfigError: no such file, not JSON, or a key that is unknown, the recipe's, or known to be wrong.
+        ConfigError: there is no such file, it is not JSON, or a key is unknown, belongs to the recipe, or is known to
+            be wrong.
     """
     path = find_sharding(name)
     try:
@@ -90,7 +91,7 @@ def read_sharding(name: str) -> dict[str, Any]:
 
 
 def shardings(train: TrainConfig, optim: OptimConfig) -> dict[str, dict[str, Any]]:
-    """The checked files that a run may be sharded by, by name: the one it names, or those that `auto` chooses from."""
+    """The checked sharding files by name: the file that the run names, or those that `auto` chooses from."""
     names = (train.deepspeed,)
     if train.deepspeed == AUTO:
         names = ("zero0", "zero3") if optim.optimizer == "muon" else ("zero1", "zero2", "zero3")  # type: ignore[assignment]
@@ -98,7 +99,7 @@ def shardings(train: TrainConfig, optim: OptimConfig) -> dict[str, dict[str, Any
 
 
 def check_ranks(sharding: dict[str, Any], train: TrainConfig, ranks: int) -> None:
-    """Raise ConfigError where the batch, or ZeRO++'s groups, do not divide over the ranks."""
+    """Raise ConfigError if the batch or ZeRO++'s groups do not divide over the ranks."""
     each = 1 if train.micro_batch == "auto" else train.micro_batch
     if train.batch_unit % (each * ranks):
         key = "global_batch" if train.batch_ramp_from is None else "batch_ramp_from"
@@ -138,7 +139,11 @@ def deepspeed_config(
 
 
 def _for_muon(sharding: dict[str, Any]) -> dict[str, Any]:
-    """The sharding with which Muon, which needs whole matrices, trains as without ZeRO."""
+    """The sharding changed for Muon, which needs whole matrices, so that it trains as without ZeRO.
+
+    Raises:
+        ConfigError: Muon cannot train with this sharding.
+    """
     zero = sharding["zero_optimization"]
     if zero["stage"] in (1, 2):
         raise ConfigError(
@@ -149,12 +154,16 @@ def _for_muon(sharding: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("optim.optimizer is muon with offload: not shown to train as without; use zero3 or zero0")
     if zero.get("zero_quantized_gradients") or zero.get("zero_hpz_partition_size", 1) != 1:  # groups of one are none
         raise ConfigError("optim.optimizer is muon with ZeRO++: it needs whole gradients; use zero3 or zero0")
-    # with it a rank sees only its part of a gradient; stage 3 refuses it itself
+    # With reduce_scatter a rank sees only its part of a gradient. DeepSpeed itself refuses this under stage 3.
     return {**sharding, "zero_optimization": {**zero, "reduce_scatter": False}}
 
 
 def find_sharding(name: str) -> Path:
-    """The file that `train.deepspeed` names."""
+    """The path of the file that `train.deepspeed` names.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
     for candidate in (Path(name), DEEPSPEED_CONFIGS / name, DEEPSPEED_CONFIGS / f"{name}.json"):
         if candidate.is_file():
             return candidate

@@ -1,4 +1,4 @@
-"""Which versions of DeepSpeed are known to train a model right whose passes share weights."""
+"""Check whether a version of DeepSpeed trains models right whose passes share weights."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from ponder_scale.errors import ConfigError
 
-TESTED = ("0.19.8",)  # by the tests of this repository, which requirements.lock installs
+TESTED = ("0.19.8",)  # the tests of this repository ran with these; requirements.lock installs them
 
 
 class Wrong(NamedTuple):
-    """Versions `first` to `last` train a stage wrongly, in silence."""
+    """Versions `first` to `last` silently train a stage wrongly."""
 
     first: tuple[int, ...]
     last: tuple[int, ...]
@@ -28,7 +28,7 @@ WRONG = (
 
 
 def refuse_wrong_version(version: str, stage: int, precision: str) -> None:
-    """Raise ConfigError where this version of DeepSpeed is known to train the stage wrongly in the precision."""
+    """Raise ConfigError if this version of DeepSpeed is known to train the stage wrongly in the precision."""
     for wrong in WRONG:
         if wrong.first <= _release(version) <= wrong.last and stage == wrong.stage and precision in wrong.precisions:
             raise ConfigError(
@@ -38,10 +38,10 @@ def refuse_wrong_version(version: str, stage: int, precision: str) -> None:
 
 
 def is_tested(version: str) -> bool:
-    """Whether the tests ran with this version; a build of its own (+...) counts as the version that it names."""
+    """Whether the tests ran with this version. A local build (+...) counts as the version that it names."""
     return version.split("+")[0] in TESTED
 
 
 def _release(version: str) -> tuple[int, ...]:
-    # a pre-release is taken for its release: whatever came last may not be in it
+    # A pre-release counts as the release that it precedes.
     return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3])

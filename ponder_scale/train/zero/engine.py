@@ -1,7 +1,7 @@
 """The DeepSpeed engine behind the training loop.
 
-What DeepSpeed gets wrong with one transformer that runs S + 1 times a step is cured here, each cure beside its
-reason and under a test.
+DeepSpeed gets some things wrong when one transformer runs S + 1 times a step. They are corrected here. Each correction
+has its reason beside it and a test.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def init_distributed(timeout: timedelta | None = None) -> None:
     """Join the process group that the environment describes, or become the only rank of a new one.
 
     Args:
-        timeout: of a collective; default: that of torch, half an hour.
+        timeout: longest time of a collective. The default is torch's, half an hour.
 
     Raises:
-        ConfigError: some of the rank variables are set and others are not. DeepSpeed would then ask MPI, and train
-            as rank 0 of 1 on every process.
+        ConfigError: only some of the rank variables are set. DeepSpeed would then ask MPI, and every process would
+            train as rank 0 of 1.
     """
     present = [name for name in RANK_VARIABLES if name in os.environ]
     if not present:
@@ -60,13 +60,13 @@ def init_distributed(timeout: timedelta | None = None) -> None:
         raise ConfigError(f"environment: {', '.join(present)} set but not {missing}; set all five or none")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("DeepSpeed").addFilter(_is_no_refusal)
-    # DeepSpeed calls collectives by names that torch 2.13 renames; one warning for each call of each step
+    # torch 2.13 has renamed collectives that DeepSpeed calls, which would log a warning for each call of each step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    # Its shared-memory all-reduce is for CPU inference; compiling it costs 20 s.
+    # DeepSpeed's shared-memory all-reduce is for inference on CPUs, and compiling it would take 20 s.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:  # where it is not set, ZeRO-3 starts `numactl` for each bucket that it reduces, to count processors
+    else:  # without LOCAL_SIZE, ZeRO-3 runs `numactl` for each bucket that it reduces, to count processors
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     _allow_connections()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -75,15 +75,17 @@ def init_distributed(timeout: timedelta | None = None) -> None:
 
 
 def _allow_connections() -> None:
-    """Let this process have as many connections as the system lets it: gloo's groups connect every rank with every
-    other, and the usual limit of 1,024 open files ends with a thousand ranks."""
+    """Raise this process's limit of open files to the hard limit.
+
+    gloo connects every rank with every other, so the usual limit of 1,024 would end with a thousand ranks.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _is_no_refusal(record: logging.LogRecord) -> bool:
-    # a step that is refused at the gate, as in the rehearsal, looks to DeepSpeed like an overflow; we say what it was
+    # DeepSpeed takes a step that the gate refuses, as in the rehearsal, for an overflow. We log the true reason.
     return "overflow!" not in record.getMessage().lower()
 
 
@@ -99,14 +101,14 @@ class Engine:
     """A model under ZeRO. A step is `micro_step` for each of its micro-batches, then `update`.
 
     Args:
-        model: a pondering model in fp32 on the CPU, equal on all ranks, recomputation already applied.
-        config: of the run. The process group must exist.
+        model: a pondering model in fp32 on the CPU, equal on all ranks, with recomputation already applied.
+        config: the run's configuration. The process group must exist.
     """
 
     def __init__(self, model: Any, config: RunConfig) -> None:
         refuse_foreign_checkpointing(model)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        sharding = self.sharding = read_sharding(config.train.deepspeed)  # as the file has it
+        sharding = self.sharding = read_sharding(config.train.deepspeed)  # unchanged from the file, for the record
         _refuse_without_cuda(sharding["zero_optimization"], config.train.deepspeed)
         if self.rank == 0:
             sharding = settle_sharding(config, sharding, model.config, present_devices(config, self.world_size))
@@ -125,30 +127,30 @@ class Engine:
                 logger.info("%s", line)
         settings = deepspeed_config(sharding, config.train, config.optim, self.world_size)
         self._z_loss, self._ema = config.optim.z_loss, config.optim.ema
-        self.average_since: int | None = None  # the step that the running average of the weights begins with
+        self.average_since: int | None = None  # the first step in the running average of the weights
         self.micro_steps: int = settings["gradient_accumulation_steps"]
         if config.train.precision == "bf16":
             model = model.to(torch.bfloat16)
         self.parameters: int = sum(parameter.numel() for parameter in model.parameters())
         offloads = {"offload_optimizer", "offload_param"} & sharding["zero_optimization"].keys()
-        if offloads or torch.cuda.is_available():  # operators are compiled, each under a lock
+        if offloads or torch.cuda.is_available():  # DeepSpeed compiles operators then, each under a lock
             from ponder_scale.train.survive import baton  # slow to import
 
             baton.install()
         optimizer = make_optimizer(model, config, offload="offload_optimizer" in offloads)
-        load_muon()  # before DeepSpeed does, in the way that takes less time
+        load_muon()  # must come before DeepSpeed imports Muon itself, which takes longer
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self.device: torch.device = self.deepspeed.device
         if self.zero_stage == 0 and config.train.precision == "bf16":
-            # This wrapper takes an optimizer step on zero gradients to allocate the moments, so that the step count
-            # starts at 1 and the first update is 0.75 of what it should be. AdamW makes its state when first needed.
+            # This wrapper takes an optimizer step on zero gradients to allocate the moments. The step count would then
+            # start at 1, and the first update would be 0.75 of the right one. AdamW makes its state when first needed.
             self.deepspeed.basic_optimizer.state.clear()
         self.partition = Partition(self.deepspeed, self.zero_stage, self.rank, self.world_size)
         plain = self.zero_stage == 0 and config.train.precision == "fp32"
         self._gate = Gate(self.deepspeed, self.zero_stage, deepspeed.__version__, plain=plain)
-        self._micro_steps_done = 0  # of the step under way; 0 once its last has been
+        self._micro_steps_done = 0  # in the current step; back to 0 after its last micro-step
         self._traces: TraceBank | None = None
         if self.zero_stage == 3:
             _keep_tables_gathered(self.deepspeed.module)
@@ -158,7 +160,7 @@ class Engine:
 
     @property
     def optimizer_name(self) -> str:
-        """The method, whoever implements it."""
+        """The name of the method, the same for all of its implementations."""
         name = type(self.deepspeed.basic_optimizer).__name__
         return {"DeepSpeedCPUAdam": "AdamW"}.get(name, name)
 
@@ -173,9 +175,9 @@ class Engine:
             group["lr"] = lr * group["lr_scale"]
 
     def set_batch(self, sequences: int) -> None:
-        """Set the sequences of the coming steps, over all ranks, by their number of micro-steps."""
+        """Set the sequences of the coming steps over all ranks. This changes the number of micro-steps."""
         assert self._micro_steps_done == 0, "the batch changes in the middle of a step"
-        self.deepspeed.set_train_batch_size(sequences)  # by which it divides the loss of a micro-batch
+        self.deepspeed.set_train_batch_size(sequences)  # DeepSpeed divides the loss of a micro-batch by it
         self.micro_steps = self.deepspeed.gradient_accumulation_steps()
 
     def micro_step(
@@ -187,13 +189,13 @@ class Engine:
         label_count: Tensor | None = None,
         enter: Callable[[str], None] = lambda phase: None,
     ) -> Any:
-        """Forward and backward of a micro-batch, whose gradients count in the step; the model's output.
+        """Run forward and backward of a micro-batch and add its gradients to the step. Returns the model's output.
 
         Args:
-            pondering_steps: overrides the model's; it must be the same on all ranks, see `agree_on`.
-            track: look at so many tokens for what each pass changes.
-            label_count: divides the summed loss; default: the labels that count in this micro-batch.
-            enter: told "forward" and "backward" as each begins.
+            pondering_steps: replaces the model's number. It must be the same on all ranks, see `agree_on`.
+            track: number of tokens for which to measure what each pass changes.
+            label_count: divides the summed loss. The default is the number of labels that count in this micro-batch.
+            enter: called with "forward" and "backward" as each begins.
         """
         enter("forward")
         tokens, labels, position_ids = batch
@@ -205,12 +207,12 @@ class Engine:
     def update(self, accept: Accept | None = None) -> float:
         """Update the weights by the mean gradient of the step's micro-batches, if it is accepted.
 
-        Else weights and moments are as they were, and the gradients are dropped.
+        If it is not, weights and moments stay as they are, and the gradients are dropped.
 
         Args:
-            accept: told the norm, decides, on all ranks alike; None: whether it is finite.
+            accept: decides by the norm. It must decide alike on all ranks. None accepts every finite norm.
 
-        Returns the norm of the whole mean gradient before clipping; it may be infinite or nan.
+        Returns the norm of the whole mean gradient before clipping, which may be infinite or nan.
         """
         assert self._micro_steps_done == 0, "micro-steps of the step are missing"
         return self._gate.step(self.deepspeed, accept)
@@ -219,7 +221,7 @@ class Engine:
         self,
         tokens: Tensor,  # (B, T)
         labels: Tensor,  # (B, T)
-        position_ids: Tensor | None,  # (B, T); where given, attention does not cross documents, in any pass
+        position_ids: Tensor | None,  # (B, T); if given, attention does not cross documents in any pass
         pondering_steps: int | None = None,
         track: int | None = None,
         label_count: Tensor | None = None,
@@ -245,12 +247,12 @@ class Engine:
 
     def _backward(self, loss: Tensor) -> None:
         self._micro_steps_done = (self._micro_steps_done + 1) % self.micro_steps
-        # DeepSpeed's own count, micro-steps since the start modulo those of a step, is wrong once the batch has changed
+        # DeepSpeed counts micro-steps since the start, modulo those of a step, which is wrong once the batch changes.
         self.deepspeed.set_gradient_accumulation_boundary(self._micro_steps_done == 0)
         self.deepspeed.backward(loss)
         self._trim_module_stack()
         if self._micro_steps_done > 0:
-            self.deepspeed.step()  # updates nothing here: it counts the micro-step
+            self.deepspeed.step()  # between micro-steps this only counts
 
     @property
     def updated(self) -> bool:
@@ -258,9 +260,9 @@ class Engine:
         return self._gate.opened
 
     def average_weights(self, step: int) -> None:
-        """Count the weights after this step into their running average, where the run keeps one and updated them.
+        """Add the weights after this step to their running average, if the run keeps one and the step updated them.
 
-        It is shorter at first: the decay is at most (1 + n) / (10 + n) at its n-th step.
+        The average is shorter at first: its decay is at most (1 + n) / (10 + n) at its n-th step.
         """
         if self._ema is None or not self._gate.opened:
             return
@@ -271,11 +273,11 @@ class Engine:
     def restore(
         self, parts: Parts, scalars: Scalars, average_since: int | None, alive: Callable[[], None] = lambda: None
     ) -> None:
-        """Take weights and states from a checkpoint of any ranks and stage. Collective.
+        """Load weights and states from a checkpoint of any number of ranks and any stage. Collective.
 
         Args:
-            average_since: the step that its average of the weights begins with; None: it has none, or a frozen one. It
-                is dropped where this run keeps none: taken up again later it would be an average with a gap.
+            average_since: the first step in the checkpoint's average of the weights. None if it has none, or a frozen
+                one. If this run keeps no average, it is dropped, because continuing it later would leave a gap.
             alive: called for each weight.
         """
         self.average_since = None if self._ema is None else average_since
@@ -283,10 +285,11 @@ class Engine:
 
     @torch.no_grad()
     def predict(self, tokens: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Any:
-        """The model's output on tokens (B, T) and the next token of each, without gradient and dropout.
+        """The model's output on tokens (B, T), without gradient and dropout.
 
         Args:
-            position_ids: (B, T), from 0 in each document; attention then does not cross documents, in any pass.
+            labels: (B, T), the next token of each token.
+            position_ids: (B, T), from 0 in each document. If given, attention does not cross documents in any pass.
         """
         self.deepspeed.eval()
         output = self._forward(tokens, labels, position_ids)
@@ -295,19 +298,19 @@ class Engine:
         return output
 
     def end_evaluation(self) -> None:
-        """Partition the weights again: ZeRO-3 keeps all of them gathered after a forward without backward."""
+        """Partition the weights again, because ZeRO-3 keeps them gathered after a forward without backward."""
         if self.zero_stage == 3:
             self.deepspeed.empty_partition_cache()
 
     def peak_flops(self) -> float | None:
-        """Dense bf16 FLOP/s of all devices together; None on CPUs and devices that are not known."""
+        """The dense bf16 FLOP/s of all devices together. None on CPUs and on unknown devices."""
         if self.device.type != "cuda":
             return None
         each = peak_flops(torch.cuda.get_device_name(self.device))
         return None if each is None else each * self.world_size
 
     def totals(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """The sums of some flat tensors over the ranks, on the CPU, by one all-reduce. Collective."""
+        """The sums of flat tensors over the ranks, on the CPU, in one all-reduce. Collective."""
         return self.total(torch.cat(values)).split([part.numel() for part in values])
 
     def total(self, values: Tensor) -> Tensor:
@@ -317,16 +320,16 @@ class Engine:
         return values.cpu()
 
     def mean(self, counts: Sequence[int]) -> Tensor:
-        """The mean of some counts over all ranks, each of which gives as many, on the device. Collective."""
+        """The mean of counts over all ranks, on the device. Each rank gives the same number of counts. Collective."""
         mean = torch.tensor(counts, dtype=torch.float64).mean().float().to(self.device)
         dist.all_reduce(mean)
         return mean / self.world_size
 
     def agree_on(self, pondering_steps: int) -> int:
-        """The number of pondering steps, after checking that every rank has the same. Collective.
+        """Check that every rank has the same number of pondering steps, and return it. Collective.
 
         Raises:
-            RuntimeError: they differ. ZeRO-3 would crash or hang, stages 0 to 2 would train on in silence.
+            RuntimeError: the numbers differ. ZeRO-3 would crash or hang, and stages 0 to 2 would silently train on.
         """
         extremes = torch.tensor([pondering_steps, -pondering_steps], device=self.device)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
@@ -340,8 +343,8 @@ class Engine:
         return from_first_rank(value)
 
     def _trim_module_stack(self) -> None:
-        # Recomputation stops a forward early, so its post-forward hooks do not pop this global list and it grows by
-        # every recomputed module for ever. Between micro-steps only the root belongs in it.
+        # Recomputation stops a forward early, so its post-forward hooks do not pop this global list. It would grow
+        # forever, by every recomputed module. Between micro-steps only the root belongs in it.
         if self.zero_stage == 3:
             parameter_offload.FWD_MODULE_STACK[:] = [self.module]
 
@@ -355,8 +358,8 @@ def _refuse_without_cuda(zero: dict[str, Any], name: str) -> None:
 def _keep_tables_gathered(model: Any) -> None:
     """Tell ZeRO-3 that the root module itself reads the embedding table and the head.
 
-    The pondering embedding uses both outside their own modules, in every pass; gathered once by the root they serve
-    all passes. Without it a tied table is an empty tensor there.
+    The pondering embedding uses both outside of their own modules, in every pass. The root gathers them once for all
+    passes. Without this, a tied table would be an empty tensor there.
     """
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         deepspeed.zero.register_external_parameter(model, module.weight)
@@ -365,9 +368,9 @@ def _keep_tables_gathered(model: Any) -> None:
 def _release_in_backward(engine: Any) -> None:
     """Release each module's weights after its backward in every pass.
 
-    DeepSpeed counts the inputs of a module that still await their gradient in one number per module and resets it at
-    each forward. With S + 1 forwards before the first backward the count is right for the last pass only, and the
-    weights of all others stay gathered. Here each forward call has a count of its own.
+    DeepSpeed keeps one number per module, which counts the inputs that still await their gradient, and resets it at
+    each forward. With S + 1 forwards before the first backward, the count is right for the last pass only, and the
+    weights of all other passes stay gathered. Here each forward call has its own count.
     """
     offload = engine.optimizer.parameter_offload
     for module in engine.module.modules():
@@ -380,7 +383,7 @@ def _post_backward_function(module: Any, offload: Any) -> type[torch.autograd.Fu
         @staticmethod
         def forward(ctx: Any, value: Tensor) -> Tensor:
             if value.requires_grad:
-                # DeepSpeed's pre-forward hook has just set ds_grads_remaining to 0 for the first input of a call
+                # DeepSpeed's pre-forward hook sets ds_grads_remaining to 0, so a 0 marks the first input of a call.
                 if module.ds_grads_remaining == 0:
                     module.inputs_awaited = [0]
                 module.ds_grads_remaining += 1

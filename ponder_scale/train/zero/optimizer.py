@@ -1,4 +1,4 @@
-"""The optimizers that DeepSpeed is given: torch's, or its own where ZeRO needs them."""
+"""Make the optimizers for DeepSpeed: torch's, or DeepSpeed's own where ZeRO needs them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ponder_scale.train.optim import parameter_groups
 
 
 def make_optimizer(model: Any, config: RunConfig, *, offload: bool) -> torch.optim.Optimizer:
-    """The optimizer of a run, at learning rate 0; `offload`: its states and its update are on the CPU."""
+    """The optimizer of a run, at learning rate 0. With `offload` its states and its update are on the CPU."""
     groups = parameter_groups(model, config.optim)
     if config.optim.optimizer == "muon":
         return _muon(groups)
-    # lr 0: DeepSpeed steps some optimizers once at start to allocate state, which must not decay the weights. The
-    # loop sets the rate of every step.
+    # DeepSpeed steps some optimizers once at the start to allocate their state. With lr 0 this does not decay the
+    # weights. The loop sets the rate of every step.
     shared: dict[str, Any] = {"lr": 0.0, "betas": (config.optim.beta1, config.optim.beta2), "eps": config.optim.eps}
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use, so imported only where it is used
@@ -32,15 +32,15 @@ def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     for group in groups:
         group["lr"] = 0.0
         for parameter in group["params"]:
-            parameter.use_muon = group["use_muon"]  # by which ZeRO knows whose gradients to orthogonalize
+            parameter.use_muon = group["use_muon"]  # tells ZeRO which gradients to orthogonalize
     return load_muon()(groups)
 
 
 def load_muon() -> Any:
-    """DeepSpeed's Muon, whose functions are compiled when they are first called.
+    """DeepSpeed's Muon, changed so that its functions are compiled when they are first called.
 
-    Every engine asks whether its optimizer is Muon, and imports it for that. It compiles its functions as it is
-    imported, which loads torch's compiler: a tenth of the time of a start, of runs that have no use for it.
+    Every engine imports Muon to ask whether its optimizer is one. On import, Muon compiles its functions, which loads
+    torch's compiler. That would take a tenth of the time of a start, even in runs that do not use Muon.
     """
     compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
     original = compiler.compile
@@ -56,7 +56,7 @@ def _when_called(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
-        # inside one that is being compiled it becomes a part of that
+        # Inside another compiled function it must stay a plain function, so that it becomes a part of that one.
         return (function if torch.compiler.is_compiling() else compiled())(*arguments, **options)
 
     return call

@@ -1,11 +1,11 @@
-"""What of the weights and the optimizer's states this rank keeps under each ZeRO stage, by parameter and range.
+"""Find the part of the weights and the optimizer's states that this rank holds, by parameter and range.
 
-DeepSpeed's own checkpoints are pickles of its objects, tied to the number of ranks and the stage. Here the fp32
-masters and the states behind them are named, so that they can be saved and found again by any other partition:
+DeepSpeed's own checkpoints are pickles of its objects, tied to the number of ranks and the stage. Here the fp32 masters
+and the optimizer's states have names and ranges. So they can be saved, and any other partition finds them again:
 
-    stage 0     every rank has everything; for saving it is dealt out evenly over the ranks
-    stage 1, 2  each parameter group is one flat tensor, cut at equal steps wherever that falls
-    stage 3     each parameter is cut into equal shares, the last one padded
+    stage 0     every rank has everything; a save deals it out evenly over the ranks
+    stage 1, 2  each parameter group is one flat tensor, cut into equal pieces that may end inside a parameter
+    stage 3     each parameter is cut into equal shares, and the last one is padded
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ponder_scale.errors import ConfigError
 
 Scalars = Mapping[
     str, float | Mapping[str, float]
-]  # of the optimizer, by name: one for all parameters, or by parameter
+]  # of the optimizer, by name: one number for all parameters, or one for each
 
 
 class Owned(NamedTuple):
@@ -42,11 +42,11 @@ class Partition:
     """This rank's stretches of a ZeRO engine's weights and optimizer states.
 
     Args:
-        engine: DeepSpeed's, not trained yet.
-        stage: of ZeRO, 0 to 3.
+        engine: DeepSpeed's engine, not trained yet.
+        stage: ZeRO stage, 0 to 3.
 
     Raises:
-        ConfigError: the sharding keeps the masters where or how they are not found.
+        ConfigError: the sharding moves or reorders the masters, so that they are not found.
     """
 
     def __init__(self, engine: Any, stage: int, rank: int, world_size: int) -> None:
@@ -58,7 +58,7 @@ class Partition:
         self._saved = self._owned if stage else _dealt_out(self._owned, rank, world_size)
 
     def tensors(self, *, copy: bool) -> dict[str, Tensor]:
-        """What this rank saves, as `write_part` takes it: on the host, copies of it if `copy`, else views where it is.
+        """The tensors that this rank saves, for `write_part`. With `copy` they are copies on the host, else views.
 
         Copies wait for the device once, at the end.
         """
@@ -72,15 +72,15 @@ class Partition:
 
     @torch.no_grad()
     def average(self, decay: float) -> None:
-        """Move a running average of the masters towards them; it begins as they are.
+        """Move a running average of the masters towards the masters. It starts as a copy of them.
 
-        It is one more state of the optimizer, cut as the masters are, so it is saved, resumed and dealt out anew like
-        the others. Called after an update, which makes the optimizer's own states.
+        The average is one more state of the optimizer, cut like the masters. So it is saved, resumed and partitioned
+        anew like the other states. Call it after an update, which makes the optimizer's own states.
         """
         for master in {id(owned.master): owned.master for owned in self._owned}.values():
             state = self._engine.basic_optimizer.state.get(master)
             if not state:
-                continue  # no update yet; an optimizer takes a state that is not empty for its own
+                continue  # no update yet: with the average in its state, an optimizer would not make its own states
             if AVERAGE in state:
                 state[AVERAGE].lerp_(master, 1.0 - decay)
             else:
@@ -91,10 +91,11 @@ class Partition:
         return {owned.name: owned.begin for owned in self._saved}
 
     def scalars(self) -> Scalars:
-        """The optimizer's states that are one number, such as its step: one for all parameters, or where they differ
-        (Muon's AdamW counts each parameter's own), one for each.
+        """The optimizer's states that are one number, such as its step.
 
-        The parameters are those of this rank, which under the stages that Muon has are all.
+        There is one number for all parameters. Where they differ, as in Muon's AdamW, which counts each parameter's own
+        steps, there is one for each parameter. Only parameters of this rank are in it. Under the stages that Muon
+        supports, these are all parameters.
         """
         found: dict[str, dict[str, float]] = {}
         for owned in self._owned:
@@ -112,7 +113,7 @@ class Partition:
         return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named}
 
     def needs(self) -> dict[str, tuple[int, int]]:
-        """The first element and the number of those that this rank keeps, by parameter."""
+        """The first element and the number of elements that this rank keeps, by parameter."""
         return {owned.name: (owned.begin, owned.length) for owned in self._owned}
 
     def is_in(self, parts: Parts) -> bool:
@@ -127,13 +128,15 @@ class Partition:
     def restore(
         self, parts: Parts, scalars: Scalars, *, average: bool = True, alive: Callable[[], None] = lambda: None
     ) -> None:
-        """Take weights and states from a checkpoint of any ranks and stage, its average if asked. Collective.
+        """Load weights and states from a checkpoint of any number of ranks and any stage. Collective.
 
-        `alive` is called for each weight.
+        Args:
+            average: also load the running average of the weights.
+            alive: called for each weight.
         """
         left = (WEIGHT,) if average else (WEIGHT, AVERAGE)
         if self._stage == 3:
-            self._engine.optimizer.checkpoint_event_prologue()  # gives up what is gathered
+            self._engine.optimizer.checkpoint_event_prologue()  # releases gathered weights
         for owned in self._owned:
             alive()
             kinds = [kind for kind in parts.kinds(owned.name) if kind not in left]
@@ -148,7 +151,7 @@ class Partition:
         self._update_low_precision()
 
     def _check(self, names: Mapping[Any, str]) -> None:
-        """Before training a master equals its weight. A layout that is not what it is taken for would show here."""
+        """Check the layout that is assumed here: before training, each master must equal its weight."""
         weights = {name: parameter for parameter, name in names.items()}
         for owned in self._owned:
             weight = weights[owned.name]
@@ -168,7 +171,7 @@ class Partition:
         return {name: value for name, value in states.items() if _is_layout_of(value, master)}
 
     def _made_states(self, master: Tensor, kinds: list[str], scalars: Mapping[str, float]) -> dict[str, Tensor]:
-        """The optimizer's states of a master, made where it has none yet."""
+        """The optimizer's states of a master. States that it does not have yet are made."""
         optimizer = self._engine.basic_optimizer
         state = optimizer.state[master]
         for kind in kinds:
@@ -181,11 +184,11 @@ class Partition:
                 fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
                 state[name] = torch.tensor(value, dtype=torch.float32, device=master.device if fused else "cpu")
             else:
-                state[name] = int(value)  # DeepSpeed's and most others' optimizers count in integers
+                state[name] = int(value)  # DeepSpeed's optimizers and most others count in integers
         return {kind: state[kind] for kind in kinds}
 
     def _update_low_precision(self) -> None:
-        """Make the weights that the model computes with from the masters."""
+        """Copy the masters to the weights that the model computes with."""
         optimizer = self._engine.optimizer
         if self._stage == 0:
             for halves, masters in zip(
@@ -221,11 +224,11 @@ def _whole(engine: Any, names: Mapping[Any, str], rank: int) -> Iterator[Owned]:
 
 def _cut_groups(engine: Any, names: Mapping[Any, str], rank: int) -> Iterator[Owned]:
     optimizer = engine.optimizer
-    # gradients accumulated in another precision than the weights' are another wrapper with another name for them
+    # If gradients accumulate in another precision than the weights', another wrapper is used, with another name.
     masters = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
     for parameter, name in names.items():
         fragment = parameter._hp_mapping
-        if fragment is not None:  # some of it is this rank's
+        if fragment is not None:  # this rank holds a piece of it
             place = fragment.hp_fragment_address
             master = masters[fragment.param_group_index]
             yield Owned(name, fragment.lp_fragment_address.start, place.numel, master, place.start)
@@ -243,7 +246,7 @@ def _cut_parameters(engine: Any, names: Mapping[Any, str], rank: int) -> Iterato
 
 
 def _dealt_out(whole: list[Owned], rank: int, world_size: int) -> list[Owned]:
-    """This rank's even share of what every rank has."""
+    """This rank's share of stretches that every rank has, dealt out evenly."""
     total = sum(owned.length for owned in whole)
     first, end = total * rank // world_size, total * (rank + 1) // world_size
     share, position = [], 0

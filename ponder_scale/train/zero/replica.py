@@ -1,4 +1,4 @@
-"""A whole model with the weights of an engine, for what is no part of its training."""
+"""A whole model with the weights of an engine, for uses outside of training."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from ponder_scale.train.zero.engine import Engine
 
 @torch.no_grad()
 def replica(engine: Engine) -> Any:
-    """The model as an export of this step holds it, on the device of each rank. Collective.
+    """The model as an export of this step would hold it, on the device of each rank. Collective.
 
-    Nothing of the engine is in it: no gathering, no recomputation, no compilation, so ranks may run it apart. It takes
-    the weights once more, in the precision that they are trained in; ZeRO-3's are gathered one at a time.
+    It is independent of the engine, without gathering, recomputation and compilation. So each rank may run it by
+    itself. It takes the memory of one more copy of the weights, in the precision of training. ZeRO-3's weights are
+    gathered one at a time.
     """
-    from accelerate import init_empty_weights  # lm-eval brings it
+    from accelerate import init_empty_weights  # installed with lm-eval
 
     values = json.loads(json.dumps(engine.module.config.to_dict()))
-    with init_empty_weights(include_buffers=False):  # weights are not drawn only to be replaced
+    with init_empty_weights(include_buffers=False):  # drawing initial weights would waste time, as they are replaced
         model = new_model(configuration_from_dict(values))
     parameters, failure = dict(engine.module.named_parameters()), None
     try:
         for name, parameter in parameters.items():
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # a partitioned one has none of its own
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # a partitioned weight itself is empty
             whole = torch.empty(shape, dtype=parameter.dtype, device=engine.device)
             module, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(module), leaf, torch.nn.Parameter(whole, requires_grad=False))
@@ -36,7 +37,7 @@ def replica(engine: Engine) -> Any:
         failure = error
     if engine.total(
         torch.tensor(float(failure is not None))
-    ):  # before the first gather, in which the others would wait
+    ):  # must come before the first gather, in which the other ranks would wait
         raise failure or RuntimeError("another rank has no memory for a copy of the weights; see its log")
     for name, parameter in parameters.items():
         with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_stage == 3):

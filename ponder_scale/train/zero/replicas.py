@@ -1,10 +1,14 @@
-"""Whether all data-parallel ranks hold the same weights.
+"""Check that all data-parallel ranks hold the same weights.
 
-Stages 0 to 2 keep whole weights on every rank, equal by construction until a device, a driver or a bug makes one
-differ; nothing then fails, the run trains on in silence. The bits of each tensor, taken as integers, are added up
-where it lives: exact in any order, one pass over the weights, and no single flipped bit escapes. Changes that cancel
-each other do. Stage 0 also has whole moments on every rank; stages 1 and 2 make the weights equal again after each
-update, so the time to look is before it. Stage 3 has no replicas but the persistent parameters.
+Stages 0 to 2 keep whole weights on every rank. They are equal by construction until a device, a driver or a bug makes
+one rank differ. Nothing fails then, and the run silently trains on.
+
+Each rank adds up the bits of each tensor as integers, on the device of the tensor. This takes one pass over the weights
+and is exact in any order. It finds every single flipped bit, but not changes that cancel each other.
+
+    stage 0       also has whole moments on every rank
+    stages 1, 2   make the weights equal again after each update, so they must be compared before it
+    stage 3       has no replicas except the persistent parameters
 """
 
 from __future__ import annotations
@@ -23,18 +27,18 @@ MULTIPLIER = 6364136223846793005  # of Knuth's MMIX generator: odd, so that no s
 
 @dataclass(frozen=True)
 class Divergence:
-    """Ranks whose weights are not those of most ranks, and the first tensors that differ there."""
+    """The ranks whose weights differ from those of most ranks, and the tensors that differ there."""
 
     ranks: list[int]
     tensors: list[str]
-    majority: bool  # whether most ranks agree; else the first rank is taken to be right
+    majority: bool  # whether most ranks agree; if not, rank 0 is taken to be right
 
 
 def replicated(engine: Any, zero_stage: int) -> dict[str, Tensor]:
-    """What every rank holds whole, by name.
+    """The tensors that every rank holds whole, by name.
 
     Args:
-        engine: DeepSpeed's.
+        engine: DeepSpeed's engine.
     """
     parameters = dict(engine.module.named_parameters())
     if zero_stage == 3:
@@ -56,13 +60,13 @@ def bit_sums(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 def divergence(
     tensors: dict[str, Tensor], rank: int, world_size: int, total: Callable[[Tensor], Tensor], device: torch.device
 ) -> Divergence | None:
-    """Compare `tensors` over the ranks; None if all are equal. Collective: one number a rank unless they differ.
+    """Compare `tensors` over the ranks. None if all are equal. Collective: sends one number a rank unless they differ.
 
     Args:
-        total: the sum of a tensor over the ranks.
+        total: function that returns the sum of a tensor over the ranks.
     """
     own = bit_sums(list(tensors.values()), device)
-    # wraps around modulo 2**64, as intended
+    # The products wrap around modulo 2**64, which is intended.
     powers = torch.cumprod(torch.full_like(own, MULTIPLIER), dim=0)
     digests = torch.zeros(world_size, dtype=torch.int64, device=device)
     digests[rank] = (own * powers).sum()

@@ -1,9 +1,9 @@
-"""One recorded ZeRO-3 trace per number of pondering steps.
+"""Keep one recorded ZeRO-3 trace for each number of pondering steps.
 
-ZeRO-3 records the order in which modules run, and prefetches and releases weights by it. When the number of passes
-changes, the order is another one: the trace is thrown away and two micro-steps go by without prefetch, every weight
-gathered where it is used. With a random number of pondering steps that is nearly every step. Here each number keeps
-its own trace. The coordinator has no interface for it, so its private fields are exchanged.
+ZeRO-3 records the order in which modules run, and uses this trace to prefetch and release weights. When the number of
+passes changes, so does the order. ZeRO-3 then drops the trace, and for two micro-steps it gathers every weight only
+when it is used. With a random number of pondering steps this would happen at nearly every step. Here each number keeps
+its own trace. DeepSpeed's coordinator has no interface for this, so its private fields are exchanged.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _PRIVATE = "_PartitionedParameterCoordinator__"
 
 
 class TraceBank:
-    """Exchanges the trace of a ZeRO-3 coordinator before each forward."""
+    """Puts the right trace into a ZeRO-3 coordinator before each forward."""
 
     def __init__(self, engine: Any) -> None:
         self._coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
-        # what to release after which module is cached by position in the trace, and never forgotten by itself
+        # DeepSpeed caches what to release after which module, by position in the trace, and never clears this cache.
         release = getattr(PartitionedParameterCoordinator, _PRIVATE + "params_to_release")
         (self._cached_releases,) = (
             cell.cell_contents for cell in release.__closure__ if hasattr(cell.cell_contents, "cache_clear")
@@ -30,9 +30,9 @@ class TraceBank:
         self._current: Hashable | None = None
 
     def use(self, key: Hashable) -> None:
-        """Go on with the trace of `key`, or record one. Called where forward and backward of a micro-step begin."""
+        """Use the trace of `key`, or record one. Call it before the forward of each micro-step."""
         coordinator = self._coordinator
-        coordinator.reset_step()  # completes what the last micro-step recorded
+        coordinator.reset_step()  # completes the trace that the last micro-step recorded
         if self._current is not None and coordinator.is_complete_trace():
             self._known[self._current] = (self._get("submodule_order"), self._get("param_order"))
         if key == self._current and coordinator.is_complete_trace():
