@@ -100,6 +100,36 @@ def test_every_file_a_document_links_exists(document: Path) -> None:
             assert (document.parent / name).exists(), name
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_every_heading_a_document_links_exists(document: Path) -> None:
+    for name, anchor in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", document.read_text()):
+        headings = re.findall(r"^#+ (.*)$", ((document.parent / name) if name else document).read_text(), re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+        assert anchor in anchors, f"{name}#{anchor}"
+
+
+def test_the_comparison_links_what_it_says_of_others_to_lines_at_the_commits_it_names() -> None:
+    page = (REPOSITORY / "docs" / "comparison.md").read_text()
+    targets = dict(re.findall(r"^\[([a-z0-9-]+)\]: (\S+)$", page, re.MULTILINE))
+    assert set(re.findall(r"\]\[([a-z0-9-]+)\]", page)) == set(targets)
+    text, _, read = page.partition("## What was read")
+    commits = set(re.findall(r"\(https://github\.com/([\w.-]+/[\w.-]+)/tree/([0-9a-f]{40})\)", read))
+    blob = r"https://github\.com/([^/]+/[^/]+)/blob/([^/]+)/."
+    found = {label: re.match(blob, url) for label, url in targets.items()}
+    assert {label for label, match in found.items() if not match or match.groups() not in commits} == set()
+    assert {match.groups() for match in found.values() if match} == commits
+    rows = re.findall(r"^\| [^|]+\|(.*)\|[^|]*\|$", text, re.MULTILINE)
+    others = [cell.strip() for row in rows for cell in row.split("|")]
+    assert len(others) > 200
+    assert [cell for cell in others if not re.match("\N{EN DASH}", cell) and not re.search(r"\][(\[]", cell)] == []
+
+
+def test_the_tests_that_the_comparison_names_are_there() -> None:
+    page = (REPOSITORY / "docs" / "comparison.md").read_text()
+    named = re.findall(r"`(tests/[\w./]+)`", page)
+    assert len(named) > 10 and [name for name in named if not (REPOSITORY / name).exists()] == []
+
+
 @pytest.mark.parametrize(("document", "name"), [("README", "rooms"), ("docs/code", "tree"), ("CONTRIBUTING", "floors")])
 def test_the_maps_of_the_code_are_made_from_it(document: str, name: str) -> None:
     maker = runpy.run_path(str(REPOSITORY / "docs" / "make_tree.py"))
