@@ -126,8 +126,8 @@ _LEFT_OUT = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attent
 def model_weights(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a folder under the names of the model's parameters. A tied weight comes once.
 
-    The folder may be an export of ours, of transformers' stock classes or of the published code, or a universal
-    checkpoint.
+    The folder may be one of our exports, or come from transformers' stock classes or from the published code, or be a
+    universal checkpoint.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape, or there is a tensor too many.

@@ -1,7 +1,7 @@
 """Plan the runs of a comparison: the pondering models of a recipe, and the baselines that they have to beat.
 
-A member is a list of overrides of the recipe, so every run is an ordinary run. All members with the same seed see the
-same data in the same order. A longer run continues with the data after the end of the others.
+A member is a list of overrides of the recipe, so every run is an ordinary run. All members with the same seed start
+from that seed and see the same data in the same order. A longer run continues with the data behind them.
 """
 
 from __future__ import annotations

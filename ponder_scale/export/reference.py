@@ -1,4 +1,4 @@
-"""Convert folders of the published code to folders of ours, and back.
+"""Convert folders of the published code to our format, and back.
 
 The published code is LUMIA-Group/PonderingLM and, for LLaMA, its follow-up. `setup.warm_start` reads its configuration.
 Its GPT-NeoX calls the head `embed_out`, and has an `adapter.weight` that it does not use.
@@ -34,9 +34,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def import_reference(source: Path, out: Path, *, dtype: str = "float32", licence: str | None = None) -> Path:
-    """Convert a folder of the published code to a folder of ours, `out`. Returns `out`.
+    """Convert a folder of the published code to our format. Makes the folder `out` and returns it.
 
-    `source` may also be a folder of ours that another version exported. `out` then has the code of this version.
+    `source` may also be our own folder from an export by another version. `out` then has the code of this version.
 
     Raises:
         CheckpointError: the architecture is not one of the published code, or the settings mean another model.
@@ -72,10 +72,10 @@ def import_reference(source: Path, out: Path, *, dtype: str = "float32", licence
 
 
 def export_reference(source: Path, out: Path) -> Path:
-    """Convert a folder of ours to a folder `out` that the published code reads, with weights in fp32. Returns `out`.
+    """Convert an exported folder to a folder that the published code reads. Makes `out`, in fp32, and returns it.
 
     Raises:
-        CheckpointError: `source` is not a folder of ours, or ponders in a way that the published code cannot.
+        CheckpointError: `source` is not one of our folders, or ponders in a way that the published code cannot.
     """
     values = read_configuration(source)
     architecture = str(values.get("model_type")).removeprefix("ponder_")
@@ -117,7 +117,7 @@ def export_reference(source: Path, out: Path) -> Path:
 
 
 def published_keys(architecture: str, configuration: Any) -> dict[str, Any]:
-    """The published code's keys for a configuration of ours.
+    """The published code's keys for one of our configurations.
 
     Raises:
         CheckpointError: the published code has no key for a field.

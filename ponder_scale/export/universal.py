@@ -1,6 +1,6 @@
 """Export a universal checkpoint of DeepSpeed as a Hugging Face folder.
 
-Use it for a model of ours that another program has trained. Our own runs do not need it, because their checkpoints have
+Use it if another program has trained one of our models. Our own runs do not need it, because their checkpoints have
 one format for every stage and number of ranks. `python -m deepspeed.checkpoint.ds_to_universal` makes a universal
 checkpoint. It is read here without DeepSpeed, and only for its weights.
 """

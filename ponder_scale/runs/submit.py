@@ -1,4 +1,4 @@
-"""Submit a run to Slurm with a snapshot of its code and configuration; stop, save or requeue it.
+"""Submit a run to Slurm with a snapshot of its code and configuration, and stop, save or requeue it.
 
 RUN/submissions/0001/
     code/           snapshot of packages and templates, laid out like a clone; the job runs it, now and when requeued
@@ -173,7 +173,8 @@ class Submission:
         return {"PONDER_HOME": str(self.folder / "code"), "SPARES": str(self._resources.spares)}
 
     def _environment(self) -> dict[str, str]:
-        # Secrets such as WANDB_API_KEY reach the job through the environment. Everybody could read a command line.
+        # Secrets such as WANDB_API_KEY reach the job through the environment. They are in no file and on no command
+        # line, which everybody can read.
         return {**os.environ, **self._ours()}
 
     def _shown(self, command: list[str]) -> str:
