@@ -1,4 +1,4 @@
-"""`ponder-scale train` and `plan`."""
+"""`ponder-scale init`, `train` and `plan`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ponder_scale.config import RunConfig, load_recipe
 from ponder_scale.errors import REWOUND, ConfigError
 from ponder_scale.figures import span, stored
 from ponder_scale.files.places import check_file, check_folder
+from ponder_scale.files.write import write_whole
 from ponder_scale.planning.failures import DEVICE_HOURS, Failures
 from ponder_scale.planning.failures import report as failures_report
 from ponder_scale.planning.hardware import TABLE, Hardware, read_hardware, write_hardware
@@ -22,6 +23,19 @@ from ponder_scale.shards.manifest import MANIFEST
 
 def add_commands(commands: Any) -> None:
     """Add the commands to the parser."""
+    init = commands.add_parser("init", help="write a first recipe for your shards, with a comment on each key")
+    init.add_argument("shards", type=path, nargs="+", metavar="SHARDS", help="folders that `ponder-data build` made")
+    init.add_argument(
+        "--out",
+        type=new_file,
+        default=Path("recipe.yaml"),
+        metavar="FILE",
+        help="file to create (default: recipe.yaml)",
+    )
+    init.add_argument("--run-dir", default="runs/first", help="folder of the run (default: runs/first)")
+    init.add_argument("--pondering-steps", type=whole(0), default=3, help="pondering steps S (default: 3)")
+    init.set_defaults(run=_init)
+
     train = commands.add_parser("train", help="train a run, or go on with it from its newest whole checkpoint")
     train.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=1000")
@@ -78,6 +92,22 @@ def add_commands(commands: Any) -> None:
         "passes (default: one device)",
     )
     plan.set_defaults(run=_plan)
+
+
+def _init(options: argparse.Namespace, _: list[str]) -> None:
+    from ponder_scale.planning.draft import draft, source_names
+
+    if options.out.exists():
+        raise ConfigError(f"--out {options.out} exists already; name another file")
+    sources = open_all({name: str(folder) for name, folder in source_names(options.shards).items()}, "SHARDS")
+    import torch
+
+    gpu = torch.cuda.is_available()
+    made = draft(sources, pondering_steps=options.pondering_steps, gpu=gpu, run_dir=options.run_dir)
+    write_whole(options.out, made.text)
+    print(f"{options.out}: {made.summary}")
+    print(f"next: ponder-scale plan {options.out} --gpus {max(1, torch.cuda.device_count())}")
+    print(f"      ponder-scale train {options.out}")
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
