@@ -1,6 +1,7 @@
 """The benchmark runs every contender that is installed; its numbers are not judged here."""
 
 import contextlib
+import dataclasses
 import re
 import sys
 from types import SimpleNamespace
@@ -8,10 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tokenizers
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from benchmarks.__main__ import main
 from benchmarks.baselines import BASELINES
 from benchmarks.data import Runs, _table
+from benchmarks.loader import WAYS, megatron_data, ways
 from tests.data_pipeline.builds import make_texts, write_jsonl
 
 QUICK_LOADER = """
@@ -33,9 +36,24 @@ def test_the_table_has_a_row_for_each_contender_and_the_loader(tiny_tokenizer, t
         assert re.search(rf"^{row} +[0-9.]+ +[0-9.]+ +[0-9.]+ +[0-9,]+$", table, re.MULTILINE), table
     assert re.search(r"^index: 20\.\d bytes a document$", table, re.MULTILINE)
     rows = re.findall(r"^(\D+) +([\d,.]+) (\S+)$", table.partition("bytes a document")[2], re.MULTILINE)
-    assert len(rows) == 11 and all(float(value.replace(",", "")) > 0 for _, value, _ in rows), table
+    assert len(rows) == 7 + 2 * len(ways()) and all(float(value.replace(",", "")) > 0 for _, value, _ in rows), table
     assert {unit for *_, unit in rows} == {"CPU-ms", "bytes", "sequences/CPU-s", "sequences/s", "x"}
-    assert table.count("Megatron's GPTDataset") == 2 and "cold, plain memory map" in table
+    assert [way for way in WAYS if f"Megatron's GPTDataset, {way} " in table] == ways()
+    assert "cold, plain memory map" in table
+
+
+def test_each_way_in_which_megatron_tells_documents_apart_is_read(tiny_shards, tmp_path):
+    shards = tiny_shards(train=(9000,))
+    newer = "inter_document_masking" in {field.name for field in dataclasses.fields(GPTDatasetConfig)}
+    assert ways() == ["positions", "positions and mask", *(["document lengths"] if newer else [])]
+    for way in ways():
+        sample = megatron_data(shards, way, tmp_path)[0]
+        ends = (sample["tokens"] == shards.manifest.eod_id).nonzero().flatten()
+        starts = sorted({0, *(ends + 1).tolist()} - {2048})
+        assert len(starts) > 10 and (sample["position_ids"] == 0).nonzero().flatten().tolist() == starts
+        assert ("attention_mask" in sample) == (way == "positions and mask")
+        if way == "document lengths":
+            assert sorted(set(sample["cu_seqlens"].tolist())) == [*starts, 2048]
 
 
 def test_an_engine_that_fell_back_is_said_to_be_the_reference():
