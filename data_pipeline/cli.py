@@ -75,7 +75,7 @@ def _ended_in_order() -> Iterator[None]:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="ponder-data", description=__doc__)
+    parser = Parser(prog="ponder-data", description="Make memory-mapped token shards from corpora.")
     parser.add_argument("--version", action="version", version=f"ponder-data {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -85,16 +85,16 @@ def _parser() -> Parser:
     command.set_defaults(run=_build)
 
     command = commands.add_parser("inspect", help="summarize a folder of shards and print samples")
-    command.add_argument("folder", type=path)
+    command.add_argument("folder", type=path, help="folder of shards")
     command.add_argument("--samples", type=whole(0), default=2, help="documents to print, evenly spaced (default: 2)")
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser("verify", help="read every byte of a folder of shards and check its hash")
-    command.add_argument("folder", type=path)
+    command.add_argument("folder", type=path, help="folder of shards")
     command.set_defaults(run=_verify)
 
     command = commands.add_parser("pack", help="pack documents into sequences, for data.packing=best-fit")
-    command.add_argument("folder", type=path)
+    command.add_argument("folder", type=path, help="folder of shards")
     command.add_argument(
         "--seq-len", type=whole(2), required=True, help="sequence length (data.seq_len) of the runs that will read it"
     )
@@ -124,7 +124,7 @@ def _add_plan(commands: Any) -> None:
 def _add_adopt(commands: Any) -> None:
     command = commands.add_parser("adopt", help="use token files that other programs made, without copying them")
     command.add_argument("files", nargs="+", type=path, metavar="FILE", help="token files in reading order")
-    command.add_argument("--kind", choices=KINDS, required=True)
+    command.add_argument("--kind", choices=KINDS, required=True, help="program that made the files")
     command.add_argument(
         "--tokenizer",
         dest="tokenizer_path",
@@ -177,8 +177,10 @@ def _add_train_tokenizer(commands: Any) -> None:
         help="text, .jsonl or .parquet files, or folders of text files; or the recipe of a build and key=value",
     )
     command.add_argument("--recipe", help="read the sources of this build, with their fields, filters and weights")
-    command.add_argument("--vocab-size", type=whole(1), required=True)
-    command.add_argument("--kind", choices=["bpe", "sentencepiece"], default="bpe")
+    command.add_argument("--vocab-size", type=whole(1), required=True, help="number of tokens")
+    command.add_argument(
+        "--kind", choices=["bpe", "sentencepiece"], default="bpe", help="kind of tokenizer (default: bpe)"
+    )
     command.add_argument("--out", type=new_folder, required=True, help="folder to create")
     command.add_argument("--field", help="key or column of the text in .jsonl and .parquet files (default: text)")
     command.add_argument("--pattern", help="glob of the files to read in a folder (default: **/*)")

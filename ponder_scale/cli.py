@@ -70,12 +70,17 @@ def _log_to_stdout(level: int, formatter: logging.Formatter) -> None:
 def _parser() -> Parser:
     # slow, so after the signal handlers
     from ponder_scale.commands import cluster, compare, evaluation, folders, runs, training
+    from ponder_scale.commands.examples import add_examples
 
-    parser = Parser(prog="ponder-scale", description="Pretraining of pondering language models.")
+    parser = Parser(
+        prog="ponder-scale",
+        description="Pretrain pondering language models, from token shards to a Hugging Face folder.",
+    )
     parser.add_argument("--version", action="version", version=f"ponder-scale {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for group in (training, cluster, compare, runs, folders, evaluation):
         group.add_commands(commands)
+    add_examples(parser)
     return parser
 
 

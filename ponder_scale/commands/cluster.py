@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ponder_scale.commands.training import add_recipe
 from ponder_scale.config import RunConfig, load_recipe
 from ponder_scale.errors import ConfigError
 from ponder_scale.files.places import check_folder
@@ -22,7 +23,7 @@ def add_commands(commands: Any) -> None:
     templates = commands.add_parser(
         "templates", help="copy the Slurm files to a folder where you can edit them for your site"
     )
-    templates.add_argument("folder", type=new_folder, metavar="DIR")
+    templates.add_argument("folder", type=new_folder, metavar="DIR", help="folder to write them to")
     templates.add_argument("--overwrite", action="store_true", help="replace files that exist and differ")
     templates.set_defaults(run=_templates)
     for name, help_text, action in (
@@ -39,7 +40,7 @@ def add_commands(commands: Any) -> None:
 
 def _add_config(commands: Any) -> None:
     config = commands.add_parser("config", help="print the resolved configuration of a run")
-    _add_recipe(config)
+    add_recipe(config)
     config.add_argument(
         "--get", metavar="KEY", help="print the value of this key; for a group, a line key=value for each key in it"
     )
@@ -50,7 +51,7 @@ def _add_submit(commands: Any) -> None:
     submit = commands.add_parser(
         "submit", help="check a run, print its plan and submit it to Slurm with a snapshot of its code"
     )
-    _add_recipe(submit)
+    add_recipe(submit)
     submit.add_argument("--nodes", type=whole(1), default=1, help="number of nodes to train on (default: 1)")
     submit.add_argument(
         "--gpus-per-node", type=whole(1), default=8, help="GPUs on each node, one rank for each (default: 8)"
@@ -87,11 +88,6 @@ def _add_submit(commands: Any) -> None:
         "--test-only", action="store_true", help="ask Slurm whether and when the job could run, and submit nothing"
     )
     submit.set_defaults(run=_submit)
-
-
-def _add_recipe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    command.add_argument("overrides", nargs="*", metavar="key=value")
 
 
 def _config(options: argparse.Namespace, _: list[str]) -> None:

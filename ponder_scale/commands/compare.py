@@ -69,10 +69,12 @@ def add_commands(commands: Any) -> None:
     what.add_argument("--report", action="store_true", help="train nothing; report on the finished runs")
     compare.set_defaults(run=_compare)
     phi = commands.add_parser(
-        "phi", help="how many parameters a pass is worth: fitted to runs of several sizes and steps"
+        "phi", help="fit how many parameters a pass is worth, from runs of several sizes and steps"
     )
-    phi.add_argument("folders", nargs="+", type=path, help="runs, or folders with runs in them at any depth")
-    phi.add_argument("--json", dest="json_file", metavar="FILE", type=new_file, help="also write fit and runs there")
+    phi.add_argument("folders", nargs="+", type=path, help="run folders, or folders with runs at any depth")
+    phi.add_argument(
+        "--json", dest="json_file", metavar="FILE", type=new_file, help="also write the fit and the runs to this file"
+    )
     phi.set_defaults(run=_phi)
 
 

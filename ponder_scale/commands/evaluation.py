@@ -11,66 +11,121 @@ from ponder_scale.settings.commandline import flags, new_file, number, path, who
 
 def add_commands(commands: Any) -> None:
     """Add the commands to the parser."""
-    evaluations = commands.add_parser("evaluate", help="held-out losses by pondering steps")
-    _add_kinds(evaluations.add_subparsers(required=True, metavar="WHAT"))
+    evaluations = commands.add_parser(
+        "evaluate", help="measure perplexity, answers, benchmark tasks or decoding, by number of pondering steps"
+    )
+    kinds = evaluations.add_subparsers(required=True, metavar="WHAT")
+    _add_perplexity(kinds)
+    _add_tasks(kinds)
+    _add_answers(kinds)
+    _add_decoding(kinds)
 
 
-def _add_kinds(kinds: Any) -> None:
-    ppl = kinds.add_parser("ppl", help="held-out loss of an exported folder for 0 to k pondering steps, by source")
-    ppl.add_argument("folder", type=path, help="an exported folder")
-    ppl.add_argument("--steps", type=whole(0), help="k; default: what it was trained with")
-    ppl.add_argument("--seq-len", type=whole(1), help="tokens a sequence; default: the model's positions")
+def _add_folder(kinds: Any, name: str, help_text: str) -> Any:
+    kind = kinds.add_parser(name, help=help_text)
+    kind.add_argument("folder", type=path, help="an exported folder")
+    add_trust(kind)
+    return kind
+
+
+def _add_json(kind: Any, what: str) -> None:
+    kind.add_argument(
+        "--json", dest="json_file", metavar="FILE", type=new_file, help=f"also write the {what} to this file"
+    )
+
+
+def _add_perplexity(kinds: Any) -> None:
+    ppl = _add_folder(kinds, "ppl", "held-out loss of an exported folder after each pass, by source")
+    ppl.add_argument("--steps", type=whole(0), help="largest number of pondering steps (default: as trained)")
+    ppl.add_argument("--seq-len", type=whole(1), help="tokens in a sequence (default: the longest the model accepts)")
     ppl.add_argument(
-        "--document-mask", action="store_true", help="attention within documents, as data.document_mask=true trains"
+        "--document-mask", action="store_true", help="keep attention within documents, like data.document_mask=true"
     )
     ppl.set_defaults(run=_evaluate_ppl)
-    run = kinds.add_parser("run", help="the same for every checkpoint that a run has kept")
+    run = kinds.add_parser("run", help="held-out loss of every checkpoint that a run has kept")
     run.add_argument("run_dir", type=path, help="a run folder")
     run.set_defaults(run=_evaluate_run)
-    tasks = kinds.add_parser("tasks", help="tasks of lm-evaluation-harness, for several numbers of pondering steps")
-    tasks.add_argument("folder", type=path, help="an exported folder")
-    tasks.add_argument("--tasks", nargs="+", default=[], help="default: the nine of the paper, or all of --include")
-    tasks.add_argument("--steps", type=whole(0), nargs="+", default=(None,), help="default: what it was trained with")
-    tasks.add_argument("--include", type=path, help="folder of task files with their data, for use without a network")
-    tasks.add_argument("--limit", type=whole(1), help="documents of each task")
-    tasks.add_argument("--batch-size", type=whole(1), default=8, help="of transformers")
+    for kind in (ppl, run):
+        kind.add_argument(
+            "--data",
+            action="append",
+            required=True,
+            metavar="[NAME=]SHARDS",
+            help="folder of shards with a held-out split; repeat for more sources",
+        )
+        kind.add_argument(
+            "--sequences",
+            type=whole(1),
+            default=256,
+            help="held-out sequences to read from each source (default: 256)",
+        )
+        _add_json(kind, "losses")
+        kind.add_argument("--plot", dest="plot_file", metavar="FILE", type=new_file, help="also draw the losses as SVG")
+
+
+def _add_tasks(kinds: Any) -> None:
+    tasks = _add_folder(kinds, "tasks", "tasks of lm-evaluation-harness")
+    tasks.add_argument(
+        "--tasks", nargs="+", default=[], help="names of tasks (default: the nine of the paper, or all in --include)"
+    )
+    tasks.add_argument(
+        "--steps", type=whole(0), nargs="+", default=(None,), help="numbers of pondering steps (default: as trained)"
+    )
+    tasks.add_argument(
+        "--include", type=path, metavar="DIR", help="folder of task files with their data, for use without a network"
+    )
+    tasks.add_argument("--limit", type=whole(1), help="documents to ask of each task (default: all)")
+    tasks.add_argument(
+        "--batch-size", type=whole(1), default=8, help="requests in a batch of transformers (default: 8)"
+    )
     tasks.add_argument(
         "--engine",
         choices=("transformers", "vllm"),
         default="transformers",
-        help="what runs the model; vllm needs an environment of its own (docs/serving.md)",
+        help="engine that runs the model; vllm needs an environment of its own, see docs/serving.md",
     )
-    tasks.add_argument("--json", dest="json_file", metavar="FILE", type=new_file, help="also write the metrics there")
+    _add_json(tasks, "metrics")
     tasks.set_defaults(run=_evaluate_tasks)
-    answers = kinds.add_parser("answers", help="how many prompts are answered right, by group and pondering steps")
-    answers.add_argument("folder", type=path, help="an exported folder")
+
+
+def _add_answers(kinds: Any) -> None:
+    answers = _add_folder(kinds, "answers", "share of prompts that the model answers right, by group")
     answers.add_argument(
         "--items",
         dest="file",
         metavar="FILE",
         type=path,
         required=True,
-        help='a .jsonl of {"prompt": ..., "answer": ..., "group": ...}',
+        help='a .jsonl file with lines {"prompt": ..., "answer": ..., "group": ...}',
     )
-    answers.add_argument("--steps", type=whole(0), nargs="+", help="default: 0 to what it was trained with")
-    answers.add_argument("--json", dest="json_file", metavar="FILE", type=new_file, help="also write the counts there")
+    answers.add_argument(
+        "--steps", type=whole(0), nargs="+", help="numbers of pondering steps (default: 0 to the trained number)"
+    )
+    _add_json(answers, "counts")
     answers.set_defaults(run=_evaluate_answers)
-    decoding = kinds.add_parser("decoding", help="what early exit, fewer steps and drafts save and cost")
-    decoding.add_argument("folder", type=path, help="an exported folder")
-    decoding.add_argument("--data", action="append", required=True, metavar="SHARDS", help="prompts are held-out texts")
-    decoding.add_argument("--sequences", type=whole(1), default=8)
-    decoding.add_argument("--prompt-tokens", type=whole(1), default=64)
-    decoding.add_argument("--new-tokens", type=whole(1), default=64)
-    decoding.add_argument("--exit-kl", type=number(least=0), nargs="+", default=[0.001, 0.01, 0.1], help="nats")
-    decoding.add_argument("--json", dest="json_file", metavar="FILE", type=new_file, help="also write the table there")
+
+
+def _add_decoding(kinds: Any) -> None:
+    decoding = _add_folder(kinds, "decoding", "what early exit, fewer steps and drafts save and cost")
+    decoding.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        metavar="SHARDS",
+        help="folder of shards; its held-out texts are prompts",
+    )
+    decoding.add_argument("--sequences", type=whole(1), default=8, help="prompts to continue (default: 8)")
+    decoding.add_argument("--prompt-tokens", type=whole(1), default=64, help="tokens in a prompt (default: 64)")
+    decoding.add_argument("--new-tokens", type=whole(1), default=64, help="tokens to generate (default: 64)")
+    decoding.add_argument(
+        "--exit-kl",
+        type=number(least=0),
+        nargs="+",
+        default=[0.001, 0.01, 0.1],
+        help="thresholds of early exit in nats, see `ponder-scale generate --help` (default: 0.001 0.01 0.1)",
+    )
+    _add_json(decoding, "table")
     decoding.set_defaults(run=_evaluate_decoding)
-    for kind in (ppl, tasks, answers, decoding):
-        add_trust(kind)
-    for kind in (ppl, run):
-        kind.add_argument("--data", action="append", required=True, metavar="[NAME=]SHARDS", help="may be repeated")
-        kind.add_argument("--sequences", type=whole(1), default=256, help="held-out sequences of each source")
-        kind.add_argument("--json", dest="json_file", metavar="FILE", type=new_file, help="also write the losses there")
-        kind.add_argument("--plot", dest="plot_file", metavar="FILE", type=new_file, help="also write an SVG there")
 
 
 def _evaluate_ppl(options: argparse.Namespace, _: list[str]) -> None:

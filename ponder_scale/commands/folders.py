@@ -85,7 +85,7 @@ def _add_generate(commands: Any) -> None:
         action="store_true",
         help="compile a decoding step; this takes a minute and pays for long texts",
     )
-    generate.add_argument("--seed", type=whole(0), default=1)
+    generate.add_argument("--seed", type=whole(0), default=1, help="seed of the sampling (default: 1)")
     add_trust(generate)
     generate.set_defaults(run=_generate)
 
@@ -93,7 +93,7 @@ def _add_generate(commands: Any) -> None:
 def _add_trace(commands: Any) -> None:
     trace = commands.add_parser("trace", help="show what each pass predicts for each token of a text")
     trace.add_argument("folder", type=path, help="an exported folder")
-    trace.add_argument("--text", required=True)
+    trace.add_argument("--text", required=True, help="text to trace")
     trace.add_argument(
         "--pondering-steps",
         dest="steps",
@@ -118,7 +118,12 @@ def add_trust(command: argparse.ArgumentParser) -> None:
 
 
 def _add_format(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="type of the weights (default: float32)",
+    )
     command.add_argument(
         "--license", dest="licence", help="license for the model card, by its identifier on the hub, such as apache-2.0"
     )

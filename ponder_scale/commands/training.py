@@ -12,6 +12,7 @@ from ponder_scale.config import RunConfig, load_recipe
 from ponder_scale.errors import REWOUND, ConfigError
 from ponder_scale.figures import span, stored
 from ponder_scale.files.places import check_file, check_folder
+from ponder_scale.files.shipped import RECIPES
 from ponder_scale.files.write import write_whole
 from ponder_scale.planning.failures import DEVICE_HOURS, Failures
 from ponder_scale.planning.failures import report as failures_report
@@ -36,38 +37,56 @@ def add_commands(commands: Any) -> None:
     init.add_argument("--pondering-steps", type=whole(0), default=3, help="pondering steps S (default: 3)")
     init.set_defaults(run=_init)
 
-    train = commands.add_parser("train", help="train a run, or go on with it from its newest whole checkpoint")
-    train.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=1000")
+    train = commands.add_parser(
+        "train", help="train a run; the same command resumes it from its newest whole checkpoint"
+    )
+    add_recipe(train)
     train.add_argument(
-        "--nproc", type=whole(1), help="local ranks; default: one a GPU, or one. Not used under a launcher"
+        "--nproc",
+        type=whole(1),
+        help="ranks to start on this machine (default: one for each GPU, or one); not for use under a launcher",
     )
     train.set_defaults(run=_train)
+    _add_plan(commands)
 
-    plan = commands.add_parser("plan", help="memory, FLOPs and time of a run, before any device is touched")
-    plan.add_argument("recipe", nargs="?", help="a YAML file, or the name of a shipped recipe")
-    plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.add_argument(
-        "--gpus", type=wholes(1), default=[8], metavar="N[,N...]", help="devices in all; of several numbers, a table"
+
+def add_recipe(command: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Add a recipe and its overrides to a command."""
+    known = "a YAML file, or the name of a shipped recipe: " + ", ".join(
+        sorted(path.stem for path in RECIPES.glob("*.yaml"))
     )
-    plan.add_argument("--gpus-per-node", type=whole(1), default=8)
-    plan.add_argument("--gpu", choices=sorted(TABLE), default="h100")
+    command.add_argument("recipe", nargs="?" if optional else None, help=known)
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="set keys, such as train.steps=1000")
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="print memory, FLOPs and time of a run before you take a device")
+    add_recipe(plan, optional=True)
+    plan.add_argument(
+        "--gpus",
+        type=wholes(1),
+        default=[8],
+        metavar="N[,N...]",
+        help="number of devices (default: 8); give several numbers to see how the run scales",
+    )
+    plan.add_argument("--gpus-per-node", type=whole(1), default=8, help="devices in each node (default: 8)")
+    plan.add_argument("--gpu", choices=sorted(TABLE), default="h100", help="kind of device (default: h100)")
     plan.add_argument(
         "--hardware",
         type=path,
         metavar="FILE",
-        help="what --calibrate wrote, in place of --gpu and the planner's table",
+        help="use the figures that --calibrate measured, instead of --gpu",
     )
     plan.add_argument(
         "--calibrate",
         type=new_file,
         metavar="FILE",
-        help="measure this machine in half a minute, and write what the planner reckons with into the file",
+        help="measure this machine in half a minute and write its figures to this file",
     )
     plan.add_argument(
         "--mfu",
         type=number(above=0, most=1),
-        help="reckon time by this share of the device's dense FLOP/s, such as your runs have measured",
+        help="compute time from this share of the peak FLOP/s instead, which you know from your own runs",
     )
     plan.add_argument(
         "--failures",
@@ -75,21 +94,28 @@ def add_commands(commands: Any) -> None:
         type=number(above=0),
         const=DEVICE_HOURS,
         metavar="HOURS",
-        help="also how often to save, and what failures cost, from the mean time between failures of one device "
+        help="also print how often to save and what failures cost, for this mean time between failures of one device "
         f"(default: {DEVICE_HOURS:,.0f} h, as published for Llama 3)",
     )
     plan.add_argument(
-        "--save-seconds", type=number(above=0), default=60.0, help="that training stands still for a checkpoint"
+        "--save-seconds",
+        type=number(above=0),
+        default=60.0,
+        help="with --failures: seconds that a checkpoint stops training (default: 60)",
     )
-    plan.add_argument("--restart-seconds", type=number(above=0), default=900.0, help="from a failure to the next step")
+    plan.add_argument(
+        "--restart-seconds",
+        type=number(above=0),
+        default=900.0,
+        help="with --failures: seconds from a failure to the next step (default: 900)",
+    )
     plan.add_argument(
         "--serve",
         nargs="?",
         type=whole(1),
         const=1,
         metavar="DEVICES",
-        help="also the memory of a vLLM server whose devices share the model: its weights, and the caches of S + 1 "
-        "passes (default: one device)",
+        help="also print the memory of a vLLM server with this many devices for one model (default: 1)",
     )
     plan.set_defaults(run=_plan)
 
