@@ -179,7 +179,7 @@ def test_a_small_file_is_whole_or_as_it_was(here: Path, monkeypatch: pytest.Monk
         ("trian quickstart", "no command trian; did you mean train?"),
         ("exprot a b", "no command exprot; did you mean export?"),
         ("evaluate pll x", "no command pll; did you mean ppl?"),
-        ("frobnicate", "no command frobnicate; expected one of train, plan"),
+        ("frobnicate", "no command frobnicate; expected one of init, train, plan"),
         ("", "the following arguments are required: COMMAND"),
         ("evaluate", "the following arguments are required: WHAT"),
         ("status a b", "too many words: b"),

@@ -64,7 +64,7 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument(
         "--interactive", action="store_true", help="read prompts from standard input, one a line, and continue each"
     )
-    generate.add_argument("--max-new-tokens", type=whole(1), default=64)
+    generate.add_argument("--max-new-tokens", type=whole(1), default=64, help="tokens to generate (default: 64)")
     generate.add_argument("--pondering-steps", type=whole(0), help="number of pondering steps (default: as trained)")
     generate.add_argument(
         "--exit-kl",
