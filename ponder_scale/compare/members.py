@@ -185,7 +185,8 @@ class _Maker:
         seq_len = config.data.seq_len
         shape = model_shape(_configuration(config.model, self.vocab_size, seq_len), seq_len)
         tokens = steps_to_tokens(config)
-        flops = tokens * flops_per_token(shape, config.train.recompute, mean_steps(config)).model
+        each_token = flops_per_token(shape, config.train.recompute, mean_steps(config), config.train.pass_losses)
+        flops = tokens * each_token.model
         overrides = (*overrides, f"evaluate.every_steps={each}")
         steps = config.model.pondering_steps
         return Member(name, about, overrides, shape.parameters, config.train, tokens, flops, steps)

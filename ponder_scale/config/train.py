@@ -85,6 +85,11 @@ class TrainConfig:
     )
     compile: bool = knob(False, "Compile the layers with torch.compile.")
     pondering: PonderingSchedule = field(default_factory=PonderingSchedule)
+    pass_losses: Literal["last", "uniform", "linear", "random"] = knob(
+        "last",
+        "Passes whose losses are trained. last: the last pass alone. uniform: all alike. linear: pass s in proportion "
+        "to s + 1. random: half the last, half one of the others, drawn anew for each step.",
+    )
     deepspeed: str = knob(
         "zero3",
         "How to shard the run: the name of a file in deepspeed_configs/, or a path. auto: the stage that takes the "

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import IGNORE_INDEX, Kept, Mixture, chunk, entropy_of, label_loss, wide, width
+from .learned import Learned
 
 
 def mix(
@@ -24,14 +25,41 @@ def mix(
     return Mixture(mean * scale, loss, entropy, mean if keep else None, None, lse, torch.ones_like(lse))
 
 
-def gradients(kept: Kept, grad: Tensor, needed: Sequence[bool], temperature: float, scale: float) -> tuple[Tensor, ...]:
-    """As `backends.gradients`, of all three whatever is needed."""
+def gradients(
+    kept: Kept,
+    grad: Tensor,
+    needed: Sequence[bool],
+    temperature: float,
+    scale: float,
+    learned: Learned | None = None,
+) -> tuple[Tensor, ...]:
+    """As `backends.gradients`, of all three whatever is needed; losses are learned at temperature 1 only."""
     attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    operands, mean = [grad * scale, kept.hidden, kept.head, kept.table], kept.mean
+    if learned is not None:
+        # One more column: a in g, 1 in E, 0 elsewhere. Then dp has a in it and <g, T> has not, so that dz has a p.
+        columns: list[Tensor | float] = [learned.slopes.to(grad.dtype), 0.0, 0.0, 1.0]
+        operands = [_with_column(matrix, values) for matrix, values in zip(operands, columns, strict=True)]
+        mean = _with_column(mean, 0.0)
     # the kernel takes for granted that a row's elements lie side by side
-    operands = [_one_head(tensor) for tensor in ((grad * scale).contiguous(), kept.hidden, kept.head, kept.table)]
+    operands = [_one_head(tensor.contiguous()) for tensor in operands]
     lse = kept.largest.view(1, 1, -1)
-    found = attend_backward(*operands, _one_head(kept.mean), lse, 0.0, False, scale=1.0 / temperature)
-    return tuple(gradient[0, 0] for gradient in found)
+    found = attend_backward(*operands, _one_head(mean), lse, 0.0, False, scale=1.0 / temperature)
+    d_hidden, d_head, d_table = (gradient[0, 0] for gradient in found)
+    if learned is None:
+        return d_hidden, d_head, d_table
+    d_hidden, d_head, d_table = (gradient[:, :-1].contiguous() for gradient in (d_hidden, d_head, d_table))
+    rows, slopes = learned.labels.clamp(min=0), learned.slopes.unsqueeze(1)
+    d_hidden.addcmul_(slopes, F.embedding(rows, kept.head), value=-1.0)
+    d_head.index_add_(0, rows, slopes * kept.hidden, alpha=-1.0)
+    return d_hidden, d_head, d_table
+
+
+def _with_column(matrix: Tensor, values: Tensor | float) -> Tensor:
+    """(n, D + 1): a matrix (n, D) with one more column."""
+    column = matrix.new_empty(matrix.shape[0], 1)
+    column[:, 0] = values
+    return torch.cat([matrix, column], 1)
 
 
 def _one_head(tensor: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -158,18 +159,56 @@ class Watch:
         targets: next tokens (B, T), -100 where there is none; asks for the statistics of each pass.
         track: look at so many of the tokens for what each pass changes.
         ops: see `Readout`.
+        weights: of the losses of the S + 1 passes; None: 1 of the last alone.
 
     Attributes:
         statistics: of the pondering softmax of each pass but the last.
+        learned: the weighted sums of the losses of those passes but the last that have a weight.
     """
 
     def __init__(
-        self, causal: Any, targets: Tensor | None = None, track: int | None = None, ops: Ops | None = None
+        self,
+        causal: Any,
+        targets: Tensor | None = None,
+        track: int | None = None,
+        ops: Ops | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
-        self.causal, self.targets = causal, targets
+        self.causal, self.targets, self.weights = causal, targets, weights
+        self.learned: list[Tensor] = []
         self.readout = Readout(causal, ops)
         self.tracker = None if track is None else ChangeTracker(track)
         self.statistics: list[Statistics | None] = []
+
+    def check_weights(self, steps: int) -> None:
+        """Raise ValueError for weights that are not of so many pondering steps, or that leave the last pass out."""
+        if self.weights is None:
+            return
+        if len(self.weights) != steps + 1:
+            raise ValueError(
+                f"pass_weights has {len(self.weights)} weights; expected one for each of {steps + 1} passes"
+            )
+        if not all(weight >= 0 for weight in self.weights) or self.weights[-1] == 0:
+            raise ValueError(
+                f"pass_weights is {list(self.weights)}; expected at least 0 for each pass, and more for the last: what "
+                "comes after the last pass with a weight would be computed for nothing, so take fewer pondering_steps"
+            )
+
+    def feedback(self, hidden: Tensor, index: int) -> Tensor:
+        """What pass `index` feeds back, from its hidden states (B, T, D); its statistics and its loss are noted."""
+        weight = 0.0 if self.weights is None or self.targets is None else self.weights[index]
+        learn, total = weight > 0 and torch.is_grad_enabled(), None
+        if self.causal.config.feedback == "hidden":
+            fed_back, seen = hidden, None
+            if self.targets is not None:  # no product with the vocabulary belongs to this feedback, so these cost one
+                with nullcontext() if learn else torch.no_grad():
+                    total, seen = self.readout.cross_entropy(hidden, self.targets)
+        else:
+            fed_back, seen = self.readout.pondering_embedding(hidden, self.targets, learn=learn)
+        self.statistics.append(seen)
+        if weight > 0 and seen is not None:
+            self.learned.append(weight * (seen.loss.sum() if total is None else total))
+        return fed_back
 
     def changes(self) -> PassChanges | None:
         """What each pass changed, where that was asked for."""
@@ -183,6 +222,7 @@ class _Passes:
         self.watch, self.model, self.config = watch, watch.causal, watch.causal.config
         self.config.check_pondering()
         self.steps = self.config.pondering_steps if steps is None else checked_steps(steps)
+        watch.check_weights(self.steps)
         self.cache, self.exit_kl = cache, exit_kl
         self.layers = self.model.num_layers
         self.output: Any = None
@@ -208,24 +248,11 @@ class _Passes:
             # a prompt is pondered to the end: what it leaves in the caches is read by every later token
             decoding = embeds.shape[1] == 1 and self.cache.get_seq_length() > 0
             settled = self._settled(self.cache, self.exit_kl) if decoding else None
-        ponder(run_pass, self._feedback, embeds, self.steps, self.config.residual, settled)
+        ponder(run_pass, self.watch.feedback, embeds, self.steps, self.config.residual, settled)
         return self.output
 
     def _view(self, index: int) -> PassView | None:
         return None if self.cache is None else PassView(self.cache, index, self.layers)
-
-    def _feedback(self, hidden: Tensor, index: int) -> Tensor:
-        readout, targets = self.watch.readout, self.watch.targets
-        if self.config.feedback == "hidden":
-            seen = None
-            if targets is not None:
-                with torch.no_grad():  # no product with the vocabulary belongs to this feedback, so these cost one
-                    _, seen = readout.cross_entropy(hidden, targets)
-            fed_back = hidden
-        else:
-            fed_back, seen = readout.pondering_embedding(hidden, targets)
-        self.watch.statistics.append(seen)
-        return fed_back
 
     def _settled(self, cache: Cache, exit_kl: float) -> Callable[[Tensor, int], bool]:
         """Whether a pass changed no row's prediction by `exit_kl` or more. Fills the caches of the passes left out."""

@@ -5,7 +5,11 @@ With z = h W^T / tau, p = softmax(z), T = c p E and g = dL/dT:
 
     dE = c p^T g        dp = c g E^T        dz = p * (dp - <g, T>)        dh = dz W / tau        dW = dz^T h / tau
 
-<g, T> is sum_v p dp. Forward goes through blocks of tokens, so that a softmax sees its whole row. Backward knows the
+<g, T> is sum_v p dp. Where the loss of a pass is learned, y = h W^T and a = dL/dloss of each token, its logits also get
+
+    dy += a (softmax(y) - [v is the label])        which takes no further product: y and dh, dW are made anyway
+
+Forward goes through blocks of tokens, so that a softmax sees its whole row. Backward knows the
 largest score of each row and its probability, so p = p_max exp(z - z_max), which is more exact than exp(z - lse) where
 lse is large, and goes through blocks of the vocabulary: each row of dW and dE is one product over all tokens, summed by
 the product itself and written once. Nothing of size (N, V) exists. Statistics and sums are in fp32 where the inputs
@@ -15,10 +19,13 @@ are narrower. All of it gives the same bits again for the same inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .learned import Learned
 
 # scores alive at a time in one buffer, of which there are two: 16 MiB in fp32 stays below the size from which glibc's
 # allocator returns memory at every release, and GPUs want products thousands wide
@@ -136,15 +143,16 @@ def mean_slope(grad: Tensor, mean: Tensor, centre: Tensor | None, temperature: f
     return (wide(grad) * (wide(mean) + centre)).sum(-1).mul_(scale / temperature)
 
 
-def shrinkage(grad: Tensor, table: Tensor, factor: float) -> Tensor | None:
+def shrinkage(grad: Tensor, table: Tensor, factor: float, learned: Learned | None = None) -> Tensor | None:
     """In fp16 the power of two, a scalar, by which g is divided so that no dz overflows; None elsewhere.
 
-    |dz| <= 2 factor |g| max |E_v|, with factor = c / tau.
+    |dz| <= 2 factor |g| max |E_v| + |a|, with factor = c / tau.
     """
     if grad.dtype != torch.float16 or grad.numel() == 0:
         return None
     norms = (torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32).amax() for tensor in (grad, table))
-    return power_above(2.0 * factor * next(norms) * next(norms))
+    bound = 2.0 * factor * next(norms) * next(norms)
+    return power_above(bound if learned is None else bound + learned.slopes.abs().amax())
 
 
 def power_above(bound: Tensor) -> Tensor:
@@ -152,7 +160,7 @@ def power_above(bound: Tensor) -> Tensor:
     return torch.exp2(torch.log2(bound / 2**15).ceil_().clamp_(min=0.0))
 
 
-def _scores(hidden: Tensor, weights: Tensor, offset: Tensor, factor: float, out: Tensor) -> Tensor:
+def scores(hidden: Tensor, weights: Tensor, offset: Tensor, factor: float, out: Tensor) -> Tensor:
     """factor * hidden @ weights^T - offset into `out`, (N, n); offset (N, 1)."""
     if hidden.dtype == out.dtype:
         return torch.addmm(offset, hidden, weights.t(), beta=-1, alpha=factor, out=out)
@@ -235,30 +243,48 @@ def _mean_row(p: Tensor, table: Tensor) -> Tensor:
 
 
 def gradients(
-    kept: Kept, grad: Tensor, needed: Sequence[bool], temperature: float, scale: float
+    kept: Kept,
+    grad: Tensor,
+    needed: Sequence[bool],
+    temperature: float,
+    scale: float,
+    learned: Learned | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dh, dW and dE of the mixture over the whole vocabulary, each None unless `needed`, from g (N, D)."""
+    """dh, dW and dE of the mixture over the whole vocabulary, each None unless `needed`, from g (N, D).
+
+    `learned`: of the losses too.
+    """
     hidden, head, table, mean, centre, largest, peak = kept
     tokens, vocabulary = hidden.shape[0], head.shape[0]
     d_hidden = torch.zeros_like(hidden, dtype=width(hidden)) if needed[0] else None
     d_head = torch.empty_like(head) if needed[1] else None
     d_table = torch.empty_like(table) if needed[2] else None
     grad, largest, peak = grad.contiguous(), largest.unsqueeze(1), peak.unsqueeze(1)
-    shrink = shrinkage(grad, table, scale / temperature)
+    shrink = shrinkage(grad, table, scale / temperature, learned)
     above = grad if shrink is None else grad / shrink.to(grad.dtype)
     delta = mean_slope(above, mean, centre, temperature, scale).unsqueeze(1)  # (N, 1)
+    learned = None if learned is None else learned.above(shrink)
+    by_unit = learned is not None and temperature != 1.0  # whose softmax is another one
+    if learned is not None and not by_unit:
+        delta = delta - learned.slopes.unsqueeze(1)  # a p beside p (dp - <g, T>)
     columns = chunk(hidden, vocabulary, tokens)
     leaks = None if centre is None else torch.zeros_like(delta)
-    buffers = [hidden.new_empty(tokens * columns, dtype=width(hidden)) for _ in range(2)]
+    buffers = [hidden.new_empty(tokens * columns, dtype=width(hidden)) for _ in range(3 if by_unit else 2)]
     for start in range(0, vocabulary, columns):
         part = slice(start, min(start + columns, vocabulary))
-        p, dz = (buffer[: tokens * (part.stop - start)].view(tokens, -1) for buffer in buffers)  # (N, n)
-        _scores(hidden, head[part], largest, 1.0 / temperature, p).exp_().mul_(peak)
+        p, dz, *unit = (buffer[: tokens * (part.stop - start)].view(tokens, -1) for buffer in buffers)  # (N, n)
+        scores(hidden, head[part], largest, 1.0 / temperature, p)
+        if learned is not None and by_unit:
+            shift = (temperature * largest.squeeze(1) - learned.lse).unsqueeze(1)
+            torch.mul(p, temperature, out=unit[0]).add_(shift).exp_().mul_(learned.slopes.unsqueeze(1))
+        p.exp_().mul_(peak)
         if d_table is not None:
             torch.mm(p.to(grad.dtype).t(), grad, out=d_table[part])
         if d_hidden is None and d_head is None:
             continue
-        _scores(above, table[part], delta, scale / temperature, dz).mul_(p)
+        scores(above, table[part], delta, scale / temperature, dz).mul_(p)
+        if learned is not None:
+            learned.subtract_labels(dz.add_(unit[0]) if by_unit else dz, start)
         narrow = dz.to(hidden.dtype)
         if d_hidden is not None:
             add_product(d_hidden, narrow, head[part])

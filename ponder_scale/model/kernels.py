@@ -44,6 +44,7 @@ from .backends import (
     shrinkage,
     total_loss,
 )
+from .learned import Learned
 from .products import exp_product, gradient_products, loss_gradient, scaled_product
 from .tiles import FEW_TOKENS, DeviceTiles, LaunchFailed, Tiles, give_up, processors, splits, tiles_for
 
@@ -188,16 +189,21 @@ def mix(
 
 
 def gradients(
-    kept: Kept, grad: Tensor, needed: Sequence[bool], temperature: float, scale: float
+    kept: Kept,
+    grad: Tensor,
+    needed: Sequence[bool],
+    temperature: float,
+    scale: float,
+    learned: Learned | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As `backends.gradients`, by which they are made where the kernels do not start."""
     plan = tiles_for(grad.device, grad.dtype)
     if plan is not None:
         try:
-            return _gradients(kept, grad, needed, temperature, scale, plan)
+            return _gradients(kept, grad, needed, temperature, scale, learned, plan)
         except LaunchFailed as failure:
             give_up(grad, failure)
-    return backends.gradients(kept, grad, needed, temperature, scale)
+    return backends.gradients(kept, grad, needed, temperature, scale, learned)
 
 
 def _mixture(
@@ -228,21 +234,32 @@ def _mixture(
 
 
 def _gradients(
-    kept: Kept, grad: Tensor, needed: Sequence[bool], temperature: float, scale: float, plan: DeviceTiles
+    kept: Kept,
+    grad: Tensor,
+    needed: Sequence[bool],
+    temperature: float,
+    scale: float,
+    learned: Learned | None,
+    plan: DeviceTiles,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dh, dW and dE by the kernels."""
     tied = kept.head is kept.table
     hidden, head, table, grad = (t.contiguous() for t in (kept.hidden, kept.head, kept.table, grad))
     (tokens, width), vocabulary = hidden.shape, head.shape[0]
-    shrink = shrinkage(grad, table, scale / temperature)
+    shrink = shrinkage(grad, table, scale / temperature, learned)
     above = grad if shrink is None else grad / shrink.to(grad.dtype)
     deltas = mean_slope(above, kept.mean, kept.centre, temperature, scale)
     exponents = torch.round(kept.largest * LOG2_E)  # whole numbers, as the forward kernel made them
     d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
     d_head = torch.empty_like(head) if needed[1] else None
     d_table = torch.empty_like(table) if needed[2] else None
-    shape = plan.tied if tied else plan.gradient
+    unit = learned is not None and temperature != 1.0
+    shape = plan.unit if unit else plan.tied if tied else plan.gradient
     leaks = torch.zeros_like(deltas)
+    labels = slopes = unit_logs = None
+    if learned is not None:
+        labels, slopes, unit_logs = learned.labels, learned.above(shrink).slopes, learned.lse * LOG2_E
+        deltas = deltas if unit else deltas - slopes
     for start in range(0, vocabulary, VOCABULARY_BLOCK):
         part = slice(start, min(start + VOCABULARY_BLOCK, vocabulary))
         columns = part.stop - part.start
@@ -251,9 +268,10 @@ def _gradients(
         launch(
             gradient_products, (triton.cdiv(tokens, shape.m) * leaked.shape[0],), shape,
             hidden, head[part], above, table[part], exponents, kept.peak, deltas, p, dz, leaked,
-            tokens, columns, width, p.stride(0), LOG2_E / temperature, scale / temperature,
+            None if labels is None else labels - start, slopes, unit_logs,
+            tokens, columns, width, p.stride(0), LOG2_E / temperature, scale / temperature, LOG2_E,
             M=shape.m, N=shape.n, K=shape.k, GROUP=SAME_ROWS, EVEN=width % shape.k == 0, TIED=tied,
-            PRECISION=_precision(hidden),
+            LEARN=learned is not None, UNIT=unit, PRECISION=_precision(hidden),
         )  # fmt: skip
         if d_table is not None:
             torch.mm(p.t(), grad, out=d_table[part])

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     # not imported, only named: transformers up to 5.0 caches the modules that this file names, and no further ones
     from .attention import mix  # noqa: F401
     from .kernels import LOG2_E  # noqa: F401
+    from .learned import Learned  # noqa: F401
     from .operators import NAMESPACE  # noqa: F401
     from .ponder import ponder  # noqa: F401
     from .pondering_embedding import pondering_embedding  # noqa: F401
@@ -71,7 +72,8 @@ class PonderOutput(CausalLMOutputWithPast):
     """The stock output and, when labels were given, what each pass predicted.
 
     Args:
-        pass_losses: mean cross-entropy of each pass in nats, fp32 (S + 1,), without gradient.
+        pass_losses: mean cross-entropy of each pass in nats, fp32 (S + 1,), without gradient; `loss` has the last, or
+            all as `pass_weights` has them.
         pass_entropies: mean entropy in nats, fp32 (S + 1,): of the pondering softmax of the first S passes where
             there is one, else of the prediction.
         z_loss: mean over the labels that count of what the z-loss adds to `loss`, where it is on; without gradient.
@@ -147,6 +149,7 @@ class Ponder(Checkpointing):
         skip_logits: bool | None = None,
         exit_kl: float | None = None,
         z_loss: float = 0.0,
+        pass_weights: Sequence[float] | None = None,
         track: int | None = None,
         ops: Ops | None = None,
         **kwargs: Any,
@@ -162,12 +165,13 @@ class Ponder(Checkpointing):
             skip_logits: leave `logits` None and never build them, (B, T, V). Default: in training with labels.
             exit_kl: in decoding, stop when a pass moved the prediction by less than this KL divergence in nats.
             z_loss: adds so much of the mean squared log-sum-exp of the last pass's logits to the loss.
+            pass_weights: w_0 to w_S; the loss is sum_s w_s CE_s of the passes. Default: that of the last pass alone.
             track: look at so many of the tokens for what each pass changes, see `changes`.
             ops: other code for the pondering embedding and the loss, see `readout`.
 
         Raises as `PonderBackbone.forward`.
         """
-        watch = Watch(self, _targets(labels, shift_labels), track, ops)
+        watch = Watch(self, _targets(labels, shift_labels), track, ops, pass_weights)
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"past_key_values": one_cache(past_key_values, cache), "use_cache": use_cache}
         kwargs |= {"pondering_steps": pondering_steps, "exit_kl": exit_kl}
@@ -265,6 +269,9 @@ def _loss(watch: Watch, hidden: Tensor, z_loss: float, num_items: Tensor | int |
             "loss_function was set on this model, which would not call it: its loss is one op with the head; compute "
             "yours from the logits, or give Trainer a compute_loss_func"
         )
+    weights = watch.weights
+    if weights is not None:
+        z_loss = z_loss / weights[-1]  # by which it is multiplied with the rest
     total, last = watch.readout.cross_entropy(hidden, targets, z_loss)
     passes: list[Any] = [*watch.statistics, last]
     counted = (targets != IGNORE_INDEX).reshape(-1)
@@ -273,6 +280,9 @@ def _loss(watch: Watch, hidden: Tensor, z_loss: float, num_items: Tensor | int |
         losses = torch.stack([seen.loss.sum() for seen in passes]) / count
         entropies = torch.stack([(seen.entropy * counted).sum() for seen in passes]) / count
         z_term = (total - last.loss.sum()) / count if z_loss else None
+    if weights is not None:
+        total = sum(watch.learned, weights[-1] * total)
+        z_term = None if z_term is None else weights[-1] * z_term
     loss = total / (count if num_items is None else num_items)
     return {"loss": loss, "pass_losses": losses, "pass_entropies": entropies, "z_loss": z_term}
 

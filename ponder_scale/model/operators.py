@@ -7,7 +7,8 @@ shapes of its results, and its gradient, which is an operator again. Operands ar
     top_k, top_k_gradients          over the K most probable tokens
     loss, times                     with its gradients, which backward only scales
 
-What is None in the functions that compute is an empty tensor here, since an operator gives tensors only.
+What is None in the functions that compute is an empty tensor here, since an operator gives tensors only. `learn`: the
+losses of the tokens are differentiable, too; where it is not asked for, no call of an operator names what it needs.
 
 N tokens, D hidden size, V vocabulary.
 """
@@ -26,6 +27,7 @@ from torch import Tensor
 from . import attention, backends
 from . import top_k as most_probable
 from .backends import IGNORE_INDEX, Kept, is_fake, width
+from .learned import Learned, learned_of
 
 Found = tuple[Tensor, ...]
 
@@ -88,7 +90,7 @@ def check_labels(labels: Tensor | None, vocabulary: int) -> None:
 @_operator(
     "mixture",
     "(Tensor hidden, Tensor head, Tensor table, Tensor? labels, float temperature, float scale, str backend, "
-    "bool tied, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool tied, bool keep, bool learn=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def mixture(
     hidden: Tensor,
@@ -100,6 +102,7 @@ def mixture(
     backend: str,
     tied: bool,
     keep: bool,
+    learn: bool = False,
 ) -> Found:
     """`backends.Mixture` by a backend. `tied`: `table` is `head`. `keep`: with what backward needs."""
     check_labels(labels, head.shape[0])
@@ -119,6 +122,7 @@ def _(
     backend: str,
     tied: bool,
     keep: bool,
+    learn: bool = False,
 ) -> Found:
     (tokens, columns), sums, narrow = hidden.shape, width(hidden), table.dtype != width(table)
     loss, entropy, largest, peak = (hidden.new_empty(tokens, dtype=sums) for _ in range(4))
@@ -132,7 +136,8 @@ def _(
 @_operator(
     "mixture_gradients",
     "(Tensor grad, Tensor hidden, Tensor head, Tensor table, Tensor mean, Tensor centre, Tensor largest, Tensor peak, "
-    "float temperature, float scale, str backend, bool tied, bool[] needed) -> (Tensor, Tensor, Tensor)",
+    "float temperature, float scale, str backend, bool tied, bool[] needed, "
+    "Tensor? labels=None, Tensor? loss=None, Tensor? slopes=None) -> (Tensor, Tensor, Tensor)",
 )
 def mixture_gradients(
     grad: Tensor,
@@ -148,12 +153,24 @@ def mixture_gradients(
     backend: str,
     tied: bool,
     needed: list[bool],
+    labels: Tensor | None = None,
+    loss: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Found:
-    """dh, dW and dE from g (N, D) and what `Kept` has."""
+    """dh, dW and dE from g (N, D) and what `Kept` has; of losses (N,) too, from their own gradient, the `slopes`."""
     kept = Kept(hidden, head, head if tied else table, mean, centre if centre.numel() else None, largest, peak)
     with _plainly(hidden):
-        found = _by(backend).gradients(kept, grad, needed, temperature, scale)
+        learned = _learned(hidden, head, labels, loss, slopes)
+        found = _by(backend).gradients(kept, grad, needed, temperature, scale, learned)
         return _given(_needed(found, needed), hidden)
+
+
+def _learned(
+    hidden: Tensor, head: Tensor, labels: Tensor | None, loss: Tensor | None, slopes: Tensor | None
+) -> Learned | None:
+    if labels is None or loss is None or slopes is None:
+        return None
+    return learned_of(hidden, head, labels, loss, slopes)
 
 
 def _fake_gradients(needed: Sequence[bool], *operands: Tensor) -> Found:
@@ -162,21 +179,37 @@ def _fake_gradients(needed: Sequence[bool], *operands: Tensor) -> Found:
 
 @mixture_gradients.register_fake
 def _(grad: Tensor, hidden: Tensor, head: Tensor, table: Tensor, *rest: Any) -> Found:
-    return _fake_gradients(rest[-1], hidden, head, table)
+    needed = next(argument for argument in rest if isinstance(argument, (list, tuple)))
+    return _fake_gradients(needed, hidden, head, table)
 
 
 def _keep_of_mixture(ctx: Any, inputs: Any, output: Found) -> None:
-    hidden, head, table, _, ctx.temperature, ctx.scale, ctx.backend, ctx.tied, _ = inputs
-    mixed, _, _, mean, *kept = output
+    hidden, head, table, labels, ctx.temperature, ctx.scale, ctx.backend, ctx.tied, _, learn = inputs
+    mixed, loss, _, mean, *kept = output
     mean = mean if mean.numel() else mixed
-    ctx.save_for_backward(hidden, head, table, mean, *kept)
-    ctx.mark_non_differentiable(*output[1:])
+    _keep(ctx, learn, output, (hidden, head, table, mean, *kept), labels, loss)
 
 
-def _backward_of_mixture(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+def _keep(ctx: Any, learn: bool, output: Found, tensors: Found, labels: Tensor, loss: Tensor) -> None:
+    """For backward; the loss is the second of the outputs."""
+    ctx.kept = len(tensors)
+    ctx.save_for_backward(*tensors, *((labels, loss) if learn else ()))
+    ctx.mark_non_differentiable(*output[2 if learn else 1 :])
+
+
+def _kept(ctx: Any, slopes: Any) -> tuple[Found, Found]:
+    """What backward has kept, and what it needs of losses that are learned."""
+    tensors = ctx.saved_tensors
+    learned = tensors[ctx.kept :]
+    return tensors[: ctx.kept], (*learned, slopes) if learned else ()
+
+
+def _backward_of_mixture(ctx: Any, grad: Tensor, slopes: Any, *_: Any) -> tuple[Any, ...]:
     needed = list(ctx.needs_input_grad[:3])
-    found = mixture_gradients(grad, *ctx.saved_tensors, ctx.temperature, ctx.scale, ctx.backend, ctx.tied, needed)
-    return (*_needed(found, needed), *[None] * 6)
+    tensors, learned = _kept(ctx, slopes)
+    options = ctx.temperature, ctx.scale, ctx.backend, ctx.tied, needed
+    found = mixture_gradients(grad, *tensors, *options, *learned)
+    return (*_needed(found, needed), *[None] * 7)
 
 
 mixture.register_autograd(_backward_of_mixture, setup_context=_keep_of_mixture)
@@ -184,7 +217,8 @@ mixture.register_autograd(_backward_of_mixture, setup_context=_keep_of_mixture)
 
 @_operator(
     "top_k",
-    "(Tensor hidden, Tensor head, Tensor table, Tensor? labels, float temperature, float scale, int top_k) "
+    "(Tensor hidden, Tensor head, Tensor table, Tensor? labels, float temperature, float scale, int top_k, "
+    "bool learn=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def top_k(
@@ -195,6 +229,7 @@ def top_k(
     temperature: float,
     scale: float,
     top_k: int,
+    learn: bool = False,
 ) -> Found:
     """`top_k.Mixture`."""
     check_labels(labels, head.shape[0])
@@ -204,7 +239,14 @@ def top_k(
 
 @top_k.register_fake
 def _(
-    hidden: Tensor, head: Tensor, table: Tensor, labels: Tensor | None, temperature: float, scale: float, top_k: int
+    hidden: Tensor,
+    head: Tensor,
+    table: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    scale: float,
+    top_k: int,
+    learn: bool = False,
 ) -> Found:
     tokens, sums = hidden.shape[0], width(hidden)
     loss, entropy = (hidden.new_empty(tokens, dtype=sums) for _ in range(2))
@@ -215,7 +257,7 @@ def _(
 @_operator(
     "top_k_gradients",
     "(Tensor grad, Tensor hidden, Tensor head, Tensor table, Tensor index, Tensor p, float temperature, float scale, "
-    "bool[] needed) -> (Tensor, Tensor, Tensor)",
+    "bool[] needed, Tensor? labels=None, Tensor? loss=None, Tensor? slopes=None) -> (Tensor, Tensor, Tensor)",
 )
 def top_k_gradients(
     grad: Tensor,
@@ -227,28 +269,33 @@ def top_k_gradients(
     temperature: float,
     scale: float,
     needed: list[bool],
+    labels: Tensor | None = None,
+    loss: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Found:
-    """dh, dW and dE from g (N, D) and the K tokens and their probabilities."""
+    """dh, dW and dE from g (N, D) and the K tokens and their probabilities; of losses as in `mixture_gradients`."""
     with _plainly(hidden):
-        found = most_probable.gradients(hidden, head, table, index, p, grad, needed, temperature, scale)
+        learned = _learned(hidden, head, labels, loss, slopes)
+        found = most_probable.gradients(hidden, head, table, index, p, grad, needed, temperature, scale, learned)
         return _given(found, hidden)
 
 
 @top_k_gradients.register_fake
 def _(grad: Tensor, hidden: Tensor, head: Tensor, table: Tensor, *rest: Any) -> Found:
-    return _fake_gradients(rest[-1], hidden, head, table)
+    needed = next(argument for argument in rest if isinstance(argument, (list, tuple)))
+    return _fake_gradients(needed, hidden, head, table)
 
 
 def _keep_of_top_k(ctx: Any, inputs: Any, output: Found) -> None:
-    hidden, head, table, _, ctx.temperature, ctx.scale, _ = inputs
-    ctx.save_for_backward(hidden, head, table, *output[3:])
-    ctx.mark_non_differentiable(*output[1:])
+    hidden, head, table, labels, ctx.temperature, ctx.scale, _, learn = inputs
+    _keep(ctx, learn, output, (hidden, head, table, *output[3:]), labels, output[1])
 
 
-def _backward_of_top_k(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward_of_top_k(ctx: Any, grad: Tensor, slopes: Any, *_: Any) -> tuple[Any, ...]:
     needed = list(ctx.needs_input_grad[:3])
-    found = top_k_gradients(grad, *ctx.saved_tensors, ctx.temperature, ctx.scale, needed)
-    return (*_needed(found, needed), *[None] * 4)
+    tensors, learned = _kept(ctx, slopes)
+    found = top_k_gradients(grad, *tensors, ctx.temperature, ctx.scale, needed, *learned)
+    return (*_needed(found, needed), *[None] * 5)
 
 
 top_k.register_autograd(_backward_of_top_k, setup_context=_keep_of_top_k)

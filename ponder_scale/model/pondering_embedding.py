@@ -36,6 +36,7 @@ def pondering_embedding(
     scale: float = 1.0,
     top_k: int | None = None,
     labels: Tensor | None = None,
+    learn: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Statistics | None]:
     """scale * softmax(hidden @ head^T / temperature) @ table, differentiable in all three tensors.
@@ -46,6 +47,8 @@ def pondering_embedding(
         table: (V, D), the embedding table; may be the same tensor as `head`.
         top_k: use only the K largest probabilities, renormalised over them; None or at least V means all.
         labels: (...,) next tokens, -100 where there is none; asks for the statistics, which never change the result.
+        learn: make the loss of each token differentiable in `hidden` and `head`. It takes labels, and no product with
+            the vocabulary but three in backward with `top_k`.
         backend: one of `BACKENDS`.
 
     Returns:
@@ -70,6 +73,8 @@ def pondering_embedding(
             hidden, head, table, temperature=temperature, top_k=top_k, statistics=labels is not None
         )
     _check_backend(backend, top_k, hidden, statistics=labels is not None)
+    _check_learning(learn, labels, backend, temperature)
+    more = {"learn": True} if learn else {}  # else the operators are called as if nothing could be learned
     flat = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
     flat_labels = None if labels is None else labels.reshape(-1)
     if backend == "eager":
@@ -77,14 +82,14 @@ def pondering_embedding(
         with torch.autocast(hidden.device.type, enabled=False):
             logits = F.linear(wide(flat), wide(head))
             mixed, loss, entropy = mixture(
-                logits, table, flat_labels, temperature=temperature, scale=scale, top_k=top_k
+                logits, table, flat_labels, temperature=temperature, scale=scale, top_k=top_k, learn=learn
             )
     elif top_k is not None:
-        mixed, loss, entropy, *_ = operators.top_k(flat, head, table, flat_labels, temperature, scale, top_k)
+        mixed, loss, entropy, *_ = operators.top_k(flat, head, table, flat_labels, temperature, scale, top_k, **more)
     else:
         keep = _differentiated(flat, head, table)
         mixed, loss, entropy, *_ = operators.mixture(
-            flat, head, table, flat_labels, temperature, scale, backend, table is head, keep
+            flat, head, table, flat_labels, temperature, scale, backend, table is head, keep, **more
         )
     return mixed.view(hidden.shape), None if labels is None else Statistics(loss, entropy)
 
@@ -201,6 +206,16 @@ def _check_backend(backend: str, top_k: int | None, hidden: Tensor, *, statistic
         raise ValueError(f"backend 'sdpa' cannot take {refusal}; use 'auto'")
 
 
+def _check_learning(learn: bool, labels: Tensor | None, backend: str, temperature: float) -> None:
+    if learn and labels is None:
+        raise ValueError("learn needs labels, of which the loss is")
+    if learn and backend == "sdpa" and temperature != 1.0:
+        raise ValueError(
+            f"backend 'sdpa' cannot take a loss that is learned beside a temperature of {temperature}, as its backward "
+            "has one softmax; use 'auto'"
+        )
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In autocast's dtype where it is on."""
     device = tensors[0].device.type
@@ -217,8 +232,12 @@ def mixture(
     temperature: float,
     scale: float,
     top_k: int | None,
+    learn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The equation itself, for logits (N, V): the pondering embedding (N, D), and loss and entropy of each token."""
+    """The equation itself, for logits (N, V): the pondering embedding (N, D), and loss and entropy of each token.
+
+    The entropies are without gradient, and the losses too unless `learn`.
+    """
     logits = wide(logits)
     scaled = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -228,6 +247,8 @@ def mixture(
     mixed = (probabilities.to(table.dtype) @ table) * scale
     if labels is None:
         return mixed, logits.new_empty(0), logits.new_empty(0)
+    loss = label_loss(logits, labels, logits.logsumexp(-1)) if learn else None
     with torch.no_grad():
         entropy = -torch.special.xlogy(probabilities, probabilities).sum(-1)
-        return mixed, label_loss(logits, labels, logits.logsumexp(-1)), entropy
+        loss = label_loss(logits, labels, logits.logsumexp(-1)) if loss is None else loss
+    return mixed, loss, entropy

@@ -121,14 +121,17 @@ def scaled_product(
 @triton.jit
 def gradient_products(
     hidden, head, grad, table, exponents, shares, deltas, probabilities, gradients, leaks,
-    tokens, vocabulary, width, out_stride, factor, grad_factor,
+    labels, label_slopes, unit_logs,
+    tokens, vocabulary, width, out_stride, factor, grad_factor, unit_factor,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
-    TIED: tl.constexpr, PRECISION: tl.constexpr,
+    TIED: tl.constexpr, LEARN: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """p and dz (tokens, vocabulary) of a block of the vocabulary; per (tile, row) the sum of dz as stored, `leaks`.
 
     TIED: table is head, and loaded once.
     p = 2^(hidden head^T factor - exponents) * shares and dz = p * (grad table^T grad_factor - deltas).
+    LEARN: dz -= label_slopes in the column of the label, which counts from the block's first; with UNIT also
+    dz += 2^(hidden head^T unit_factor - unit_logs) * label_slopes, where that is not p label_slopes, put into `deltas`.
     """
     row_tile, tile = _tile_of(tl.program_id(0), tl.cdiv(tokens, M), tl.cdiv(vocabulary, N), GROUP)
     rows = row_tile * M + tl.arange(0, M)
@@ -159,6 +162,11 @@ def gradient_products(
         column_cells += K
     p = tl.exp2(scores * factor - tl.load(exponents + rows_read)[:, None]) * tl.load(shares + rows_read)[:, None]
     dz = p * (slopes * grad_factor - tl.load(deltas + rows_read)[:, None])
+    if LEARN:
+        slope = tl.load(label_slopes + rows_read)[:, None]
+        if UNIT:
+            dz += tl.exp2(scores * unit_factor - tl.load(unit_logs + rows_read)[:, None]) * slope
+        dz -= tl.where(columns[None, :] == tl.load(labels + rows_read)[:, None], slope, 0.0)
     cells = rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
     exists = (rows < tokens)[:, None] & (columns < vocabulary)[None, :]
     tl.store(probabilities + cells, p.to(probabilities.dtype.element_ty), mask=exists)

@@ -83,13 +83,16 @@ class Readout:
             return nn.functional.linear(hidden, self._head.weight.to(hidden.dtype))
         return _present(self._head(hidden), "head", self._head)
 
-    def pondering_embedding(self, hidden: Tensor, labels: Tensor | None) -> tuple[Tensor, Statistics | None]:
+    def pondering_embedding(
+        self, hidden: Tensor, labels: Tensor | None, *, learn: bool = False
+    ) -> tuple[Tensor, Statistics | None]:
         """As `pondering_embedding.pondering_embedding`, with the model's own settings."""
         options: dict[str, Any] = {
             "temperature": self._config.pondering_temperature,
             "scale": self.scale,
             "top_k": self._config.pondering_top_k,
         }
+        options |= {"learn": True} if learn else {}  # so that other ops need not know of it
         if self._plain_head:
             weights = self._head.weight, self._table_rows(hidden)
             return self._ops.pondering_embedding(hidden, *weights, labels=labels, **options)

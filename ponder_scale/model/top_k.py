@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import as_dtype, chunk, finished, label_loss, power_above, wide, wide_product, width
+from .learned import Learned, loss_gradients
 from .tiles import LaunchFailed, give_up, kernels_start
 
 
@@ -57,8 +58,12 @@ def gradients(
     needed: Sequence[bool],
     temperature: float,
     scale: float,
+    learned: Learned | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dh, dW and dE, each None unless `needed`, from g (N, D)."""
+    """dh, dW and dE, each None unless `needed`, from g (N, D).
+
+    `learned`: of the losses too, which are over the whole vocabulary: three products with it.
+    """
     of_sums = _way(hidden, p)
     dp, d_table = of_sums(index, p, table, grad * scale, True, needed[2])
     dz = p * (dp - (p * dp).sum(-1, keepdim=True)) / temperature
@@ -69,6 +74,13 @@ def gradients(
         shrink = power_above(dz.abs().amax()) if dz.numel() and head.dtype == torch.float16 else None
         narrow = (dz if shrink is None else dz / shrink).to(head.dtype)
         d_hidden = finished(F.embedding_bag(index, head, per_sample_weights=narrow, mode="sum"), shrink, hidden)
+    if learned is not None:
+        dense = loss_gradients(hidden, head, learned, needed[0], needed[1])
+        d_hidden, d_head = (
+            None if some is None or more is None else more.add_(some)
+            for some, more in zip((d_hidden, d_head), dense, strict=True)
+        )
+        d_hidden = as_dtype(d_hidden, hidden)
     return d_hidden, as_dtype(d_head, head), as_dtype(d_table, table)
 
 

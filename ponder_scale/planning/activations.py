@@ -22,6 +22,7 @@ from torch import Tensor
 from ponder_scale.config import RunConfig
 from ponder_scale.model.backends import Statistics, width
 from ponder_scale.model.readout import Ops
+from ponder_scale.planning.cost import learned_passes
 from ponder_scale.planning.operations import Counting, Operations
 from ponder_scale.setup.build import configuration_from_dict, model_class
 from ponder_scale.setup.recompute import apply_recompute
@@ -68,11 +69,21 @@ def _traced(config: RunConfig, configuration: Any, layers: int) -> Traced:
     # GPT-2 uses the name n_layer, and its configuration maps both names to one value.
     values["n_layer" if "n_layer" in values else "num_hidden_layers"] = layers
     size = config.train.micro_batch_sequences, config.data.seq_len
-    return _trace(json.dumps(values, sort_keys=True), config.train.recompute, config.train.precision, size)
+    train, steps = config.train, configuration.pondering_steps
+    weights = _weights(train.pass_losses, steps)
+    return _trace(json.dumps(values, sort_keys=True), train.recompute, train.precision, size, weights)
+
+
+def _weights(pass_losses: str, steps: int) -> tuple[float, ...] | None:
+    """Weights of the passes' losses that are 0 in as many passes as those of a step are."""
+    learned = round(learned_passes(pass_losses, steps))
+    return None if pass_losses == "last" else (*[1.0] * learned, *[0.0] * (steps - learned), 1.0)
 
 
 @lru_cache(maxsize=256)
-def _trace(values: str, recompute: str, precision: str, size: tuple[int, int]) -> Traced:
+def _trace(
+    values: str, recompute: str, precision: str, size: tuple[int, int], weights: tuple[float, ...] | None
+) -> Traced:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -98,7 +109,8 @@ def _trace(values: str, recompute: str, precision: str, size: tuple[int, int]) -
         tracker.track_external(model)
         with tracker, counting:
             tracker._mod_tracker.clear_user_hooks()  # the statistics of each module would take half of the time
-            model(input_ids=tokens, shift_labels=tokens, skip_logits=True, ops=stand_ins).loss.backward()
+            options = {"skip_logits": True, "pass_weights": weights, "ops": stand_ins}
+            model(input_ids=tokens, shift_labels=tokens, **options).loss.backward()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
     return Traced(_activations(peak), counting.operations, tuple(at_op.values()))
 
@@ -114,9 +126,9 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def _pondering_embedding(
-    ends: Ends, hidden: Tensor, head: Tensor, table: Tensor, **_: Any
+    ends: Ends, hidden: Tensor, head: Tensor, table: Tensor, *, learn: bool = False, **_: Any
 ) -> tuple[Tensor, Statistics]:
-    mixed, *statistics = _Mixture.apply(hidden, head, table, ends)
+    mixed, *statistics = _Mixture.apply(hidden, head, table, ends, learn)
     return mixed, Statistics(*statistics)
 
 
@@ -133,10 +145,13 @@ class _Mixture(torch.autograd.Function):
     """Allocates what the backends of the pondering embedding allocate, except the buffers of a block."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, table: Tensor, ends: Ends) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, table: Tensor, ends: Ends, learn: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         mixed, loss, entropy = torch.empty_like(hidden), _per_token(hidden), _per_token(hidden)
-        ctx.save_for_backward(hidden, head, table, mixed, _per_token(hidden), _per_token(hidden))
-        ctx.mark_non_differentiable(loss, entropy)
+        kept = [loss] if learn else []  # for the log-sum-exp at temperature 1
+        ctx.save_for_backward(hidden, head, table, mixed, _per_token(hidden), _per_token(hidden), *kept)
+        ctx.mark_non_differentiable(entropy, *([] if learn else [loss]))
         ctx.ends = ends
         ends("mixture forward")
         return mixed, loss, entropy
@@ -147,7 +162,7 @@ class _Mixture(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden, dtype=width(hidden))
         gradients = torch.empty_like(head), torch.empty_like(table)
         ctx.ends("mixture backward")
-        return d_hidden.to(hidden.dtype), *gradients, None
+        return d_hidden.to(hidden.dtype), *gradients, None, None
 
 
 class _Loss(torch.autograd.Function):

@@ -6,10 +6,14 @@ A product of (m, k) and (k, n) counts 2 m k n. With G = 2 V D for one product of
     pondering embedding        2 G forward, 4 G backward      z = h W^T and p E; dp, dE, dh, dW
     the same by K tokens       1 G + 2 K D, 8 K D             z over all of the vocabulary, the rest over K rows
     last pass's loss           1 G forward, 2 G backward
+    an earlier pass's loss     nothing                        the mixture makes z, dh and dW already
+    the same beside K tokens   2 G backward                   dh and dW over all of the vocabulary
+    the same, hidden feedback  1 G forward, 2 G backward      as for the last pass
 
 Model FLOPs, for MFU, count what the mathematics needs: 3 forwards for a pass, 6 G for a pondering step (G + 10 K D with
 K tokens) and 3 G for the loss. Hardware FLOPs, for HFU, add what is computed twice. That is 1 G for a pondering step,
-and passes as the recomputation policy says. With K tokens the scores are kept, so the 1 G is not needed.
+and passes as the recomputation policy says. With K tokens the scores are kept, so the 1 G is needed only for
+a pass whose loss is trained.
 
 Attention counts its causal half, T + 1 of the 2 T of the whole square. PaLM's convention for MFU (arXiv 2204.02311, B)
 counts the square, and `square_attention` is the difference. The other counts come from the derivation in
@@ -79,23 +83,31 @@ class Flops:
         return self.model + self.recomputed
 
 
-def flops_per_token(shape: Shape, recompute: str, pondering_steps: float | None = None) -> Flops:
+def learned_passes(pass_losses: str, pondering_steps: float) -> float:
+    """How many passes before the last have a loss that is trained in a step, by `train.pass_losses`."""
+    return {"last": 0.0, "random": min(1.0, pondering_steps)}.get(pass_losses, pondering_steps)
+
+
+def flops_per_token(
+    shape: Shape, recompute: str, pondering_steps: float | None = None, pass_losses: str = "last"
+) -> Flops:
     """The FLOPs of training on one token, forward and backward. `pondering_steps` replaces the model's number."""
     steps = shape.pondering_steps if pondering_steps is None else pondering_steps
     product = 2.0 * shape.vocabulary * shape.hidden
     attention = 2.0 * shape.layers * shape.hidden * (shape.sequence + 1)
     forward = 2.0 * shape.block_parameters + attention
     again = forward - attention if recompute == "selective" else forward
-    mixture, twice = 6.0 * product, product
+    learned = learned_passes(pass_losses, steps) * product
+    mixture, twice, losses, scores = 6.0 * product, product, 0.0, 0.0
     if shape.feedback != "embedding":
-        mixture = 0.0
+        mixture, losses, scores = 0.0, 3.0 * learned, -learned  # in place of the product for statistics
     elif shape.top_k is not None and shape.top_k < shape.vocabulary:
-        mixture, twice = product + 10.0 * shape.top_k * shape.hidden, 0.0
+        mixture, twice, losses, scores = product + 10.0 * shape.top_k * shape.hidden, 0.0, 2.0 * learned, learned
     return Flops(
         passes=3.0 * (steps + 1) * forward,
         pondering=steps * mixture,
-        loss=3.0 * product,
-        recomputed=RECOMPUTED_FORWARDS[recompute] * (steps + 1) * again + steps * twice,
+        loss=3.0 * product + losses,
+        recomputed=RECOMPUTED_FORWARDS[recompute] * (steps + 1) * again + steps * twice + scores,
     )
 
 
@@ -105,9 +117,9 @@ def square_attention(shape: Shape, pondering_steps: float | None = None) -> floa
     return 3.0 * (steps + 1) * 2.0 * shape.layers * shape.hidden * (shape.sequence - 1)
 
 
-def step_flops(shape: Shape, recompute: str, pondering_steps: int, tokens: int) -> Flops:
+def step_flops(shape: Shape, recompute: str, pondering_steps: int, tokens: int, pass_losses: str = "last") -> Flops:
     """The FLOPs of one optimizer step over all devices, for the number of pondering steps that it took."""
-    each = flops_per_token(shape, recompute, pondering_steps)
+    each = flops_per_token(shape, recompute, pondering_steps, pass_losses)
     return Flops(tokens * each.passes, tokens * each.pondering, tokens * each.loss, tokens * each.recomputed)
 
 
@@ -144,15 +156,25 @@ def state_bytes(parameters: int, stage: int, ranks: int, precision: str, *, aver
     )
 
 
-def block_bytes(shape: Shape, tokens: int) -> tuple[int, int, int]:
+def block_bytes(shape: Shape, tokens: int, *, learned: bool = False) -> tuple[int, int, int]:
     """The bytes of a block on a CPU while it runs: pondering embedding forward, its backward, and the loss.
 
     `model/backends.py` has two buffers of scores, and the libraries' products have a packed copy of a matrix (V, D). If
     W = E, the mixture uses attention instead, which holds a few rows of width D for each token.
+
+    Args:
+        learned: the losses of earlier passes are trained. Their backward needs a third buffer of scores, attention a
+            copy of W and E and of their gradients, K tokens a second gradient of W.
     """
     scores = 2 * 4 * min(tokens * shape.vocabulary, CHUNK_ELEMENTS) + 4 * shape.vocabulary * shape.hidden
-    mixture = ATTENTION_ROWS * 4 * tokens * shape.hidden if shape.tied and shape.top_k is None else scores
-    return mixture, mixture, scores
+    attention, table = shape.tied and shape.top_k is None, 4 * shape.vocabulary * shape.hidden
+    mixture = ATTENTION_ROWS * 4 * tokens * shape.hidden if attention else scores
+    if not learned:
+        return mixture, mixture, scores
+    if attention:
+        return mixture, mixture + 4 * table, scores
+    more = 4 * min(tokens * shape.vocabulary, CHUNK_ELEMENTS) if shape.top_k is None else table
+    return mixture, mixture + more, scores
 
 
 def kernel_bytes(shape: Shape, tokens: int) -> tuple[int, int, int]:

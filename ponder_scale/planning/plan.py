@@ -29,6 +29,7 @@ from ponder_scale.planning.cost import (
     gathering,
     is_open,
     kernel_bytes,
+    learned_passes,
     square_attention,
     state_bytes,
     steps_to_tokens,
@@ -143,11 +144,13 @@ def plan_run(
         ranks=devices.ranks,
         per_node=devices.per_node,
         width=width,
+        learned_passes=learned_passes(train.pass_losses, steps),
     )
-    blocks = kernel_bytes(shape, tokens) if devices.gpu and width == 2 else block_bytes(shape, tokens)
+    learned = job.learned_passes > 0
+    blocks = kernel_bytes(shape, tokens) if devices.gpu and width == 2 else block_bytes(shape, tokens, learned=learned)
     return Plan(
         shape=shape,
-        flops=flops_per_token(shape, config.train.recompute, steps),
+        flops=flops_per_token(shape, train.recompute, steps, train.pass_losses),
         states=state_bytes(
             shape.parameters,
             zero["stage"],

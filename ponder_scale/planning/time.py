@@ -30,6 +30,7 @@ from ponder_scale.planning.operations import AGAIN, BACKWARD, FORWARD, Operation
 
 MIXTURE_PRODUCTS = 7  # with the vocabulary, for a token and pondering step: 2 forward, 5 backward as z is made again
 LOSS_PRODUCTS = 3
+LEARNED_PRODUCTS = {"hidden": 2, "top_k": 3}  # more of a pass whose loss is trained, beside its statistics
 TOP_K_ROWS = 5  # times that K rows of width D are read or written: one forward, four backward
 HOOK_CALLS = 12  # ZeRO-3's hooks on a module take as long as starting this many operations
 NORM_CALLS = 4  # small collectives of an update: the norm, whether all is finite, the agreement of the ranks
@@ -48,6 +49,7 @@ class Job:
         pondering_steps: average number in an optimizer step.
         zero: `zero_optimization` of the sharding, with its limits settled.
         width: bytes of a weight, and of its gradient.
+        learned_passes: passes before the last whose loss is trained, on average.
     """
 
     operations: Operations
@@ -60,6 +62,7 @@ class Job:
     ranks: int
     per_node: int
     width: int
+    learned_passes: float = 0.0
 
     @property
     def precision(self) -> str:
@@ -201,9 +204,11 @@ def _vocabulary(job: Job, hardware: Hardware) -> float:
 
     loss = products("loss", LOSS_PRODUCTS)
     if shape.feedback != "embedding":
-        return loss + products("loss", job.pondering_steps)  # for the statistics of each pass
+        statistics = job.pondering_steps + LEARNED_PRODUCTS["hidden"] * job.learned_passes
+        return loss + products("loss", statistics)
     if shape.top_k is not None:
         rows = TOP_K_ROWS * tokens * shape.top_k * shape.hidden * job.width
+        loss += products("loss", LEARNED_PRODUCTS["top_k"] * job.learned_passes)
         return loss + job.pondering_steps * (products("top_k", 1) + rows / hardware.memory_bytes_per_second)
     return loss + products("tied" if shape.tied else "mixture", MIXTURE_PRODUCTS * job.pondering_steps)
 

@@ -9,7 +9,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ponder_scale.settings import flat
+from ponder_scale.config import RunConfig
+from ponder_scale.settings import flat, known_keys
 
 # The keys of state.json that are compared, each with the prefix under which its changes are reported.
 GROUPS = {"config": "", "sharding": "deepspeed.", "world_size": "", "versions": "versions.", "commit": ""}
@@ -36,9 +37,16 @@ def between(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     for name, prefix in GROUPS.items():
         before, after = (_leaves(name, content.get(name)) for content in (saved, now))
         if name in saved:
+            before |= {key: after[key] for key in _added(name, before, after)}
             keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
             found += [Change(prefix + key, before.get(key), after.get(key)) for key in keys]
     return found
+
+
+def _added(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Keys that the recipes of an older version did not have, and that are at their defaults, which change nothing."""
+    defaults = {key: item.default for key, _, item in known_keys(RunConfig)} if name == "config" else {}
+    return [key for key in after if key not in before and key in defaults and after[key] == defaults[key]]
 
 
 def _leaves(name: str, value: Any) -> dict[str, Any]:

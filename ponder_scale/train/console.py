@@ -13,7 +13,17 @@ from ponder_scale.figures import duration, rate, size
 
 COLUMNS = 120 - len("12:34:56 ")  # the command line puts the time of day before each line
 PASSES = 4  # most passes that a line shows; with more, it shows the first two and the last
-LEFT_OUT = ("entropy", "memory", "lr", "passes", "mfu", "norm", "speed", "loss")  # dropped in this order to fit
+LEFT_OUT = (
+    "entropy",
+    "memory",
+    "lr",
+    "passes",
+    "mfu",
+    "trained",
+    "norm",
+    "speed",
+    "loss",
+)  # dropped in this order to fit
 
 
 def step_line(step: int, steps: int, values: dict[str, Any]) -> str:
@@ -22,6 +32,7 @@ def step_line(step: int, steps: int, values: dict[str, Any]) -> str:
     parts = {
         "step": f"step {step}/{steps}",
         "loss": f"loss {_fixed(values['loss'], 4)}",
+        "trained": f"trained {_fixed(values['trained_loss'], 4)}" if "trained_loss" in values else "",
         "passes": f"passes {' '.join(_few(losses))}",
         "entropy": f"entropy {_fixed(values['pass_entropies'][-1], 2)}",
         "norm": f"norm {_fixed(values['grad_norm'], 3)}",

@@ -1,6 +1,6 @@
-"""What changes from one optimizer step to the next: the learning rate and the number of pondering steps.
+"""What changes from one optimizer step to the next: learning rate, pondering steps, weights of the passes' losses.
 
-Both are pure functions of the step, so a resumed run needs no state of theirs.
+All are pure functions of the step, so a resumed run needs no state of theirs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,25 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
         "wsd": 1.0 - (math.sqrt(progress) if minus_sqrt else progress),
     }[optim.schedule]
     return optim.min_lr + (optim.lr - optim.min_lr) * shape
+
+
+def pass_weights(step: int, steps: int, pass_losses: str, seed: int) -> tuple[float, ...] | None:
+    """The weights of the losses of passes 0 to `steps` in optimizer step `step`. They sum to 1. None: the last alone.
+
+    random draws one of the passes before the last, by seed and step alone, so it is the same on every rank. The drawn
+    pass and the last count half each, as in the progressive loss of arXiv 2202.05826 with alpha 1/2. If the drawn pass
+    counted alone, the passes after it would be computed for nothing. That would be `pondering.schedule=uniform`, which
+    does not compute them.
+    """
+    if pass_losses == "last":
+        return None
+    if pass_losses == "random":
+        weights = [0.0] * steps + [0.5 if steps else 1.0]
+        if steps:
+            weights[random.Random(f"pass losses {seed} {step}").randrange(steps)] = 0.5
+        return tuple(weights)
+    shares = [index + 1 if pass_losses == "linear" else 1 for index in range(steps + 1)]
+    return tuple(share / sum(shares) for share in shares)
 
 
 def pondering_steps(step: int, highest: int, schedule: PonderingSchedule, seed: int) -> int:

@@ -28,6 +28,7 @@ FLOATS = {"factor", "unit_factor", "grad_factor"}
 WIDE = {  # arguments that are fp32 (or 64-bit integers) whatever the operands are
     **dict.fromkeys(("exponents", "sums", "kept", "weighted", "unit_exponents", "unit_sums"), "*fp32"),
     **dict.fromkeys(("powers", "scales", "shares", "deltas", "leaks", "weights", "slopes"), "*fp32"),
+    **dict.fromkeys(("label_slopes", "unit_logs"), "*fp32"),
     **dict.fromkeys(("labels", "index", "order", "bounds"), "*i64"),
 }
 # Widths of a model and strides of our buffers are multiples of 64, addresses of 16. Counts of tokens, and sizes of
@@ -109,9 +110,15 @@ def launched(dtype: str, capability: tuple[int, int]) -> dict[str, tuple[Any, ti
         scaled = {"TILE": of.n, "SCALED": True, "out": "fp32"}
         add(name, products.scaled_product, shape, plain(shape), EVEN=even, **scaled)
     add("add", products.scaled_product, row.add, plain(row.add), EVEN=False, TILE=row.add.k, SCALED=False, out="fp32")
-    for name, shape, tied in (("gradient", row.gradient, False), ("tied", row.tied, True)):
+    for name, shape, tied in (
+        ("gradient", row.gradient, False),
+        ("tied", row.tied, True),
+        ("unit", row.unit, False),
+        ("unit, tied", row.unit, True),
+    ):
         loads = (2 * shape.m + shape.n) / 2 if tied else plain(shape)
-        add(name, products.gradient_products, shape, loads, EVEN=True, TIED=tied)
+        unit = name.startswith("unit")
+        add(name, products.gradient_products, shape, loads, EVEN=True, TIED=tied, LEARN=True, UNIT=unit)
     if size == 2:
         for name, kernel in (("picked_dots", sparse.picked_dots), ("picking_sums", sparse.picking_sums)):
             shape = sparse.DOT_TILES if kernel is sparse.picked_dots else sparse.SUM_TILES

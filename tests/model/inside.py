@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -21,13 +22,18 @@ OPERATORS = (
 
 
 class Inside(TorchDispatchMode):
-    """Remembers the elements of each tensor that an operation made, and the names of the operations."""
+    """Remembers the elements of each tensor that an operation made, and how often each was called, by its name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: list[int] = []
-        self.called: set[str] = set()
+        self.calls: Counter[str] = Counter()
         self._opened = {operator._opoverload: operator._init_fn for operator in OPERATORS}
+
+    @property
+    def called(self) -> set[str]:
+        """The names of the operations."""
+        return set(self.calls)
 
     @property
     def largest(self) -> int:
@@ -38,7 +44,7 @@ class Inside(TorchDispatchMode):
         if function in self._opened:
             with self:
                 return self._opened[function](*args, **(kwargs or {}))
-        self.called.add(function.overloadpacket.__name__)
+        self.calls[function.overloadpacket.__name__] += 1
         result = function(*args, **(kwargs or {}))
         self.made += [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         return result

@@ -42,6 +42,18 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((got.double() - wanted).norm() / wanted.norm()).item()
 
 
+def learned_errors(dtype: torch.dtype, tied: bool, **options: Any) -> dict[str, float]:
+    """Of the gradients where the losses of tokens are learned, each with a weight of its own."""
+    tensors, labels, upstream = operands(dtype, tied)
+    ours, theirs = leaves(tensors, dtype, tied), leaves(tensors, torch.float64, tied)
+    slopes = torch.rand(TOKENS, generator=torch.Generator().manual_seed(1))
+    for mine, backend in ((ours, "triton"), (theirs, "eager")):
+        mixed, seen = pondering_embedding(*mine, labels=labels, learn=True, backend=backend, **options)
+        torch.autograd.backward([mixed, seen.loss], [upstream.to(mixed.dtype), slopes.to(seen.loss.dtype)])
+    pairs = [(got.grad, reference.grad) for got, reference in zip(ours, theirs, strict=True)]
+    return {name: relative(*pair) for name, pair in zip(NAMES[3:], pairs, strict=True)}
+
+
 def embedding_errors(dtype: torch.dtype, tied: bool, **options: Any) -> dict[str, float]:
     tensors, labels, upstream = operands(dtype, tied)
     ours, theirs = leaves(tensors, dtype, tied), leaves(tensors, torch.float64, tied)
@@ -92,6 +104,10 @@ def main() -> None:
         "plain": embedding_errors(dtype, False),
         "temperature and scale": embedding_errors(dtype, False, temperature=0.9, scale=2.5),
         "tied": embedding_errors(dtype, True, temperature=0.9, scale=2.5),
+        "learned": learned_errors(dtype, False),
+        "learned, tied": learned_errors(dtype, True, scale=2.5),
+        "learned, temperature": learned_errors(dtype, False, temperature=0.9, scale=2.5),
+        "learned, tied, temperature": learned_errors(dtype, True, temperature=1.3),
         "sparse": sparse_errors(dtype),
         "loss": loss_errors(dtype),
         "loss with z-loss": loss_errors(dtype, z_loss=0.05),

@@ -85,6 +85,30 @@ def test_the_gradients_are_operators_too(needed: tuple[bool, ...], dtype: torch.
     check(operators.top_k_gradients, mixed, *tensors, *kept, 1.0, 2.0, list(needed))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "backend", "temperature"),
+    [(torch.float32, "chunked", 1.0), (torch.bfloat16, "chunked", 0.7), (torch.float32, "sdpa", 1.0)],
+)
+def test_operators_of_losses_that_are_learned_are_those_that_they_are_declared_to_be(
+    dtype: torch.dtype, backend: str, temperature: float
+) -> None:
+    labels, options = torch.tensor([3, -100, 60, 0, 7]), (temperature, 2.5)
+    check(operators.mixture, *operands(dtype), labels, *options, backend, False, True, True)
+    hidden, head, _ = operands(dtype)
+    check(operators.mixture, hidden, head, head, labels, *options, backend, True, True, True)
+    check(operators.mixture, *operands(dtype, (True, False, False)), labels, *options, backend, False, True, True)
+    check(operators.top_k, *operands(dtype), labels, *options, 4, True)
+    check(operators.top_k, *operands(dtype, (False, True, False)), labels, *options, 4, True)
+    tensors = operands(dtype, (False, False, False))
+    mixed, loss, _, mean, *kept = operators.mixture(*tensors, labels, *options, backend, False, True, True)
+    mean = mean if mean.numel() else mixed
+    learned = labels, loss, torch.rand_like(loss)
+    for needed in ([True, True, True], [False, True, False]):
+        check(operators.mixture_gradients, mixed, *tensors, mean, *kept, *options, backend, False, needed, *learned)
+    mixed, loss, _, *picked = operators.top_k(*tensors, labels, *options, 4, True)
+    check(operators.top_k_gradients, mixed, *tensors, *picked, *options, [True, True, True], *learned)
+
+
 def test_the_gradient_of_a_gradient_is_refused() -> None:
     hidden, head, table = operands(torch.float32)
     for options in ({}, {"top_k": 4}):
@@ -109,15 +133,28 @@ def test_the_whole_step_is_one_graph_and_gives_the_eager_numbers(
 ) -> None:
     model = small(architecture, **variant).train()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
+    check_compiled(model, compiled)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def check_compiled(model: Any, compiled: Any, **options: Any) -> None:
     found = []
     for run in (model, compiled):
         model.zero_grad()
-        output = run(PROMPT, labels=LABELS, z_loss=0.01)
+        output = run(PROMPT, labels=LABELS, z_loss=0.01, **options)
         output.loss.backward()
         found.append([output.loss, output.pass_losses, output.pass_entropies, *(p.grad for p in model.parameters())])
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     for got, wanted in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("variant", "backend"), [*((variant, "eager") for variant in VARIANTS), (VARIANTS[0], "aot_eager")], ids=str
+)
+def test_a_step_of_which_every_pass_learns_is_one_graph_too(variant: dict[str, Any], backend: str) -> None:
+    model = small("llama", **{**variant, "pondering_steps": 2}).train()
+    check_compiled(model, torch.compile(model, backend=backend, fullgraph=True), pass_weights=(0.25, 0.0, 0.75))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 @pytest.mark.parametrize(

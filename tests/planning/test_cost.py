@@ -14,6 +14,7 @@ from ponder_scale.planning.cost import (
     StateBytes,
     flops_per_token,
     gathering,
+    learned_passes,
     square_attention,
     state_bytes,
     step_flops,
@@ -51,6 +52,21 @@ def test_a_mixture_of_k_tokens_counts_its_scores_and_k_rows() -> None:
     assert flops.pondering == 3 * (800 + 10 * 5 * 8)
     assert flops.recomputed == 0  # the scores of the K tokens are kept
     assert flops_per_token(replace(SHAPE, top_k=50), "none") == flops_per_token(SHAPE, "none")
+
+
+def test_losses_of_earlier_passes_cost_products_only_where_no_mixture_makes_them() -> None:
+    """Of three: 2 more with K tokens and their scores once more, 3 with hidden states, in place of that
+    for statistics; of one pass if one is drawn."""
+    for learned, losses in ((0, "last"), (3, "uniform"), (3, "linear"), (1, "random")):
+        assert flops_per_token(SHAPE, "none", pass_losses=losses) == flops_per_token(SHAPE, "none")
+        sparse, hidden = replace(SHAPE, top_k=5), replace(SHAPE, feedback="hidden")
+        flops, plain = flops_per_token(sparse, "none", pass_losses=losses), flops_per_token(sparse, "none")
+        assert (flops.model - plain.model, flops.recomputed) == (learned * 2 * 800, learned * 800)
+        flops, plain = flops_per_token(hidden, "none", pass_losses=losses), flops_per_token(hidden, "none")
+        assert (flops.model - plain.model, flops.recomputed) == (learned * 3 * 800, (3 - learned) * 800)
+        assert step_flops(hidden, "none", 3, 7, losses).model == 7 * flops.model
+    assert flops_per_token(replace(SHAPE, feedback="hidden"), "none", 0, "random").loss == 3 * 800
+    assert [learned_passes(losses, 0.5) for losses in ("last", "uniform", "random")] == [0, 0.5, 0.5]
 
 
 def test_the_whole_square_of_attention_is_what_palm_would_count() -> None:

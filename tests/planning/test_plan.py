@@ -76,16 +76,18 @@ def test_flops_are_those_that_torch_counts(architecture: str, policy: str) -> No
     assert counter.get_total_flops() / tokens.numel() == pytest.approx(expected, rel=0.02)
 
 
-def test_hidden_feedback_costs_its_passes_and_a_product_for_statistics() -> None:
+@pytest.mark.parametrize("losses", ["last", "uniform", "random"])
+def test_hidden_feedback_costs_its_passes_and_a_product_for_statistics(losses: str) -> None:
     _, configuration = small("model.feedback=hidden", "model.residual=replace", "model.pondering_steps=2")
     configuration._attn_implementation = "eager"
     model = build_model(configuration, seed=0)
-    plain = Ops(cross_entropy=plain_cross_entropy)
+    options = {"skip_logits": True, "ops": Ops(cross_entropy=plain_cross_entropy)}
+    options["pass_weights"] = {"last": None, "uniform": (0.3, 0.3, 0.4), "random": (0.0, 0.5, 0.5)}[losses]
     tokens = torch.zeros(2, SEQUENCE, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=tokens, shift_labels=tokens, skip_logits=True, ops=plain).loss.backward()
+        model(input_ids=tokens, shift_labels=tokens, **options).loss.backward()
     shape = model_shape(configuration, SEQUENCE)
-    flops = flops_per_token(shape, "none")
+    flops = flops_per_token(shape, "none", pass_losses=losses)
     half = 2 * shape.layers * shape.hidden * (SEQUENCE - 1)
     assert flops.pondering == 0
     assert counter.get_total_flops() / tokens.numel() == pytest.approx(flops.hardware + 3 * 3 * half, rel=0.02)
@@ -295,6 +297,21 @@ def test_planned_memory_is_up_to_10_percent_above_the_measured_peak_and_never_be
     plan = plan_run(config, {"zero_optimization": {"stage": 0}}, configuration, ALONE)
     print(f"planned {plan.memory_bytes / 2**20:.0f} MiB, measured {int(done.stdout) / 2**20:.0f}")
     assert 1.0 <= plan.memory_bytes / int(done.stdout) <= 1.1
+
+
+def test_losses_of_earlier_passes_keep_four_bytes_a_token_or_the_gradients_of_hidden_states() -> None:
+    """A loss of each token until its mixture has gone backward; with hidden feedback the gradients of the hidden states
+    and of the head, which are there when the last pass's loss ends."""
+    hidden = ["model.feedback=hidden", "model.residual=replace"]
+    for op, overrides, more in ((1, [], 4 * 256), (2, hidden, 4 * (256 * 64 + VOCABULARY * 64))):
+        alive = {}
+        for losses in ("last", "random", "uniform"):
+            config, configuration = small("train.recompute=none", f"train.pass_losses={losses}", *overrides)
+            alive[losses] = micro_batch(config, configuration).at_op[op]
+        # most is alive in the second backward of a mixture, when that of the last of them is done
+        steps = configuration.pondering_steps - (op == 1)
+        for losses, learned in (("random", 1), ("uniform", steps)):
+            assert 0 <= alive[losses] - alive["last"] - learned * more < 0.1 * learned * more, (losses, alive)
 
 
 def test_the_blocks_of_the_op_and_the_passes_do_not_peak_together() -> None:

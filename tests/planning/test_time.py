@@ -10,7 +10,7 @@ import pytest
 from ponder_scale.planning.cost import LIVE, PREFETCH, REUSE, Shape
 from ponder_scale.planning.hardware import COLLECTIVES, CPU, TABLE, VOCABULARY_WAYS, Hardware, Link
 from ponder_scale.planning.operations import AGAIN, BACKWARD, FORWARD, Operations, Product, Rest
-from ponder_scale.planning.time import Job, StepTime, collective_seconds, step_time
+from ponder_scale.planning.time import Job, StepTime, collective_seconds, product_seconds, step_time
 
 # a product takes 1 s for 1,000 operations, memory 1 s for 100 bytes, a byte on a link 0.1 s, a call 2 s and 1 s a hop
 RATE = dict.fromkeys(COLLECTIVES, 10.0)
@@ -194,6 +194,14 @@ def test_every_term_that_has_work_grows_when_its_rate_falls() -> None:
             assert getattr(found, term) > getattr(base, term), (name, term)
         untouched = {entry.name for entry in fields(StepTime)} - {*terms, "elementwise", "recomputation"}
         assert all(getattr(found, term) == getattr(base, term) for term in untouched), name
+
+
+def test_losses_of_earlier_passes_take_time_where_they_take_products() -> None:
+    product = product_seconds(Product(FORWARD, 10, 50, 8), PLANTED, "fp32", PLANTED.vocabulary_share["loss"])
+    for shape, products in ((SHAPE, 0), (replace(SHAPE, top_k=5), 3), (replace(SHAPE, feedback="hidden"), 2)):
+        plain, learned = (replace(JOB, shape=shape, learned_passes=passes) for passes in (0.0, 1.5))
+        more = step_time(learned, PLANTED).vocabulary - step_time(plain, PLANTED).vocabulary
+        assert more == pytest.approx(JOB.micro_steps * 1.5 * products * product)
 
 
 def test_more_ranks_and_nodes_communicate_longer() -> None:

@@ -32,8 +32,21 @@ def test_a_step_of_a_small_run_has_everything() -> None:
     )
 
 
+def test_a_step_says_what_it_trained_where_that_is_not_the_last_pass() -> None:
+    line = step_line(4, 4, {**SMALL, "pass_losses": [7.8104], "trained_loss": 7.8432})
+    assert line.startswith("step 4/4  loss 7.8104  trained 7.8432  passes 7.810  ")
+
+
 @pytest.mark.parametrize("passes", [1, 4, 9, 32])
-@pytest.mark.parametrize("wild", [{}, {"loss": 1e38, "grad_norm": math.inf}, {"loss": math.nan, "grad_norm": 7e9}])
+@pytest.mark.parametrize(
+    "wild",
+    [
+        {},
+        {"loss": 1e38, "grad_norm": math.inf},
+        {"loss": math.nan, "grad_norm": 7e9},
+        {"trained_loss": 7.8432, "grad_norm": 7e9},
+    ],
+)
 def test_a_step_of_any_run_fits(passes: int, wild: dict[str, Any]) -> None:
     large = {"tokens_per_second": 123_456_789.0, "mfu": 0.412, "memory_gib": 71.25, "seconds_left": 2.6e6}
     losses = {"pass_losses": [12.345] * (passes - 1) + [wild.get("loss", 12.3)]}

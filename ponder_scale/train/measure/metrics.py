@@ -6,6 +6,7 @@ metrics.jsonl is the record of the run. The module `records` describes its conte
 from __future__ import annotations
 
 import logging
+import operator
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from ponder_scale.train.console import evaluation_lines, folded, step_line, task
 from ponder_scale.train.measure.throughput import Throughput
 from ponder_scale.train.measure.trackers import open_trackers
 from ponder_scale.train.measure.work import Work
+from ponder_scale.train.schedules import pass_weights
 from ponder_scale.train.survive.alarms import CollapseAlarms
 
 logger = logging.getLogger(__name__)
@@ -148,6 +150,7 @@ class Metrics:
         values: dict[str, Any] = {
             "pondering_steps": len(means.pass_losses) - 1,
             "loss": means.loss,
+            **self._trained_loss(step, means.pass_losses),
             **{name: mean[0] if name == "z_loss" else mean for name, mean in means.by_name.items()},
             "labels": means.labels,
             "grad_norm": grad_norm,
@@ -162,6 +165,11 @@ class Metrics:
             for line in folded(f"step {step}: {alarm['message']}"):
                 logger.warning("%s", line)
         logger.info("%s", step_line(step, self._config.train.steps, values))
+
+    def _trained_loss(self, step: int, losses: list[float]) -> dict[str, float]:
+        """The weighted sum that the step minimized, where that is not the loss of the last pass."""
+        weights = pass_weights(step, len(losses) - 1, self._config.train.pass_losses, self._config.seed)
+        return {} if weights is None else {"trained_loss": sum(map(operator.mul, weights, losses))}
 
     def log_evaluation(self, step: int, sources: Mapping[str, HeldOut]) -> None:
         """Record held-out losses by source."""

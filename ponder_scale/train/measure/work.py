@@ -32,6 +32,7 @@ class Work:
 
     def __init__(self, config: RunConfig, shape: Shape) -> None:
         self._seq_len, self._recompute, self._shape = config.data.seq_len, config.train.recompute, shape
+        self._pass_losses = config.train.pass_losses
         self.steps = self.skipped_steps = self.sequences = self.tokens = self.skipped_tokens = 0
         self.flops = self.hardware_flops = 0.0
         self.by_pondering_steps: Counter[int] = Counter()
@@ -39,7 +40,7 @@ class Work:
     def add(self, sequences: int, pondering_steps: int, *, updated: bool) -> None:
         """Count a step. `sequences` are those of all ranks, and `updated` says whether it changed the weights."""
         tokens = sequences * self._seq_len
-        flops = step_flops(self._shape, self._recompute, pondering_steps, tokens)
+        flops = step_flops(self._shape, self._recompute, pondering_steps, tokens, self._pass_losses)
         self.steps, self.sequences, self.tokens = self.steps + 1, self.sequences + sequences, self.tokens + tokens
         self.flops, self.hardware_flops = self.flops + flops.model, self.hardware_flops + flops.hardware
         self.by_pondering_steps[pondering_steps] += 1

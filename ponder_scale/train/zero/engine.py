@@ -187,6 +187,7 @@ class Engine:
         *,
         track: int | None = None,
         label_count: Tensor | None = None,
+        pass_weights: Sequence[float] | None = None,
         enter: Callable[[str], None] = lambda phase: None,
     ) -> Any:
         """Run forward and backward of a micro-batch and add its gradients to the step. Returns the model's output.
@@ -195,11 +196,13 @@ class Engine:
             pondering_steps: replaces the model's number. It must be the same on all ranks, see `agree_on`.
             track: number of tokens for which to measure what each pass changes.
             label_count: divides the summed loss. The default is the number of labels that count in this micro-batch.
+            pass_weights: weights of the passes' losses, the same on all ranks. The default trains the last pass alone.
             enter: called with "forward" and "backward" as each begins.
         """
         enter("forward")
         tokens, labels, position_ids = batch
-        output = self._forward(tokens[:, :-1], labels, position_ids, pondering_steps, track, label_count)
+        options = {"track": track, "num_items_in_batch": label_count, "pass_weights": pass_weights}
+        output = self._forward(tokens[:, :-1], labels, position_ids, pondering_steps, **options)
         enter("backward")
         self._backward(output.loss)
         return output
@@ -223,26 +226,22 @@ class Engine:
         labels: Tensor,  # (B, T)
         position_ids: Tensor | None,  # (B, T); if given, attention does not cross documents in any pass
         pondering_steps: int | None = None,
-        track: int | None = None,
-        label_count: Tensor | None = None,
+        **options: Any,
     ) -> Any:
         if self._traces is not None:
             self._traces.use((pondering_steps, torch.is_grad_enabled()))
         tokens, labels = (tensor.to(self.device, non_blocking=True) for tensor in (tokens, labels))
-        documents: dict[str, Any] = {}
         if position_ids is not None:
             documents = {"position_ids": position_ids, **document_arguments(self.module, position_ids)}
             tensors = {name: value for name, value in documents.items() if isinstance(value, Tensor)}
-            documents |= {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+            options |= documents | {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
         return self.deepspeed(
             input_ids=tokens,
             shift_labels=labels,
             skip_logits=True,
             pondering_steps=pondering_steps,
             z_loss=self._z_loss if torch.is_grad_enabled() else 0.0,
-            track=track,
-            num_items_in_batch=label_count,
-            **documents,
+            **options,
         )
 
     def _backward(self, loss: Tensor) -> None:

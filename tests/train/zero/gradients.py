@@ -14,7 +14,7 @@ from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.settings import load
 from ponder_scale.setup.build import build_model, model_configuration
 from ponder_scale.train.optim import parameter_groups
-from ponder_scale.train.schedules import learning_rate, pondering_steps
+from ponder_scale.train.schedules import learning_rate, pass_weights, pondering_steps
 from tests.ranks import run_ranks
 
 VOCABULARY, SEQ_LEN, SEQUENCES, STEPS, PONDERING_STEPS = 96, 24, 4, 2, 2
@@ -57,6 +57,10 @@ def steps_of(step: int, config: RunConfig) -> int:
     return pondering_steps(step + 1, config.model.pondering_steps, config.train.pondering, config.seed)
 
 
+def weights_of(step: int, config: RunConfig) -> tuple[float, ...] | None:
+    return pass_weights(step + 1, steps_of(step, config), config.train.pass_losses, config.seed)
+
+
 def sequences(step: int, config: RunConfig) -> torch.Tensor:
     generator = torch.Generator().manual_seed(step)
     return torch.randint(0, VOCABULARY, (config.train.batch_at(step + 1), SEQ_LEN + 1), generator=generator)
@@ -87,7 +91,8 @@ def on_a_rank(case: dict[str, Any]) -> dict[str, Any]:
         for micro in range(engine.micro_steps):
             row = micro * engine.world_size + engine.rank
             sequence = batch[row : row + 1]
-            loss = engine.micro_step(MicroBatch(sequence, sequence[:, 1:], None), ponder).loss
+            rows, weights = MicroBatch(sequence, sequence[:, 1:], None), weights_of(step, config)
+            loss = engine.micro_step(rows, ponder, pass_weights=weights).loss
             total += loss.detach() / engine.micro_steps
             if step == 0 and micro == engine.micro_steps - 1:
                 for name, parameter in engine.module.named_parameters():
@@ -103,7 +108,10 @@ def on_a_rank(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_plain_torch(case: dict[str, Any]) -> dict[str, Any]:
-    """The same training in one process, without DeepSpeed or recomputation."""
+    """The same training in one process, without DeepSpeed or recomputation.
+
+    Weighted losses of passes are summed from the losses of as many forwards, each of the model that ponders less.
+    """
     config = run_config(case)
     model = make_model(config)
     optimizer = torch.optim.AdamW(
@@ -115,7 +123,12 @@ def in_plain_torch(case: dict[str, Any]) -> dict[str, Any]:
             group["lr"] = learning_rate(step + 1, config.train.steps, config.optim)
         batch = sequences(step, config)
         ponder = steps_of(step, config)
-        loss = model(input_ids=batch[:, :-1], shift_labels=batch[:, 1:], pondering_steps=ponder).loss
+        weights = weights_of(step, config) or (*[0.0] * ponder, 1.0)
+        loss = sum(
+            weight * model(input_ids=batch[:, :-1], shift_labels=batch[:, 1:], pondering_steps=passes).loss
+            for passes, weight in enumerate(weights)
+            if weight > 0
+        )
         loss.backward()
         if step == 0:
             gradients = {name: p.grad.flatten().tolist() for name, p in model.named_parameters()}

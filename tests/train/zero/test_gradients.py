@@ -117,3 +117,27 @@ def test_compiled_layers_under_zero_give_the_gradients_of_plain_torch(tmp_path: 
         ],
         timeout=500.0,
     )
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_losses_of_all_passes_give_the_gradients_of_plain_torch(stage: int, tmp_path: Path) -> None:
+    """Every policy, each with another mixture or feedback and another choice of weights."""
+    deepspeed = small_buckets(tmp_path, stage)
+    ways = [
+        ("none", False, "uniform", ["model.pondering_temperature=0.7"]),
+        ("selective", True, "linear", []),
+        ("layer", False, "random", ["model.pondering_top_k=9", "train.steps=3"]),
+        ("pass", True, "uniform", ["model.feedback=hidden", "model.residual=replace"]),
+        ("pass+layer", False, "linear", ["train.pondering.schedule=uniform", "train.pondering.low=0", "train.steps=3"]),
+    ]
+    check(
+        [
+            {
+                "deepspeed": deepspeed,
+                "policy": policy,
+                "tied": tied,
+                "overrides": [f"train.pass_losses={losses}", *overrides],
+            }
+            for policy, tied, losses, overrides in ways
+        ]
+    )

@@ -102,8 +102,11 @@ def test_loss_and_gradients_of_two_ranks_are_those_of_one_process_with_all_label
             assert worst(rank["gradients"], expected["gradients"]) < 1e-5
 
 
-def test_a_masked_run_is_the_same_on_two_ranks_and_on_one_and_says_what_counts(masked: Any, tmp_path: Path) -> None:
-    more = ["evaluate.every_steps=2", "optim.warmup_steps=0", "optim.z_loss=0.1"]
+@pytest.mark.parametrize("losses", ["last", "linear"])
+def test_a_masked_run_is_the_same_on_two_ranks_and_on_one_and_says_what_counts(
+    losses: str, masked: Any, tmp_path: Path
+) -> None:
+    more = ["evaluate.every_steps=2", "optim.warmup_steps=0", "optim.z_loss=0.1", f"train.pass_losses={losses}"]
     two, one = (overrides(tmp_path / name, masked, *more) for name in ("two", "one"))
     (ranks,) = run_ranks(train_and_tell, [{"overrides": two, "run_dir": str(tmp_path / "two")}])
     assert run_ranks(train_on_a_rank, [{"overrides": [*one, "train.micro_batch=8"]}], world_size=1) == [["done"]]
@@ -113,7 +116,7 @@ def test_a_masked_run_is_the_same_on_two_ranks_and_on_one_and_says_what_counts(m
     got, expected = records(tmp_path / "two"), records(tmp_path / "one")
     assert len(got) == len(expected) > STEPS
     for line, same in zip(got, expected, strict=True):
-        for key in line.keys() & {"pass_losses", "grad_norm", "losses", "z_loss"}:
+        for key in line.keys() & {"pass_losses", "trained_loss", "grad_norm", "losses", "z_loss"}:
             assert line[key] == pytest.approx(same[key], rel=1e-5), (key, line["step"])
         assert line.get("labels") == same.get("labels")
         assert line["event"] != "step" or (line["labels"] < SEQUENCES * 12 and line["tokens"] == line["step"] * 96)
