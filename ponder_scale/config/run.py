@@ -84,6 +84,12 @@ class RunConfig:
                 f"train.pondering.low is {self.train.pondering.low}, above model.pondering_steps "
                 f"({self.model.pondering_steps}); lower it"
             )
+        mean = self.train.pondering.mean
+        if mean is not None and mean > self.model.pondering_steps:
+            raise ConfigError(
+                f"train.pondering.mean is {mean}, above model.pondering_steps ({self.model.pondering_steps}), to which "
+                "draws are clipped; lower it, or raise model.pondering_steps to about twice the mean"
+            )
         if self.train.offload_activations and self.train.recompute == "none":
             raise ConfigError("train.offload_activations needs a train.recompute that keeps little; none keeps all")
         if not self.data.sources:

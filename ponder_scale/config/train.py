@@ -15,15 +15,26 @@ from .bounds import MOST_SEQUENCES, MOST_STEPS, MOST_WIDTH
 class PonderingSchedule:
     """How many pondering steps an optimizer step takes, at most `model.pondering_steps`."""
 
-    schedule: Literal["fixed", "uniform", "ramp"] = knob(
+    schedule: Literal["fixed", "uniform", "ramp", "lognormal-poisson"] = knob(
         "fixed",
         "Pondering steps of each optimizer step. fixed: always `model.pondering_steps`. uniform: drawn "
-        "between `low` and that number. ramp: rises from `low` to it.",
+        "between `low` and that number. ramp: rises from `low` to it. lognormal-poisson: drawn around `mean`, as "
+        "Huginn draws its depth (arXiv 2502.05171), and clipped to the same bounds.",
     )
-    low: int = knob(1, "Fewest pondering steps that uniform and ramp use.", min=0, max=64)
+    low: int = knob(1, "Fewest pondering steps that uniform, ramp and lognormal-poisson use.", min=0, max=64)
     ramp_steps: int = knob(
         0, "Step at which the ramp reaches `model.pondering_steps`.", unit="steps", min=0, max=MOST_STEPS
     )
+    mean: float | None = knob(
+        None, "Mean of lognormal-poisson before it is clipped. Only this schedule has one.", above=0, max=64
+    )
+
+    def __post_init__(self) -> None:
+        if (self.schedule == "lognormal-poisson") != (self.mean is not None):
+            raise ConfigError(
+                f"train.pondering.mean is {self.mean} with train.pondering.schedule {self.schedule}; lognormal-poisson "
+                "needs it, the other schedules have none"
+            )
 
 
 @dataclass(frozen=True)

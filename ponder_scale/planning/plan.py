@@ -33,6 +33,7 @@ from ponder_scale.planning.cost import (
     state_bytes,
     steps_to_tokens,
 )
+from ponder_scale.planning.depth import mean_steps
 from ponder_scale.planning.hardware import CPU, Hardware, hardware_of, read_hardware
 from ponder_scale.planning.shape import model_shape
 from ponder_scale.planning.time import NO_TIME, Job, StepTime, step_time
@@ -193,17 +194,6 @@ def settle_sharding(
     if plan_run(config, keep, configuration, devices, traced=traced).fits(devices.memory_bytes):
         return keep
     return {**sharding, "zero_optimization": gather_limits(zero, shape, keep=False)}
-
-
-def mean_steps(config: RunConfig) -> float:
-    """The expected pondering steps of an optimizer step."""
-    schedule, highest = config.train.pondering, config.model.pondering_steps
-    if schedule.schedule == "uniform":
-        return (schedule.low + highest) / 2
-    if schedule.schedule == "ramp":
-        share = min(1.0, schedule.ramp_steps / config.train.steps)
-        return highest - share * (highest - schedule.low) / 2
-    return float(highest)
 
 
 def _bucket_bytes(zero: dict[str, Any], parameters: int, width: int) -> int:

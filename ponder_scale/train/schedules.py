@@ -9,6 +9,7 @@ import math
 import random
 
 from ponder_scale.config import OptimConfig, PonderingSchedule
+from ponder_scale.planning.depth import DEPTH_SIGMA
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
@@ -34,12 +35,30 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
 def pondering_steps(step: int, highest: int, schedule: PonderingSchedule, seed: int) -> int:
     """The pondering steps of optimizer step `step`, counted from 1; at most `highest`, the model's.
 
-    uniform draws from [low, highest], by seed and step alone: the same on every rank. ramp rises linearly and
-    reaches `highest` at step `ramp_steps`.
+    uniform and lognormal-poisson draw from [low, highest], by seed and step alone: the same on every rank. ramp rises
+    linearly and reaches `highest` at step `ramp_steps`.
     """
     if schedule.schedule == "fixed":
         return highest
+    if schedule.schedule == "ramp":
+        done = min(1.0, step / schedule.ramp_steps) if schedule.ramp_steps else 1.0
+        return schedule.low + math.floor((highest - schedule.low) * done)
+    return _drawn(random.Random(f"pondering steps {seed} {step}"), highest, schedule)
+
+
+def _drawn(draw: random.Random, highest: int, schedule: PonderingSchedule) -> int:
+    """A number of pondering steps in [low, highest].
+
+    lognormal-poisson: Poisson(exp(tau)), tau ~ Normal(log(mean) - sigma^2 / 2, sigma), which has the mean `mean`,
+    then clipped. Huginn (arXiv 2502.05171, section 3.3; `randomized_iteration_sampler` of its code) runs one iteration
+    more than the Poisson number, and the model here one pass more than it has pondering steps.
+    """
     if schedule.schedule == "uniform":
-        return random.Random(f"pondering steps {seed} {step}").randint(schedule.low, highest)
-    done = min(1.0, step / schedule.ramp_steps) if schedule.ramp_steps else 1.0
-    return schedule.low + math.floor((highest - schedule.low) * done)
+        return draw.randint(schedule.low, highest)
+    assert schedule.mean is not None
+    rate = draw.lognormvariate(math.log(schedule.mean) - DEPTH_SIGMA**2 / 2, DEPTH_SIGMA)
+    # as many as arrive in a time of `rate`; no more than `highest` of them need be counted
+    steps, time = 0, draw.expovariate(1.0)
+    while time <= rate and steps < highest:
+        steps, time = steps + 1, time + draw.expovariate(1.0)
+    return max(schedule.low, steps)

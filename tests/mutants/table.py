@@ -46,6 +46,7 @@ SCHEDULES = " ".join(
     f"tests/train/zero/test_engine.py::test_{name}"
     for name in ("schedules_warm_up_and_end_at_the_minimum", "pondering_steps_are_drawn_by_step_and_seed_and_ramp_up")
 )
+DEPTH = "tests/train/test_depth.py::test_draws_have_the_published_density_clipped_at_both_ends"
 MUTANTS = [
     *_of(
         "data_pipeline/clean/filters.py",
@@ -160,6 +161,13 @@ MUTANTS = [
         (".randint(schedule.low, highest)", ".randrange(schedule.low, highest)"),
         ("math.floor((highest - schedule.low) * done)", "math.ceil((highest - schedule.low) * done)"),
         ("min(1.0, step / schedule.ramp_steps)", "min(1.0, (step - 1) / schedule.ramp_steps)"),
+    ),
+    *_of(
+        "ponder_scale/train/schedules.py",
+        DEPTH,
+        ("- DEPTH_SIGMA**2 / 2", "+ DEPTH_SIGMA**2 / 2"),
+        ("while time <= rate", "while time <= schedule.mean"),
+        ("max(schedule.low, steps)", "max(schedule.low, steps + 1)"),
     ),
     *_of(
         "ponder_scale/runs/status.py",

@@ -18,7 +18,8 @@ from ponder_scale.planning.cost import (
     state_bytes,
     step_flops,
 )
-from ponder_scale.planning.plan import Plan, mean_steps
+from ponder_scale.planning.depth import mean_steps
+from ponder_scale.planning.plan import Plan
 from ponder_scale.planning.time import StepTime
 from ponder_scale.settings import load
 
@@ -92,6 +93,9 @@ def test_mean_pondering_steps_by_hand() -> None:
     assert mean("train.pondering.schedule=uniform") == 2.0
     assert mean("train.pondering.schedule=ramp", "train.pondering.ramp_steps=50") == 2.5
     assert mean("train.pondering.schedule=ramp", "train.pondering.ramp_steps=400") == 2.0
+    drawn = "train.pondering.schedule=lognormal-poisson", "train.pondering.mean=8", "train.pondering.low=0"
+    assert mean(*drawn, "model.pondering_steps=64") == pytest.approx(8.0, abs=2e-3)
+    assert mean(*drawn, "model.pondering_steps=8") == pytest.approx(6.078, abs=1e-3)
 
 
 @pytest.mark.parametrize(("keeps_gradients", "bytes_of_plan"), [(False, 83), (True, 89)])
