@@ -26,7 +26,7 @@ LONG, LONGER = "vanilla-long", 10
 TIME = "vanilla-time"
 EVALUATIONS = 20  # points of a curve if the recipe does not say how often to evaluate
 
-FIXED = ("train.pondering.schedule=fixed", "train.pondering.mean=null")
+FIXED = ("train.pondering.schedule=fixed", "train.pondering.mean=null", "train.pondering.per=step")
 PLAIN = ("model.pondering_steps=0", "model.initial_scale=1", *FIXED)
 # Baselines that you can add by name. They take as many pondering steps as the first pondering model.
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -28,12 +28,22 @@ class PonderingSchedule:
     mean: float | None = knob(
         None, "Mean of lognormal-poisson before it is clipped. Only this schedule has one.", above=0, max=64
     )
+    per: Literal["step", "sequence"] = knob(
+        "step",
+        "What uniform and lognormal-poisson draw for. step: all sequences of an optimizer step take as many pondering "
+        "steps. sequence: each takes its own, at the cost of the most that one takes.",
+    )
 
     def __post_init__(self) -> None:
         if (self.schedule == "lognormal-poisson") != (self.mean is not None):
             raise ConfigError(
                 f"train.pondering.mean is {self.mean} with train.pondering.schedule {self.schedule}; lognormal-poisson "
                 "needs it, the other schedules have none"
+            )
+        if self.per == "sequence" and self.schedule in ("fixed", "ramp"):
+            raise ConfigError(
+                f"train.pondering.per is sequence with train.pondering.schedule {self.schedule}, by which all "
+                "sequences of a step take as many; use uniform or lognormal-poisson"
             )
 
 

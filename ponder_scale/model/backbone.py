@@ -116,6 +116,7 @@ class PonderBackbone(Checkpointing):
         use_cache: bool | None = None,
         pondering_steps: int | None = None,
         exit_kl: float | None = None,
+        sequence_steps: Tensor | None = None,
         return_dict: bool | None = None,
         watch: Watch | None = None,
         **options: Any,
@@ -123,7 +124,7 @@ class PonderBackbone(Checkpointing):
         """The stock output, of the last of the S + 1 passes: the hidden states (B, T, D) that the head reads.
 
         Args:
-            pondering_steps, exit_kl: see `Ponder.forward`.
+            pondering_steps, exit_kl, sequence_steps: see `Ponder.forward`.
             watch: shown what each pass leaves.
             options: of the stock backbone, for each pass.
 
@@ -143,7 +144,8 @@ class PonderBackbone(Checkpointing):
         options.pop("seq_idx", None)  # for layers that these architectures do not have
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
-        output = _Passes(watch, pondering_steps, found, exit_kl).run(inputs_embeds, **options)
+        passes = _Passes(watch, pondering_steps, found, exit_kl)
+        output = passes.run(inputs_embeds, checked_sequence_steps(sequence_steps, inputs_embeds), **options)
         if found is not None:  # the whole one, where the pass has put its view of it
             setattr(output, "cache" if hasattr(output, "cache") else "past_key_values", found)
         plain = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
@@ -191,7 +193,7 @@ class _Passes:
         if cache is not None:
             grow(cache, self.steps + 1, self.layers)
 
-    def run(self, embeds: Tensor, **options: Any) -> Any:
+    def run(self, embeds: Tensor, sequence_steps: Tensor | None = None, **options: Any) -> Any:
         """The backbone's output of the last pass on token embeddings (B, T, D); `options` go to every pass."""
         scale = self.watch.readout.scale * self.config.initial_scale
         if scale != 1.0:
@@ -208,7 +210,7 @@ class _Passes:
             # a prompt is pondered to the end: what it leaves in the caches is read by every later token
             decoding = embeds.shape[1] == 1 and self.cache.get_seq_length() > 0
             settled = self._settled(self.cache, self.exit_kl) if decoding else None
-        ponder(run_pass, self._feedback, embeds, self.steps, self.config.residual, settled)
+        ponder(run_pass, self._feedback, embeds, self.steps, self.config.residual, settled, sequence_steps)
         return self.output
 
     def _view(self, index: int) -> PassView | None:
@@ -284,3 +286,14 @@ def checked_steps(steps: Any) -> int:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"pondering_steps is {steps!r}; expected an integer of at least 0")
     return steps
+
+
+def checked_sequence_steps(steps: Tensor | None, embeds: Tensor) -> Tensor | None:
+    """The pondering steps of each sequence of embeddings (B, T, D), (B,), where they are; or a ValueError."""
+    if steps is None:
+        return None
+    rows = embeds.shape[0]
+    if not isinstance(steps, Tensor) or steps.shape != (rows,) or steps.is_floating_point() or steps.is_complex():
+        found = f"{steps.dtype} {tuple(steps.shape)}" if isinstance(steps, Tensor) else repr(steps)
+        raise ValueError(f"sequence_steps is {found}; expected one integer for each of the {rows} sequences")
+    return steps.to(embeds.device)

@@ -146,6 +146,7 @@ class Ponder(Checkpointing):
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
         exit_kl: float | None = None,
+        sequence_steps: Tensor | None = None,
         z_loss: float = 0.0,
         track: int | None = None,
         ops: Ops | None = None,
@@ -161,6 +162,8 @@ class Ponder(Checkpointing):
             num_items_in_batch: divides the summed loss; default the number of labels that count.
             skip_logits: leave `logits` None and never build them, (B, T, V). Default: in training with labels.
             exit_kl: in decoding, stop when a pass moved the prediction by less than this KL divergence in nats.
+            sequence_steps: (B,) integers, each at most S: how many steps a sequence takes. All S + 1 passes run; those
+                after its own last one change nothing of it, so its loss of each is that of its last.
             z_loss: adds so much of the mean squared log-sum-exp of the last pass's logits to the loss.
             track: look at so many of the tokens for what each pass changes, see `changes`.
             ops: other code for the pondering embedding and the loss, see `readout`.
@@ -170,7 +173,7 @@ class Ponder(Checkpointing):
         watch = Watch(self, _targets(labels, shift_labels), track, ops)
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"past_key_values": one_cache(past_key_values, cache), "use_cache": use_cache}
-        kwargs |= {"pondering_steps": pondering_steps, "exit_kl": exit_kl}
+        kwargs |= {"pondering_steps": pondering_steps, "exit_kl": exit_kl, "sequence_steps": sequence_steps}
         inner = self.base_model(  # type: ignore[attr-defined]
             input_ids, inputs_embeds=inputs_embeds, return_dict=True, watch=watch, **kwargs
         )

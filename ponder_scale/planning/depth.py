@@ -11,17 +11,20 @@ REACH, PIECES = 8.0, 400  # of the quadrature over the normal distribution: stan
 
 
 def mean_steps(config: RunConfig) -> float:
-    """Expected pondering steps of an optimizer step."""
+    """Expected pondering steps of an optimizer step: where sequences take their own, the most that one takes."""
     schedule, highest = config.train.pondering, config.model.pondering_steps
     if schedule.schedule == "fixed":
         return float(highest)
     if schedule.schedule == "ramp":
         share = min(1.0, schedule.ramp_steps / config.train.steps)
         return highest - share * (highest - schedule.low) / 2
+    low, draws = schedule.low, config.train.global_batch if schedule.per == "sequence" else 1
     if schedule.schedule == "uniform":
-        return (schedule.low + highest) / 2
-    assert schedule.mean is not None
-    return highest - sum(at_most(steps, schedule.mean) for steps in range(schedule.low, highest))
+        below = [(steps - low + 1) / (highest - low + 1) for steps in range(low, highest)]
+    else:
+        assert schedule.mean is not None
+        below = [at_most(steps, schedule.mean) for steps in range(low, highest)]
+    return highest - math.fsum(share**draws for share in below)
 
 
 def at_most(steps: int, mean: float) -> float:

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import math
 import random
+from typing import NamedTuple
 
-from ponder_scale.config import OptimConfig, PonderingSchedule
+import torch
+from torch import Tensor
+
+from ponder_scale.config import OptimConfig, PonderingSchedule, RunConfig
 from ponder_scale.planning.depth import DEPTH_SIGMA
 
 
@@ -44,6 +48,34 @@ def pondering_steps(step: int, highest: int, schedule: PonderingSchedule, seed: 
         done = min(1.0, step / schedule.ramp_steps) if schedule.ramp_steps else 1.0
         return schedule.low + math.floor((highest - schedule.low) * done)
     return _drawn(random.Random(f"pondering steps {seed} {step}"), highest, schedule)
+
+
+class Depth(NamedTuple):
+    """The pondering steps of an optimizer step."""
+
+    most: int  # that a sequence takes: so many steps are run for all
+    by_sequence: list[int] | None = None  # in the order of the global batch; None: all take as many
+
+    def of(self, micro_batch: int, rows: int, *, rank: int, ranks: int) -> Tensor | None:
+        """Those of the sequences of a rank's micro-batch, (rows,), which the loader deals out; None: as many as all."""
+        if self.by_sequence is None:
+            return None
+        first = (micro_batch * ranks + rank) * rows
+        return torch.tensor(self.by_sequence[first : first + rows])
+
+
+def step_depth(step: int, config: RunConfig) -> Depth:
+    """The pondering steps of optimizer step `step` of a run, counted from 1.
+
+    A sequence's own are drawn by seed, step and its place in the global batch, so that they depend on neither ranks
+    nor micro-batches.
+    """
+    schedule, highest, seed = config.train.pondering, config.model.pondering_steps, config.seed
+    if schedule.per == "step":
+        return Depth(pondering_steps(step, highest, schedule, seed))
+    places = range(config.train.batch_at(step))
+    drawn = [_drawn(random.Random(f"pondering steps {seed} {step} {place}"), highest, schedule) for place in places]
+    return Depth(max(drawn), drawn)
 
 
 def _drawn(draw: random.Random, highest: int, schedule: PonderingSchedule) -> int:

@@ -14,10 +14,16 @@ from ponder_scale.config import PonderingSchedule, RunConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.planning.depth import mean_steps
 from ponder_scale.settings import load
-from ponder_scale.train.schedules import pondering_steps
+from ponder_scale.train.schedules import Depth, pondering_steps, step_depth
+from tests.ranks import run_ranks
 from tests.train.resumes import check_resume
+from tests.train.runs import overrides, records, train_on_a_rank
+from tests.train.test_fuzz import check_against_plain_torch
 
 RUN = ["run_dir=unused", "data.sources.any.path=unused", "train.steps=100", "train.global_batch=4"]
+
+
+DRAWN = ["train.pondering.schedule=lognormal-poisson", "train.pondering.low=0", "train.pondering.mean=1.5"]
 
 
 def density(steps: int, mean: float) -> float:
@@ -67,8 +73,48 @@ def test_draws_depend_on_seed_and_step_alone() -> None:
 
 def test_a_run_of_drawn_depths_is_resumed_bit_for_bit(shards: Any, tmp_path: Path) -> None:
     base = {"deepspeed": "zero3", "precision": "fp32", "recompute": "pass", "schedule": "fixed"}
-    drawn_steps = ["train.pondering.schedule=lognormal-poisson", "train.pondering.low=0", "train.pondering.mean=1.5"]
-    check_resume(shards, tmp_path, [{**base, "more": drawn_steps}])
+    own = {**base, "more": [*DRAWN, "train.pondering.per=sequence"]}
+    check_resume(shards, tmp_path, [{**base, "deepspeed": "zero1", "precision": "bf16", "more": DRAWN}, own])
+
+
+def test_sequences_take_the_same_steps_whatever_the_ranks_and_micro_batches(shards: Any, tmp_path: Path) -> None:
+    """Each run against plain torch, which has the whole batch in one piece, and against the other."""
+    runs = []
+    for ranks, micro_batch, stage in ((2, 1, "zero3"), (2, 2, "zero1"), (1, 4, "zero2")):
+        settings = [f"train.micro_batch={micro_batch}", f"train.deepspeed={stage}", *DRAWN]
+        run_dir = tmp_path / f"{ranks}-{micro_batch}"
+        case = overrides(run_dir, shards, *settings, "train.pondering.per=sequence", "train.global_batch=8")
+        assert run_ranks(train_on_a_rank, [{"overrides": case}], ranks) == [["done"] * ranks]
+        config = load(RunConfig, None, case)
+        check_against_plain_torch(config, run_dir)
+        runs.append([line["pass_losses"] for line in records(run_dir) if line["event"] == "step"])
+    assert len({steps for step in range(1, 5) for steps in step_depth(step, config).by_sequence or []}) > 2
+    for run in runs[1:]:
+        for losses, expected in zip(run, runs[0], strict=True):
+            assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_sequence_s_steps_depend_on_seed_step_and_its_place_in_the_batch_alone() -> None:
+    def depth(step: int, *more: str) -> Depth:
+        return step_depth(step, load(RunConfig, None, [*RUN, *DRAWN, "train.pondering.per=sequence", *more]))
+
+    first, larger = depth(3), depth(3, "train.global_batch=64")
+    assert first == depth(3) and first.most == max(first.by_sequence or [])
+    assert larger.by_sequence is not None and larger.by_sequence[:4] == first.by_sequence
+    assert larger != depth(4, "train.global_batch=64") and larger != depth(3, "train.global_batch=64", "seed=2")
+    dealt = [larger.of(micro, 8, rank=rank, ranks=4) for micro in range(2) for rank in range(4)]
+    assert [steps for part in dealt if part is not None for steps in part.tolist()] == larger.by_sequence
+    assert Depth(2).of(0, 8, rank=0, ranks=1) is None
+
+
+def test_the_planner_counts_the_passes_of_the_deepest_sequence() -> None:
+    settings = [*RUN, *DRAWN, "train.pondering.per=sequence", "model.pondering_steps=4"]
+    config = load(RunConfig, None, settings)
+    seen = statistics.fmean(step_depth(step, config).most for step in range(1, 4001))
+    assert mean_steps(config) == pytest.approx(seen, abs=0.05)
+    uniform = load(RunConfig, None, [*settings, "train.pondering.schedule=uniform", "train.pondering.mean=null"])
+    # of four draws from 0..4: the mean of the largest is 4 - (1 + 16 + 81 + 256) / 625
+    assert mean_steps(uniform) == pytest.approx(4 - 354 / 625)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +124,9 @@ def test_a_run_of_drawn_depths_is_resumed_bit_for_bit(shards: Any, tmp_path: Pat
         (["train.pondering.mean=2"], "train.pondering.mean is 2.0 .* the other schedules have none"),
         (["train.pondering.schedule=lognormal-poisson", "train.pondering.mean=4"], "above model.pondering_steps"),
         (["train.pondering.schedule=lognormal-poisson", "train.pondering.mean=0"], "train.pondering.mean"),
+        (["train.pondering.per=sequence"], "per is sequence .* fixed, by which all sequences of a step take as many"),
     ],
 )
-def test_a_mean_that_cannot_be_is_refused(settings: list[str], message: str) -> None:
+def test_what_cannot_be_drawn_is_refused(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(RunConfig, None, [*RUN, *settings])

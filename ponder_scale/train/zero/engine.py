@@ -184,6 +184,7 @@ class Engine:
         self,
         batch: MicroBatch,
         pondering_steps: int | None = None,
+        sequence_steps: Tensor | None = None,
         *,
         track: int | None = None,
         label_count: Tensor | None = None,
@@ -193,13 +194,15 @@ class Engine:
 
         Args:
             pondering_steps: replaces the model's number. It must be the same on all ranks, see `agree_on`.
+            sequence_steps: (B,), if sequences take fewer. They may differ from rank to rank.
             track: number of tokens for which to measure what each pass changes.
             label_count: divides the summed loss. The default is the number of labels that count in this micro-batch.
             enter: called with "forward" and "backward" as each begins.
         """
         enter("forward")
         tokens, labels, position_ids = batch
-        output = self._forward(tokens[:, :-1], labels, position_ids, pondering_steps, track, label_count)
+        asked = {"sequence_steps": sequence_steps, "track": track, "num_items_in_batch": label_count}
+        output = self._forward(tokens[:, :-1], labels, position_ids, pondering_steps, **asked)
         enter("backward")
         self._backward(output.loss)
         return output
@@ -223,8 +226,7 @@ class Engine:
         labels: Tensor,  # (B, T)
         position_ids: Tensor | None,  # (B, T); if given, attention does not cross documents in any pass
         pondering_steps: int | None = None,
-        track: int | None = None,
-        label_count: Tensor | None = None,
+        **asked: Any,  # of the model
     ) -> Any:
         if self._traces is not None:
             self._traces.use((pondering_steps, torch.is_grad_enabled()))
@@ -240,8 +242,7 @@ class Engine:
             skip_logits=True,
             pondering_steps=pondering_steps,
             z_loss=self._z_loss if torch.is_grad_enabled() else 0.0,
-            track=track,
-            num_items_in_batch=label_count,
+            **asked,
             **documents,
         )
 
