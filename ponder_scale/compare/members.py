@@ -16,7 +16,7 @@ from ponder_scale.config import ModelConfig, RunConfig, TrainConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.planning.cost import flops_per_token, steps_to_tokens
 from ponder_scale.planning.depth import mean_steps
-from ponder_scale.planning.shape import model_shape
+from ponder_scale.planning.shape import model_shape, run_shape
 from ponder_scale.setup.build import model_configuration
 
 VANILLA = "vanilla"
@@ -184,7 +184,7 @@ class _Maker:
         config = self.load(overrides)
         each = config.evaluate.every_steps or max(1, config.train.steps // EVALUATIONS)
         seq_len = config.data.seq_len
-        shape = model_shape(_configuration(config.model, self.vocab_size, seq_len), seq_len)
+        shape = run_shape(config, _configuration(config.model, self.vocab_size, seq_len))
         tokens = steps_to_tokens(config)
         flops = tokens * flops_per_token(shape, config.train.recompute, mean_steps(config)).model
         overrides = (*overrides, f"evaluate.every_steps={each}")

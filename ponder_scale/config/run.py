@@ -84,6 +84,12 @@ class RunConfig:
                 f"train.pondering.low is {self.train.pondering.low}, above model.pondering_steps "
                 f"({self.model.pondering_steps}); lower it"
             )
+        if self.train.pondering.backward_passes is not None and self.model.residual == "replace":
+            raise ConfigError(
+                f"train.pondering.backward_passes is {self.train.pondering.backward_passes} with model.residual "
+                "replace, where no gradient would reach the input embeddings; use accumulate or restart, or leave it "
+                "null"
+            )
         mean = self.train.pondering.mean
         if mean is not None and mean > self.model.pondering_steps:
             raise ConfigError(

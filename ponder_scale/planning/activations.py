@@ -68,11 +68,13 @@ def _traced(config: RunConfig, configuration: Any, layers: int) -> Traced:
     # GPT-2 uses the name n_layer, and its configuration maps both names to one value.
     values["n_layer" if "n_layer" in values else "num_hidden_layers"] = layers
     size = config.train.micro_batch_sequences, config.data.seq_len
-    return _trace(json.dumps(values, sort_keys=True), config.train.recompute, config.train.precision, size)
+    train = config.train
+    text = json.dumps(values, sort_keys=True)
+    return _trace(text, train.recompute, train.precision, size, train.pondering.backward_passes)
 
 
 @lru_cache(maxsize=256)
-def _trace(values: str, recompute: str, precision: str, size: tuple[int, int]) -> Traced:
+def _trace(values: str, recompute: str, precision: str, size: tuple[int, int], backward_passes: int | None) -> Traced:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -98,7 +100,8 @@ def _trace(values: str, recompute: str, precision: str, size: tuple[int, int]) -
         tracker.track_external(model)
         with tracker, counting:
             tracker._mod_tracker.clear_user_hooks()  # the statistics of each module would take half of the time
-            model(input_ids=tokens, shift_labels=tokens, skip_logits=True, ops=stand_ins).loss.backward()
+            options: dict[str, Any] = {"backward_passes": backward_passes, "skip_logits": True, "ops": stand_ins}
+            model(input_ids=tokens, shift_labels=tokens, **options).loss.backward()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
     return Traced(_activations(peak), counting.operations, tuple(at_op.values()))
 

@@ -46,6 +46,19 @@ def test_operations_of_a_token_by_hand(policy: str, recomputed: int) -> None:
     assert step_flops(SHAPE, policy, 3, 7).hardware == 7 * (37728 + recomputed)
 
 
+def test_passes_without_gradient_count_their_forward_alone() -> None:
+    """Four passes and three feedbacks; the last two passes are differentiated, so one feedback is, and recomputed."""
+    shape = replace(SHAPE, backward_passes=2)
+    flops = flops_per_token(shape, "pass")
+    assert flops.passes == 4 * 1744 + 2 * 2 * 1744
+    assert flops.pondering == 3 * 2 * 800 + 1 * 4 * 800
+    assert flops.recomputed == 2 * 1744 + 1 * 800
+    assert flops_per_token(shape, "pass", 1) == flops_per_token(SHAPE, "pass", 1)  # two passes are all of them
+    assert flops_per_token(replace(SHAPE, backward_passes=9), "pass") == flops_per_token(SHAPE, "pass")
+    top_k = flops_per_token(replace(shape, top_k=5), "none")
+    assert top_k.pondering == 3 * (800 + 2 * 5 * 8) + 1 * 8 * 5 * 8
+
+
 def test_a_mixture_of_k_tokens_counts_its_scores_and_k_rows() -> None:
     """Scores over the whole vocabulary once, 800; forward 2 K D, and 8 K D backward: dE, dp, dW and dh."""
     flops = flops_per_token(replace(SHAPE, top_k=5), "none")

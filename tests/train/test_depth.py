@@ -124,6 +124,12 @@ def test_the_planner_counts_the_passes_of_the_deepest_sequence() -> None:
         (["train.pondering.mean=2"], "train.pondering.mean is 2.0 .* the other schedules have none"),
         (["train.pondering.schedule=lognormal-poisson", "train.pondering.mean=4"], "above model.pondering_steps"),
         (["train.pondering.schedule=lognormal-poisson", "train.pondering.mean=0"], "train.pondering.mean"),
+        (["train.pondering.backward_passes=0"], "backward_passes"),
+        (["train.pondering.backward_passes=1", "model.residual=replace"], "no gradient would reach the input embed"),
+        (
+            [*DRAWN, "train.pondering.per=sequence", "train.pondering.backward_passes=1"],
+            "backward_passes is 1 with train.pondering.per sequence",
+        ),
         (["train.pondering.per=sequence"], "per is sequence .* fixed, by which all sequences of a step take as many"),
     ],
 )

@@ -130,9 +130,9 @@ def loss_of(model: Any, batch: torch.Tensor, step: int, config: RunConfig) -> to
     """The mean loss of a step's sequences; where each takes its own number of steps, each runs alone."""
     depth = step_depth(step + 1, config)
     rows = [batch] if depth.by_sequence is None else batch.split(1)
-    steps = depth.by_sequence or [depth.most]
+    steps, passes = depth.by_sequence or [depth.most], config.train.pondering.backward_passes
     losses = [
-        model(input_ids=row[:, :-1], shift_labels=row[:, 1:], pondering_steps=number).loss
+        model(input_ids=row[:, :-1], shift_labels=row[:, 1:], pondering_steps=number, backward_passes=passes).loss
         for row, number in zip(rows, steps, strict=True)
     ]
     return torch.stack(losses).mean()
