@@ -15,8 +15,8 @@ from typing import Any
 from ponder_scale.config import ModelConfig, RunConfig, TrainConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.planning.cost import flops_per_token, steps_to_tokens
-from ponder_scale.planning.plan import mean_steps
-from ponder_scale.planning.shape import model_shape
+from ponder_scale.planning.depth import mean_steps
+from ponder_scale.planning.shape import model_shape, run_shape
 from ponder_scale.setup.build import model_configuration
 
 VANILLA = "vanilla"
@@ -26,7 +26,8 @@ LONG, LONGER = "vanilla-long", 10
 TIME = "vanilla-time"
 EVALUATIONS = 20  # points of a curve if the recipe does not say how often to evaluate
 
-PLAIN = ("model.pondering_steps=0", "model.initial_scale=1", "train.pondering.schedule=fixed")
+FIXED = ("train.pondering.schedule=fixed", "train.pondering.mean=null", "train.pondering.per=step")
+PLAIN = ("model.pondering_steps=0", "model.initial_scale=1", *FIXED)
 # Baselines that you can add by name. They take as many pondering steps as the first pondering model.
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     TIME: ("equal parameters and training time: more tokens", PLAIN),
@@ -42,7 +43,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "model.pondering_steps=0",
             "model.scale_embeds=false",
             "model.initial_scale=1",
-            "train.pondering.schedule=fixed",
+            *FIXED,
         ),
     ),
 }
@@ -183,7 +184,7 @@ class _Maker:
         config = self.load(overrides)
         each = config.evaluate.every_steps or max(1, config.train.steps // EVALUATIONS)
         seq_len = config.data.seq_len
-        shape = model_shape(_configuration(config.model, self.vocab_size, seq_len), seq_len)
+        shape = run_shape(config, _configuration(config.model, self.vocab_size, seq_len))
         tokens = steps_to_tokens(config)
         each_token = flops_per_token(shape, config.train.recompute, mean_steps(config), config.train.pass_losses)
         flops = tokens * each_token.model

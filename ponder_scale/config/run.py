@@ -84,6 +84,23 @@ class RunConfig:
                 f"train.pondering.low is {self.train.pondering.low}, above model.pondering_steps "
                 f"({self.model.pondering_steps}); lower it"
             )
+        if self.train.pondering.backward_passes is not None and self.model.residual == "replace":
+            raise ConfigError(
+                f"train.pondering.backward_passes is {self.train.pondering.backward_passes} with model.residual "
+                "replace, where no gradient would reach the input embeddings; use accumulate or restart, or leave it "
+                "null"
+            )
+        if self.train.pondering.backward_passes is not None and self.train.pass_losses != "last":
+            raise ConfigError(
+                f"train.pondering.backward_passes is {self.train.pondering.backward_passes} with train.pass_losses "
+                f"{self.train.pass_losses}: the losses of the passes before would have no gradient; leave one out"
+            )
+        mean = self.train.pondering.mean
+        if mean is not None and mean > self.model.pondering_steps:
+            raise ConfigError(
+                f"train.pondering.mean is {mean}, above model.pondering_steps ({self.model.pondering_steps}), to which "
+                "draws are clipped; lower it, or raise model.pondering_steps to about twice the mean"
+            )
         if self.train.offload_activations and self.train.recompute == "none":
             raise ConfigError("train.offload_activations needs a train.recompute that keeps little; none keeps all")
         if not self.data.sources:

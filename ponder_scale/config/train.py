@@ -15,15 +15,49 @@ from .bounds import MOST_SEQUENCES, MOST_STEPS, MOST_WIDTH
 class PonderingSchedule:
     """How many pondering steps an optimizer step takes, at most `model.pondering_steps`."""
 
-    schedule: Literal["fixed", "uniform", "ramp"] = knob(
+    schedule: Literal["fixed", "uniform", "ramp", "lognormal-poisson"] = knob(
         "fixed",
         "Pondering steps of each optimizer step. fixed: always `model.pondering_steps`. uniform: drawn "
-        "between `low` and that number. ramp: rises from `low` to it.",
+        "between `low` and that number. ramp: rises from `low` to it. lognormal-poisson: drawn around `mean`, as "
+        "Huginn draws its depth (arXiv 2502.05171), and clipped to the same bounds.",
     )
-    low: int = knob(1, "Fewest pondering steps that uniform and ramp use.", min=0, max=64)
+    low: int = knob(1, "Fewest pondering steps that uniform, ramp and lognormal-poisson use.", min=0, max=64)
     ramp_steps: int = knob(
         0, "Step at which the ramp reaches `model.pondering_steps`.", unit="steps", min=0, max=MOST_STEPS
     )
+    mean: float | None = knob(
+        None, "Mean of lognormal-poisson before it is clipped. Only this schedule has one.", above=0, max=64
+    )
+    per: Literal["step", "sequence"] = knob(
+        "step",
+        "What uniform and lognormal-poisson draw for. step: all sequences of an optimizer step take as many pondering "
+        "steps. sequence: each takes its own, at the cost of the most that one takes.",
+    )
+    backward_passes: int | None = knob(
+        None,
+        "Let gradients flow through the last so many passes only, which saves memory and time. `null` uses all. "
+        "Published runs lost by it: a pass was worth less (phi 0.38 instead of 0.46, arXiv 2604.21106).",
+        unit="passes",
+        min=1,
+        max=65,
+    )
+
+    def __post_init__(self) -> None:
+        if (self.schedule == "lognormal-poisson") != (self.mean is not None):
+            raise ConfigError(
+                f"train.pondering.mean is {self.mean} with train.pondering.schedule {self.schedule}; lognormal-poisson "
+                "needs it, the other schedules have none"
+            )
+        if self.per == "sequence" and self.schedule in ("fixed", "ramp"):
+            raise ConfigError(
+                f"train.pondering.per is sequence with train.pondering.schedule {self.schedule}, by which all "
+                "sequences of a step take as many; use uniform or lognormal-poisson"
+            )
+        if self.per == "sequence" and self.backward_passes is not None:
+            raise ConfigError(
+                f"train.pondering.backward_passes is {self.backward_passes} with train.pondering.per sequence: the "
+                "gradient of a sequence that is done early would be cut before its own last passes; leave one out"
+            )
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ from .compat import (
 from .ponder import ponder
 from .readout import Ops, Readout
 
+PassFunction = Callable[[Tensor, int], Tensor]  # of a tensor (B, T, D) and the number of its pass
+
 
 class Checkpointing:
     """Mixin over a model of transformers: gradient checkpointing of the kind that shared passes survive."""
@@ -117,6 +119,8 @@ class PonderBackbone(Checkpointing):
         use_cache: bool | None = None,
         pondering_steps: int | None = None,
         exit_kl: float | None = None,
+        sequence_steps: Tensor | None = None,
+        backward_passes: int | None = None,
         return_dict: bool | None = None,
         watch: Watch | None = None,
         **options: Any,
@@ -124,7 +128,7 @@ class PonderBackbone(Checkpointing):
         """The stock output, of the last of the S + 1 passes: the hidden states (B, T, D) that the head reads.
 
         Args:
-            pondering_steps, exit_kl: see `Ponder.forward`.
+            pondering_steps, exit_kl, sequence_steps, backward_passes: see `Ponder.forward`.
             watch: shown what each pass leaves.
             options: of the stock backbone, for each pass.
 
@@ -144,7 +148,9 @@ class PonderBackbone(Checkpointing):
         options.pop("seq_idx", None)  # for layers that these architectures do not have
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
-        output = _Passes(watch, pondering_steps, found, exit_kl).run(inputs_embeds, **options)
+        sequence_steps = checked_sequence_steps(sequence_steps, inputs_embeds, backward_passes)
+        passes = _Passes(watch, pondering_steps, found, exit_kl, backward_passes)
+        output = passes.run(inputs_embeds, sequence_steps, **options)
         if found is not None:  # the whole one, where the pass has put its view of it
             setattr(output, "cache" if hasattr(output, "cache") else "past_key_values", found)
         plain = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
@@ -180,8 +186,8 @@ class Watch:
         self.tracker = None if track is None else ChangeTracker(track)
         self.statistics: list[Statistics | None] = []
 
-    def check_weights(self, steps: int) -> None:
-        """Raise ValueError for weights that are not of so many pondering steps, or that leave the last pass out."""
+    def check_weights(self, steps: int, first_differentiated: int) -> None:
+        """Raise ValueError for weights of another number of pondering steps, or of which some would train nothing."""
         if self.weights is None:
             return
         if len(self.weights) != steps + 1:
@@ -192,6 +198,11 @@ class Watch:
             raise ValueError(
                 f"pass_weights is {list(self.weights)}; expected at least 0 for each pass, and more for the last: what "
                 "comes after the last pass with a weight would be computed for nothing, so take fewer pondering_steps"
+            )
+        if any(self.weights[: max(0, first_differentiated)]):
+            raise ValueError(
+                f"pass_weights is {list(self.weights)} with backward_passes, so the losses of the first "
+                f"{first_differentiated} passes would have no gradient; give these passes the weight 0"
             )
 
     def feedback(self, hidden: Tensor, index: int) -> Tensor:
@@ -218,11 +229,19 @@ class Watch:
 class _Passes:
     """The passes of one forward: the recurrence, with the caches that it reads and fills."""
 
-    def __init__(self, watch: Watch, steps: int | None, cache: Cache | None, exit_kl: float | None) -> None:
+    def __init__(
+        self,
+        watch: Watch,
+        steps: int | None,
+        cache: Cache | None,
+        exit_kl: float | None,
+        backward_passes: int | None = None,
+    ) -> None:
         self.watch, self.model, self.config = watch, watch.causal, watch.causal.config
         self.config.check_pondering()
         self.steps = self.config.pondering_steps if steps is None else checked_steps(steps)
-        watch.check_weights(self.steps)
+        self.first_differentiated = 0 if backward_passes is None else self.steps + 1 - backward_passes
+        watch.check_weights(self.steps, self.first_differentiated)
         self.cache, self.exit_kl = cache, exit_kl
         self.layers = self.model.num_layers
         self.output: Any = None
@@ -231,24 +250,28 @@ class _Passes:
         if cache is not None:
             grow(cache, self.steps + 1, self.layers)
 
-    def run(self, embeds: Tensor, **options: Any) -> Any:
+    def run(self, embeds: Tensor, sequence_steps: Tensor | None = None, **options: Any) -> Any:
         """The backbone's output of the last pass on token embeddings (B, T, D); `options` go to every pass."""
         scale = self.watch.readout.scale * self.config.initial_scale
         if scale != 1.0:
             embeds = embeds * scale
 
-        def run_pass(e: Tensor, index: int) -> Tensor:
+        def one_pass(e: Tensor, index: int) -> Tensor:
             self.output = self.model.run_pass(e, index, self._view(index), **options)
             if self.watch.tracker is not None:
                 self.watch.tracker.saw(e, self.output.last_hidden_state)
             return self.output.last_hidden_state
 
+        run_pass: PassFunction = one_pass
         settled = None
         if self.exit_kl is not None and self.cache is not None:
             # a prompt is pondered to the end: what it leaves in the caches is read by every later token
             decoding = embeds.shape[1] == 1 and self.cache.get_seq_length() > 0
             settled = self._settled(self.cache, self.exit_kl) if decoding else None
-        ponder(run_pass, self.watch.feedback, embeds, self.steps, self.config.residual, settled)
+        feedback: PassFunction = self.watch.feedback
+        if self.first_differentiated > 0:  # what the passes before it feed back is a constant
+            run_pass, feedback = (constant_before(self.first_differentiated, part) for part in (run_pass, feedback))
+        ponder(run_pass, feedback, embeds, self.steps, self.config.residual, settled, sequence_steps)
         return self.output
 
     def _view(self, index: int) -> PassView | None:
@@ -311,3 +334,34 @@ def checked_steps(steps: Any) -> int:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"pondering_steps is {steps!r}; expected an integer of at least 0")
     return steps
+
+
+def constant_before(first: int, function: PassFunction) -> PassFunction:
+    """`function` of a tensor and the number of a pass, without gradient for the passes before `first`."""
+
+    def run(tensor: Tensor, index: int) -> Tensor:
+        if index >= first:
+            return function(tensor, index)
+        with torch.no_grad():
+            return function(tensor, index)
+
+    return run
+
+
+def checked_sequence_steps(steps: Tensor | None, embeds: Tensor, backward_passes: int | None) -> Tensor | None:
+    """The pondering steps of each sequence of embeddings (B, T, D), (B,), where they are; or a ValueError."""
+    if backward_passes is not None:
+        if not isinstance(backward_passes, int) or isinstance(backward_passes, bool) or backward_passes < 1:
+            raise ValueError(f"backward_passes is {backward_passes!r}; expected an integer of at least 1, or None")
+        if steps is not None:
+            raise ValueError(
+                "backward_passes with sequence_steps would cut the gradient of a sequence that is done early before "
+                "its own last passes; leave one of them out"
+            )
+    if steps is None:
+        return None
+    rows = embeds.shape[0]
+    if not isinstance(steps, Tensor) or steps.shape != (rows,) or steps.is_floating_point() or steps.is_complex():
+        found = f"{steps.dtype} {tuple(steps.shape)}" if isinstance(steps, Tensor) else repr(steps)
+        raise ValueError(f"sequence_steps is {found}; expected one integer for each of the {rows} sequences")
+    return steps.to(embeds.device)

@@ -148,6 +148,8 @@ class Ponder(Checkpointing):
         num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool | None = None,
         exit_kl: float | None = None,
+        sequence_steps: Tensor | None = None,
+        backward_passes: int | None = None,
         z_loss: float = 0.0,
         pass_weights: Sequence[float] | None = None,
         track: int | None = None,
@@ -164,6 +166,10 @@ class Ponder(Checkpointing):
             num_items_in_batch: divides the summed loss; default the number of labels that count.
             skip_logits: leave `logits` None and never build them, (B, T, V). Default: in training with labels.
             exit_kl: in decoding, stop when a pass moved the prediction by less than this KL divergence in nats.
+            sequence_steps: (B,) integers, each at most S: how many steps a sequence takes. All S + 1 passes run; those
+                after its own last one change nothing of it, so its loss of each is that of its last.
+            backward_passes: number of the last passes that gradients flow through. What the passes before them fed
+                back counts as a constant, and they keep nothing for backward. e_0 keeps its gradient.
             z_loss: adds so much of the mean squared log-sum-exp of the last pass's logits to the loss.
             pass_weights: w_0 to w_S; the loss is sum_s w_s CE_s of the passes. Default: that of the last pass alone.
             track: look at so many of the tokens for what each pass changes, see `changes`.
@@ -174,7 +180,8 @@ class Ponder(Checkpointing):
         watch = Watch(self, _targets(labels, shift_labels), track, ops, pass_weights)
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"past_key_values": one_cache(past_key_values, cache), "use_cache": use_cache}
-        kwargs |= {"pondering_steps": pondering_steps, "exit_kl": exit_kl}
+        kwargs |= {"pondering_steps": pondering_steps, "exit_kl": exit_kl, "sequence_steps": sequence_steps}
+        kwargs |= {"backward_passes": backward_passes}
         inner = self.base_model(  # type: ignore[attr-defined]
             input_ids, inputs_embeds=inputs_embeds, return_dict=True, watch=watch, **kwargs
         )

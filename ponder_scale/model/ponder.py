@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 RunPass = Callable[[Tensor, int], Tensor]
@@ -26,6 +27,7 @@ def ponder(
     pondering_steps: int,
     residual: str,
     settled: Callable[[Tensor, int], bool] | None = None,
+    sequence_steps: Tensor | None = None,
 ) -> Tensor:
     """The hidden states of the last pass, (B, T, D).
 
@@ -34,6 +36,8 @@ def ponder(
         feedback: takes hidden states (B, T, D) and the number of their pass, returns T_s, (B, T, D).
         embeds: e_0, (B, T, D).
         settled: takes what `feedback` does; True makes that pass the last.
+        sequence_steps: (B,) integers. A sequence that has taken so many steps keeps its e, so that every later pass
+            gives it the hidden states of its own last pass again.
     """
     e = embeds
     for index in range(pondering_steps):
@@ -42,7 +46,8 @@ def ponder(
             return hidden
         fed_back = feedback(hidden, index)
         if residual == "replace":
-            e = fed_back
+            moved = fed_back
         else:
-            e = (e if residual == "accumulate" else embeds) + fed_back
+            moved = (e if residual == "accumulate" else embeds) + fed_back
+        e = moved if sequence_steps is None else torch.where((sequence_steps > index).view(-1, 1, 1), moved, e)
     return run_pass(e, pondering_steps)

@@ -70,8 +70,9 @@ def _traced(config: RunConfig, configuration: Any, layers: int) -> Traced:
     values["n_layer" if "n_layer" in values else "num_hidden_layers"] = layers
     size = config.train.micro_batch_sequences, config.data.seq_len
     train, steps = config.train, configuration.pondering_steps
-    weights = _weights(train.pass_losses, steps)
-    return _trace(json.dumps(values, sort_keys=True), train.recompute, train.precision, size, weights)
+    options = {"pass_weights": _weights(train.pass_losses, steps), "backward_passes": train.pondering.backward_passes}
+    text = json.dumps(values, sort_keys=True)
+    return _trace(text, train.recompute, train.precision, size, tuple(options.items()))
 
 
 def _weights(pass_losses: str, steps: int) -> tuple[float, ...] | None:
@@ -82,7 +83,7 @@ def _weights(pass_losses: str, steps: int) -> tuple[float, ...] | None:
 
 @lru_cache(maxsize=256)
 def _trace(
-    values: str, recompute: str, precision: str, size: tuple[int, int], weights: tuple[float, ...] | None
+    values: str, recompute: str, precision: str, size: tuple[int, int], asked: tuple[tuple[str, Any], ...]
 ) -> Traced:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
@@ -109,7 +110,7 @@ def _trace(
         tracker.track_external(model)
         with tracker, counting:
             tracker._mod_tracker.clear_user_hooks()  # the statistics of each module would take half of the time
-            options = {"skip_logits": True, "pass_weights": weights, "ops": stand_ins}
+            options: dict[str, Any] = {**dict(asked), "skip_logits": True, "ops": stand_ins}
             model(input_ids=tokens, shift_labels=tokens, **options).loss.backward()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
     return Traced(_activations(peak), counting.operations, tuple(at_op.values()))

@@ -245,10 +245,10 @@ def _vocabulary(found: Hardware, sizes: Sizes, precision: str, device: Any, dtyp
         product = Product("forward", tokens, vocabulary, width, products)
         return product_seconds(product, found, precision, 1.0) / max(whole - apart, 0.1 * whole)
 
-    rows = TOP_K_ROWS * tokens * TOP_K * width * hidden.element_size() / found.memory_bytes_per_second
+    rows = sum(TOP_K_ROWS) * tokens * TOP_K * width * hidden.element_size() / found.memory_bytes_per_second
     return {
-        "mixture": share(mix(table), MIXTURE_PRODUCTS),
-        "tied": share(mix(head), MIXTURE_PRODUCTS),
+        "mixture": share(mix(table), sum(MIXTURE_PRODUCTS)),
+        "tied": share(mix(head), sum(MIXTURE_PRODUCTS)),
         "loss": share(loss, LOSS_PRODUCTS),
         "top_k": share(mix(table, top_k=TOP_K), 1, rows),
     }

@@ -54,6 +54,7 @@ class Shape:
     feedback: str = "embedding"  # "hidden" needs one product with the vocabulary, for its statistics
     top_k: int | None = None  # rows in a mixture; None is the whole vocabulary
     tied: bool = False  # the head is the embedding table
+    backward_passes: int | None = None  # the last ones, that gradients flow through; None: all
     layer_matrices: int = 7  # matrices of a layer, each of which is gathered by itself
     layer_modules: int = 16  # modules of a layer, each of which has ZeRO-3's hooks
 
@@ -61,6 +62,11 @@ class Shape:
     def block_parameters(self) -> int:
         """The parameters of the layers, which every pass multiplies with. The few of norms and biases are included."""
         return self.parameters - self.table_parameters
+
+    def differentiated(self, pondering_steps: float) -> float:
+        """Of the passes of so many steps, those that gradients flow through."""
+        passes = pondering_steps + 1
+        return passes if self.backward_passes is None else min(self.backward_passes, passes)
 
 
 @dataclass(frozen=True)
@@ -98,23 +104,27 @@ def flops_per_token(
     forward = 2.0 * shape.block_parameters + attention
     again = forward - attention if recompute == "selective" else forward
     learned = learned_passes(pass_losses, steps) * product
-    mixture, twice, losses, scores = 6.0 * product, product, 0.0, 0.0
+    backward = shape.differentiated(steps)  # the last of them feeds nothing back
+    mixture, gradient, losses, scores = 2.0 * product, 4.0 * product, 0.0, (backward - 1) * product
     if shape.feedback != "embedding":
-        mixture, losses, scores = 0.0, 3.0 * learned, -learned  # in place of the product for statistics
+        mixture = gradient = 0.0
+        losses, scores = 3.0 * learned, steps * product - learned  # the statistics of a pass take a product
     elif shape.top_k is not None and shape.top_k < shape.vocabulary:
-        mixture, twice, losses, scores = product + 10.0 * shape.top_k * shape.hidden, 0.0, 2.0 * learned, learned
+        rows = 2.0 * shape.top_k * shape.hidden
+        mixture, gradient, losses, scores = product + rows, 4.0 * rows, 2.0 * learned, learned
     return Flops(
-        passes=3.0 * (steps + 1) * forward,
-        pondering=steps * mixture,
+        passes=(steps + 1 + 2.0 * backward) * forward,
+        pondering=steps * mixture + (backward - 1) * gradient,
         loss=3.0 * product + losses,
-        recomputed=RECOMPUTED_FORWARDS[recompute] * (steps + 1) * again + steps * twice + scores,
+        recomputed=RECOMPUTED_FORWARDS[recompute] * backward * again + scores,
     )
 
 
 def square_attention(shape: Shape, pondering_steps: float | None = None) -> float:
     """The FLOPs that PaLM's convention adds to `flops_per_token(...).model`: the masked half of attention's square."""
     steps = shape.pondering_steps if pondering_steps is None else pondering_steps
-    return 3.0 * (steps + 1) * 2.0 * shape.layers * shape.hidden * (shape.sequence - 1)
+    forwards = steps + 1 + 2.0 * shape.differentiated(steps)  # a backward takes two
+    return forwards * 2.0 * shape.layers * shape.hidden * (shape.sequence - 1)
 
 
 def step_flops(shape: Shape, recompute: str, pondering_steps: int, tokens: int, pass_losses: str = "last") -> Flops:
@@ -255,9 +265,9 @@ def gathering(
     if weights_kept(shape, zero):
         return Gathering("ZeRO-3 keeps all weights gathered from the first pass to the end of backward", 1.0, 1.0)
     blocks = shape.block_parameters / shape.parameters
-    passes = (shape.pondering_steps if pondering_steps is None else pondering_steps) + 1
-    again = recompute in SWEEPS_AGAIN
-    sweeps, turns = passes * (3 if again else 2), 2 * passes - 1 if again else 1
+    steps = shape.pondering_steps if pondering_steps is None else pondering_steps
+    backward, again = shape.differentiated(steps), recompute in SWEEPS_AGAIN
+    sweeps, turns = steps + 1 + backward * (2 if again else 1), 2 * backward - 1 if again else 1
     rounds = sweeps - turns * min(1.0, KEPT_AT_TURN / shape.layers)
     live_share = min(1.0, (1.0 - blocks) + LIVE_LAYERS * blocks / shape.layers)
     return Gathering(

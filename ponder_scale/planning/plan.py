@@ -34,8 +34,9 @@ from ponder_scale.planning.cost import (
     state_bytes,
     steps_to_tokens,
 )
+from ponder_scale.planning.depth import mean_steps
 from ponder_scale.planning.hardware import CPU, Hardware, hardware_of, read_hardware
-from ponder_scale.planning.shape import model_shape
+from ponder_scale.planning.shape import run_shape
 from ponder_scale.planning.time import NO_TIME, Job, StepTime, step_time
 
 USABLE = 0.92  # share of a device's memory to plan with; the driver, NCCL and fragmentation take the rest
@@ -127,7 +128,7 @@ def plan_run(
         configuration: the transformers configuration of the model.
         traced: the trace of the run's micro-batch, if it is known already.
     """
-    shape = model_shape(configuration, config.data.seq_len)
+    shape = run_shape(config, configuration)
     zero = sharding["zero_optimization"]
     gathers = gathering(shape, zero, config.train.recompute)
     width = 2 if config.train.precision == "bf16" else 4
@@ -187,7 +188,7 @@ def settle_sharding(
     zero = dict(sharding["zero_optimization"])
     if zero.get("zero_hpz_partition_size") == "auto":
         zero["zero_hpz_partition_size"] = devices.per_node
-    shape = model_shape(configuration, config.data.seq_len)
+    shape = run_shape(config, configuration)
     keep = {**sharding, "zero_optimization": gather_limits(zero, shape, keep=True)}
     width = 2 if config.train.precision == "bf16" else 4
     decided = zero["stage"] != 3 or not is_open(zero, REUSE)
@@ -196,17 +197,6 @@ def settle_sharding(
     if plan_run(config, keep, configuration, devices, traced=traced).fits(devices.memory_bytes):
         return keep
     return {**sharding, "zero_optimization": gather_limits(zero, shape, keep=False)}
-
-
-def mean_steps(config: RunConfig) -> float:
-    """The expected pondering steps of an optimizer step."""
-    schedule, highest = config.train.pondering, config.model.pondering_steps
-    if schedule.schedule == "uniform":
-        return (schedule.low + highest) / 2
-    if schedule.schedule == "ramp":
-        share = min(1.0, schedule.ramp_steps / config.train.steps)
-        return highest - share * (highest - schedule.low) / 2
-    return float(highest)
 
 
 def _bucket_bytes(zero: dict[str, Any], parameters: int, width: int) -> int:

@@ -6,12 +6,22 @@ from typing import Any
 
 import torch
 
+from ponder_scale.config import RunConfig
 from ponder_scale.planning.cost import Shape
 from ponder_scale.setup.build import new_model
 
 
-def model_shape(configuration: Any, seq_len: int) -> Shape:
-    """The shape of the model of a transformers configuration, for `cost`."""
+def run_shape(config: RunConfig, configuration: Any) -> Shape:
+    """The shape of the model of a run, as the run trains it."""
+    return model_shape(configuration, config.data.seq_len, config.train.pondering.backward_passes)
+
+
+def model_shape(configuration: Any, seq_len: int, backward_passes: int | None = None) -> Shape:
+    """The shape of the model of a transformers configuration, for `cost`.
+
+    Args:
+        backward_passes: number of the last passes that gradients flow through. None means all.
+    """
     with torch.device("meta"):
         model = new_model(configuration)
     embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
@@ -29,6 +39,7 @@ def model_shape(configuration: Any, seq_len: int) -> Shape:
         feedback=configuration.feedback,
         top_k=None if top_k is None or top_k >= configuration.vocab_size else top_k,
         tied=head is model.get_input_embeddings().weight,
+        backward_passes=backward_passes,
         layer_matrices=sum(weight.ndim > 1 for weight in layer.parameters()),
         layer_modules=sum(1 for _ in layer.modules()),
     )

@@ -28,10 +28,10 @@ from ponder_scale.planning.cost import PREFETCH, Shape, gathering, weights_kept
 from ponder_scale.planning.hardware import Hardware, Link
 from ponder_scale.planning.operations import AGAIN, BACKWARD, FORWARD, Operations, Product, Rest
 
-MIXTURE_PRODUCTS = 7  # with the vocabulary, for a token and pondering step: 2 forward, 5 backward as z is made again
+MIXTURE_PRODUCTS = 2, 5  # with the vocabulary, for a token and pondering step: forward, backward as z is made again
 LOSS_PRODUCTS = 3
 LEARNED_PRODUCTS = {"hidden": 2, "top_k": 3}  # more of a pass whose loss is trained, beside its statistics
-TOP_K_ROWS = 5  # times that K rows of width D are read or written: one forward, four backward
+TOP_K_ROWS = 1, 4  # times that K rows of width D are read or written: forward, backward
 HOOK_CALLS = 12  # ZeRO-3's hooks on a module take as long as starting this many operations
 NORM_CALLS = 4  # small collectives of an update: the norm, whether all is finite, the agreement of the ranks
 BUCKET_COPIES = 6  # times that a gradient is read or written: into a bucket, divided by the ranks, out of it
@@ -78,6 +78,11 @@ class Job:
     def share(self) -> float:
         """The passes of an average step over the passes that `operations` were counted for."""
         return (self.pondering_steps + 1) / (self.shape.pondering_steps + 1)
+
+    @property
+    def differentiated(self) -> float:
+        """Passes that gradients flow through, on average."""
+        return self.shape.differentiated(self.pondering_steps)
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def step_time(job: Job, hardware: Hardware) -> StepTime:
     vocabulary = _vocabulary(job, hardware)
     computing = products + attention + elementwise + recomputation + vocabulary
     hidden = hardware.asynchronous
-    backward = (sum(once[BACKWARD]) + recomputation) / (job.pondering_steps + 1)  # of the pass that completes gradients
+    backward = (sum(once[BACKWARD]) + recomputation) / job.differentiated  # of the pass that completes gradients
     micro_reduce, step_reduce = _reductions(job, hardware, backward if hidden else 0.0)
     micro_gather, step_gather = _gathers(job, hardware, computing if hidden else 0.0)
     micro_offload, step_offload, optimizer = _update(job, hardware)
@@ -202,22 +207,26 @@ def _vocabulary(job: Job, hardware: Hardware) -> float:
         product = Product(FORWARD, tokens, shape.vocabulary, shape.hidden, count)
         return product_seconds(product, hardware, job.precision, hardware.vocabulary_share[way])
 
+    def times(counts: tuple[int, int]) -> float:
+        return counts[0] * job.pondering_steps + counts[1] * (job.differentiated - 1)
+
     loss = products("loss", LOSS_PRODUCTS)
     if shape.feedback != "embedding":
         statistics = job.pondering_steps + LEARNED_PRODUCTS["hidden"] * job.learned_passes
         return loss + products("loss", statistics)
     if shape.top_k is not None:
-        rows = TOP_K_ROWS * tokens * shape.top_k * shape.hidden * job.width
+        rows = times(TOP_K_ROWS) * tokens * shape.top_k * shape.hidden * job.width
         loss += products("loss", LEARNED_PRODUCTS["top_k"] * job.learned_passes)
-        return loss + job.pondering_steps * (products("top_k", 1) + rows / hardware.memory_bytes_per_second)
-    return loss + products("tied" if shape.tied else "mixture", MIXTURE_PRODUCTS * job.pondering_steps)
+        return loss + products("top_k", job.pondering_steps) + rows / hardware.memory_bytes_per_second
+    return loss + products("tied" if shape.tied else "mixture", times(MIXTURE_PRODUCTS))
 
 
 def _host(job: Job, hardware: Hardware, computing: float) -> float:
     """The seconds of a micro-step in which the device waits for the host."""
     hooks = 0.0
     if job.stage == 3:
-        sweeps = (job.pondering_steps + 1) * (3 if any(p.phase == AGAIN for p in job.operations.products) else 2)
+        again = any(product.phase == AGAIN for product in job.operations.products)
+        sweeps = job.pondering_steps + 1 + job.differentiated * (2 if again else 1)
         hooks = sweeps * job.shape.layers * job.shape.layer_modules * HOOK_CALLS * hardware.call_seconds
     if not hardware.asynchronous:
         return hooks

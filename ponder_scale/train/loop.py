@@ -21,7 +21,7 @@ from ponder_scale.errors import REWOUND, ConfigError
 from ponder_scale.runs.attempts import Attempt
 from ponder_scale.train import generators
 from ponder_scale.train.measure.metrics import StepMeans, StepTally
-from ponder_scale.train.schedules import learning_rate, pass_weights, pondering_steps
+from ponder_scale.train.schedules import Depth, learning_rate, pass_weights, step_depth
 from ponder_scale.train.start import Run, start
 from ponder_scale.train.survive.control import Orders
 from ponder_scale.train.survive.watchdog import Watch
@@ -69,20 +69,20 @@ def _train(run: Run) -> int:
         run.incidents.begin_step()
         lr = learning_rate(step, config.train.steps, config.optim)
         run.engine.set_learning_rate(lr)
-        ponder = pondering_steps(step, config.model.pondering_steps, config.train.pondering, config.seed)
+        depth = step_depth(step, config)
         if config.train.pondering.schedule != "fixed":
-            run.engine.agree_on(ponder)
+            run.engine.agree_on(depth.most)
         last = step == config.train.steps
         logged = step == run.first_step or last or step % config.log.every_steps == 0
         with run.profiler.step(step, logged=logged) as communication:
-            tally = _accumulate(run, step, ponder, logged=logged)
+            tally = _accumulate(run, step, depth, logged=logged)
             run.watch.enter("step")
             means, orders = _agree(run, tally)
             if _due(step, config.health.check_replicas_every):
                 run.incidents.compare_replicas(step)
             grad_norm = run.engine.update(partial(run.health.accepts, means.loss, labels=means.labels))
             run.engine.average_weights(step)
-        run.work.add(config.train.batch_at(step), ponder, updated=run.engine.updated)
+        run.work.add(config.train.batch_at(step), depth.most, updated=run.engine.updated)
         run.control.took(step=run.watch.clock() - began)
         if logged:
             run.metrics.log_step(
@@ -107,12 +107,12 @@ def _train(run: Run) -> int:
     return _end(run, step, orders)
 
 
-def _accumulate(run: Run, step: int, ponder: int, *, logged: bool) -> StepTally:
+def _accumulate(run: Run, step: int, depth: Depth, *, logged: bool) -> StepTally:
     """Run forward and backward of the micro-batches of a step. Returns what they report."""
     tally = StepTally()
     generators.seed(run.config.seed, step, run.engine.rank)
     extras: dict[str, Any] = {"track": run.config.log.track_tokens if logged else None}
-    extras["pass_weights"] = pass_weights(step, ponder, run.config.train.pass_losses, run.config.seed)
+    extras["pass_weights"] = pass_weights(step, depth.most, run.config.train.pass_losses, run.config.seed)
     sequences, ahead = (run.config.train.batch_at(number) for number in (step, step + 1))
     run.engine.set_batch(sequences)
     batches = run.loader.next_batches(sequences, ahead)
@@ -122,8 +122,9 @@ def _accumulate(run: Run, step: int, ponder: int, *, logged: bool) -> StepTally:
         # weight in the step. The mean may be 0.
         mean = run.engine.mean(counts)
         extras["label_count"] = torch.where(mean > 0, mean, 1.0)
-    for batch, count in zip(batches, counts, strict=True):
-        tally.add(run.engine.micro_step(batch, ponder, enter=run.watch.enter, **extras), count)
+    for number, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+        own = depth.of(number, len(batch.tokens), rank=run.engine.rank, ranks=run.engine.world_size)
+        tally.add(run.engine.micro_step(batch, depth.most, own, enter=run.watch.enter, **extras), count)
     return tally
 
 

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import math
 import random
+from typing import NamedTuple
 
-from ponder_scale.config import OptimConfig, PonderingSchedule
+import torch
+from torch import Tensor
+
+from ponder_scale.config import OptimConfig, PonderingSchedule, RunConfig
+from ponder_scale.planning.depth import DEPTH_SIGMA
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
@@ -53,12 +58,58 @@ def pass_weights(step: int, steps: int, pass_losses: str, seed: int) -> tuple[fl
 def pondering_steps(step: int, highest: int, schedule: PonderingSchedule, seed: int) -> int:
     """The pondering steps of optimizer step `step`, counted from 1; at most `highest`, the model's.
 
-    uniform draws from [low, highest], by seed and step alone: the same on every rank. ramp rises linearly and
-    reaches `highest` at step `ramp_steps`.
+    uniform and lognormal-poisson draw from [low, highest], by seed and step alone: the same on every rank. ramp rises
+    linearly and reaches `highest` at step `ramp_steps`.
     """
     if schedule.schedule == "fixed":
         return highest
+    if schedule.schedule == "ramp":
+        done = min(1.0, step / schedule.ramp_steps) if schedule.ramp_steps else 1.0
+        return schedule.low + math.floor((highest - schedule.low) * done)
+    return _drawn(random.Random(f"pondering steps {seed} {step}"), highest, schedule)
+
+
+class Depth(NamedTuple):
+    """The pondering steps of an optimizer step."""
+
+    most: int  # that a sequence takes: so many steps are run for all
+    by_sequence: list[int] | None = None  # in the order of the global batch; None: all take as many
+
+    def of(self, micro_batch: int, rows: int, *, rank: int, ranks: int) -> Tensor | None:
+        """Those of the sequences of a rank's micro-batch, (rows,), which the loader deals out; None: as many as all."""
+        if self.by_sequence is None:
+            return None
+        first = (micro_batch * ranks + rank) * rows
+        return torch.tensor(self.by_sequence[first : first + rows])
+
+
+def step_depth(step: int, config: RunConfig) -> Depth:
+    """The pondering steps of optimizer step `step` of a run, counted from 1.
+
+    A sequence's own are drawn by seed, step and its place in the global batch, so that they depend on neither ranks
+    nor micro-batches.
+    """
+    schedule, highest, seed = config.train.pondering, config.model.pondering_steps, config.seed
+    if schedule.per == "step":
+        return Depth(pondering_steps(step, highest, schedule, seed))
+    places = range(config.train.batch_at(step))
+    drawn = [_drawn(random.Random(f"pondering steps {seed} {step} {place}"), highest, schedule) for place in places]
+    return Depth(max(drawn), drawn)
+
+
+def _drawn(draw: random.Random, highest: int, schedule: PonderingSchedule) -> int:
+    """A number of pondering steps in [low, highest].
+
+    lognormal-poisson: Poisson(exp(tau)), tau ~ Normal(log(mean) - sigma^2 / 2, sigma), which has the mean `mean`,
+    then clipped. Huginn (arXiv 2502.05171, section 3.3; `randomized_iteration_sampler` of its code) runs one iteration
+    more than the Poisson number, and the model here one pass more than it has pondering steps.
+    """
     if schedule.schedule == "uniform":
-        return random.Random(f"pondering steps {seed} {step}").randint(schedule.low, highest)
-    done = min(1.0, step / schedule.ramp_steps) if schedule.ramp_steps else 1.0
-    return schedule.low + math.floor((highest - schedule.low) * done)
+        return draw.randint(schedule.low, highest)
+    assert schedule.mean is not None
+    rate = draw.lognormvariate(math.log(schedule.mean) - DEPTH_SIGMA**2 / 2, DEPTH_SIGMA)
+    # as many as arrive in a time of `rate`; no more than `highest` of them need be counted
+    steps, time = 0, draw.expovariate(1.0)
+    while time <= rate and steps < highest:
+        steps, time = steps + 1, time + draw.expovariate(1.0)
+    return max(schedule.low, steps)

@@ -22,7 +22,7 @@ from ponder_scale.errors import ShardError, TokenizerError
 from ponder_scale.files.write import write_whole
 from ponder_scale.planning.auto import as_before, is_auto, settle
 from ponder_scale.planning.plan import present_devices
-from ponder_scale.planning.shape import model_shape
+from ponder_scale.planning.shape import run_shape
 from ponder_scale.runs.attempts import Attempt
 from ponder_scale.settings import load, to_yaml
 from ponder_scale.setup.build import build_model, model_configuration
@@ -89,7 +89,7 @@ def start(config: RunConfig, watch: Watch, attempt: Attempt) -> Run:
     engine = Engine(_model(config, configuration, sources), config)
     tasks = Tasks(config.evaluate, partial(replica, engine), tokenizer, watch.alive) if config.evaluate.tasks else None
     loader = _loader(config, sources, engine)
-    health, shape = Health(config.health), model_shape(configuration, config.data.seq_len)
+    health, shape = Health(config.health), run_shape(config, configuration)
     work = Work(config, shape)
     model_values = json.loads(json.dumps(configuration.to_dict()))  # checkpoints compare values that JSON has changed
     contents = Contents(config, model_values, engine, loader, health, work)

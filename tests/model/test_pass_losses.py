@@ -212,3 +212,11 @@ def test_without_labels_weights_change_nothing_and_no_label_that_counts_is_a_los
 def test_weights_that_fit_no_pass_are_refused(weights: tuple[float, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make("llama", pondering_steps=STEPS)(TOKENS, shift_labels=LABELS, pass_weights=weights)
+
+
+def test_losses_of_passes_without_gradient_are_refused() -> None:
+    model = make("llama", pondering_steps=STEPS)
+    with pytest.raises(ValueError, match="the losses of the first 2 passes would have no gradient"):
+        model(TOKENS, shift_labels=LABELS, pass_weights=(0.0, 0.5, 0.0, 0.5), backward_passes=2)
+    loss = model(TOKENS, shift_labels=LABELS, pass_weights=(0.0, 0.0, 0.5, 0.5), backward_passes=2).loss
+    assert any(gradient.any() for gradient in gradients(model, loss))

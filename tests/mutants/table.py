@@ -46,6 +46,7 @@ SCHEDULES = " ".join(
     f"tests/train/zero/test_engine.py::test_{name}"
     for name in ("schedules_warm_up_and_end_at_the_minimum", "pondering_steps_are_drawn_by_step_and_seed_and_ramp_up")
 )
+DEPTH = "tests/train/test_depth.py::test_draws_have_the_published_density_clipped_at_both_ends"
 MUTANTS = [
     *_of(
         "data_pipeline/clean/filters.py",
@@ -162,6 +163,13 @@ MUTANTS = [
         ("min(1.0, step / schedule.ramp_steps)", "min(1.0, (step - 1) / schedule.ramp_steps)"),
     ),
     *_of(
+        "ponder_scale/train/schedules.py",
+        DEPTH,
+        ("- DEPTH_SIGMA**2 / 2", "+ DEPTH_SIGMA**2 / 2"),
+        ("while time <= rate", "while time <= schedule.mean"),
+        ("max(schedule.low, steps)", "max(schedule.low, steps + 1)"),
+    ),
+    *_of(
         "ponder_scale/runs/status.py",
         "tests/runs/test_status.py",
         ("STALE_SECONDS, STALE_STEPS = 60.0, 5.0", "STALE_SECONDS, STALE_STEPS = 60.0, 4.0"),
@@ -213,11 +221,11 @@ MUTANTS = [
             "2.0 * shape.layers * shape.hidden * (shape.sequence + 1)",
             "4.0 * shape.layers * shape.hidden * (shape.sequence + 1)",
         ),
-        ("passes=3.0 * (steps + 1) * forward", "passes=3.0 * steps * forward"),
-        ("mixture, twice = 6.0 * product, product", "mixture, twice = 4.0 * product, product"),
-        ("product + 10.0 * shape.top_k * shape.hidden, 0.0", "6.0 * product, product"),
+        ("passes=(steps + 1 + 2.0 * backward) * forward", "passes=(steps + 2.0 * backward) * forward"),
+        ("gradient, twice = 2.0 * product, 4.0 * product", "gradient, twice = 2.0 * product, 2.0 * product"),
+        ("product + rows, 4.0 * rows, 0.0", "product + rows, 4.0 * product, product"),
         ("loss=3.0 * product", "loss=2.0 * product"),
-        ("* (steps + 1) * again + steps * twice", "* (steps + 1) * again"),
+        ("* backward * again + (backward - 1) * twice", "* backward * again"),
         ('again = forward - attention if recompute == "selective" else forward', "again = forward"),
         ("masters=4 * sharded if has_masters else 0", "masters=4 * sharded"),
         ("moments=(12 if average else 8) * sharded", "moments=8 * sharded"),
@@ -225,7 +233,7 @@ MUTANTS = [
             "gradients=narrow * (share if stage >= 2 else parameters)",
             "gradients=narrow * (share if stage >= 1 else parameters)",
         ),
-        ("2 * passes - 1 if again else 1", "2 * passes if again else 1"),
+        ("2 * backward - 1 if again else 1", "2 * backward if again else 1"),
         ("LIVE_LAYERS = 3 ", "LIVE_LAYERS = 2 "),
     ),
     *_of(
@@ -247,7 +255,7 @@ MUTANTS = [
     *_of(
         "ponder_scale/planning/time.py",
         "tests/planning/test_time.py",
-        ("MIXTURE_PRODUCTS = 7 ", "MIXTURE_PRODUCTS = 6 "),
+        ("MIXTURE_PRODUCTS = 2, 5 ", "MIXTURE_PRODUCTS = 2, 4 "),
         ("LOSS_PRODUCTS = 3\n", "LOSS_PRODUCTS = 2\n"),
         ("rounds = 2 if kind ==", "rounds = 1 if kind =="),
         ("seconds - hiding), small", "seconds), small"),
@@ -261,8 +269,13 @@ MUTANTS = [
         ("USABLE = 0.92 ", "USABLE = 0.95 "),
         ("USABLE = 0.92 ", "USABLE = 0.9 "),
         ("return kept + max(in_backward, states.gradients)", "return kept + in_backward + states.gradients"),
-        ("(schedule.low + highest) / 2", "highest / 2"),
+    ),
+    *_of(
+        "ponder_scale/planning/depth.py",
+        "tests/planning/test_cost.py",
+        ("(steps - low + 1) / (highest - low + 1)", "(steps - low) / (highest - low + 1)"),
         ("share * (highest - schedule.low) / 2", "share * (highest - schedule.low)"),
+        ("- DEPTH_SIGMA**2 / 2)", ")"),
     ),
     *_of(
         "ponder_scale/planning/failures.py",

@@ -19,7 +19,8 @@ from ponder_scale.planning.cost import (
     state_bytes,
     step_flops,
 )
-from ponder_scale.planning.plan import Plan, mean_steps
+from ponder_scale.planning.depth import mean_steps
+from ponder_scale.planning.plan import Plan
 from ponder_scale.planning.time import StepTime
 from ponder_scale.settings import load
 
@@ -44,6 +45,19 @@ def test_operations_of_a_token_by_hand(policy: str, recomputed: int) -> None:
     assert (flops.recomputed, flops.model) == (recomputed, 20928 + 14400 + 2400)
     assert flops_per_token(SHAPE, policy, 0).model == 3 * 1744 + 2400
     assert step_flops(SHAPE, policy, 3, 7).hardware == 7 * (37728 + recomputed)
+
+
+def test_passes_without_gradient_count_their_forward_alone() -> None:
+    """Four passes and three feedbacks; the last two passes are differentiated, so one feedback is, and recomputed."""
+    shape = replace(SHAPE, backward_passes=2)
+    flops = flops_per_token(shape, "pass")
+    assert flops.passes == 4 * 1744 + 2 * 2 * 1744
+    assert flops.pondering == 3 * 2 * 800 + 1 * 4 * 800
+    assert flops.recomputed == 2 * 1744 + 1 * 800
+    assert flops_per_token(shape, "pass", 1) == flops_per_token(SHAPE, "pass", 1)  # two passes are all of them
+    assert flops_per_token(replace(SHAPE, backward_passes=9), "pass") == flops_per_token(SHAPE, "pass")
+    top_k = flops_per_token(replace(shape, top_k=5), "none")
+    assert top_k.pondering == 3 * (800 + 2 * 5 * 8) + 1 * 8 * 5 * 8
 
 
 def test_a_mixture_of_k_tokens_counts_its_scores_and_k_rows() -> None:
@@ -108,6 +122,9 @@ def test_mean_pondering_steps_by_hand() -> None:
     assert mean("train.pondering.schedule=uniform") == 2.0
     assert mean("train.pondering.schedule=ramp", "train.pondering.ramp_steps=50") == 2.5
     assert mean("train.pondering.schedule=ramp", "train.pondering.ramp_steps=400") == 2.0
+    drawn = "train.pondering.schedule=lognormal-poisson", "train.pondering.mean=8", "train.pondering.low=0"
+    assert mean(*drawn, "model.pondering_steps=64") == pytest.approx(8.0, abs=2e-3)
+    assert mean(*drawn, "model.pondering_steps=8") == pytest.approx(6.078, abs=1e-3)
 
 
 @pytest.mark.parametrize(("keeps_gradients", "bytes_of_plan"), [(False, 83), (True, 89)])

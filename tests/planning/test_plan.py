@@ -328,6 +328,16 @@ def test_the_blocks_of_the_op_and_the_passes_do_not_peak_together() -> None:
     )
 
 
+def test_passes_without_gradient_keep_nothing_for_backward() -> None:
+    """Traced: one differentiated pass of four takes about what a model without pondering does, not four times it."""
+    settings = ["train.recompute=none", "model.pondering_steps=3"]
+    whole, last, plain = (
+        micro_batch(*small(*settings, *more)).peak_bytes
+        for more in ([], ["train.pondering.backward_passes=1"], ["model.pondering_steps=0"])
+    )
+    assert 0.9 * plain < last < 1.3 * plain < 0.5 * whole
+
+
 def test_what_does_not_fit_is_warned_of() -> None:
     stage_0 = {"zero_optimization": {"stage": 0}}
     for overrides, device, warns in (([], "h100", False), (WIDE, "a100-40", True)):

@@ -70,6 +70,11 @@ def test_each_term_of_a_rank_alone_by_hand() -> None:
     assert sum(step.terms().values()) == pytest.approx(step.seconds)
 
 
+def test_feedbacks_without_gradient_take_their_forward_alone() -> None:
+    step = step_time(replace(JOB, shape=replace(SHAPE, backward_passes=2)), PLANTED)
+    assert step.vocabulary == pytest.approx(2 * (3 * 8000 / 500 + (2 * 3 + 5 * 1) * 8000 / 1000))
+
+
 def test_small_sides_of_a_product_cost_their_edges() -> None:
     edged = replace(PLANTED, product_edge=10.0)
     sides = 10 * (1 / 5 + 1 / 10 + 1 / 20)

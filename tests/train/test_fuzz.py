@@ -26,7 +26,7 @@ from ponder_scale.settings import load
 from ponder_scale.setup.build import build_model, model_configuration
 from ponder_scale.shards.packing import pack
 from ponder_scale.train.optim import parameter_groups
-from ponder_scale.train.schedules import learning_rate, pondering_steps
+from ponder_scale.train.schedules import learning_rate, step_depth
 from tests.ranks import run_ranks
 from tests.train.runs import assert_same_run, assert_same_state, records, resumed_from, train_on_a_rank
 from tests.train.zero.gradients import POLICIES
@@ -100,6 +100,8 @@ def drawn_training(draw: random.Random, precision: str, steps: int) -> dict[str,
     if schedule != "fixed":
         train |= {"pondering.schedule": schedule, "pondering.low": draw.randint(0, steps)}
         train["pondering.ramp_steps"] = draw.choice((0, 2, 4))
+    if schedule == "uniform" and draw.random() < 0.5:
+        train["pondering.per"] = "sequence"
     train["sanity_step"] = draw.choice(("true", "false", "false"))
     return train
 
@@ -169,10 +171,12 @@ def in_plain_torch(config: RunConfig) -> list[tuple[float, float]]:
         masked = (
             {"position_ids": torch.cat([piece.position_ids for piece in pieces])} if config.data.document_mask else {}
         )
+        depth = step_depth(step, config)
         loss = model(
             input_ids=tokens[:, :-1],
             shift_labels=labels,
-            pondering_steps=pondering_steps(step, config.model.pondering_steps, train.pondering, config.seed),
+            pondering_steps=depth.most,
+            sequence_steps=None if depth.by_sequence is None else torch.tensor(depth.by_sequence),
             z_loss=optim.z_loss,
             **masked,
         )

@@ -27,7 +27,7 @@ from ponder_scale.errors import ConfigError
 from ponder_scale.planning.cost import gathering
 from ponder_scale.planning.hardware import peak_flops
 from ponder_scale.planning.plan import present_devices, settle_sharding
-from ponder_scale.planning.shape import model_shape
+from ponder_scale.planning.shape import run_shape
 from ponder_scale.setup.recompute import refuse_foreign_checkpointing
 from ponder_scale.setup.speed import document_arguments
 from ponder_scale.train.console import folded
@@ -37,6 +37,7 @@ from ponder_scale.train.zero.deepspeed_version import TESTED, is_tested, refuse_
 from ponder_scale.train.zero.gate import Accept, Gate
 from ponder_scale.train.zero.optimizer import load_muon, make_optimizer
 from ponder_scale.train.zero.partition import Partition, Scalars
+from ponder_scale.train.zero.shared_weights import keep_tables_gathered, release_in_backward
 from ponder_scale.train.zero.traces import TraceBank
 
 logger = logging.getLogger(__name__)
@@ -120,13 +121,14 @@ class Engine:
                 "deepspeed %s is not among the versions that were tested (%s); what is known to be wrong is refused",
                 *(deepspeed.__version__, ", ".join(TESTED)),
             )
-        shape = model_shape(model.config, config.data.seq_len)
+        shape = run_shape(config, model.config)
         gathers = gathering(shape, sharding["zero_optimization"], config.train.recompute)
         if gathers is not None:
             for line in folded(gathers.sentence):
                 logger.info("%s", line)
         settings = deepspeed_config(sharding, config.train, config.optim, self.world_size)
         self._z_loss, self._ema = config.optim.z_loss, config.optim.ema
+        self._backward_passes = config.train.pondering.backward_passes
         self.average_since: int | None = None  # the first step in the running average of the weights
         self.micro_steps: int = settings["gradient_accumulation_steps"]
         if config.train.precision == "bf16":
@@ -153,8 +155,8 @@ class Engine:
         self._micro_steps_done = 0  # in the current step; back to 0 after its last micro-step
         self._traces: TraceBank | None = None
         if self.zero_stage == 3:
-            _keep_tables_gathered(self.deepspeed.module)
-            _release_in_backward(self.deepspeed)
+            keep_tables_gathered(self.deepspeed.module)
+            release_in_backward(self.deepspeed)
             if config.train.pondering.schedule != "fixed":
                 self._traces = TraceBank(self.deepspeed)
 
@@ -184,6 +186,7 @@ class Engine:
         self,
         batch: MicroBatch,
         pondering_steps: int | None = None,
+        sequence_steps: Tensor | None = None,
         *,
         track: int | None = None,
         label_count: Tensor | None = None,
@@ -194,6 +197,7 @@ class Engine:
 
         Args:
             pondering_steps: replaces the model's number. It must be the same on all ranks, see `agree_on`.
+            sequence_steps: (B,), if sequences take fewer. They may differ from rank to rank.
             track: number of tokens for which to measure what each pass changes.
             label_count: divides the summed loss. The default is the number of labels that count in this micro-batch.
             pass_weights: weights of the passes' losses, the same on all ranks. The default trains the last pass alone.
@@ -201,8 +205,9 @@ class Engine:
         """
         enter("forward")
         tokens, labels, position_ids = batch
-        options = {"track": track, "num_items_in_batch": label_count, "pass_weights": pass_weights}
-        output = self._forward(tokens[:, :-1], labels, position_ids, pondering_steps, **options)
+        asked: dict[str, Any] = {"sequence_steps": sequence_steps, "pass_weights": pass_weights}
+        asked |= {"track": track, "num_items_in_batch": label_count}
+        output = self._forward(tokens[:, :-1], labels, position_ids, pondering_steps, **asked)
         enter("backward")
         self._backward(output.loss)
         return output
@@ -226,7 +231,7 @@ class Engine:
         labels: Tensor,  # (B, T)
         position_ids: Tensor | None,  # (B, T); if given, attention does not cross documents in any pass
         pondering_steps: int | None = None,
-        **options: Any,
+        **asked: Any,  # of the model
     ) -> Any:
         if self._traces is not None:
             self._traces.use((pondering_steps, torch.is_grad_enabled()))
@@ -234,14 +239,15 @@ class Engine:
         if position_ids is not None:
             documents = {"position_ids": position_ids, **document_arguments(self.module, position_ids)}
             tensors = {name: value for name, value in documents.items() if isinstance(value, Tensor)}
-            options |= documents | {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+            asked |= documents | {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
         return self.deepspeed(
             input_ids=tokens,
             shift_labels=labels,
             skip_logits=True,
             pondering_steps=pondering_steps,
             z_loss=self._z_loss if torch.is_grad_enabled() else 0.0,
-            **options,
+            backward_passes=self._backward_passes if torch.is_grad_enabled() else None,
+            **asked,
         )
 
     def _backward(self, loss: Tensor) -> None:
@@ -352,49 +358,3 @@ def _refuse_without_cuda(zero: dict[str, Any], name: str) -> None:
     for key in ("zero_quantized_weights", "zero_quantized_gradients"):
         if zero.get(key) and not torch.cuda.is_available():
             raise ConfigError(f"{name}: zero_optimization.{key} needs CUDA, for its kernels; use zero3_bounded here")
-
-
-def _keep_tables_gathered(model: Any) -> None:
-    """Tell ZeRO-3 that the root module itself reads the embedding table and the head.
-
-    The pondering embedding uses both outside of their own modules, in every pass. The root gathers them once for all
-    passes. Without this, a tied table would be an empty tensor there.
-    """
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        deepspeed.zero.register_external_parameter(model, module.weight)
-
-
-def _release_in_backward(engine: Any) -> None:
-    """Release each module's weights after its backward in every pass.
-
-    DeepSpeed keeps one number per module, which counts the inputs that still await their gradient, and resets it at
-    each forward. With S + 1 forwards before the first backward, the count is right for the last pass only, and the
-    weights of all other passes stay gathered. Here each forward call has its own count.
-    """
-    offload = engine.optimizer.parameter_offload
-    for module in engine.module.modules():
-        if "post_bwd_fn" in module.__dict__:
-            module.post_bwd_fn = _post_backward_function(module, offload)
-
-
-def _post_backward_function(module: Any, offload: Any) -> type[torch.autograd.Function]:
-    class PostBackward(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, value: Tensor) -> Tensor:
-            if value.requires_grad:
-                # DeepSpeed's pre-forward hook sets ds_grads_remaining to 0, so a 0 marks the first input of a call.
-                if module.ds_grads_remaining == 0:
-                    module.inputs_awaited = [0]
-                module.ds_grads_remaining += 1
-                ctx.awaited = module.inputs_awaited
-                ctx.awaited[0] += 1
-            return value.detach()
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            ctx.awaited[0] -= 1
-            if ctx.awaited[0] == 0:
-                offload.post_sub_module_backward_function(module)
-            return grads
-
-    return PostBackward

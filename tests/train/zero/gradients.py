@@ -14,7 +14,7 @@ from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.settings import load
 from ponder_scale.setup.build import build_model, model_configuration
 from ponder_scale.train.optim import parameter_groups
-from ponder_scale.train.schedules import learning_rate, pass_weights, pondering_steps
+from ponder_scale.train.schedules import learning_rate, pass_weights, step_depth
 from tests.ranks import run_ranks
 
 VOCABULARY, SEQ_LEN, SEQUENCES, STEPS, PONDERING_STEPS = 96, 24, 4, 2, 2
@@ -54,7 +54,7 @@ def make_model(config: RunConfig) -> Any:
 
 
 def steps_of(step: int, config: RunConfig) -> int:
-    return pondering_steps(step + 1, config.model.pondering_steps, config.train.pondering, config.seed)
+    return step_depth(step + 1, config).most
 
 
 def weights_of(step: int, config: RunConfig) -> tuple[float, ...] | None:
@@ -85,14 +85,15 @@ def on_a_rank(case: dict[str, Any]) -> dict[str, Any]:
     losses, norms, gradients, stacks = [], [], {}, []
     for step in range(config.train.steps):
         engine.set_learning_rate(learning_rate(step + 1, config.train.steps, config.optim))
-        ponder = engine.agree_on(steps_of(step, config))
+        ponder, depth = engine.agree_on(steps_of(step, config)), step_depth(step + 1, config)
         batch, total = sequences(step, config), torch.zeros(())
         engine.set_batch(len(batch))
         for micro in range(engine.micro_steps):
             row = micro * engine.world_size + engine.rank
             sequence = batch[row : row + 1]
+            own = depth.of(micro, 1, rank=engine.rank, ranks=engine.world_size)
             rows, weights = MicroBatch(sequence, sequence[:, 1:], None), weights_of(step, config)
-            loss = engine.micro_step(rows, ponder, pass_weights=weights).loss
+            loss = engine.micro_step(rows, ponder, own, pass_weights=weights).loss
             total += loss.detach() / engine.micro_steps
             if step == 0 and micro == engine.micro_steps - 1:
                 for name, parameter in engine.module.named_parameters():
@@ -108,10 +109,7 @@ def on_a_rank(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_plain_torch(case: dict[str, Any]) -> dict[str, Any]:
-    """The same training in one process, without DeepSpeed or recomputation.
-
-    Weighted losses of passes are summed from the losses of as many forwards, each of the model that ponders less.
-    """
+    """The same training in one process, without DeepSpeed or recomputation."""
     config = run_config(case)
     model = make_model(config)
     optimizer = torch.optim.AdamW(
@@ -122,13 +120,7 @@ def in_plain_torch(case: dict[str, Any]) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step + 1, config.train.steps, config.optim)
         batch = sequences(step, config)
-        ponder = steps_of(step, config)
-        weights = weights_of(step, config) or (*[0.0] * ponder, 1.0)
-        loss = sum(
-            weight * model(input_ids=batch[:, :-1], shift_labels=batch[:, 1:], pondering_steps=passes).loss
-            for passes, weight in enumerate(weights)
-            if weight > 0
-        )
+        loss = loss_of(model, batch, step, config)
         loss.backward()
         if step == 0:
             gradients = {name: p.grad.flatten().tolist() for name, p in model.named_parameters()}
@@ -137,6 +129,25 @@ def in_plain_torch(case: dict[str, Any]) -> dict[str, Any]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return {"losses": losses, "norms": norms, "gradients": gradients}
+
+
+def loss_of(model: Any, batch: torch.Tensor, step: int, config: RunConfig) -> torch.Tensor:
+    """The mean loss of a step's sequences; where each takes its own number of steps, each runs alone.
+
+    Weighted losses of passes are those of as many forwards, each of the model that ponders less.
+    """
+    depth = step_depth(step + 1, config)
+    rows = [batch] if depth.by_sequence is None else batch.split(1)
+    steps, passes = depth.by_sequence or [depth.most], config.train.pondering.backward_passes
+    weights = weights_of(step, config) or (*[0.0] * depth.most, 1.0)
+    losses = [
+        weight
+        * model(input_ids=row[:, :-1], shift_labels=row[:, 1:], pondering_steps=taken, backward_passes=passes).loss
+        for row, number in zip(rows, steps, strict=True)
+        for taken, weight in ((min(index, number), weight) for index, weight in enumerate(weights))
+        if weight > 0
+    ]
+    return torch.stack(losses).sum() / len(rows)
 
 
 def small_buckets(folder: Path, stage: int, **zero: Any) -> str:

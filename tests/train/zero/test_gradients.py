@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from ponder_scale.train.schedules import step_depth
 from tests.ranks import run_ranks
 from tests.train.zero.gradients import (
     POLICIES,
@@ -66,6 +67,49 @@ def test_offloading_random_pondering_steps_and_looping_are_right_too(tmp_path: P
         sharding = small_buckets(tmp_path, stage)
         cases.append({"deepspeed": sharding, "policy": "pass", "tied": tied, "overrides": overrides})
     check(cases)
+
+
+def test_gradients_through_the_last_passes_alone_equal_plain_torch_for_every_stage_and_policy(tmp_path: Path) -> None:
+    """The passes before them run without gradient, so the engine's hooks see forwards that no backward follows."""
+    last = ["train.pondering.backward_passes=2"]
+    drawn = ["train.pondering.backward_passes=1", "train.pondering.schedule=uniform", "train.pondering.low=0"]
+    cases = [
+        {"deepspeed": small_buckets(tmp_path, 3), "policy": policy, "tied": tied, "overrides": overrides}
+        for policy, tied, overrides in (
+            ("none", False, [*last, "model.residual=restart", "model.feedback=hidden"]),
+            ("selective", False, last),
+            ("layer", False, [*drawn, "train.steps=5"]),
+            ("pass", True, last),
+            ("pass+layer", False, [*last, "train.offload_activations=true"]),
+        )
+    ]
+    for stage, policy in ((0, "none"), (1, "pass"), (2, "layer")):
+        cases.append({"deepspeed": small_buckets(tmp_path, stage), "policy": policy, "tied": False, "overrides": last})
+    check(cases)
+
+
+def test_sequences_that_take_their_own_number_of_steps_are_as_if_alone(tmp_path: Path) -> None:
+    """The number of passes is that of the deepest of all ranks; under stage 3 every rank has to run as many."""
+    own = ["train.pondering.per=sequence", "train.pondering.low=0", "train.steps=4"]
+    uniform = [*own, "train.pondering.schedule=uniform"]
+    poisson = [*own, "train.pondering.schedule=lognormal-poisson", "train.pondering.mean=1"]
+    depths = [step_depth(step, run_config({**RANDOM, "overrides": poisson})) for step in range(1, 5)]
+    assert len({depth.most for depth in depths}) > 1  # so that stage 3 has to change its trace
+    assert any(len(set(depth.by_sequence or [])) > 1 for depth in depths)
+    check(
+        [
+            {"deepspeed": small_buckets(tmp_path, stage), "policy": policy, "tied": tied, "overrides": overrides}
+            for stage, policy, tied, overrides in (
+                (0, "none", False, uniform),
+                (1, "layer", True, poisson),
+                (2, "selective", False, poisson),
+                (2, "pass", True, [*uniform, "train.pass_losses=linear"]),
+                (3, "pass", False, poisson),
+                (3, "pass+layer", True, uniform),
+                (3, "none", False, uniform),
+            )
+        ]
+    )
 
 
 def in_mixed_precision(case: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ponder_scale.config import RunConfig, TrainConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.planning.cost import gathering
 from ponder_scale.planning.plan import Devices, settle_sharding
-from ponder_scale.planning.shape import model_shape
+from ponder_scale.planning.shape import run_shape
 from ponder_scale.settings import load
 from ponder_scale.setup.build import model_configuration
 from ponder_scale.train.zero.deepspeed_config import check_ranks, read_sharding
@@ -23,16 +23,16 @@ from tests.train.zero.gradients import check, make_model, run_config, small_buck
 SMALL = [*SHAPE, "model.pondering_steps=2"]
 
 
-def planned(regime: str, policy: str) -> Any:
-    config = load(RunConfig, None, [*SMALL, f"train.deepspeed={regime}", f"train.recompute={policy}"])
+def planned(regime: str, policy: str, *more: str) -> Any:
+    config = load(RunConfig, None, [*SMALL, f"train.deepspeed={regime}", f"train.recompute={policy}", *more])
     configuration = model_configuration(config.model, vocab_size=4096, seq_len=config.data.seq_len, eod_id=0)
     devices = Devices(2, 2**40, gpu=False)
     sharding = settle_sharding(config, read_sharding(regime), configuration, devices)
-    return gathering(model_shape(configuration, 16), sharding["zero_optimization"], policy)
+    return gathering(run_shape(config, configuration), sharding["zero_optimization"], policy)
 
 
-def counted(regime: str, policy: str) -> Traffic:
-    return traffic([*SMALL, f"train.deepspeed={regime}", f"train.recompute={policy}"])
+def counted(regime: str, policy: str, *more: str) -> Traffic:
+    return traffic([*SMALL, f"train.deepspeed={regime}", f"train.recompute={policy}", *more])
 
 
 def test_kept_weights_are_gathered_once_a_micro_step() -> None:
@@ -47,6 +47,16 @@ def test_bounded_weights_are_gathered_for_each_pass_and_released(policy: str) ->
     seen, plan = counted("zero3_bounded", policy), planned("zero3_bounded", policy)
     assert seen.forward_volume + seen.backward_volume == pytest.approx(plan.volume, rel=0.1), (seen, plan)
     assert seen.live <= plan.live_share + 0.05 < 0.8, (seen, plan)
+
+
+def test_passes_without_gradient_gather_for_their_forward_alone_and_keep_their_prefetch_trace() -> None:
+    last = "train.pondering.backward_passes=1"
+    seen, plan = counted("zero3_bounded", "pass", last), planned("zero3_bounded", "pass", last)
+    assert seen.forward_volume + seen.backward_volume == pytest.approx(plan.volume, rel=0.1), (seen, plan)
+    assert plan.volume < 0.7 * planned("zero3_bounded", "pass").volume
+    assert seen.live <= plan.live_share + 0.05 < 0.8, (seen, plan)
+    kept = counted("zero3_keep_gathered", "pass", last)
+    assert 0.97 < kept.forward_volume <= 1.001 and kept.backward_volume == 0 and kept.forward_gathers <= 3, kept
 
 
 def test_the_named_regimes_and_a_secondary_partition_give_the_gradients_of_plain_torch(tmp_path: Path) -> None:
