@@ -45,6 +45,7 @@ def on_a_rank(case: dict[str, Any]) -> dict[str, Any]:
 
     from ponder_scale.runs.attempts import Attempt
     from ponder_scale.train import loop
+    from ponder_scale.train.schedules import step_depth
     from ponder_scale.train.survive.watchdog import Watch
 
     torch.set_num_threads(1)
@@ -59,7 +60,7 @@ def on_a_rank(case: dict[str, Any]) -> dict[str, Any]:
             return micro_step(batch, *more, **options)
 
         run.engine.micro_step = counting
-        tally = loop._accumulate(run, 1, config.model.pondering_steps, logged=True)
+        tally = loop._accumulate(run, 1, step_depth(1, config), logged=True)
         means = tally.means(run.engine.total(tally.sums()))
         gradients = {}
         for name, parameter in run.engine.module.named_parameters():
