@@ -40,7 +40,7 @@ QUICK = {
 
 def _commands(document: Path) -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", document.read_text(), flags=re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for block in blocks for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
     return [re.sub(r"\s+#.*", "", line).strip() for line in lines]
 
 
@@ -145,6 +145,20 @@ def test_a_link_leads_to_the_same_file_on_the_site_and_in_the_repository(page: s
             at = os.path.normpath(Path(page).parent / target) if target else page
             assert PAGES.get(at, REPOSITORY / "docs" / at) == there.resolve()
         assert kept == anchor
+
+
+ITEM = re.compile(r"^( *)(?:[-*]|\d\.) ", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_a_list_reads_the_same_on_the_site_and_on_github(page: str) -> None:
+    """mkdocs begins an item only behind an item or an empty line, and takes four spaces for what belongs to one."""
+    text = re.sub(r"^( *)```.*?^ *```$", r"\1code", PAGES[page].read_text(), flags=re.MULTILINE | re.DOTALL)
+    for block in re.split(r"\n(?: *\n)+", text):
+        indent = len(block) - len(block.lstrip(" "))
+        assert indent == 0 or indent >= 4, block
+        items = [] if ITEM.match(block) else [len(item) for item in ITEM.findall(block)]
+        assert not [item for item in items if item < indent or item == indent == 0], block
 
 
 def test_the_comparison_links_what_it_says_of_others_to_lines_at_the_commits_it_names() -> None:
