@@ -6,11 +6,12 @@
 # make faults       the tests that injure a run, and the table of what they did and what was left
 # make mutants      slips put into the arithmetic, one at a time: the tests have to notice each
 # make wheel        the tests of what `pip install` gives: the wheel in an environment of its own, outside the clone
+# make docs         the documentation as a site, in site/, by an environment of its own, .venv-docs
 # make dist         the source distribution and the wheel, in dist/
 # make lock         the locks, made again from pyproject.toml and from what they hold; needs `uv`
 # make gpu          what is to be known of the GPU at hand, in ten minutes: its tests, its ceilings, every bench;
 #                   by .venv's Python where there is one, else $(PYTHON); FLAGS=--train trains for 20 minutes too
-# All but `lock` and `gpu` make .venv and install the locked versions first.
+# All but `docs`, `lock` and `gpu` make .venv and install the locked versions first.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,8 +27,10 @@ RANKS := $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 WORKERS ?= 2
 # where the environment with vLLM is kept between runs
 VLLM ?= $(HOME)/.cache/ponder-scale-vllm
+# the environment of mkdocs
+DOCS := .venv-docs
 
-.PHONY: quickstart test test-fast test-slurm test-vllm faults mutants gpu wheel dist lock install lint clean
+.PHONY: quickstart test test-fast test-slurm test-vllm faults mutants gpu wheel docs dist lock install lint clean
 
 install: $(VENV)/installed
 
@@ -78,6 +81,14 @@ gpu:
 wheel: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_package.py
 
+docs: $(DOCS)/installed
+	$(DOCS)/bin/mkdocs build --strict
+
+$(DOCS)/installed: requirements-docs.lock
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r $<
+	@touch $@
+
 dist: install
 	$(BIN)/python -c "from setuptools import build_meta as made; made.build_sdist('dist'); made.build_wheel('dist')"
 
@@ -91,6 +102,7 @@ lock:
 	$(COMPILE) --constraint requirements-dev.lock --output-file requirements.lock
 	$(subst pyproject.toml,tests/serve/requirements.in,$(COMPILE)) --override tests/serve/overrides.in \
 	    --output-file requirements-vllm.lock
+	$(subst pyproject.toml,docs/requirements.in,$(COMPILE)) --output-file requirements-docs.lock
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(DOCS) runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -97,7 +97,7 @@ def misses(name: str, counts: Counts) -> list[str]:
 
 def main(names: list[str]) -> int:
     """Print the counts of each file, then what is out of bounds; the exit code."""
-    pages = [path for path in sorted((REPOSITORY / "docs").glob("*.md")) if path.name not in MADE]
+    pages = [path for path in sorted((REPOSITORY / "docs").glob("**/*.md")) if path.name not in MADE]
     default = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", REPOSITORY / "slurm" / "README.md", *pages]
     missed = []
     for path in [Path(name).resolve() for name in names] or default:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
@@ -12,11 +13,13 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.commands import run_command, run_script
 
 REPOSITORY = Path(__file__).parents[1]
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+GUIDE, RECIPES = (sorted((REPOSITORY / "docs").glob(pages)) for pages in ("*.md", "recipes/*.md"))
+DOCUMENTS = [REPOSITORY / "README.md", *GUIDE, *RECIPES]
 SMALL = ["model.hidden_size=32", "model.intermediate_size=64", "train.steps=4", "optim.warmup_steps=1"]
 SMALL += ["evaluate.sequences=8"]
 AGAIN = [*SMALL, "train.steps=5", "train.sanity_step=false"]
@@ -37,7 +40,7 @@ QUICK = {
 
 def _commands(document: Path) -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", document.read_text(), flags=re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for block in blocks for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
     return [re.sub(r"\s+#.*", "", line).strip() for line in lines]
 
 
@@ -106,6 +109,56 @@ def test_every_heading_a_document_links_exists(document: Path) -> None:
         headings = re.findall(r"^#+ (.*)$", ((document.parent / name) if name else document).read_text(), re.MULTILINE)
         anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
         assert anchor in anchors, f"{name}#{anchor}"
+
+
+SITE = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())
+HOOKS = runpy.run_path(str(REPOSITORY / "docs" / "site_hooks.py"))
+# the pages of the site by their place on it
+PAGES = {str(path.relative_to(REPOSITORY / "docs")): path for path in (*GUIDE, *RECIPES)}
+PAGES |= {page: REPOSITORY / source for source, page in HOOKS["OUTSIDE"].items()}
+
+
+def test_the_navigation_of_the_site_names_each_page_once_and_nothing_else() -> None:
+    named = [page for group in SITE["nav"] for pages in group.values() for entry in pages for page in entry.values()]
+    assert sorted(named) == sorted(PAGES)
+    assert {"README.md", "docs/configuration.md", "docs/api.md", "docs/recipes/serve.md", "slurm/README.md"} <= {
+        str(path.relative_to(REPOSITORY)) for path in PAGES.values()
+    }
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_a_link_leads_to_the_same_file_on_the_site_and_in_the_repository(page: str) -> None:
+    document, code = PAGES[page], r"```.*?```|`[^`\n]*`"
+    text = document.read_text()
+    made = HOOKS["rewritten"](text, str(document.relative_to(REPOSITORY)))
+    assert re.findall(code, made, flags=re.DOTALL) == re.findall(code, text, flags=re.DOTALL)
+    links = [re.findall(r"\]\(([^)#\s]*)(#[\w-]+)?\)", each) for each in (text, made)]
+    for (name, anchor), (target, kept) in zip(*links, strict=True):
+        there = document if not name else document.parent / name
+        blob = re.fullmatch(re.escape(SITE["repo_url"]) + "/(blob|tree)/main/(.+)", target)
+        if name.startswith("https://"):
+            assert target == name
+        elif blob:
+            assert (REPOSITORY / blob[2]).resolve() == there.resolve() not in PAGES.values()
+            assert there.is_dir() == (blob[1] == "tree")
+        else:
+            at = os.path.normpath(Path(page).parent / target) if target else page
+            assert PAGES.get(at, REPOSITORY / "docs" / at) == there.resolve()
+        assert kept == anchor
+
+
+ITEM = re.compile(r"^( *)(?:[-*]|\d\.) ", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_a_list_reads_the_same_on_the_site_and_on_github(page: str) -> None:
+    """mkdocs begins an item only behind an item or an empty line, and takes four spaces for what belongs to one."""
+    text = re.sub(r"^( *)```.*?^ *```$", r"\1code", PAGES[page].read_text(), flags=re.MULTILINE | re.DOTALL)
+    for block in re.split(r"\n(?: *\n)+", text):
+        indent = len(block) - len(block.lstrip(" "))
+        assert indent == 0 or indent >= 4, block
+        items = [] if ITEM.match(block) else [len(item) for item in ITEM.findall(block)]
+        assert not [item for item in items if item < indent or item == indent == 0], block
 
 
 def test_the_comparison_links_what_it_says_of_others_to_lines_at_the_commits_it_names() -> None:

@@ -51,7 +51,9 @@ def test_a_dependency_ends_before_the_first_series_that_no_test_has_seen(require
 
 
 def test_every_package_of_a_lock_is_pinned_with_hashes() -> None:
-    for name in ("requirements.lock", "requirements-dev.lock", "requirements-triton.lock", "requirements-vllm.lock"):
+    locks = sorted(path.name for path in REPOSITORY.glob("requirements*.lock"))
+    assert locks == [f"requirements{name}.lock" for name in ("-dev", "-docs", "-triton", "-vllm", "")]
+    for name in locks:
         entries = [line for line in re.split(r"(?<!\\)\n", (REPOSITORY / name).read_text()) if line and line[0] != "#"]
         assert entries
         for entry in entries:
@@ -86,7 +88,7 @@ def test_the_workflows_call_targets_that_the_makefile_has() -> None:
                 assert ("uses" in step) != ("run" in step)
                 words = re.findall(r"\bmake ((?:[\w-]+ ?)+)", step.get("run", ""))
                 targets += [word for each in words for word in each.split() if word != "WORKERS"]
-    assert {"lint", "test", "wheel", "test-slurm", "test-vllm"} <= set(targets)
+    assert {"lint", "test", "wheel", "docs", "test-slurm", "test-vllm"} <= set(targets)
     done = subprocess.run(["make", "-n", *targets], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -1,4 +1,7 @@
-"""docs/data.md: its recipes load and its messages are those of the code; its commands run in test_documents."""
+"""docs/data.md: its recipes load and its messages are those of the code; its commands run in test_documents.
+
+The recipe of docs/recipes/corpus.md loads, too.
+"""
 
 import re
 from pathlib import Path
@@ -28,6 +31,16 @@ def test_a_recipe_of_the_page_loads(recipe, tmp_path):
         for name, source in config.sources.items():
             chosen(name, source.filters)
     assert set(yaml.safe_load(recipe)) <= set(vars(config))
+
+
+def test_the_build_of_the_recipe_for_a_corpus_loads(tmp_path):
+    (build,) = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "docs/recipes/corpus.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "corpus.yaml").write_text(build)
+    config = load(BuildConfig, tmp_path / "corpus.yaml", [])
+    assert {name: source.weight for name, source in config.sources.items()} == {"web": 0.8, "books": 0.2}
+    assert [*config.sources["web"].filters] == ["gopher_quality"] and config.deduplicate == "minhash"
+    for name, source in config.sources.items():
+        chosen(name, source.filters)
 
 
 def test_every_message_of_the_page_is_one_of_the_code():
