@@ -1,1 +1,1 @@
-"""`ponder-data`: corpora to token shards. Never imports torch."""
+"""`ponder-data` turns corpora into token shards. It never imports torch."""

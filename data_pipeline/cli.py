@@ -1,4 +1,4 @@
-"""`ponder-data`: corpora to token shards. A command loads what it alone needs when it runs."""
+"""The command `ponder-data`, which turns corpora into token shards. Each command loads only what it needs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ from ponder_scale.settings.commandline import Parser, flags, new_folder, number,
 from ponder_scale.shards.manifest import read_manifest, verify
 from ponder_scale.version import __version__
 
-KINDS = ("megatron", "datatrove", "raw")  # of token files that can be adopted
+KINDS = ("megatron", "datatrove", "raw")  # kinds of token files that you can adopt
 RECIPES = Path(str(resources.files("data_pipeline"))) / "recipes"
 MAX_TRAINING_BYTES = 2**26  # of one text that a tokenizer learns from
-MAX_BAD_FRACTION = 0.01  # of the records that one could learn from
+MAX_BAD_FRACTION = 0.01  # bad share of the records that a tokenizer could learn from
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Run one command and return its exit code.
+
+    The code is 0 for success, 2 for an error that you can fix, 130 for Ctrl-C, 143 for SIGTERM.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     outlive_readers()
     try:
@@ -53,18 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Terminated(BaseException):
-    """SIGTERM came."""
+    """Raised when SIGTERM arrives."""
 
 
 @contextmanager
 def _ended_in_order() -> Iterator[None]:
-    """Within the block SIGTERM is an exception, so that workers are ended and claims given up."""
+    """Turn SIGTERM into an exception inside the block, so that workers end and claims are given up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ignore further signals
         raise _Terminated
 
     before = signal.signal(signal.SIGTERM, end)
@@ -214,7 +217,8 @@ def _config(settings: list[str]) -> BuildConfig:
 
 def _build(options: argparse.Namespace, command: str) -> None:
     one_thread()
-    from data_pipeline.build.pipeline import build  # loads numpy, whose threads cost a small build a fifth of its time
+    # late, because it loads numpy, whose threads cost a small build a fifth of its time
+    from data_pipeline.build.pipeline import build
     from data_pipeline.write.manifest import kept
 
     config = _config(options.settings)
@@ -347,14 +351,16 @@ def _is_override(text: str) -> bool:
 
 
 def _to_learn_from(options: argparse.Namespace) -> BuildConfig:
-    """The sources of a recipe with overrides, or of files and folders. Raises ConfigError for a mixture of both."""
+    """A configuration with the sources of a recipe and overrides, or of files and folders. Raises ConfigError for a
+    mixture.
+    """
     from data_pipeline.read.sources import kind_of
 
     inputs, recipe = list(options.inputs), options.recipe
     if recipe is None and inputs and inputs[0].endswith((".yaml", ".yml")):
         recipe = inputs.pop(0)
     if recipe is None and inputs and all(map(_is_override, inputs)):
-        recipe = ""  # a build without one
+        recipe = ""  # overrides without a recipe
     unused = [f"out={options.out}", "tokenizer=none"]
     if recipe is not None:
         if (

@@ -1,4 +1,4 @@
-"""Every knob of a build, filled from a YAML recipe and `key=value` overrides by `ponder_scale.settings.load`."""
+"""All settings of a build. `ponder_scale.settings.load` fills them from a YAML recipe and `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SourceKind = Literal["jsonl", "parquet", "text", "folder", "dataset"]
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Which characters of a document count in the loss, by fields of its record; one of the three ways."""
+    """Which characters of a document count in the loss, given in one of three ways by fields of its record."""
 
     prompt: str | None = knob(
         None, "Field of a text that does not count in the loss. The document is this text followed by `completion`."
@@ -96,12 +96,11 @@ class SourceConfig:
 
     @property
     def paths(self) -> list[str]:
-        """Each path once, in the order given."""
         return [self.path] if isinstance(self.path, str) else list(dict.fromkeys(self.path))
 
     @property
     def url_field(self) -> str | None:
-        """The key or column of the URL of a document; None where no filter asks for it."""
+        """The key or column that holds a document's URL; None if no filter needs it."""
         if "url" not in self.filters:
             return None
         thresholds = self.filters["url"]
@@ -213,7 +212,7 @@ class BuildConfig:
 
 
 def _check_loss(name: str, source: SourceConfig, special_tokens_in_text: str) -> None:
-    """Raises ConfigError for a loss that does not say, or cannot know, what counts."""
+    """Raise ConfigError for a loss from which it cannot be known which tokens count."""
     loss = source.loss
     if loss is None:
         return
@@ -237,5 +236,5 @@ def _check_loss(name: str, source: SourceConfig, special_tokens_in_text: str) ->
         )
 
 
-# What may differ between a build and its continuation: how it runs, not what it makes.
+# Settings that may change when you continue a build. They affect how it runs, not its result.
 RUNNING = ("out", "overwrite", "workers", "lease_seconds", "max_bad_fraction", "max_damaged_files")

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line every few seconds in a log file."""
+"""Show the progress of long work: a bar on a terminal, or a plain line every few seconds in a log file."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Done(NamedTuple):
-    """How much of a task is done, since its beginning."""
+    """How much of a task is done since it began."""
 
     size: int  # bytes of input
     documents: int = 0
     tokens: int = 0
 
 
-Report = Callable[[int, int, int], None]  # of bytes, documents and tokens that were worked off since the last report
-Doing = Generator[Done, None, dict[str, Any]]  # a task; it says now and then how much is done, and returns its journal
+Report = Callable[[int, int, int], None]  # receives bytes, documents and tokens processed since the last report
+# a task that yields its progress from time to time and returns its journal
+Doing = Generator[Done, None, dict[str, Any]]
 
 
 def told(doing: Doing, report: Report) -> dict[str, Any]:
-    """Do a task to its end and report what it does; its journal. Where it begins again, as when an engine has failed,
-    what it had done is taken back."""
+    """Run a task to its end, report its progress and return its journal.
+
+    If the task begins again, because an engine failed, the progress reported so far is taken back.
+    """
     before = Done(0)
     while True:
         try:
@@ -38,9 +41,9 @@ def told(doing: Doing, report: Report) -> dict[str, Any]:
 
 
 class Progress:
-    """Counts bytes, documents and tokens against the bytes there are, and says how long it will take yet.
+    """Counts bytes, documents and tokens, and estimates the remaining time from the total number of bytes.
 
-    `done`: bytes that were done before it began, by an interrupted build; rates are without them.
+    `done`: bytes that an interrupted build processed earlier. They do not enter the rates.
     """
 
     def __init__(self, what: str, total_bytes: int, quiet: bool = False, done: int = 0) -> None:
@@ -50,7 +53,7 @@ class Progress:
         self._begin = self._last_line = time.monotonic()
         self._bar: Any = None
         if sys.stderr.isatty() and not quiet:
-            from tqdm import tqdm  # not loaded for a log file
+            from tqdm import tqdm  # imported late, because a log file does not need it
 
             self._bar = tqdm(total=total_bytes, initial=done, desc=what, unit="B", unit_scale=True, dynamic_ncols=True)
 
@@ -66,7 +69,7 @@ class Progress:
             self._print()
 
     def add(self, size: int, documents: int = 0, tokens: int = 0) -> None:
-        """Count work that was done: bytes of input, documents, tokens."""
+        """Count finished work: bytes of input, documents, tokens."""
         self._bytes += size
         self._documents += documents
         self._tokens += tokens
@@ -95,7 +98,7 @@ class Progress:
         done = self._bytes / self._total if self._total else 1.0
         speed = (self._bytes - self._before) / seconds
         left = (self._total - self._bytes) / speed if speed else 0.0
-        name, unit = ("kB", 1e3) if 0 < self._total < 1e6 else ("MB", 1e6)  # of a stream, 0
+        name, unit = ("kB", 1e3) if 0 < self._total < 1e6 else ("MB", 1e6)  # the total of a stream is 0
         amount = f"{self._bytes / unit:,.1f} of {self._total / unit:,.1f} {name} ({done:.0%})"
         rates = filter(None, [f"{speed / unit:,.1f} {name}/s", self._rates(now)])
         print(f"{self._what}: {amount}, {', '.join(rates)}, {left:,.0f} s left", file=sys.stderr, flush=True)

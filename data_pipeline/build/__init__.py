@@ -1,1 +1,1 @@
-"""The flow of a build, over processes and machines."""
+"""Run a build over processes and machines."""

@@ -1,4 +1,4 @@
-"""The beginning of a build: all that can be wrong is said before work is done, and work that is done is found again."""
+"""Begin a build: report every error that can be found before work starts, and find work that is already done."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from ponder_scale.files.delete import MARK, delete_contents, delete_file, delete
 from ponder_scale.shards.format import TOKENIZER, open_shards
 from ponder_scale.shards.manifest import MANIFEST, read_manifest, unsealed
 
-PARITY_DOCUMENTS, PARITY_CHARACTERS = 32, 2**16  # of the corpus at most, on which engines are compared at first
-FAILED = "failed"  # why a build could not be finished
+PARITY_DOCUMENTS, PARITY_CHARACTERS = 32, 2**16  # how much of the corpus is used for the first comparison of engines
+FAILED = "failed"  # holds the reason why a build could not be finished
 _NEW_PLAN = "plan.new.jsonl"
 
 
 class Added(NamedTuple):
-    """What a build knows of the set that its documents are to be added to."""
+    """What a build knows about the set that it adds documents to."""
 
-    keys: Path  # of its documents
-    hash: str  # of that file
+    keys: Path  # file with the keys of its documents
+    hash: str  # hash of that file
 
 
 def prepare(folder: Path, out: Path, config: BuildConfig, command: str, seen: Added | None) -> bool:
-    """Leave a plan and the tokenizer in `folder`; False where `out` is already what is asked for."""
+    """Write a plan and the tokenizer to `folder`. Returns False if `out` is already the requested result."""
     work = folder / WORK
     new = {path.name for path in folder.iterdir()} == {MARK}
     left_out = LeftOut()
@@ -69,7 +69,7 @@ def prepare(folder: Path, out: Path, config: BuildConfig, command: str, seen: Ad
         if seen is not None:
             header["seen"] = str(seen.keys)
         if _goes_on(folder, made_from, config.overwrite):
-            for leftover in ("claims", "scratch", "ranks"):  # of workers that are gone
+            for leftover in ("claims", "scratch", "ranks"):  # left by workers that no longer run
                 _delete_work(folder, leftover)
         elif not _was_mended(folder, header, config):
             _begin(folder, tokenizer, config, header)
@@ -85,7 +85,7 @@ def prepare(folder: Path, out: Path, config: BuildConfig, command: str, seen: Ad
 
 
 def _check_loss(name: str, source: SourceConfig) -> None:
-    """Raises ConfigError where what counts in the loss of a source cannot be known."""
+    """Raise ConfigError if it cannot be known which tokens of a source count in the loss."""
     if source.loss is None:
         return
     if edits(source.filters):
@@ -101,20 +101,20 @@ def _check_loss(name: str, source: SourceConfig) -> None:
 
 
 def _delete_work(folder: Path, name: str) -> None:
-    """Delete one of the folders of the work, if it is there."""
+    """Delete one of the folders inside the work folder, if it exists."""
     if (folder / WORK / name).is_dir():
         delete_made(folder / WORK / name, lambda inside: named_by_build(f"{WORK}/{name}/{inside}"))
 
 
 def _begin(folder: Path, tokenizer: Tokenizer, config: BuildConfig, header: dict[str, Any]) -> None:
-    """Empty the folder but for the new plan, and write the plan of this build when all else is there."""
+    """Empty the folder except for the new plan, and write this build's plan after everything else."""
 
     def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
     check_agreement(tokenizer, config.eod_token is None, warn)
     work = folder / WORK
-    # without these two nothing takes what is half gone for a build
+    # Delete these two files first. Without them nothing mistakes a half-deleted folder for a build.
     proofs = (MANIFEST, f"{WORK}/{PLAN}")
     delete_contents(folder, named_by_build, first=proofs, keep=(MARK, f"{WORK}/{_NEW_PLAN}"))
     (work / "quarantine").mkdir()
@@ -131,7 +131,7 @@ def _write_plan(work: Path, planned: Plan, header: dict[str, Any]) -> None:
 
 def _first_documents(unit: Unit, config: BuildConfig) -> list[str]:
     records = read(unit.pieces[0], config.sources[unit.source], config.max_document_bytes, xxhash.xxh3_128())
-    texts, left = [], PARITY_CHARACTERS  # the reference is slow, and samples of each unit follow
+    texts, left = [], PARITY_CHARACTERS  # few, because the reference is slow and each unit is sampled again later
     for record in islice(records, PARITY_DOCUMENTS):
         text = record.text or ""
         if len(text) <= left:
@@ -141,9 +141,9 @@ def _first_documents(unit: Unit, config: BuildConfig) -> list[str]:
 
 
 def _was_sealed(folder: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
-    """Whether only the last step is missing: the folder is finished but has not got its name.
+    """Whether the folder is finished and only the last step is missing, which gives it its final name.
 
-    Raises ConfigError when it is finished and is another build.
+    Raises ConfigError if the folder holds another finished build.
     """
     if not (folder / MANIFEST).is_file():
         return False
@@ -158,8 +158,11 @@ def _was_sealed(folder: Path, made_from: dict[str, Any], overwrite: bool) -> boo
 
 
 def _goes_on(folder: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the folder holds the beginning of this build. Raises ConfigError when it holds that of another one,
-    with units done, that did not fail by its inputs."""
+    """Whether the folder holds the beginning of this build.
+
+    Raises ConfigError if it holds units of another build, unless that build failed and only its inputs have changed
+    since.
+    """
     work = folder / WORK
     if (work / PLAN).is_file():
         other = Plan(work / PLAN).header["origin"]
@@ -176,8 +179,9 @@ def _goes_on(folder: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
 
 
 def _was_mended(folder: Path, header: dict[str, Any], config: BuildConfig) -> bool:
-    """Go on with a build that failed and whose inputs have been changed since: the units of those that have not are
-    kept. False where there is no such build, and where units depend on each other.
+    """Continue a build that failed and whose inputs have changed since. Keeps the finished units with unchanged inputs.
+
+    Returns False if there is no such build, or if its units depend on each other.
     """
     work = folder / WORK
     depending = config.deduplicate != "none" or config.shuffle or is_capped(config)
@@ -220,7 +224,7 @@ def _difference(one: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def _is_built(out: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `out` is the result already. Raises ConfigError when it is something else that must not go."""
+    """Whether `out` is already the result. Raises ConfigError if it holds something else that must not be replaced."""
     if overwrite or not (out / MANIFEST).is_file():
         return False
     made = open_shards(out).manifest.provenance.get("origin")

@@ -1,9 +1,8 @@
-"""The cap of a source: its first documents, in the order of the plan, that are no more than so many or hold no more
-than so many tokens.
+"""Apply the cap of a source: take its first documents, in the order of the plan, up to a number of documents or tokens.
 
-Units are done apart from each other, each as if it were the first of its source. When all are done, their journals say
-in which of them the cap lies: that one is done again with the room that those before it leave, and those behind it are
-left out. So what is taken does not depend on how many workers there were, or on which unit was done first.
+Each unit is processed on its own, as if it were the first of its source. When all units are done, their journals show
+in which unit the cap lies. That unit is processed again with the room that the units before it leave. The units after
+it are left out. The result therefore does not depend on the number of workers or on which unit was done first.
 """
 
 from __future__ import annotations
@@ -17,15 +16,17 @@ from data_pipeline.config import SourceConfig
 
 
 class Room:
-    """How many documents and tokens may still be taken; None for any number."""
+    """How many more documents and tokens may be taken. None means any number."""
 
     def __init__(self, documents: int | None, tokens: int | None) -> None:
         self.documents, self.tokens = documents, tokens
         self.full = 0 in (documents, tokens)
 
     def take(self, lengths: Sequence[int]) -> int:
-        """How many of the next documents, of `lengths` tokens, are taken: all up to the first for which no room is
-        left, which ends it."""
+        """Take the next documents, of `lengths` tokens, until one does not fit, and return how many were taken.
+
+        The first document that does not fit closes the room.
+        """
         count = 0 if self.full else len(lengths)
         if self.documents is not None:
             count = min(count, self.documents)
@@ -37,7 +38,7 @@ class Room:
         return count
 
     def hold(self, documents: int, tokens: int) -> bool:
-        """Take so many of both if there is room for all of them."""
+        """Take this many documents and tokens if there is room for all of them. Returns whether there was."""
         fit = not self.full
         fit = fit and (self.documents is None or documents <= self.documents)
         fit = fit and (self.tokens is None or tokens <= self.tokens)
@@ -56,21 +57,21 @@ class Room:
 class Cut(NamedTuple):
     """Where the cap of a source lies."""
 
-    unit: int | None  # that is taken in part; None: the cap lies between two
-    documents: int | None  # the room left for it
+    unit: int | None  # the unit that is taken in part; None if the cap lies between two units
+    documents: int | None  # the room left for that unit
     tokens: int | None
-    behind: list[int]  # the units that are left out
+    behind: list[int]  # the units after it, which are left out
 
 
 def room_of(source: SourceConfig) -> Room | None:
-    """All the room that a source has; None where it has no cap."""
+    """The full room of a source; None if it has no cap."""
     if source.max_documents is None and source.max_tokens is None:
         return None
     return Room(source.max_documents, source.max_tokens)
 
 
 def is_behind(source: SourceConfig, before: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether a unit lies behind the cap for certain, by the journals of some of the units before it."""
+    """Whether a unit certainly lies after the cap, judged by the journals of some of the units before it."""
     room = room_of(source)
     if room is None:
         return False
@@ -78,7 +79,7 @@ def is_behind(source: SourceConfig, before: Iterable[Mapping[str, Any]]) -> bool
 
 
 def find_cut(source: SourceConfig, results: Iterable[tuple[int, Mapping[str, Any]]]) -> Cut | None:
-    """Where the cap of a source lies, by the numbers and journals of its units in order; None where it has none."""
+    """Find the cap of a source from the numbers and journals of its units in order. None if the source has no cap."""
     room = room_of(source)
     if room is None:
         return None
@@ -94,6 +95,6 @@ def find_cut(source: SourceConfig, results: Iterable[tuple[int, Mapping[str, Any
 
 
 def not_read(source: str) -> dict[str, Any]:
-    """The journal of a unit that lies behind the cap of its source."""
+    """The journal of a unit that lies after the cap of its source."""
     counts = {"documents": 0, "tokens": 0, "drops": {}, "lines": 0, "inputs": [], "first_bad": None}
     return {"source": source, **counts, "full": True, "engine": None}

@@ -1,4 +1,4 @@
-"""The end of a build: one manifest of what all tasks have left, and the name of the folder."""
+"""Finish a build: write one manifest for the output of all tasks, and give the folder its final name."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from ponder_scale.shards.manifest import ShardInfo, seal
 
 
 def finish(folder: Path, out: Path, config: BuildConfig) -> None:
-    """Seal the manifest from the journals of all tasks and give the folder its name."""
+    """Write the manifest from the journals of all tasks, and give the folder its final name."""
     build = Build(folder, config)
     plan, behind = build.plan, build.behind
     counts = totals(build.results(), config)
     for unit in behind:
         of_source = counts[plan.unit(unit).source]
         of_source["bytes_behind_cap"] = of_source.get("bytes_behind_cap", 0) + plan.sizes[unit]
-        of_source["units_behind_cap"] = of_source.get("units_behind_cap", 0) + 1  # of streams, nobody knows the bytes
+        # a stream's size in bytes is unknown, so count units too
+        of_source["units_behind_cap"] = of_source.get("units_behind_cap", 0) + 1
     write_inputs(build.results(), folder / INPUTS)
     joined = {QUARANTINE: "*[0-9].jsonl", **({DROPPED: "*.dropped.jsonl"} if config.keep_dropped else {})}
     for name, parts in joined.items():
@@ -41,10 +42,10 @@ def finish(folder: Path, out: Path, config: BuildConfig) -> None:
     provenance = {
         **{key: plan.header[key] for key in ("command", "origin")},
         "sources": counts,
-        "engines": {name: engines.count(name) for name in sorted(set(engines))},  # units done by each
+        "engines": {name: engines.count(name) for name in sorted(set(engines))},  # units done by each engine
     }
     if plan.header["left_out"]:
-        provenance["left_out"] = plan.header["left_out"]  # files that sources name and nobody read
+        provenance["left_out"] = plan.header["left_out"]  # files that a source names but that were not read
     names = [INPUTS, *joined]
     if config.deduplicate != "none":
         _write_keys(build, folder / KEYS)
@@ -56,7 +57,7 @@ def finish(folder: Path, out: Path, config: BuildConfig) -> None:
 
 
 def _delete_behind(build: Build) -> None:
-    """Delete the shards of units that were read before it was known that the cap of their source lies before them."""
+    """Delete the shards of units that were read before their source was known to reach its cap in an earlier unit."""
     for unit in build.behind:
         for info in (info for infos in build.read.of(unit)["shards"].values() for info in infos):
             for name in ShardInfo(**info).files:
@@ -64,7 +65,7 @@ def _delete_behind(build: Build) -> None:
 
 
 def _write_keys(build: Build, path: Path) -> None:
-    """Write the keys of all documents that were compared, for what will be added to them."""
+    """Write the keys of all compared documents, so that later builds which add to this set can compare with them."""
     with path.open("wb") as stream:
         for bucket in range(build.key_buckets):
             keys = np.load(build.work / "duplicates" / f"{bucket:06d}.new.npy", mmap_mode="r")

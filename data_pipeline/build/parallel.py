@@ -1,9 +1,9 @@
-"""Tasks to processes: on one machine, and over MPI ranks on many.
+"""Assign tasks to processes, on one machine or over MPI ranks on several.
 
-Nothing is sent between workers. A task is claimed by creating a file, and done when its journal has its name;
-workers keep their claims fresh, and a claim that nobody keeps fresh is anybody's. What a task writes depends on the
-task alone and gets its name in one step, so two workers that do the same one write the same bytes: claims save
-work, correctness does not hang on them.
+Workers send each other nothing. A worker claims a task by creating a file, and the task is done when its journal has
+its final name. Workers keep their claims fresh. Any worker may take over a claim that is no longer fresh. The output of
+a task depends on the task alone and gets its final name in one step. Two workers that do the same task therefore write
+the same bytes. Claims save work, and correctness does not depend on them.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ from ponder_scale.files.delete import delete_contents, delete_file
 from ponder_scale.files.write import sync, sync_folder
 
 _RANKS_OF = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # set by srun, MPICH and Open MPI
-_LEAST_WAIT, _MOST_WAIT = 0.05, 2.0  # seconds between looks for work
+_LEAST_WAIT, _MOST_WAIT = 0.05, 2.0  # seconds between two searches for work
 _SEALING_SECONDS = 3600.0
-_ARRIVAL_SECONDS = 600.0  # thousands of ranks import from one file system
-_TRIES = 32  # tasks of others tried at each look: file servers are shared
+_ARRIVAL_SECONDS = 600.0  # long, because thousands of ranks may import from one file system
+_TRIES = 32  # tasks of other workers to try in each search; few, because file servers are shared
 
 
 @dataclass(frozen=True)
 class Team:
-    """Who works on a build: this rank among all ranks, each with as many worker processes."""
+    """The processes that work on a build: this rank among all ranks, each with the same number of worker processes."""
 
     rank: int = 0
     ranks: int = 1
     workers: int = 1
-    world: Any = None  # MPI's communicator of the ranks, where there is more than one
+    world: Any = None  # MPI's communicator of the ranks, if there is more than one
 
 
 def one_thread() -> None:
-    """Workers are processes, so libraries need no threads of their own; to be called before they are loaded."""
+    """Limit libraries to one thread, because each worker is a process. Call it before the libraries are loaded."""
     for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def assemble(workers: int | None, prepare: Callable[[], bool]) -> tuple[Team, bool]:
-    """The team this process belongs to, by the environment of mpirun or srun, and what `prepare` returned, which
-    only rank 0 calls and all others wait for.
+    """Find this process's team from the environment of mpirun or srun. Returns it and what `prepare` returned.
 
-    From then on ranks meet in files only, until `part`, so the loss of one does not stop the others.
-    Raises ConfigError when the launcher started more ranks than MPI knows of, and where rank 0 could not prepare.
+    Only rank 0 calls `prepare`, and all other ranks wait for it. From then until `part`, ranks communicate only through
+    files, so that losing one does not stop the others.
+    Raises ConfigError if the launcher started more ranks than MPI knows, and if `prepare` failed on rank 0.
     """
     announced = max(map(_ranks_announced, _RANKS_OF))
     if announced == 1:
@@ -82,7 +82,7 @@ def assemble(workers: int | None, prepare: Callable[[], bool]) -> tuple[Team, bo
             found = prepare()
     finally:
         found = world.bcast(found)
-        if not found:  # there is no work
+        if not found:  # nothing to do, or rank 0 failed
             MPI.Finalize()
     if found is None:
         raise ConfigError("rank 0 could not begin; its message says why")
@@ -97,8 +97,10 @@ def _ranks_announced(name: str) -> int:
 
 
 def _wait_until_all_ranks_have_started(mpi: Any) -> None:
-    """MPI.Init, which waits for ever for a rank whose node is lost, and holds the interpreter: only a thread outside
-    it can end this process, and what it writes is a stack with the name of this function.
+    """Call MPI.Init, and end this process if a rank does not arrive in time.
+
+    MPI.Init waits forever for a rank whose node is lost, and it holds the interpreter's lock. Only a thread outside the
+    interpreter can end the process. That thread prints a stack, in which this function's name tells the reason.
     """
     faulthandler.dump_traceback_later(_ARRIVAL_SECONDS, exit=True)
     mpi.Init()
@@ -106,10 +108,10 @@ def _wait_until_all_ranks_have_started(mpi: Any) -> None:
 
 
 def part(team: Team, work: Path, lease_seconds: float) -> None:
-    """Leave MPI together, as launchers expect, or without that when a rank has been lost: it would wait for ever.
+    """Leave MPI with all ranks, as launchers expect. If a rank is lost, leave without MPI, which would wait forever.
 
-    Every rank calls it when it has found all work done. Those that stay behind a lost one wait until rank 0 has
-    finished, since launchers end what runs when others leave. Raises ConfigError when rank 0 itself is lost.
+    Every rank calls it after it has found all work done. If a rank is lost, the others wait until rank 0 has finished,
+    because launchers stop the processes that remain when some leave. Raises ConfigError if rank 0 itself is lost.
     """
     if team.world is None:
         return
@@ -128,7 +130,7 @@ def part(team: Team, work: Path, lease_seconds: float) -> None:
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether the condition came true in time."""
+    """Wait until the condition holds, for at most `seconds`. Returns whether it did."""
     patience = time.monotonic() + seconds
     while not (met := condition()) and time.monotonic() < patience:
         time.sleep(_LEAST_WAIT)
@@ -136,10 +138,10 @@ def _until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 class Tasks:
-    """Tasks 0 ... n - 1 of a stage: which are done, whose they are, and how one is done."""
+    """Tasks 0 ... n - 1 of a stage: which are done, which are claimed, and how to do one."""
 
     def __init__(self, work: Path, stage: str, sizes: Sequence[int], lease_seconds: float) -> None:
-        """`sizes` are those of the tasks, in any unit: they balance the work."""
+        """`sizes` are the sizes of the tasks in any unit. They balance the work among workers."""
         self.sizes, self.journals = sizes, Journals(work / stage)
         self._claims = work / "claims" / stage
         self._scratch = work / "scratch" / f"{socket.gethostname()}-{os.getpid()}"
@@ -148,26 +150,26 @@ class Tasks:
             folder.mkdir(parents=True, exist_ok=True)
 
     def unfinished(self) -> list[int]:
-        """The tasks without a journal; none when the folder is gone because the build is finished."""
+        """The tasks without a journal. None if the folder is gone, because then the build is finished."""
         if not self.journals.folder.is_dir():
             return []
         done = self.journals.done()
         return [task for task in range(len(self.sizes)) if task not in done]
 
     def free(self, tasks: list[int]) -> Iterator[int]:
-        """Those of `tasks` that are claimed by nobody who is alive; each is claimed as it is taken."""
+        """Claim the tasks that no live worker holds, one by one, and yield each claimed task."""
         for task in tasks:
             if self._claim(task) and not self.journals.path(task).exists():
                 yield task
 
     def perform(self, task: int, begin: Callable[[int, Path], Doing], report: Report) -> None:
-        """Do a claimed task in an empty folder and write its journal. `begin` is told the task and the folder."""
+        """Do a claimed task in an empty folder and write its journal. `begin` receives the task and the folder."""
         stop = threading.Event()
         heartbeat = threading.Thread(target=self._keep_fresh, args=(task, stop), daemon=True)
         heartbeat.start()
         try:
             self._scratch.mkdir(exist_ok=True)
-            delete_contents(self._scratch, lambda name: True)  # all of it is this process's own
+            delete_contents(self._scratch, lambda name: True)  # everything in it belongs to this process
             journal = told(begin(task, self._scratch), report)
             path = self._scratch / "journal.json"
             with path.open("wb") as stream:
@@ -183,7 +185,7 @@ class Tasks:
             heartbeat.join()
 
     def release(self, pid: int) -> None:
-        """Give up the claims of a worker of this machine that died."""
+        """Give up the claims of a worker on this machine that died."""
         owner = f"{socket.gethostname()}-{pid}"
         for path in self._claims.iterdir():
             if path.read_text() == owner:
@@ -201,7 +203,7 @@ class Tasks:
         return True
 
     def _is_stale(self, path: Path) -> bool:
-        probe = self._scratch / "now"  # on the same file system, so that clocks of machines do not matter
+        probe = self._scratch / "now"  # on the same file system, so that the clocks of machines need not agree
         probe.touch()
         try:
             return probe.stat().st_mtime - path.stat().st_mtime > self._lease
@@ -210,10 +212,10 @@ class Tasks:
 
     def _keep_fresh(self, task: int, stop: threading.Event) -> None:
         while not stop.wait(min(self._lease / 6, 5.0)):
-            from multiprocessing import parent_process  # not loaded for what takes no longer than this
+            from multiprocessing import parent_process  # imported late, because short tasks never need it
 
             if (parent := parent_process()) is not None and not parent.is_alive():
-                os._exit(1)  # the build that this worker belongs to is gone, and may have been started again
+                os._exit(1)  # the build of this worker has ended, and may have been started again
             try:
                 os.utime(self._claim_file(task))
             except FileNotFoundError:
@@ -231,9 +233,9 @@ def work_off(
     report: Report,
     watch: Callable[[list[int]], None] = lambda left: None,
 ) -> None:
-    """Do the tasks of this worker's share, then those that others have not begun, then those of the lost.
+    """Do this worker's share of tasks, then tasks that others have not begun, then tasks of lost workers.
 
-    Returns when every task is done, by whomever. `watch` is told what is left now and then.
+    Returns when every task is done, by this worker or another. `watch` regularly receives the tasks that are left.
     """
     mine = share(tasks.sizes, workers)[worker]
     looks, wait = 0, _LEAST_WAIT
@@ -241,7 +243,7 @@ def work_off(
         while left := tasks.unfinished():
             watch(left)
             waiting = set(left)
-            first = (len(left) * worker // workers + looks * _TRIES) % len(left)  # so that not all try the same ones
+            first = (len(left) * worker // workers + looks * _TRIES) % len(left)  # so that workers try different tasks
             others = (left[first:] + left[:first])[:_TRIES]
             task = next(tasks.free([task for task in mine if task in waiting] + others), None)
             if task is not None:
@@ -251,5 +253,5 @@ def work_off(
                 time.sleep(wait)
                 looks, wait = looks + 1, min(2 * wait, _MOST_WAIT)
     except FileNotFoundError:
-        if tasks.journals.folder.is_dir():  # else rank 0 has found everything done and given the folder its name
+        if tasks.journals.folder.is_dir():  # otherwise rank 0 has found everything done and has renamed the folder
             raise

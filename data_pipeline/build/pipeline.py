@@ -1,17 +1,18 @@
-"""A build, from inputs to a sealed folder of shards: plan, read, clean, tokenize, write, seal.
+"""Build a sealed folder of shards from inputs: plan, read, clean, tokenize, write, seal.
 
-    begin     the plan: units of work, which depend on the inputs alone
-    stages    the table of what is done, each stage many tasks: duplicates found, units made shards, caps, a shuffle
-    shard     the task that reads, cleans, tokenizes and writes one unit
-    workers   the tasks of a stage, by all processes of all ranks
-    finish    the manifest, and the name of the folder
+    begin     makes the plan: units of work, which depend on the inputs alone
+    stages    lists the stages of many tasks each: find duplicates, turn units into shards, apply caps, shuffle
+    shard     does the task that reads, cleans, tokenizes and writes one unit
+    workers   runs the tasks of a stage on all processes of all ranks
+    finish    writes the manifest and gives the folder its final name
 
     OUT.partial/work/plan.jsonl        written first
-    OUT.partial/work/STAGE/*.json      the journal of each task that is done
-    OUT.partial/train-00012.bin, .idx  the shards of unit 12, given their names whole and never copied again
-    OUT.partial/manifest.json          written last; then the folder becomes OUT
+    OUT.partial/work/STAGE/*.json      the journal of each finished task
+    OUT.partial/train-00012.bin, .idx  the shards of unit 12, renamed when they are whole and never copied again
+    OUT.partial/manifest.json          written last. Then the folder is renamed to OUT.
 
-Killed anywhere, the same command goes on, with any number of workers or ranks, and makes the same bytes.
+If a build is killed at any point, run the same command again. It continues with any number of workers or ranks, and
+produces the same bytes.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ from ponder_scale.shards.manifest import Manifest, read_manifest
 
 
 class Built(NamedTuple):
-    """What a build made, or found made."""
+    """The result of a build, made now or before."""
 
     manifest: Manifest
     new: bool
 
 
 def build(config: BuildConfig, command: str) -> Built | None:
-    """Make the folder `config.out`; what it holds. Under MPI every rank calls it and rank 0 gets the answer.
+    """Build the folder `config.out` and return what it holds. Under MPI all ranks call it, and rank 0 gets the result.
 
-    Raises a UserError when an input, the tokenizer or `out` cannot be used; what is done by then is kept, and
-    used when the same build is started again.
+    Raises a UserError if an input, the tokenizer or `out` cannot be used. Work done by then is kept, and the same build
+    uses it when you start it again.
     """
     done = run(config, command)
     return None if done is None else Built(read_manifest(Path(config.out).resolve()), done)
@@ -53,11 +54,11 @@ def build(config: BuildConfig, command: str) -> Built | None:
 def run(
     config: BuildConfig, command: str, first: Callable[[], bool] = lambda: True, seen: Added | None = None
 ) -> bool | None:
-    """Do the work of `build`; whether there was any, on rank 0, and None on all others.
+    """Do the work of `build`. Returns whether there was any work on rank 0, and None on all other ranks.
 
     Args:
-        first: what rank 0 does before all else; there is nothing to do if it returns False.
-        seen: documents that `deduplicate` takes for earlier ones.
+        first: called by rank 0 before anything else. If it returns False there is nothing to do.
+        seen: documents that `deduplicate` treats as earlier ones.
     """
     out = Path(config.out).resolve()
     folder = unfinished(out)
@@ -79,7 +80,7 @@ def run(
                 part(team, folder / WORK, config.lease_seconds)
                 if team.rank == 0:
                     finish(folder, out, config)
-            except UserError as error:  # the inputs may be mended: begin goes on from what is done
+            except UserError as error:  # you may repair the inputs; the next `begin` continues from the finished tasks
                 if (folder / WORK).is_dir():
                     (folder / WORK / FAILED).write_text(f"{error}\n", encoding="utf-8")
                 raise

@@ -1,8 +1,8 @@
-"""One unit of input to its shards: read, clean, tokenize, write.
+"""Turn one unit of input into its shards: read, clean, tokenize, write.
 
-Nothing here knows of workers, kills, resumption or lines of progress. Those are around it: `stages` says when a unit is
-not worth reading and what is done when an engine fails, `parallel` gives each task its folder and its journal the name
-that makes it done, and `progress.told` reports what `make_shard` says of itself.
+This module knows nothing of workers, kills, resumption or progress lines. `stages` decides when to skip a unit and what
+to do if an engine fails. `parallel` gives each task its folder, and gives its journal the final name that makes the
+task done. `progress.told` reports what `make_shard` yields.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ BATCH_BYTES = 2**21  # of text
 DUPLICATE = "duplicate"
 
 Writer = PartWriter | Scatter
-Sided = tuple[str, Record]  # a document with its split
+Sided = tuple[str, Record]  # a document and its split
 
 
 def make_shard(unit: Unit, build: Build, scratch: Path, engine: str, room: Room) -> Doing:
-    """A unit to its shard of each split, or to several when they are many. Yields what is done after each batch.
+    """Turn a unit into one shard for each split, or several if a split is large. Yields progress after each batch.
 
-    What is written lies in `scratch` until all of it is written, and gets its name then.
+    All output lies in `scratch` until it is complete. Then it gets its final names.
 
     Args:
-        engine: what tokenizes; the journal says so.
-        room: documents that find none are counted and left out.
+        engine: the tokenizer engine, which the journal records.
+        room: documents that do not fit are counted and left out.
 
     Raises:
-        Mismatch: the engine fails, or gives other tokens than the reference. Nothing has got its name by then.
-        ConfigError: an input cannot be read, or was changed since it was planned.
+        Mismatch: the engine fails or gives other tokens than the reference. No output has its final name by then.
+        ConfigError: an input cannot be read, or it has changed since it was planned.
     """
     config, source = build.config, build.config.sources[unit.source]
     encode, masked = checked(engine, build.tokenizer), build.is_masked(unit.source)
@@ -55,7 +55,7 @@ def make_shard(unit: Unit, build: Build, scratch: Path, engine: str, room: Room)
     ledger = Ledger(unit, scratch, config.keep_dropped)
     writers = {split: _writer(split, unit, build, scratch) for split in SPLITS}
 
-    records = Records(unit, source, config.max_document_bytes)  # reads as it is asked for the next one
+    records = Records(unit, source, config.max_document_bytes)  # reads each record on demand
     documents = documents_of(records, cleaner, ledger)
     kept = _clean(documents, cleaner, build.duplicates(unit), ledger)
     for batch in _batches(kept, config):
@@ -76,10 +76,11 @@ def make_shard(unit: Unit, build: Build, scratch: Path, engine: str, room: Room)
 
 
 def documents_of(records: Records, cleaner: Cleaner, ledger: Ledger | None) -> Iterator[tuple[int, Record]]:
-    """(number, document) of a unit, as it is when it has been edited. What is no document, and what its URL leaves
-    out, has no number. `ledger` counts these, and the edits.
+    """Yield (number, document) for the documents of a unit, after edits.
 
-    Deduplication knows documents by their numbers, so every stage has them from here.
+    A record that is not a document has no number, and neither has a document that is dropped for its URL. `ledger`
+    counts these and the edits. Deduplication identifies documents by number, so every stage must get the numbers from
+    here.
     """
     number = 0
     for piece, record in records:
@@ -100,7 +101,7 @@ def documents_of(records: Records, cleaner: Cleaner, ledger: Ledger | None) -> I
 def _clean(
     documents: Iterable[tuple[int, Record]], cleaner: Cleaner, duplicates: Container[int], ledger: Ledger
 ) -> Iterator[Record]:
-    """The documents that are neither duplicates nor left out by a filter; the others are counted."""
+    """Yield the documents that are not duplicates and that no filter drops. Count the others."""
     for number, document in documents:
         reason = DUPLICATE if number in duplicates else cleaner.by_text(document.text or "")
         if reason is None:
@@ -110,7 +111,7 @@ def _clean(
 
 
 def _batches(documents: Iterable[Record], config: BuildConfig) -> Iterator[list[Sided]]:
-    """Documents with their splits, some at a time; those that are left, be they none, when all have been read."""
+    """Yield documents with their splits in batches. The last batch may be empty."""
     batch: list[Sided] = []
     size = 0
     for document in documents:
@@ -124,7 +125,7 @@ def _batches(documents: Iterable[Record], config: BuildConfig) -> Iterator[list[
 
 
 def _side(text: str, config: BuildConfig) -> str:
-    """The split of a document, by a hash of its text."""
+    """The split of a document, from a hash of its text."""
     bound = int(config.heldout_fraction * 2**64)
     if not bound:
         return TRAIN
@@ -133,7 +134,7 @@ def _side(text: str, config: BuildConfig) -> str:
 
 
 def _tokenize(batch: Sequence[Sided], encode: Encode, masked: bool, build: Build) -> dict[str, Encoded]:
-    """The tokens of some documents by split, with those that begin and end documents; no split that has none."""
+    """The tokens of some documents for each split, with begin and end tokens. Omits a split without documents."""
     eod_id = build.tokenizer.eod_id if build.config.append_eod else None
     tokens = {}
     for split in SPLITS:
@@ -145,7 +146,7 @@ def _tokenize(batch: Sequence[Sided], encode: Encode, masked: bool, build: Build
 def _write(
     batch: Sequence[Sided], tokens: Mapping[str, Encoded], writers: Mapping[str, Writer], room: Room
 ) -> list[int]:
-    """Write the documents for which there is room; the number of tokens of each."""
+    """Write the documents that fit in `room`. Returns the number of tokens of each."""
     left = {split: iter(of_split.lengths.tolist()) for split, of_split in tokens.items()}
     lengths = [next(left[side]) for side, _ in batch]
     taken = room.take(lengths)
@@ -163,11 +164,11 @@ def _writer(split: str, unit: Unit, build: Build, scratch: Path) -> Writer:
 
 
 def part_writer(name: str, source: str, build: Build, scratch: Path) -> PartWriter:
-    """What writes documents of a source as the shards of a name."""
+    """A writer for documents of one source, as shards with names that begin with `name`."""
     size, vocabulary = build.config.shard_tokens, build.tokenizer.vocab_size
     return PartWriter(scratch, name, source, size, vocabulary, build.is_masked(source))
 
 
 def placed(writers: Mapping[str, Writer], folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Give what was written its names in `folder`; the shards of each split, for the journal."""
+    """Move the output to its final names in `folder`. Returns the shards of each split, for the journal."""
     return {split: [asdict(info) for info in writer.close(folder)] for split, writer in writers.items()}

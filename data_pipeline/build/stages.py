@@ -1,8 +1,8 @@
-"""The stages of a build, in the order in which they run: `STAGES`, at the end of this file.
+"""The stages of a build, in the order in which they run. See `STAGES` at the end of this file.
 
-A stage is tasks, and a function does one of them. The function is given the build, the number of the task and an empty
-folder of its own. It yields how much is done now and then, and returns the journal of the task. What it leaves depends
-on the task alone, so it does not matter who does it, when, or how often.
+A stage consists of tasks, and a function does one task. The function receives the build, the number of the task and an
+empty folder of its own. It yields progress from time to time and returns the journal of the task. Its output depends on
+the task alone, so it does not matter who does it, when, or how often.
 """
 
 from __future__ import annotations
@@ -32,20 +32,22 @@ from ponder_scale.shards.manifest import ShardInfo
 
 
 class Stage(NamedTuple):
-    """One stage. Names of files are globs, below the unfinished folder; of journals and the plan nothing is said."""
+    """One stage. File names are globs below the unfinished folder. Journals and the plan are not listed."""
 
-    name: str  # of the folder with its journals
-    title: str  # in lines of progress
+    name: str  # name of the folder with its journals
+    title: str  # name in progress lines
     is_needed: Callable[[BuildConfig], bool]
-    sizes: Callable[[Build], Sequence[int]]  # of its tasks, in bytes that are worked off
+    sizes: Callable[[Build], Sequence[int]]  # sizes of its tasks, in bytes to process
     task: Callable[[Build, int, Path], Doing]
-    reads: tuple[str, ...]  # what earlier stages have left
+    reads: tuple[str, ...]  # files from earlier stages
     leaves: tuple[str, ...]
 
 
 def keys_of_unit(build: Build, number: int, scratch: Path) -> Doing:
-    """The keys of the documents of a unit, for deduplication; of none that a filter leaves out anyway, or it would take
-    its equals of other sources with it."""
+    """The deduplication keys of a unit's documents.
+
+    Documents that a filter drops get no keys. Otherwise they would also remove equal documents of other sources.
+    """
     unit, config = build.plan.unit(number), build.config
     cleaner = Cleaner(unit.source, config.sources[unit.source], config.seed)
     keys_of = dedup.minhash_keys if config.deduplicate == "minhash" else dedup.exact_keys
@@ -62,7 +64,7 @@ def keys_of_unit(build: Build, number: int, scratch: Path) -> Doing:
 
 
 def duplicates_of_bucket(build: Build, bucket: int, scratch: Path) -> Doing:
-    """The documents of all units whose key lies in a bucket and is that of an earlier document."""
+    """Find the documents of all units whose key lies in this bucket and equals the key of an earlier document."""
     found = dedup.find_duplicates(build.work / "keys", build.key_runs, bucket, build.key_buckets, build.seen)
     for name, values in found._asdict().items():
         with (scratch / f"{name}.npy").open("wb") as stream:
@@ -74,7 +76,7 @@ def duplicates_of_bucket(build: Build, bucket: int, scratch: Path) -> Doing:
 
 
 def shard_of_unit(build: Build, number: int, scratch: Path) -> Doing:
-    """A unit as its shard of each split or, for a shuffle, as documents sorted by the bucket that each is to go to."""
+    """Turn a unit into its shard of each split. For a shuffle, sort its documents by their target bucket instead."""
     unit = build.plan.unit(number)
     if build.is_behind(unit):
         yield Done(unit.size)
@@ -85,7 +87,7 @@ def shard_of_unit(build: Build, number: int, scratch: Path) -> Doing:
 
 
 def shard_of_cut_unit(build: Build, number: int, scratch: Path) -> Doing:
-    """The unit in which the cap of a source lies, done again with the room that those before it leave."""
+    """Process the unit in which the cap of a source lies again, with the room that earlier units leave."""
     of_unit, cut = build.cut_units[number]
     before = build.read.of(of_unit)
     room = Room(cut.documents, cut.tokens)
@@ -99,7 +101,7 @@ def shard_of_cut_unit(build: Build, number: int, scratch: Path) -> Doing:
 
 
 def shard_of_bucket(build: Build, number: int, scratch: Path) -> Doing:
-    """A bucket as its shard of each split, documents in random order."""
+    """Turn a bucket into its shard of each split, with its documents in random order."""
     source, bucket, size = build.buckets[number]
     documents = tokens = 0
     units = [i for i in build.units_of(source) if i not in build.behind]
@@ -115,12 +117,12 @@ def shard_of_bucket(build: Build, number: int, scratch: Path) -> Doing:
 
 
 def _by_an_engine_that_agrees(unit: Unit, build: Build, scratch: Path, room: Room) -> Doing:
-    """`make_shard` by the fast engine and, where that fails or gives other tokens, all of it again by the reference."""
+    """Run `make_shard` with the fast engine. If that fails or gives other tokens, run it again with the reference."""
     for engine in (build.engine, REFERENCE):
         try:
             return (yield from make_shard(unit, build, scratch, engine, copy(room)))
         except Mismatch as error:
-            yield Done(0)  # takes back what it had done
+            yield Done(0)  # takes back the progress that was reported
             print(
                 f"warning: unit {unit.number}: {engine} {error}; the unit is done again by the reference",
                 file=sys.stderr,
@@ -158,7 +160,6 @@ def _keeps_order(config: BuildConfig) -> bool:
 
 
 def is_capped(config: BuildConfig) -> bool:
-    """Whether any source has a cap."""
     return any(room_of(source) is not None for source in config.sources.values())
 
 
@@ -209,7 +210,7 @@ STAGES = (
         sizes=_cut_unit_sizes,
         task=shard_of_cut_unit,
         reads=_DUPLICATES,
-        leaves=(*_SHARDS, *_SORTED, *_LEFT_OUT),  # in place of what the unit has left before
+        leaves=(*_SHARDS, *_SORTED, *_LEFT_OUT),  # replaces the unit's earlier output
     ),
     Stage(
         name="gather",

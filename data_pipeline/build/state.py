@@ -1,4 +1,4 @@
-"""An unfinished build as it lies on disk: its settings and plan, and what the stages that are done have left."""
+"""An unfinished build on disk: its settings, its plan, and the output of finished stages."""
 
 from __future__ import annotations
 
@@ -22,44 +22,45 @@ from ponder_scale.shards.format import TOKENIZER, dtype_for
 
 
 class Bucket(NamedTuple):
-    """The documents that one task of a shuffle puts in order."""
+    """The documents that one task of a shuffle orders."""
 
     source: str
-    number: int  # in the source
-    size: int  # bytes of input
+    number: int  # number within the source
+    size: int  # input size in bytes
 
 
 class Build:
-    """What every task of a build is told. What depends on a stage before it is read when it is first asked for, so it
-    is asked for when that stage is done."""
+    """What every task of a build needs to know.
+
+    Values that depend on an earlier stage are read on first use, so use them only after that stage is done.
+    """
 
     def __init__(self, folder: Path, config: BuildConfig) -> None:
         self.folder, self.work, self.config = folder, folder / WORK, config
         self.plan = Plan(self.work / PLAN)
-        self._taken: dict[int, dict[str, Any]] = {}  # by units that are done
-        self._ends: dict[str, int] = {}  # the first unit that is known to lie behind the cap of a source
+        self._taken: dict[int, dict[str, Any]] = {}  # journals of finished units, by number
+        self._ends: dict[str, int] = {}  # by source, the first unit known to lie after its cap
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The build's own copy."""
+        """The build's own copy of the tokenizer."""
         return tokenizer_of(self.folder / TOKENIZER, self.config)
 
     @property
     def engine(self) -> str:
-        """What tokenizes while it gives the tokens of the reference."""
+        """The engine that tokenizes, as long as it gives the same tokens as the reference."""
         return str(self.plan.header["engine"])
 
     @cached_property
     def dtype(self) -> np.dtype:
-        """Of tokens on disk."""
+        """The dtype of tokens on disk."""
         return dtype_for(self.tokenizer.vocab_size)
 
     def is_masked(self, source: str) -> bool:
-        """Whether not all tokens of a source count in the loss."""
+        """Whether some tokens of a source do not count in the loss."""
         return self.config.sources[source].loss is not None
 
     def units_of(self, source: str) -> list[int]:
-        """The numbers of the units of a source."""
         return self._units.get(source, [])
 
     @cached_property
@@ -69,46 +70,45 @@ class Build:
             found.setdefault(self.plan.unit(number).source, []).append(number)
         return found
 
-    # what deduplication has left
+    # Output of deduplication
 
     @cached_property
     def key_runs(self) -> list[int]:
-        """How many sorted runs of keys each unit has."""
+        """The number of sorted runs of keys in each unit."""
         keys = Journals(self.work / "keys")
         return [keys.of(i)["runs"] for i in range(len(self.plan))]
 
     @cached_property
     def keys(self) -> int:
-        """How many keys all documents have."""
+        """The number of keys of all documents together."""
         keys = Journals(self.work / "keys")
         return sum(keys.of(i)["keys"] for i in range(len(self.plan)))
 
     @cached_property
     def key_buckets(self) -> int:
-        """Into how many parts the keys are divided to be compared."""
+        """The number of buckets into which the keys are divided for comparison."""
         return dedup.buckets(self.keys + len(self.seen))
 
     @cached_property
     def seen(self) -> np.ndarray:
-        """The keys of the set that this build adds to."""
         seen = self.plan.header.get("seen")
         return np.empty(0, dtype=np.uint64) if seen is None else dedup.open_keys(Path(seen))
 
     def duplicates(self, unit: Unit) -> Container[int]:
-        """The numbers of the documents of a unit that are duplicates; to be asked in ascending order."""
+        """The numbers of the documents of a unit that are duplicates. Test numbers in ascending order only."""
         if self.config.deduplicate == "none":
             return ()
         return dedup.Duplicates(self.work / "duplicates", self.key_buckets, unit.number)
 
-    # what the stage that reads the units has left
+    # Output of the stage that reads the units
 
     @cached_property
     def read(self) -> Journals:
-        """Of the stage that reads the units."""
+        """The journals of the stage that reads the units."""
         return Journals(self.work / ("scatter" if self.config.shuffle else "shards"))
 
     def is_behind(self, unit: Unit) -> bool:
-        """Whether a unit is not worth reading, since those before it that are done have reached the cap."""
+        """Whether a unit need not be read, because finished units before it have reached the cap."""
         source = self.config.sources[unit.source]
         if room_of(source) is None:
             return False
@@ -124,7 +124,6 @@ class Build:
 
     @cached_property
     def cuts(self) -> dict[str, Cut]:
-        """Where the caps of sources lie, by source."""
         found = {}
         for name, source in self.config.sources.items():
             cut = find_cut(source, ((i, self.read.of(i)) for i in self.units_of(name)))
@@ -134,30 +133,30 @@ class Build:
 
     @cached_property
     def cut_units(self) -> list[tuple[int, Cut]]:
-        """The units that are taken in part."""
+        """The units that are taken in part, each with its cap."""
         return [(cut.unit, cut) for cut in self.cuts.values() if cut.unit is not None]
 
     @cached_property
     def behind(self) -> set[int]:
-        """The units that are left out."""
+        """The units that are left out because they lie after a cap."""
         return {unit for cut in self.cuts.values() for unit in cut.behind}
 
     @cached_property
     def buckets(self) -> list[Bucket]:
-        """Those of the shuffle."""
+        """The buckets of the shuffle."""
         found = []
         for source in self.config.sources:
             sizes = [self.plan.sizes[number] for number in self.units_of(source)]
             count = max(1, -(-sum(sizes) // shuffle.BUCKET_BYTES))
-            if self.config.sources[source].streaming:  # of unknown size
+            if self.config.sources[source].streaming:  # a stream has no known size
                 count = len(sizes)
             found += [Bucket(source, i, sum(sizes) // count) for i in range(count)]
         return found
 
-    # what all stages have left
+    # Output of all stages
 
     def results(self) -> Iterator[dict[str, Any]]:
-        """What was read, of all units that are taken, in order."""
+        """Yield the journals of reading, for all units that are taken, in order."""
         again = {number: task for task, (number, _) in enumerate(self.cut_units)}
         cut = Journals(self.work / "cut")
         for number in range(len(self.plan)):
@@ -165,7 +164,7 @@ class Build:
                 yield cut.of(again[number]) if number in again else self.read.of(number)
 
     def made(self) -> Iterator[dict[str, Any]]:
-        """What was written as shards, in order."""
+        """Yield the journals of writing shards, in order."""
         if not self.config.shuffle:
             return self.results()
         return map(Journals(self.work / "gather").of, range(len(self.buckets)))

@@ -1,4 +1,4 @@
-"""The worker processes of one machine: started, listened to, and replaced by each other when one dies."""
+"""The worker processes of one machine. If one dies, another takes over its task."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def run_stage(folder: Path, config: BuildConfig, stage: Stage, team: Team) -> None:
     """Do every task of a stage, this rank with its workers and all other ranks with theirs.
 
-    Raises the UserError that stopped a worker, and ConfigError when all workers of this rank were killed.
+    Raises the UserError that stopped a worker, or ConfigError if all workers of this rank were killed.
     """
     one_thread()
     if team.ranks > 1:
@@ -62,8 +62,9 @@ def _tasks(build: Build, stage: Stage) -> Tasks:
 
 
 def _news(tasks: Tasks, waiting: set[int], left: list[int]) -> tuple[int, int, int]:
-    """Bytes, documents and tokens of the tasks that `waiting` has and that are done now, by their journals; they
-    leave it."""
+    """Bytes, documents and tokens of the tasks in `waiting` that are now done, from their journals. Removes these
+    tasks.
+    """
     new = waiting.difference(left)
     waiting -= new
     documents = tokens = 0
@@ -78,7 +79,7 @@ def _news(tasks: Tasks, waiting: set[int], left: list[int]) -> tuple[int, int, i
 def _started(
     folder: Path, config: BuildConfig, stage: Stage, team: Team
 ) -> Iterator[dict[connection.Connection, SpawnProcess]]:
-    """A process for each worker, by the pipe it reports through; they are ended with the block."""
+    """Start a process for each worker and yield them by the pipe that each reports to. Ends them with the block."""
     from multiprocessing import get_context
 
     context = get_context("spawn")  # threads of libraries do not survive a fork
@@ -105,9 +106,9 @@ def _listen(
     report: Report,
     watch: Callable[[list[int]], None] | None,
 ) -> None:
-    """Pass on what the workers report, until each has found everything done, or one reports an error.
+    """Pass on the reports of workers, until each has found all tasks done or one reports an error.
 
-    Of what other ranks do there is no report, so `watch` is told what is left, where there are any.
+    Other ranks send no reports. If there are any, `watch` regularly receives the tasks that are left.
     """
     from multiprocessing import connection
 
@@ -145,14 +146,14 @@ def _lost(tasks: Tasks, process: SpawnProcess, others: bool) -> None:
 
 
 def _work(folder: Path, config: BuildConfig, stage: Stage, place: tuple[int, int], pipe: connection.Connection) -> None:
-    """One worker process. What it cannot do it reports as the error that stopped it."""
+    """Run one worker process. An error that stops it is sent to the build."""
     one_thread()
     _without_torch()
     try:
         build = Build(folder, config)
         work_off(_tasks(build, stage), partial(stage.task, build), *place, report=lambda *done: pipe.send(done))
     except BrokenPipeError:
-        sys.exit(1)  # the build that this worker belongs to is gone
+        sys.exit(1)  # the build of this worker has ended
     except (UserError, OSError) as error:
         with suppress(BrokenPipeError):
             pipe.send(error)
@@ -160,7 +161,7 @@ def _work(folder: Path, config: BuildConfig, stage: Stage, place: tuple[int, int
 
 @contextmanager
 def _ignoring_interrupts() -> Iterator[None]:
-    """Workers are started so that they ignore Ctrl-C, which a terminal sends to them too: the build ends them."""
+    """Start workers so that they ignore Ctrl-C. The terminal sends it to them too, but the build itself ends them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -172,5 +173,5 @@ def _ignoring_interrupts() -> Iterator[None]:
 
 
 def _without_torch() -> None:
-    """For processes that are nothing but workers: `datasets` would load torch to read rows, for memory's worth only."""
+    """Keep `datasets` from loading torch to read rows, which only costs memory. For processes that are only workers."""
     os.environ["USE_TORCH"] = "0"

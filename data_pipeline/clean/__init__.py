@@ -1,1 +1,1 @@
-"""Which documents are kept: filters, duplicates, evaluation sets."""
+"""Decide which documents to keep, with filters, deduplication and evaluation sets."""

@@ -1,4 +1,4 @@
-"""All that the filters of one source do to a document, in their order: by its URL, to its text, by its text."""
+"""Apply all filters of one source to a document, in this order: by its URL, edits of its text, by its text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_pipeline.document import Record
 
 
 class Cleaner:
-    """The filters of one source. Raises ConfigError for one that is not there, and for a threshold that it has not."""
+    """The filters of one source. Raises ConfigError for an unknown filter or threshold."""
 
     def __init__(self, name: str, source: SourceConfig, seed: int) -> None:
         sample = [] if source.sample is None else [sampled(source.sample, seed)]
@@ -19,11 +19,11 @@ class Cleaner:
         self._edits, self._by_url = edits(source.filters), blocked(source.filters)
 
     def by_url(self, record: Record) -> str | None:
-        """The reason to leave a document out that its URL gives."""
+        """The reason to drop a document because of its URL, or None."""
         return None if self._by_url is None else self._by_url(record.url)
 
     def edited(self, record: Record) -> tuple[Record, Mapping[str, int]]:
-        """(the document without what goes from documents that stay, how much of what went or was replaced)."""
+        """The document after the edits, and how much of each kind was removed or replaced."""
         if not self._edits:
             return record, {}
         text, went = record.text or "", Counter[str]()
@@ -33,5 +33,5 @@ class Cleaner:
         return (record if text == record.text else record._replace(text=text)), went
 
     def by_text(self, text: str) -> str | None:
-        """The reason to leave a document out that its text gives, as it is when it has been edited."""
+        """The reason to drop a document because of its edited text, or None."""
         return next(filter(None, (screen(text) for screen in self._screens)), None)

@@ -1,7 +1,7 @@
-"""Which evaluation set a text has n words in a row in common with. GPT-3 (Brown et al. 2020, appendix C) took 13.
+"""Find the evaluation set that shares n consecutive words with a text. GPT-3 (Brown et al. 2020, appendix C) used 13.
 
-Words are those of `dedup`: neither case, punctuation nor white space counts. An n-gram is kept as 64 bits, so a text of
-a million words meets one of a set of a million by chance once in 10^7.
+Words are those of `dedup`, which ignore case, punctuation and white space. An n-gram is kept as a 64-bit hash. A text
+of a million words matches a set of a million n-grams by chance about once in 10^7 cases.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MAX_TEXT_BYTES = 2**26
 
 
 class EvaluationSets(NamedTuple):
-    """The n-grams of all sets."""
+    """The n-grams of all evaluation sets."""
 
     names: list[str]
     grams: np.ndarray  # (n,) uint64, ascending
-    sets: np.ndarray  # (n,) the first set that has each
+    sets: np.ndarray  # (n,) the first set that contains each n-gram
 
     def hit(self, text: str, n: int) -> str | None:
-        """The set that the first n-gram of a text that is in any is of."""
+        """The set that contains the text's first n-gram found in any set; None if no set has any."""
         grams = n_gram_hashes(words_of(text), n)
         if not len(grams):
             return None
@@ -44,9 +44,9 @@ class EvaluationSets(NamedTuple):
 
 @lru_cache(maxsize=4)
 def evaluation_sets(paths: tuple[str, ...], field: str, n: int) -> EvaluationSets:
-    """The n-grams of the texts in some files, named by them. Texts of fewer than n words have none.
+    """The n-grams of the texts in some files, which give the sets their names. Texts of fewer than n words have none.
 
-    Raises ConfigError for a file that cannot be read whole, and for one in which no text is long enough.
+    Raises ConfigError for a file with a record that cannot be read, and for a file in which every text is too short.
     """
     if not isinstance(n, int) or n < 1:
         raise ConfigError(f"decontaminate: n is {n}; expected at least 1 word, and a whole number")
@@ -73,8 +73,10 @@ def evaluation_sets(paths: tuple[str, ...], field: str, n: int) -> EvaluationSet
 
 
 def files_of(paths: Iterable[str], filter_name: str) -> list[Piece]:
-    """The files that some paths and globs of a filter name. Raises ConfigError for one that names none, or a link to
-    none."""
+    """The files that some paths and globs of a filter name.
+
+    Raises ConfigError for a path that names no file, and for a broken link.
+    """
     found, left_out = [], LeftOut()
     for path in paths:
         try:

@@ -1,13 +1,13 @@
-"""Exact and near-duplicate removal for corpora beyond memory: keys on disk, compared bucket by bucket.
+"""Remove exact and near duplicates in corpora larger than memory. Keys lie on disk and are compared bucket by bucket.
 
-Each document that the filters keep gets keys of 64 bits: the hash of its text, or one key for each band of its MinHash
-signature (Broder 1997). A document that shares a key with an earlier one, in the order of the plan, is dropped. So of
-equal documents the first stays, for any number of workers. Two of N different texts have equal keys with a chance of
-N^2 / 2^65.
+Each document that the filters keep gets 64-bit keys: the hash of its text, or one key for each band of its MinHash
+signature (Broder 1997). A document is dropped if it shares a key with an earlier one, in the order of the plan. The
+first of several equal documents therefore stays, for any number of workers. Any two of N different texts share a key
+with a probability of N^2 / 2^65.
 
-The signature is that of FineWeb (Penedo et al. 2024): 5-grams of words, 14 bands of 8 hashes, which finds pairs of
-Jaccard similarity 0.75 with a chance of 0.77, 0.85 with 0.99, and 0.5 with 0.05. A text of fewer words has no 5-gram
-to be alike in: it is a duplicate of equal texts only.
+The signature is that of FineWeb (Penedo et al. 2024): 5-grams of words, 14 bands of 8 hashes. It finds pairs of Jaccard
+similarity 0.75 with a probability of 0.77, 0.85 with 0.99, and 0.5 with 0.05. A text of fewer than 5 words has no
+5-gram, so only an equal text makes it a duplicate.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from ponder_scale.files.write import sync, sync_folder
 from ponder_scale.shards.mix import mix64
 
 NGRAM_WORDS, BANDS, HASHES_OF_BAND = 5, 14, 8
-BUCKET_KEYS = 2**21  # compared in memory at once: up to 80 bytes for each that is a duplicate
-RUN_KEYS = 2**22  # of one unit, sorted in memory at once
-KEY_BYTES = 12  # on disk: the key, and the number of its document in the unit
+BUCKET_KEYS = 2**21  # compared in memory at the same time; a duplicate takes up to 80 bytes
+RUN_KEYS = 2**22  # keys of one unit that are sorted in memory at the same time
+KEY_BYTES = 12  # size on disk of a key and the number of its document in the unit
 
-_JOINERS = "\u200c\u200d"  # within words of Persian and Indic scripts, and within emoji
+_JOINERS = "\u200c\u200d"  # they occur inside words of Persian and Indic scripts, and inside emoji
 _ASCII_WORD = re.compile(r"\w+")
 _NGRAMS_AT_ONCE = 4096
-_BEFORE = np.uint32(2**32 - 1)  # the unit of keys that were there before
+_BEFORE = np.uint32(2**32 - 1)  # stands for the unit of keys that existed before this build
 
 
 def exact_keys(text: str) -> np.ndarray:
@@ -44,8 +44,10 @@ def exact_keys(text: str) -> np.ndarray:
 
 
 def minhash_keys(text: str) -> np.ndarray:
-    """A key for each band of the signature, (BANDS,) uint64; of a text shorter than an n-gram the one of all of it but
-    the white space around it."""
+    """One key for each band of the signature, (BANDS,) uint64.
+
+    A text shorter than an n-gram gets one key, (1,), that of the text without surrounding white space.
+    """
     grams = n_gram_hashes(words_of(text), NGRAM_WORDS)
     if not len(grams):
         return exact_keys(text.strip())
@@ -57,13 +59,16 @@ def minhash_keys(text: str) -> np.ndarray:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, as Unicode has them: with combining marks, which Python's are without. A sign
-    that is neither of a word nor punctuation, such as an emoji or one of mathematics, is a word of its own."""
+    """The words of a text in lower case, as Unicode defines them.
+
+    Unlike in Python's re, a word includes combining marks. A sign that is neither part of a word nor punctuation, such
+    as an emoji or a mathematical symbol, is a word of its own.
+    """
     return (_ASCII_WORD if text.isascii() else _words()).findall(text.lower())
 
 
 def n_gram_hashes(words: list[str], n: int) -> np.ndarray:
-    """A hash of each n-gram of some words, (words - n + 1,) uint64; none when they are fewer."""
+    """A hash of each n-gram of some words, (words - n + 1,) uint64. Empty if there are fewer than n words."""
     hashes = np.array([xxhash.xxh3_64_intdigest(word.encode()) for word in words], dtype=np.uint64)
     count = max(0, len(hashes) - n + 1)
     grams = np.zeros(count, dtype=np.uint64)
@@ -76,7 +81,7 @@ def n_gram_hashes(words: list[str], n: int) -> np.ndarray:
 def _words() -> re.Pattern[str]:
     marks = [ord(joiner) for joiner in _JOINERS]
     symbols: list[int] = []
-    for number in (*range(0x80, 0x20000), *range(0xE0000, 0xE1000)):  # no other plane has any
+    for number in (*range(0x80, 0x20000), *range(0xE0000, 0xE1000)):  # no other plane has marks or symbols
         category = unicodedata.category(chr(number))
         if category[0] in "MS":
             (marks if category[0] == "M" else symbols).append(number)
@@ -85,14 +90,14 @@ def _words() -> re.Pattern[str]:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Ascending code points as the inside of a character class."""
+    """Ascending code points, written as the inside of a character class."""
     ends = [i for i, (one, other) in enumerate(pairwise(numbers), start=1) if other != one + 1]
     stretches = [(numbers[begin], numbers[end - 1]) for begin, end in pairwise([0, *ends, len(numbers)])]
     return "".join(f"{chr(first)}-{chr(last)}" for first, last in stretches)
 
 
 def _signature(grams: np.ndarray) -> np.ndarray:
-    """The least value of each hash function over the n-grams, (BANDS * HASHES_OF_BAND,) uint64."""
+    """The minimum of each hash function over the n-grams, (BANDS * HASHES_OF_BAND,) uint64."""
     odd, mask = _hash_functions()
     least = np.full(len(odd), np.iinfo(np.uint64).max, dtype=np.uint64)
     for begin in range(0, len(grams), _NGRAMS_AT_ONCE):
@@ -103,7 +108,7 @@ def _signature(grams: np.ndarray) -> np.ndarray:
 
 @cache
 def _hash_functions() -> tuple[np.ndarray, np.ndarray]:
-    """(odd factors, masks) of the hash functions, (BANDS * HASHES_OF_BAND,) uint64 each."""
+    """The odd factors and the masks of the hash functions, (BANDS * HASHES_OF_BAND,) uint64 each."""
     odd, mask = (
         np.random.default_rng(seed).integers(2**64, size=BANDS * HASHES_OF_BAND, dtype=np.uint64) for seed in (0, 1)
     )
@@ -111,7 +116,7 @@ def _hash_functions() -> tuple[np.ndarray, np.ndarray]:
 
 
 class KeyWriter:
-    """The keys of one unit on disk, as sorted runs of (key, number of the document in the unit)."""
+    """Writes the keys of one unit to disk, as sorted runs of (key, number of the document in the unit)."""
 
     def __init__(self, scratch: Path, folder: Path, unit: int) -> None:
         self._scratch, self._folder, self._unit = scratch, folder, unit
@@ -119,14 +124,14 @@ class KeyWriter:
         self._runs = self._total = 0
 
     def add(self, number: int, keys: np.ndarray) -> None:
-        """Take the keys of document `number`; numbers ascend."""
+        """Add the keys of document `number`. Numbers must ascend."""
         self._keys.frombytes(keys.tobytes())
         self._numbers.extend([number] * len(keys))
         if len(self._keys) >= RUN_KEYS:
             self._write()
 
     def close(self) -> dict[str, int]:
-        """Write what is held, give all files their names; the numbers of runs and of keys."""
+        """Write the remaining keys and give all files their final names. Returns the numbers of runs and of keys."""
         if self._keys:
             self._write()
         for path in self._scratch.glob(f"{self._unit:06d}-*.npy"):
@@ -150,23 +155,24 @@ class KeyWriter:
 
 
 def buckets(keys: int) -> int:
-    """Into how many buckets so many keys are divided."""
+    """The number of buckets for `keys` keys."""
     return max(1, -(-keys // BUCKET_KEYS))
 
 
 class Found(NamedTuple):
-    """What the keys of one bucket say."""
+    """The result of comparing the keys of one bucket."""
 
-    units: np.ndarray  # (n,) uint32, of the duplicates, sorted by unit and number
-    numbers: np.ndarray  # (n,) uint32, of their documents
-    new: np.ndarray  # (m,) uint64, the keys that were not seen before, ascending, each once
+    units: np.ndarray  # (n,) uint32, units of the duplicates, sorted by unit and number
+    numbers: np.ndarray  # (n,) uint32, numbers of the duplicate documents in their units
+    new: np.ndarray  # (m,) uint64, keys not seen before, ascending, each once
 
 
 def find_duplicates(folder: Path, runs: Iterable[int], bucket: int, total: int, seen: np.ndarray) -> Found:
-    """The duplicates in one of `total` buckets.
+    """Find the duplicates in one of `total` buckets.
 
-    folder: of the keys; runs: of each unit; seen: keys that were there before, ascending: what has one of them is a
-    duplicate, too.
+    folder: the folder of the keys.
+    runs: the number of runs of each unit.
+    seen: keys that existed before this build, ascending. A document with one of them is a duplicate too.
     """
     begin, end = (_first_of_bucket(seen, some, total) for some in (bucket, bucket + 1))
     before = np.full(end - begin, _BEFORE, dtype=np.uint32)
@@ -179,7 +185,7 @@ def find_duplicates(folder: Path, runs: Iterable[int], bucket: int, total: int, 
             parts.append((np.array(keys[begin:end]), np.full(end - begin, unit, dtype=np.uint32), np.array(numbers)))
     keys, units, numbers = (np.concatenate(column) for column in zip(*parts, strict=True))
     del parts
-    order = np.argsort(keys, kind="stable")  # stable: within equal keys the order of the plan
+    order = np.argsort(keys, kind="stable")  # stable, so that equal keys keep the order of the plan
     keys = keys[order]
     first = np.concatenate([np.ones(min(1, len(keys)), dtype=bool), keys[1:] != keys[:-1]])
     repeated, new = order[~first], keys[first & (units[order] != _BEFORE)]
@@ -189,12 +195,12 @@ def find_duplicates(folder: Path, runs: Iterable[int], bucket: int, total: int, 
 
 
 def open_keys(path: Path) -> np.ndarray:
-    """The keys that a set keeps of its documents, (n,) uint64, ascending, each once; memory-mapped."""
+    """The keys that a set keeps of its documents, (n,) uint64, ascending, each once, memory-mapped."""
     return np.memmap(path, dtype="<u8", mode="r") if path.stat().st_size else np.empty(0, dtype="<u8")
 
 
 def unite(sets: Sequence[np.ndarray], stream: IO[bytes]) -> int:
-    """Write the keys of several sets as those of one; how many are in more than one of them."""
+    """Write the keys of several sets as those of one set. Returns how many repeated keys were left out."""
     sizes, shared = sum(map(len, sets)), 0
     total = buckets(sizes)
     for bucket in range(total):
@@ -209,7 +215,9 @@ def unite(sets: Sequence[np.ndarray], stream: IO[bytes]) -> int:
 
 
 class Duplicates:
-    """Which documents of one unit are duplicates, by the results of all buckets; asked in ascending order."""
+    """The documents of one unit that are duplicates, from the results of all buckets. Test numbers in ascending order
+    only.
+    """
 
     def __init__(self, folder: Path, total: int, unit: int) -> None:
         parts = [np.empty(0, np.uint32)]

@@ -1,9 +1,9 @@
-"""Filters: a function of a text that returns the reason to drop it, or None. Thresholds are arguments.
+"""Filters: each is a function of a text that returns the reason to drop it, or None. Thresholds are arguments.
 
-Gopher is Rae et al. 2021, "Scaling Language Models: Methods, Analysis & Insights from Training Gopher", appendix
-A.1.1 (quality) and table A1 (repetition), its shares counted as datatrove counts them, with words split at white
-space. C4 is Raffel et al. 2020, "Exploring the Limits of Transfer Learning", section 2.2; of its rules that delete
-lines only that of endless words is here, the others are left to the preparation of a corpus.
+Gopher is Rae et al. 2021, "Scaling Language Models: Methods, Analysis & Insights from Training Gopher", appendix A.1.1
+(quality) and table A1 (repetition). Shares are counted as datatrove counts them, and words are split at white space. C4
+is Raffel et al. 2020, "Exploring the Limits of Transfer Learning", section 2.2. Of its rules that delete lines, only
+the one for endless words is here. Apply the others when you prepare a corpus.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from ponder_scale.errors import ConfigError
 from ponder_scale.files.write import hash_file
 
 Filter = Callable[[str], str | None]
-Edit = Callable[[str], tuple[str, dict[str, int]]]  # (what is left of a text, how much of what is not)
+# returns the text that is left, and how much was removed or replaced
+Edit = Callable[[str], tuple[str, dict[str, int]]]
 
 _GOPHER_STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
 _SENTENCE_END = re.compile(r"[.!?][\"'\u201d\u2019)]*(?:\s|$)")
@@ -41,7 +42,7 @@ _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 def length(text: str, *, min_characters: int = 1, max_characters: int | None = None) -> str | None:
-    """Too short or too long, in characters."""
+    """Drop a text that is too short or too long, in characters."""
     if len(text) < min_characters:
         return "length: too short"
     return "length: too long" if max_characters is not None and len(text) > max_characters else None
@@ -60,7 +61,9 @@ def gopher_quality(
     min_alphabetic_words: float = 0.8,
     min_stop_words: int = 2,
 ) -> str | None:
-    """Gopher's quality rules: words, their mean length, symbols, bullets, ellipses, alphabetic and stop words."""
+    """Gopher's quality rules on the number and mean length of words, symbols, bullets, ellipses, letters and stop
+    words.
+    """
     words = text.split()
     if not min_words <= len(words) <= max_words:
         return "gopher_quality: number of words"
@@ -91,8 +94,11 @@ def gopher_repetition(
     max_top_n_grams: Sequence[float] = (0.2, 0.18, 0.16),
     max_duplicate_n_grams: Sequence[float] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10),
 ) -> str | None:
-    """Gopher's repetition rules: repeated lines and paragraphs, the most frequent 2- to 4-gram, and repeated 5- to
-    10-grams, as shares of the lines, the paragraphs and all characters. Line ends of any kind are alike."""
+    """Gopher's repetition rules.
+
+    They limit repeated lines and paragraphs, the most frequent 2- to 4-gram, and repeated 5- to 10-grams, as shares of
+    the lines, the paragraphs and all characters. All kinds of line ends are treated alike.
+    """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     for name, pieces, count_bound, character_bound in (
         ("lines", [line.strip() for line in text.split("\n")], max_duplicate_lines, max_duplicate_line_characters),
@@ -114,7 +120,7 @@ def gopher_repetition(
 def c4(
     text: str, *, min_sentences: int = 5, max_lorem_ipsum: int = 0, max_braces: int = 0, max_word: int = 1000
 ) -> str | None:
-    """C4's rules for whole pages: sentences, placeholder text, braces as a sign of code; of what `c4_lines` leaves."""
+    """C4's rules for whole pages, after `c4_lines`: sentences, placeholder text, and braces as a sign of code."""
     text, _ = c4_lines(text, max_word=max_word)
     lowered = text.lower()
     if lowered.count("lorem ipsum") > max_lorem_ipsum:
@@ -127,7 +133,7 @@ def c4(
 
 
 def c4_lines(text: str, *, max_word: int = 1000, **of_pages: int) -> tuple[str, dict[str, int]]:
-    """C4's rule for lines that is used here: one with an endless word goes, the page stays."""
+    """C4's rule for lines: remove each line with a word longer than `max_word`, and keep the rest of the page."""
     if max(map(len, text.split()), default=0) <= max_word:
         return text, {}
     lines = text.splitlines(keepends=True)
@@ -136,7 +142,9 @@ def c4_lines(text: str, *, max_word: int = 1000, **of_pages: int) -> tuple[str, 
 
 
 def decontaminate(text: str, *, against: Sequence[str] = (), field: str = "text", n: int = 13) -> str | None:
-    """Has n words in a row in common with a text of an evaluation set: files of jsonl, parquet or text, by path."""
+    """Drop a text that shares n consecutive words with an evaluation set. Sets are paths of jsonl, parquet or text
+    files.
+    """
     if not against:
         return None
     name = evaluation_sets(tuple(against), field, n).hit(text, n)
@@ -150,15 +158,15 @@ FILTERS: dict[str, Callable[..., str | None]] = {
     "c4": c4,
     "decontaminate": decontaminate,
     "language": language,
-    "url": url,  # of the document's, not of its text
+    "url": url,  # judges the document's URL, not its text
 }
-# before any filter looks at a text
+# Applied before any filter looks at a text.
 EDITS: dict[str, Callable[..., tuple[str, dict[str, int]]]] = {"c4": c4_lines, "pii": personal}
-_OF_FILES = {"decontaminate": "against", "url": "block"}  # the filters that read files, and which key names them
+_OF_FILES = {"decontaminate": "against", "url": "block"}  # filters that read files, with the key that names them
 
 
 def chosen(source: str, filters: Mapping[str, Any]) -> list[Filter]:
-    """The filters of a source, with their thresholds, in the order given.
+    """The filters of a source with their thresholds, in the given order.
 
     Raises ConfigError for an unknown filter or threshold.
     """
@@ -176,7 +184,7 @@ def chosen(source: str, filters: Mapping[str, Any]) -> list[Filter]:
             if not given or isinstance(given, str):
                 what = "evaluation set" if name == "decontaminate" else "block list"
                 raise ConfigError(f"{key}.{_OF_FILES[name]} names no {what}; give a list of files")
-            screen("")  # reads them
+            screen("")  # reads the files now, so that errors appear early
         if name == "language":
             try:
                 check_languages((thresholds or {}).get("keep"))
@@ -190,7 +198,7 @@ def chosen(source: str, filters: Mapping[str, Any]) -> list[Filter]:
 
 
 def blocked(filters: Mapping[str, Any]) -> Callable[[str | None], str | None] | None:
-    """Of the URL of a document, the reason to drop it; None where no filter of a source looks at it."""
+    """A function from a document's URL to the reason to drop it. None if the source has no filter on URLs."""
     if "url" not in filters:
         return None
     screen: Any = partial(url, **(filters["url"] or {}))
@@ -198,7 +206,7 @@ def blocked(filters: Mapping[str, Any]) -> Callable[[str | None], str | None] | 
 
 
 def _check_thresholds(key: str, function: Callable[..., Any], thresholds: Any, *, own: bool) -> None:
-    """Raises ConfigError for a threshold that a filter does not have, and for a value that is none."""
+    """Raise ConfigError for a threshold that the filter does not have, and for an invalid value."""
     parameters = inspect.signature(function).parameters
     known = list(parameters)[1:]
     if not isinstance(thresholds or {}, Mapping):
@@ -225,8 +233,11 @@ def _is_bound(value: Any) -> bool:
 
 
 def identities(filters: Mapping[str, Any]) -> dict[str, str]:
-    """What besides its settings decides what the filters of a source drop: the hash of the file of each function of the
-    user's own, and of each evaluation set and block list, the version of a library."""
+    """Everything besides settings that decides which documents a source's filters drop.
+
+    It holds the hash of the file of each user's own function, of each evaluation set and of each block list, and the
+    version of the language library.
+    """
     found = {}
     for name, thresholds in filters.items():
         if ":" in name:
@@ -241,7 +252,7 @@ def identities(filters: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _hash(path: str) -> str:
-    """That of a file's bytes, local or remote."""
+    """The hash of a file's bytes. The file may be remote."""
     if not is_remote(path):
         return hash_file(Path(path))
     whole = xxhash.xxh3_128()
@@ -252,12 +263,12 @@ def _hash(path: str) -> str:
 
 
 def _imported(key: str, name: str) -> Callable[..., str | None]:
-    """A filter of the user's own, MODULE:FUNCTION."""
+    """Import a user's own filter, MODULE:FUNCTION."""
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
         inspect.signature(found)
-    except Exception as error:  # a module may raise anything as it is loaded
+    except Exception as error:  # importing a module may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
             f"{key}: {name} cannot be used ({reason}); expected MODULE:FUNCTION, with the module's folder in PYTHONPATH"
@@ -266,7 +277,7 @@ def _imported(key: str, name: str) -> Callable[..., str | None]:
 
 
 def _guarded(key: str, screen: Filter) -> Filter:
-    """A filter of the user's own whose errors are one line."""
+    """Wrap a user's own filter, so that its errors become one line."""
 
     def guarded(text: str) -> str | None:
         try:
@@ -282,7 +293,7 @@ def _guarded(key: str, screen: Filter) -> Filter:
 
 
 def sampled(share: float, seed: int) -> Filter:
-    """Keeps a share of the documents, by a hash of their stripped text that is not the one of the held-out split."""
+    """Keep a share of the documents, chosen by a hash of their stripped text. The held-out split uses another seed."""
     bound = int(share * 2**64)
 
     def screen(text: str) -> str | None:
@@ -292,12 +303,12 @@ def sampled(share: float, seed: int) -> Filter:
 
 
 def edits(filters: Mapping[str, Any]) -> list[Edit]:
-    """What the filters of a source leave out of texts that they keep; `chosen` has checked their thresholds."""
+    """The edits that a source's filters make in texts that they keep. `chosen` has checked their thresholds."""
     return [partial(EDITS[name], **(thresholds or {})) for name, thresholds in filters.items() if name in EDITS]
 
 
 def _repeated(pieces: list[str]) -> tuple[float, int]:
-    """(share of the pieces that stood there before, characters of those)."""
+    """The share of pieces that repeat an earlier piece, and the characters in those repeats."""
     seen: set[str] = set()
     count = characters = 0
     for piece in pieces:
@@ -308,8 +319,7 @@ def _repeated(pieces: list[str]) -> tuple[float, int]:
 
 
 def _top_n_gram(words: list[str], n: int) -> int:
-    """Characters, with the spaces between its words, in all occurrences of the most frequent n-gram; 0 when none occurs
-    twice."""
+    """Characters in all occurrences of the most frequent n-gram, including spaces. 0 if no n-gram occurs twice."""
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
     if not counts:
         return 0
@@ -318,7 +328,7 @@ def _top_n_gram(words: list[str], n: int) -> int:
 
 
 def _in_repeated_n_grams(words: list[str], n: int) -> int:
-    """Characters of the words in n-grams that occurred before; the next one is looked for behind the one that did."""
+    """Characters in the words of n-grams that occurred before. After a repeat, the search continues behind it."""
     seen: set[tuple[str, ...]] = set()
     begin = characters = 0
     while begin <= len(words) - n:

@@ -1,6 +1,6 @@
-"""E-mail addresses and public IP addresses in a text, put out of it: FineWeb (Penedo et al. 2024) does this to pages.
+"""Replace e-mail addresses and public IP addresses in a text, as FineWeb (Penedo et al. 2024) does with web pages.
 
-Both patterns begin where no part of an address stands before them, so the time is as the length of the text.
+A match can begin only where no part of an address stands before it, so the time grows linearly with the text.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ EMAILS, IPS = "e-mail addresses", "IP addresses"
 _EMAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]+@(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}[^\W\d_][\w-]{0,61}[^\W_]")
 _RESERVED = re.compile(r"@(?:[\w-]+\.)*(?:example\.(?:com|net|org)|example|invalid|test|localhost)$", re.IGNORECASE)
 _IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\w|\.\d)")
-# of 2000::/3, which is all that is given out: abc::def of a program is no address
+# Only 2000::/3, the range from which addresses are assigned: abc::def in a program is no address.
 _IPV6 = re.compile(r"(?<![\w.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{0,41}(?:[0-9A-Fa-f]|(?<=:):)(?!\w|\.\d)")
 
 
 def personal(
     text: str, *, email: str | None = "email@example.com", ip: str | None = "192.0.2.1"
 ) -> tuple[str, dict[str, int]]:
-    """(the text with other addresses in place of those in it, how many of each kind); None leaves a kind as it is.
+    """Replace the addresses in a text. Returns the new text and the number of each kind. None leaves a kind as it is.
 
-    Addresses that nobody has stay: those of domains that are reserved for examples, and IP addresses that are no
-    public ones.
+    Addresses that belong to nobody stay: those in domains reserved for examples, and IP addresses that are not public.
     """
     counts: dict[str, int] = {}
     if email is not None and "@" in text:

@@ -1,7 +1,7 @@
-"""Which list of domains and addresses the URL of a document is in, as block lists of the web are published.
+"""Find the block list that contains the URL of a document. The lists have the usual format of web block lists.
 
-A line is a domain, which is blocked with all that is below it, or an address without its scheme, which is blocked with
-all that its path leads to. Millions of lines take eight bytes each.
+A line is a domain or an address without its scheme. A domain blocks itself and all its subdomains. An address blocks
+everything below its path. Each line takes eight bytes of memory, so lists may have millions of lines.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class BlockLists(NamedTuple):
 
     names: list[str]
     lines: np.ndarray  # (n,) uint64, ascending: the hash of each line
-    lists: np.ndarray  # (n,) the first list that has each
+    lists: np.ndarray  # (n,) the first list that contains each line
 
     def hit(self, url: str) -> str | None:
         """The first list that blocks a URL."""
@@ -42,7 +42,9 @@ class BlockLists(NamedTuple):
 
 
 def url(address: str, *, field: str = "url", block: Sequence[str] = ()) -> str | None:
-    """Is in one of the lists to `block`: files, by path. `field` is where the record has its URL."""
+    """Drop a document whose URL is in one of the lists to `block`, given as paths. `field` is the record's field for
+    the URL.
+    """
     if not block:
         return None
     name = block_lists(tuple(block)).hit(address)
@@ -51,7 +53,7 @@ def url(address: str, *, field: str = "url", block: Sequence[str] = ()) -> str |
 
 @lru_cache(maxsize=4)
 def block_lists(paths: tuple[str, ...]) -> BlockLists:
-    """The lines of some files, by their names. Raises ConfigError for a file or a line that cannot be read."""
+    """Read some files as block lists. Raises ConfigError for a file or a line that cannot be read."""
     files = files_of(paths, "url")
     parts, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     for number, file in enumerate(files):
@@ -64,7 +66,7 @@ def block_lists(paths: tuple[str, ...]) -> BlockLists:
 
 
 def _lines(file: Piece) -> Iterator[str]:
-    """The lines as keys: those of hosts files end with the domain, # begins a comment."""
+    """Yield the lines of a file as keys. In a hosts file the domain is the last word. # begins a comment."""
     try:
         with open_piece(file, xxhash.xxh3_128()) as stream:
             content = b"".join(iter(lambda: stream.read(CHUNK), b"")).decode("utf-8-sig")
@@ -84,7 +86,7 @@ def _lines(file: Piece) -> Iterator[str]:
 
 
 def _parts(url: str) -> tuple[str, str]:
-    """(the host in small letters of ASCII, the path with the query); empty ones of what is no URL."""
+    """The host in lower-case ASCII, and the path with the query. Both are empty if the text is not a URL."""
     try:
         parts = urlsplit(url.strip() if "://" in url else f"//{url.strip()}")
         host = (parts.hostname or "").rstrip(".")
@@ -97,7 +99,7 @@ def _parts(url: str) -> tuple[str, str]:
 
 
 def _keys(url: str) -> Iterator[str]:
-    """All lines that would block a URL."""
+    """Yield every line that would block a URL."""
     host, path = _parts(url)
     if not host:
         return

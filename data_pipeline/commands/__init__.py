@@ -1,1 +1,1 @@
-"""What else the command does: adopt, plan, inspect."""
+"""The commands of `ponder-data` besides build: adopt, append, merge, plan, inspect."""

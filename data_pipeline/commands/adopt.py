@@ -1,8 +1,9 @@
-"""Tokens that other programs wrote, made a folder of shards where they lie: their data is read and never changed.
+"""Turn token files of other programs into a folder of shards. Their data is read, and never copied or changed.
 
-Megatron-LM, NeMo and GPT-NeoX (.bin/.idx) need a manifest only. datatrove (.ds, .ds.index) and headerless dumps
-(nanoGPT's, dolma's and others' uint16 or uint32) get an index in Megatron's format and a .bin that is a symbolic
-link. What the formats do not say, the tokenizer and the type of the tokens, the user says, and `dumps` checks it.
+Megatron-LM, NeMo and GPT-NeoX (.bin/.idx) only need a manifest. datatrove (.ds, .ds.index) and headerless dumps (uint16
+or uint32, as nanoGPT, dolma and others write) get an index in Megatron's format, and a .bin that is a symbolic link.
+The formats do not name the tokenizer, and some do not give the type of the tokens. You give these, and `dumps` checks
+them.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ def adopt(
     eod_token: str | None,
     command: str,
 ) -> Manifest:
-    """Make `out` a folder of shards of these files, the last `heldout_files` of them held out.
+    """Create the folder of shards `out` from these files. The last `heldout_files` of them are held out.
 
-    dtype: of headerless tokens, uint16 or uint32; None for formats that say it. eod_token: None: the tokenizer's own.
-    Raises ShardError when a file is not what it is said to be, or holds token ids that the tokenizer does not have.
+    dtype: type of headerless tokens, uint16 or uint32; None for formats that contain it. eod_token: None for the
+    tokenizer's.
+    Raises ShardError if a file is not of the given kind, or holds token ids that the tokenizer does not have.
     """
     if out.exists() and any(out.iterdir()):
         raise ShardError(f"--out is {out}, which is not empty; choose another folder")
@@ -80,7 +82,7 @@ def adopt(
 
 
 def _check_mask(dump: Dump) -> None:
-    """Raises ShardError where what lies beside a dump as its `.mask` is none of its tokens."""
+    """Raise ShardError if a `.mask` file beside a dump is not a mask of its tokens."""
     path, tokens = dump.path.with_suffix(".mask"), int(dump.lengths.sum())
     if path.exists() and not is_mask(path, tokens):
         raise ShardError(
@@ -90,7 +92,7 @@ def _check_mask(dump: Dump) -> None:
 
 
 def _place(dump: Dump, out: Path, name: str, tokenizer: Tokenizer) -> ShardInfo:
-    """Links and an index in `out`; what the shard holds."""
+    """Create the links and an index in `out`. Returns the description of the shard."""
     target, index = out / f"{name}.bin", out / f"{name}.idx"
     target.symlink_to(dump.path.resolve())
     if dump.indexed:

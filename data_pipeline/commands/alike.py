@@ -1,4 +1,4 @@
-"""Whether token shards can be put together: what the sets have in common, and what is in more than one of them."""
+"""Check that sets of token shards can be combined, and find what occurs in more than one of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OF_THE_SPLIT = ("heldout_fraction", "split_by", "seed")
 
 
 def setting(shards: ShardSet, key: str) -> Any:
-    """A key of the build that made a set. Raises ConfigError where none has."""
+    """A setting of the build that made a set. Raises ConfigError if no build made it."""
     origin = shards.manifest.provenance.get("origin")
     if not isinstance(origin, dict) or "config" not in origin:
         raise ConfigError(
@@ -40,8 +40,11 @@ def setting(shards: ShardSet, key: str) -> Any:
 
 
 def check_new(before: ShardSet, config: BuildConfig) -> None:
-    """Raise ConfigError where a file of the build is in the set already, a source's weight does not fit, or duplicates
-    cannot be found."""
+    """Raise ConfigError if new files cannot be added to a set.
+
+    The reasons are a file that is already in the set, a source weight that does not fit, and duplicates that cannot be
+    found.
+    """
     _check_files(before, config)
     weights = {name: source.weight for name, source in config.sources.items() if source.weight is not None}
     if bool(weights) != bool(before.manifest.weights):
@@ -80,9 +83,9 @@ def _check_deduplicate(before: ShardSet, config: BuildConfig) -> None:
 
 
 def _check_files(before: ShardSet, config: BuildConfig) -> None:
-    """Raise ConfigError for a file whose text is in the set: one of the same name, or of the same size and bytes.
+    """Raise ConfigError for a file that is already in the set: one with the same name, or with equal size and bytes.
 
-    Files of folders are left to `check_repeated`: many are small, and equal ones are common.
+    Files of folders are left to `check_repeated`, because they are many and equal ones are common.
     """
     first: dict[tuple[str, str], dict[str, Any]] = {}
     sizes: Counter[tuple[str, str]] = Counter()
@@ -94,7 +97,8 @@ def _check_files(before: ShardSet, config: BuildConfig) -> None:
         if "folder" not in kinds[source]:
             named[name] = line
             if "://" not in name:
-                named.setdefault(str(Path(name).resolve()), line)  # of a relative name a guess, so its bytes decide
+                # for a relative name this is a guess, so the bytes decide
+                named.setdefault(str(Path(name).resolve()), line)
             of_size[sizes[source, name]].append(line)
     for file in files(config.sources, LeftOut(), places(Path(config.out))):
         if config.sources[file.source].kind == "folder" or not file.file_size:
@@ -112,19 +116,20 @@ def _check_files(before: ShardSet, config: BuildConfig) -> None:
 
 
 def _begins_with(file: Piece, line: Mapping[str, Any], config: BuildConfig) -> bool:
-    """Whether the first piece of a file that was read before is the beginning of this one, too."""
+    """Whether this file begins with the same bytes as the first piece of a file that was read before."""
     whole = xxhash.xxh3_128()
     piece = replace(file, begin=line["begin"], end=line["end"])
     try:
         for _ in read(piece, config.sources[file.source], config.max_document_bytes, whole):
             pass
-    except (UserError, OSError, ValueError, IndexError):  # it has no such part, or the build will say what is wrong
+    # the file has no such part, or the build will report the error
+    except (UserError, OSError, ValueError, IndexError):
         return False
     return whole.hexdigest() == line["xxh3"]
 
 
 def check_alike(sets: Sequence[ShardSet]) -> None:
-    """Raise ConfigError unless all sets are of one tokenizer, with the same ends and the same split."""
+    """Raise ConfigError unless all sets have the same tokenizer, begin and end tokens, and split."""
     for one, other in pairwise(sets):
         both = f"{one.folder} and {other.folder}"
         for key in ("tokenizer", "dtype", "vocab_size", "eod_id", "bos_id"):
@@ -140,9 +145,10 @@ def check_alike(sets: Sequence[ShardSet]) -> None:
 
 
 def check_repeated(sets: Sequence[ShardSet]) -> None:
-    """Raise ConfigError where the bytes of an input were read for two of the sets.
+    """Raise ConfigError if the same input bytes were read for two of the sets.
 
-    Of folders, whose files are often alike, only when all files of a source are in another set; fewer are said.
+    Equal files are common in folders. A folder is refused only if all its files are in another set. Otherwise a warning
+    says how many are.
     """
     seen: dict[tuple[int, str], tuple[Path, str]] = {}
     for one in sets:
@@ -170,7 +176,7 @@ def check_repeated(sets: Sequence[ShardSet]) -> None:
 
 
 def check_documents(sets: Sequence[ShardSet]) -> None:
-    """Raise ConfigError where sets were built with deduplicate and have documents in common, or nobody knows."""
+    """Raise ConfigError if sets were built with deduplicate and share documents, or if that cannot be known."""
     ways = [setting(one, "deduplicate") for one in sets]
     remedy = "append the files of one to the other, which leaves duplicates out, or give --allow-duplicates"
     for one, way in zip(sets, ways, strict=True):
@@ -196,7 +202,7 @@ def check_documents(sets: Sequence[ShardSet]) -> None:
 
 
 def _kinds(manifests: Sequence[Manifest]) -> dict[str, set[str]]:
-    """The kinds that the sources of each name had in builds and appends."""
+    """The kinds that sources of each name had in builds and appends."""
     kinds: dict[str, set[str]] = defaultdict(set)
     for manifest in manifests:
         origin = manifest.provenance["origin"]
@@ -207,7 +213,7 @@ def _kinds(manifests: Sequence[Manifest]) -> dict[str, set[str]]:
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl file; none where there is no file."""
+    """Yield the objects of a .jsonl file. Yields nothing if there is no file."""
     if path.is_file():
         with path.open("rb") as stream:
             yield from map(orjson.loads, stream)

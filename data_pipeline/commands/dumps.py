@@ -1,7 +1,7 @@
-"""Token files of other programs: where their documents end, and whether their tokens are what they are said to be.
+"""Read token files of other programs: find where documents end, and check that the tokens are of the given type.
 
-A width or a byte order that is not the right one gives tokens that are all in the vocabulary more often than not, so
-both are looked for in the tokens themselves, over the whole file.
+Tokens read with a wrong width or byte order are usually all in the vocabulary. The check therefore looks for signs of
+both in all tokens of the file.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from ponder_scale.errors import ShardError
 from ponder_scale.shards.format import check_index
 
 Kind = Literal["megatron", "datatrove", "raw"]
-SUFFIXES: dict[Kind, str] = {"megatron": ".bin", "datatrove": ".ds"}  # raw has any: dolma's end in .npy
+# raw files may have any suffix; dolma's end in .npy
+SUFFIXES: dict[Kind, str] = {"megatron": ".bin", "datatrove": ".ds"}
 WIDTHS = ("uint16", "uint32")
-DOLMA_BOUNDARIES = ".csv.gz"  # beside dolma's .npy: a row of start, end, id, source, place for each document
+DOLMA_BOUNDARIES = ".csv.gz"  # beside dolma's .npy, with one row of start, end, id, source, place for each document
 _HEADERS = {
     b"\x93NUMPY": "numpy.save; write its tokens alone: array.tofile",
     b"MMIDIDX": "Megatron's index; give the .bin beside it, with --kind megatron",
@@ -32,26 +33,26 @@ _HEADERS = {
     struct.pack("<i", 20240801): "llm.c, of 1,024 bytes; write its tokens alone: tail -c +1025",
     b"\x28\xb5\x2f\xfd": "zstd; decompress it",
 }
-_BLOCK = 2**23  # tokens looked at together; even, so that the first of each has an even place
-_MAX_DOCUMENT = 2**30  # tokens; what is longer without an end is cut into such "documents"
+_BLOCK = 2**23  # tokens examined together; even, so that each block begins at an even position
+_MAX_DOCUMENT = 2**30  # tokens; a longer stretch without an end token is cut into such "documents"
 _NEARLY_ALL, _MANY = 0.95, 0.75
 
 
 @dataclass(frozen=True)
 class Dump:
-    """One file of tokens and where its documents end."""
+    """One file of tokens and the lengths of its documents."""
 
     path: Path
     dtype: np.dtype
     lengths: np.ndarray  # (documents,) in tokens
-    indexed: bool = False  # it has Megatron's index beside it, whose sequences are the documents
-    marked: Literal["", "end", "begin"] = ""  # where the end token stands in each document
+    indexed: bool = False  # whether Megatron's index lies beside it, with one sequence for each document
+    marked: Literal["", "end", "begin"] = ""  # the place of the end token in each document
 
 
 def open_dump(path: Path, kind: Kind, dtype: str | None, tokenizer: Tokenizer) -> Dump:
-    """One file of tokens, all of them checked.
+    """Open one file of tokens and check all of them.
 
-    dtype: as the user gives it. Raises ShardError when the file is not what it is said to be, holds token ids that the
+    dtype: the type that the user gave. Raises ShardError if the file is not of the given kind, holds token ids that the
     tokenizer does not have, or looks like tokens of another width or byte order.
     """
     if kind in SUFFIXES and path.suffix != SUFFIXES[kind]:
@@ -76,7 +77,7 @@ def open_dump(path: Path, kind: Kind, dtype: str | None, tokenizer: Tokenizer) -
 
 
 def pieces(dump: Dump) -> Iterator[tuple[int, np.ndarray]]:
-    """(place of the first, tokens) of each part of a dump, in order."""
+    """Yield the parts of a dump in order, each with the position of its first token."""
     if not dump.path.stat().st_size:
         return
     tokens = np.memmap(dump.path, dtype=dump.dtype, mode="r")
@@ -85,7 +86,7 @@ def pieces(dump: Dump) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _megatron(path: Path, dtype: str | None) -> Dump:
-    """By Megatron's index; a document of several sequences is one document."""
+    """Use Megatron's index. A document of several sequences becomes one document."""
     index = path.with_suffix(".idx")
     if not index.is_file():
         raise ShardError(f"{path}: no {index.name} beside it; expected Megatron's pair of files")
@@ -102,7 +103,7 @@ def _megatron(path: Path, dtype: str | None) -> Dump:
 
 
 def _datatrove(path: Path, dtype: str | None) -> Dump:
-    """By datatrove's index, whose last number says how wide the tokens are."""
+    """Use datatrove's index, whose last number gives the width of the tokens."""
     index = path.with_name(path.name + ".index")
     if not index.is_file():
         raise ShardError(f"{path}: no {index.name} beside it; expected the ends of its documents")
@@ -120,7 +121,7 @@ def _datatrove(path: Path, dtype: str | None) -> Dump:
 
 
 def _raw(path: Path, dtype: str | None) -> Dump:
-    """A headerless dump; its documents are found when its tokens are known to be right."""
+    """Open a headerless dump. Its documents are found after its tokens have been checked."""
     if dtype is None:
         raise ShardError(f"{path}: nothing in it says how wide its tokens are; give --dtype uint16 or --dtype uint32")
     with path.open("rb") as stream:
@@ -138,8 +139,11 @@ def _raw(path: Path, dtype: str | None) -> Dump:
 
 
 def _by_end_token(dump: Dump, eod_id: int) -> Dump:
-    """The dump with the documents that an end token stands behind, or before where it is the first token and not the
-    last."""
+    """Split a dump into documents at the end token.
+
+    The token ends each document. If it is the first token of the dump but not the last, it begins each document
+    instead.
+    """
     size = int(dump.lengths.sum())
     found = [np.flatnonzero(tokens == eod_id) + begin for begin, tokens in pieces(dump)]
     places = np.concatenate([np.empty(0, np.int64), *found])
@@ -155,13 +159,13 @@ def _by_end_token(dump: Dump, eod_id: int) -> Dump:
 
 
 def _dolma_lengths(dump: Dump) -> np.ndarray:
-    """Of the documents in dolma's file of boundaries."""
+    """The lengths of the documents in dolma's file of boundaries."""
     file, data, size = dump.path.with_suffix(DOLMA_BOUNDARIES), dump.path, int(dump.lengths.sum())
     starts, ends = array("q"), array("q")
     try:
         with gzip.open(file, "rt", encoding="utf-8", newline="") as stream:
             for row in csv.reader(stream):
-                # some versions name the document before the numbers
+                # Some versions put the document's name before the numbers.
                 first, last = row[:2] if row[0].isdecimal() and row[1].isdecimal() else row[-2:]
                 starts.append(int(first))
                 ends.append(int(last))
@@ -182,15 +186,14 @@ _WITHOUT = "move it away to have documents end at the end token"
 
 
 def _last_token(dump: Dump) -> int:
-    """The last token of a dump, or -1."""
+    """The last token of a dump, or -1 if it is empty."""
     if not dump.path.stat().st_size:
         return -1
     return int(np.memmap(dump.path, dtype=dump.dtype, mode="r")[-1])
 
 
 def _check(dump: Dump, tokenizer: Tokenizer) -> None:
-    """Raises ShardError for token ids that the tokenizer does not have, and for the marks of another width or byte
-    order."""
+    """Raise ShardError for token ids that the tokenizer does not have, and for signs of another width or byte order."""
     places = even = odd = low = high = 0
     for begin, tokens in pieces(dump):
         largest = int(tokens.max())
@@ -222,7 +225,7 @@ def _check(dump: Dump, tokenizer: Tokenizer) -> None:
 
 
 def _remedy(dump: Dump, tokenizer: Tokenizer) -> str:
-    """What to do about tokens that are not right, with the width or byte order in which the first ones would be."""
+    """The remedy for wrong tokens. Names the width or byte order in which the first tokens would be valid."""
     asked = "give the tokenizer and the dtype that it was made with"
     others = [np.dtype(name).newbyteorder("<") for name in WIDTHS]
     others = [other for other in others if other.itemsize != dump.dtype.itemsize]

@@ -1,4 +1,4 @@
-"""What a build will take, from its plan and a sample: tokens, disk, processor time, and what would be dropped."""
+"""Estimate a build from its plan and a sample: tokens, disk, processor time, and the share that would be dropped."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from ponder_scale.errors import ConfigError
 from ponder_scale.figures import count, span, stored, times
 from ponder_scale.shards.format import dtype_for
 
-SAMPLES = 16  # places in the corpus that are looked at
-INDEX_BYTES = 20  # of a document
-KEY_BYTES = {"none": 0, "exact": 8, "minhash": 8 * BANDS}  # of a document
-WORTH_SPLITTING = 2**26  # bytes of a compressed file
-UNITS_PER_CORE = 4  # at least, for all cores to end at about the same time
+SAMPLES = 16  # places in the corpus to sample
+INDEX_BYTES = 20  # for each document
+KEY_BYTES = {"none": 0, "exact": 8, "minhash": 8 * BANDS}  # for each document
+WORTH_SPLITTING = 2**26  # size in bytes from which a compressed file should be split
+UNITS_PER_CORE = 4  # at least, so that all cores end at about the same time
 
 
 @dataclass
 class _Sample:
-    input_bytes: int = 0  # as they are stored
+    input_bytes: int = 0  # as stored
     seconds: float = 0.0  # of processor time
     texts: list[str] = field(default_factory=list)
     tokens: int = 0
@@ -44,10 +44,10 @@ class _Sample:
 
 @dataclass
 class _Expected:
-    """What a source lets expect of itself."""
+    """The estimate for one source."""
 
     documents: float
-    tokens: float  # of both splits
+    tokens: float  # in both splits
     seconds: float  # of processor time
     records: float
     drops: dict[str, float]
@@ -55,10 +55,10 @@ class _Expected:
 
 
 def estimate(config: BuildConfig, sample_bytes: int, training_tokens: float | None = None) -> str:
-    """Some lines: the units of the build, what a sample of about `sample_bytes` lets expect of the whole and of each
-    source, and how often a run of `training_tokens` would read each.
+    """Lines that describe the units of the build and the estimate for the whole and for each source.
 
-    Raises a UserError for inputs and a tokenizer that cannot be used.
+    `sample_bytes` is the approximate size of the sample. With `training_tokens`, the lines also say how often a run of
+    that length reads each source. Raises a UserError for inputs or a tokenizer that cannot be used.
     """
     left_out = LeftOut()
     found = list(units(config.sources, config.shard_bytes, left_out, places(Path(config.out).resolve())))
@@ -106,7 +106,9 @@ def _of_cores(seconds: float) -> str:
 
 
 def _samples(planned: list[Unit], total: int, config: BuildConfig, sample_bytes: int) -> tuple[dict[str, _Sample], int]:
-    """What is in some places of each source, by its size, but in one at least; and in how many places of all."""
+    """Sample each source at a number of places that grows with its size, at least one. Returns the samples and all
+    places.
+    """
     samples, looked_at = {}, 0
     for name in config.sources:
         of_source = [unit for unit in planned if unit.source == name]
@@ -134,7 +136,9 @@ def _expect(source: SourceConfig, sample: _Sample, size: int) -> _Expected:
 def _source_lines(
     config: BuildConfig, expected: Mapping[str, _Expected], training_tokens: float | None
 ) -> Iterator[str]:
-    """A line for each source: what it gives, and how often a run reads it by its weight, or else by its size."""
+    """A line for each source: its estimate, and how often a run reads it by its weight or, without weights, by its
+    size.
+    """
     weights = {name: source.weight for name, source in config.sources.items() if source.weight is not None}
     whole = math.fsum(weights.values()) if weights else sum(one.tokens for one in expected.values())
     for name in config.sources:
@@ -185,7 +189,7 @@ def _read(unit: Unit, config: BuildConfig, size: int, sample: _Sample) -> None:
 
 
 def _rows(piece: Piece, source: SourceConfig) -> int | None:
-    """How many there are, where bytes are not read one after another."""
+    """The number of rows in a piece, for kinds of which bytes are not read in sequence. None for other kinds."""
     if source.kind == "parquet":
         _, metadata = parquet_about(piece)
         return sum(metadata.row_group(i).num_rows for i in range(piece.begin, piece.end))
@@ -193,7 +197,8 @@ def _rows(piece: Piece, source: SourceConfig) -> int | None:
 
 
 def _tokenize(config: BuildConfig, tokenizer: Tokenizer, samples: list[_Sample]) -> str:
-    around = int(config.append_eod) + int(tokenizer.bos_id is not None)  # tokens of a document beside its text's
+    # tokens that a document has besides those of its text
+    around = int(config.append_eod) + int(tokenizer.bos_id is not None)
 
     def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)

@@ -1,9 +1,9 @@
-"""Folders of shards put together without reading a text again: `ponder-data append` and `ponder-data merge`.
+"""Combine folders of shards without reading text again: `ponder-data append` and `ponder-data merge`.
 
-The shards of the result are the very files of the sets, by hard links (copies where the file system has none), and the
-first set's keep their names. So what was there keeps its bytes, and a document keeps its side of the split, which its
-text alone decides. The result is made beside `out` and given its name in one step, as a build is. Killed anywhere, the
-same command goes on.
+The shards of the result are the same files as those of the sets, through hard links. They are copies if the file system
+has no hard links. The first set's shards keep their names. Existing data therefore keeps its bytes, and a document
+keeps its side of the split, which depends on its text alone. As in a build, the result is made beside `out` and renamed
+in one step. If it is killed at any point, run the same command again to continue.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from ponder_scale.settings import load
 from ponder_scale.shards.format import TOKENIZER, ShardSet, open_shards
 from ponder_scale.shards.manifest import MANIFEST, Manifest, ShardInfo, read_manifest, seal
 
-APPENDING = ".appending"  # ends the name of the folder in which new files become shards first
-# what all documents of a set have in common; `out` is not the user's to say here
+APPENDING = ".appending"  # suffix of the folder in which new files first become shards
+# Settings that all documents of a set share. `out` is also fixed here.
 _OF_THE_SET = ("tokenizer", "eod_token", "append_eod", "bos_token", "special_tokens_in_text")
-_JOINED = (INPUTS, QUARANTINE, DROPPED)  # files beside the shards, of one set behind those of the other
+_JOINED = (INPUTS, QUARANTINE, DROPPED)  # files beside the shards; those of the sets are joined in order
 _NAME = re.compile(r"([a-z]+)-(\d+)(.*)")
 
 
 def append(folder: Path, settings: Sequence[str], command: str) -> Manifest | None:
-    """Add new files to a set, with the tokenizer, ends and split that it has; None on ranks of MPI above 0.
+    """Add new files to a set, with the set's tokenizer, end tokens and split. Returns None on MPI ranks above 0.
 
-    Where the set was built with deduplicate, new documents that are equal, or nearly equal, to its own are left out.
+    If the set was built with deduplicate, new documents equal or nearly equal to its own are left out.
 
     Args:
-        settings: `key=value` of a build: the sources, and what may differ from document to document.
+        settings: `key=value` settings of a build: the sources, and settings that may differ between documents.
 
     Raises:
-        ConfigError, ShardError: the set was not made by a build; a setting is the set's; a file is in it already.
+        ConfigError, ShardError: no build made the set, a setting is fixed by the set, or the set already has a file.
     """
     folder = folder.resolve()
     _give_name(folder)
@@ -93,14 +93,14 @@ def append(folder: Path, settings: Sequence[str], command: str) -> Manifest | No
 
 
 def merge(out: Path, folders: Sequence[Path], command: str, *, allow_duplicates: bool = False) -> Manifest:
-    """Make the folder `out` of several sets, which stay as they are.
+    """Create the folder `out` from several sets. The sets are not changed.
 
     Args:
-        allow_duplicates: also of sets that have files or documents in common.
+        allow_duplicates: also accept sets that share files or documents.
 
     Raises:
-        ConfigError, ShardError: sets of different tokenizers, ends or splits; a file or, where they were built with
-            deduplicate, a document is in two of them; `out` exists.
+        ConfigError, ShardError: the sets differ in tokenizer, end tokens or split. Two of them share a file or, if they
+            were built with deduplicate, a document. `out` exists.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError("merge: a set is named twice; name each once")
@@ -115,10 +115,10 @@ def merge(out: Path, folders: Sequence[Path], command: str, *, allow_duplicates:
 
 
 def before_appends(out: Path, folder: Path, appends: int, command: str) -> Manifest:
-    """Make the folder `out` of a set as it was before its last appends, for a run that began with it.
+    """Create the folder `out` with a set as it was before its last appends, for a run that began with that set.
 
     Raises:
-        ConfigError, ShardError: the set has not had so many appends; `out` exists.
+        ConfigError, ShardError: the set has had fewer appends, or `out` exists.
     """
     now = _opened(folder.resolve())
     grown = now.manifest.provenance.get("grown", [])
@@ -141,8 +141,10 @@ def before_appends(out: Path, folder: Path, appends: int, command: str) -> Manif
 
 
 def _made(out: Path, read: Sequence[ShardSet], sets: Sequence[ShardSet]) -> Manifest | None:
-    """What stands at `out` if it is made of these sets. Raises ConfigError if it is anything else, or where it is one
-    of the places of what is read."""
+    """The manifest at `out` if it was made of these sets; None if `out` is free.
+
+    Raises ConfigError if `out` holds anything else, or if it overlaps with a folder that is read.
+    """
     out = out.resolve()
     if within := next((one for one in read for place in places(out) if one.folder.is_relative_to(place)), None):
         raise ConfigError(f"merge: {within.folder} lies in {out} or where that is made; choose another folder to make")
@@ -155,7 +157,7 @@ def _made(out: Path, read: Sequence[ShardSet], sets: Sequence[ShardSet]) -> Mani
 
 
 def _give_name(folder: Path) -> None:
-    """Finish what was killed between taking the name from the set as it was and giving it to the grown one."""
+    """Finish an append that was killed after it had moved the old set away and before it renamed the grown one."""
     _, partial, replaced = places(folder)
     if not folder.exists() and all((place / MANIFEST).is_file() for place in (partial, replaced)):
         with workspace(folder):
@@ -163,7 +165,7 @@ def _give_name(folder: Path) -> None:
 
 
 def _config(folder: Path, new: Path, settings: Sequence[str]) -> BuildConfig:
-    """The build of the new files alone."""
+    """The configuration of a build of the new files alone."""
     setting(open_shards(folder, check=False), "deduplicate")
     fixed = (*_OF_THE_SET, *OF_THE_SPLIT, "out")
     for given in settings:
@@ -199,14 +201,14 @@ def _infos(manifest: Manifest) -> Iterator[ShardInfo]:
 
 
 def _was_added(before: ShardSet, new: Path) -> bool:
-    """Whether the new files are in the set already and only their own folder has been left."""
+    """Whether the new files are already in the set and only their own folder remains."""
     if not (new / MANIFEST).is_file():
         return False
     return read_manifest(new).provenance["origin"] in before.manifest.provenance["origin"].get("with", ())
 
 
 def _before(one: ShardSet) -> dict[str, Any]:
-    """What a set is before an append, so that it can be made again, and runs can tell what became of it."""
+    """A description of a set before an append. It lets you restore the set, and lets runs recognize it."""
     manifest = one.manifest
     return {
         "identity": manifest.identity,
@@ -226,9 +228,10 @@ def _put_together(
     grown: Sequence[Mapping[str, Any]] = (),
     sizes: Mapping[str, int] | None = None,
 ) -> Manifest:
-    """Make `out` of the sets, in their order.
+    """Create `out` from the sets, in their order.
 
-    grown: what `out` was before each append; sizes: how much of the files beside the shards is taken; None: all.
+    grown: descriptions of `out` before each append.
+    sizes: bytes to take of each file beside the shards. None takes all.
     """
     check_alike(sets)
     check_replaceable(out, replaces)
@@ -264,7 +267,7 @@ def _put_together(
 
 
 def _take(one: ShardSet, partial: Path, numbers: int, splits: dict[str, list[ShardInfo]]) -> int:
-    """Link the shards of a set, numbered from `numbers` on; the first number that is free after them."""
+    """Link the shards of a set, numbered from `numbers` on. Returns the next free number."""
     free = numbers
     for split, infos in one.manifest.splits.items():
         taken = splits.setdefault(split, [])
@@ -281,7 +284,7 @@ def _take(one: ShardSet, partial: Path, numbers: int, splits: dict[str, list[Sha
 
 
 def _link(old: Path, new: Path) -> None:
-    """The same file under another name; a copy where the file system has no hard links, or not for this file."""
+    """Hard-link a file to another name. Copies it if that fails."""
     try:
         os.link(old, new)
     except OSError:
@@ -290,7 +293,7 @@ def _link(old: Path, new: Path) -> None:
 
 
 def _join(name: str, sets: Sequence[ShardSet], partial: Path, sizes: Mapping[str, int] | None) -> bool:
-    """Write a file beside the shards, that of each set behind the other's; False where none has it."""
+    """Join a file beside the shards from all sets, in order. Returns False if no set has it."""
     parts = [one.folder / name for one in sets if name in one.manifest.files]
     if not parts:
         return False
@@ -299,7 +302,7 @@ def _join(name: str, sets: Sequence[ShardSet], partial: Path, sizes: Mapping[str
 
 
 def _join_keys(sets: Sequence[ShardSet], partial: Path) -> bool:
-    """Write the keys of all documents; False where some sets have none, or other ones."""
+    """Join the deduplication keys of all sets. Returns False if a set has none or the sets have different kinds."""
     parts = [one.folder / KEYS for one in sets if KEYS in one.manifest.files]
     if len(parts) < len(sets) or len({setting(one, "deduplicate") for one in sets}) > 1:
         return False
@@ -321,7 +324,7 @@ def _weights(sets: Sequence[ShardSet]) -> dict[str, float]:
 
 
 def _origin(manifests: Sequence[Manifest]) -> dict[str, Any]:
-    """That of the first set, with those of the others."""
+    """The origin of the first set, with those of the others in "with"."""
     flat: list[dict[str, Any]] = []
     for manifest in manifests:
         own = dict(manifest.provenance["origin"])
@@ -331,7 +334,7 @@ def _origin(manifests: Sequence[Manifest]) -> dict[str, Any]:
 
 
 def _provenance(manifests: Sequence[Manifest], command: str) -> dict[str, Any]:
-    """What made all of it: counts are added up, by source."""
+    """The provenance of the combined set. Counts are added up by source."""
     sources: dict[str, Any] = {}
     left_out: dict[str, Any] = {}
     engines: dict[str, Any] = {}
@@ -352,7 +355,7 @@ def _provenance(manifests: Sequence[Manifest], command: str) -> dict[str, Any]:
 
 
 def _add(counts: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Add numbers to those of the same names, however deep they lie: by source, by reason."""
+    """Add numbers to those with the same names, at any depth."""
     for name, count in more.items():
         if isinstance(count, Mapping):
             _add(counts.setdefault(name, {}), count)
@@ -361,5 +364,5 @@ def _add(counts: dict[str, Any], more: Mapping[str, Any]) -> None:
 
 
 def _commands(provenance: Mapping[str, Any]) -> list[str]:
-    """Those that built the sets."""
+    """The commands that built the sets."""
     return list(provenance.get("commands", [provenance["command"]]))

@@ -1,4 +1,4 @@
-"""What a folder of shards holds, in words: counts, lengths of documents, decoded samples."""
+"""Describe a folder of shards in words: counts, lengths of documents, decoded samples."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ponder_scale.shards.format import Shard, ShardSet
 from ponder_scale.shards.manifest import PACKING_PREFIX, ShardInfo
 from ponder_scale.shards.packing import SEAL
 
-HEAD_TOKENS, TAIL_TOKENS = 60, 20  # of a document that are shown
+HEAD_TOKENS, TAIL_TOKENS = 60, 20  # tokens of a document to show
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 
 
 def describe(shards: ShardSet, samples: int) -> Iterator[str]:
-    """Lines about the folder, and `samples` places of the training split where a document begins, evenly spaced."""
+    """Lines about the folder, and `samples` evenly spaced places in the training split at which a document begins."""
     yield from _counts(shards)
     yield ""
     yield from _samples(shards, samples)
@@ -69,7 +69,7 @@ def _counts(shards: ShardSet) -> Iterator[str]:
 
 
 def _loss(infos: list[ShardInfo]) -> Iterator[str]:
-    """Of each source with a mask, how many of its tokens count in the loss."""
+    """For each source with a mask, a line with the number of tokens that count in the loss."""
     for source in sorted({info.source for info in infos if info.mask_hash is not None}):
         own = [info for info in infos if info.source == source]
         counted, tokens = sum(info.tokens_that_count for info in own), sum(info.tokens for info in own)
@@ -90,7 +90,7 @@ def _samples(shards: ShardSet, count: int) -> Iterator[str]:
 
 
 def _boundary(shard: Shard, document: int, tokenizer: Tokenizer) -> Iterator[str]:
-    """The end of the document before, where there is one, and the beginning of this one."""
+    """The end of the previous document, if there is one, and the beginning of this one."""
     begin = int(shard.offsets[document]) // shard.tokens.itemsize
     length = int(shard.lengths[document])
 

@@ -1,1 +1,1 @@
-"""From files and data sets to records."""
+"""Read records from files and data sets."""

@@ -1,4 +1,4 @@
-"""Why a line is not the JSON that it should be. Nothing here is fast: it is for lines that are bad already."""
+"""Find out why a line is not valid JSON. Speed does not matter here, because only bad lines come this far."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ REPAIRABLE = (NOT_A_NUMBER, SURROGATE)
 
 
 def repaired(line: bytes) -> Any:
-    """The value of a line whose fault is one of REPAIRABLE, with lone surrogates replaced by U+FFFD."""
+    """The value of a line with an error in REPAIRABLE. Lone surrogates are replaced by U+FFFD."""
     value = json.loads(line.decode("utf-8-sig"))
-    # both halves of a pair are one character already: what is left stands alone
+    # Surrogate pairs have already become one character, so any surrogate that is left is a lone one.
     return json.loads(re.sub(r"[\ud800-\udfff]", "\ufffd", json.dumps(value, ensure_ascii=False)))
 
 
 def is_packed(content: bytes) -> bool:
-    """Whether a file that begins so is compressed, an archive or parquet."""
+    """Whether a file that begins like this is compressed, an archive or parquet."""
     return content.startswith(_PACKED)
 
 
 def why_not(line: bytes) -> str:
-    """The reason why a line is no JSON that is read here."""
+    """The reason why a line is not JSON that can be read here."""
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -56,8 +56,8 @@ def why_not(line: bytes) -> str:
 
 
 def is_cut_at(line: bytes, field: str) -> bool:
-    """Whether a line of which only the beginning is here ends in the string that is the value of `field`."""
-    opened: list[Any] = []  # of each open object the key that it is at; None of a list
+    """Whether a truncated line ends inside the string value of `field`."""
+    opened: list[Any] = []  # the current key of each open object; None for a list
     last, position = b"", 0
     while token := _TOKEN.search(line, position):
         position, content = token.end(), token.group()
@@ -76,7 +76,7 @@ def is_cut_at(line: bytes, field: str) -> bool:
 
 
 def _end_of_string(line: bytes, position: int) -> int:
-    """Behind the quote that ends the string whose first character is at `position`; -1 where there is none."""
+    """The position after the quote that ends the string beginning at `position`; -1 if no quote ends it."""
     while (quote := line.find(b'"', position)) >= 0:
         position, before = quote + 1, quote
         while line[before - 1] == ord("\\"):

@@ -1,7 +1,7 @@
-"""Conversations as texts: what a chat template of transformers makes of them, and what in it the assistant says.
+"""Turn conversations into texts with a chat template of transformers, and find the parts that the assistant says.
 
-A template says so itself, by `{% generation %}` around it. Nothing else does: where a turn begins and ends is known to
-the template alone, so one without these marks is refused.
+The template marks these parts with `{% generation %}`. Only the template knows where a turn begins and ends, so a
+template without these marks is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import orjson
 from data_pipeline.document import Spans
 from ponder_scale.errors import ConfigError
 
-_BEGIN, _END = "\ufdd0", "\ufdd1"  # code points that no text has: Unicode keeps them for programs
+_BEGIN, _END = "\ufdd0", "\ufdd1"  # code points that occur in no text: Unicode reserves them for programs
 _FILE, _SETTINGS = "chat_template.jinja", "tokenizer_config.json"
 
 Render = Callable[[list[dict[str, Any]]], tuple[str, Spans] | None]
@@ -25,10 +25,10 @@ Render = Callable[[list[dict[str, Any]]], tuple[str, Spans] | None]
 
 @lru_cache(maxsize=4)
 def open_template(path: Path) -> Render:
-    """What makes a conversation its text and the spans of it that the assistant says; None where the template refuses
-    it, or a message holds what marks them.
+    """A function that turns a conversation into its text and the spans that the assistant says.
 
-    path: of a template, or of the folder of a tokenizer that has one. Raises ConfigError where it cannot be used.
+    The function returns None if the template refuses the conversation or a message contains the internal marks.
+    path: a template, or the folder of a tokenizer that has one. Raises ConfigError if it cannot be used.
     """
     import jinja2
 
@@ -57,12 +57,12 @@ def open_template(path: Path) -> Render:
 
 
 def content_of(path: Path) -> list[Any]:
-    """All that decides what a template makes of a conversation, as plain values. Raises ConfigError as above."""
+    """Everything that decides the template's output, as plain values. Raises ConfigError as `open_template` does."""
     return list(_read(path))
 
 
 def _read(path: Path) -> tuple[str, dict[str, str]]:
-    """(the template, the special tokens that it may name)."""
+    """The template, and the special tokens that it may name."""
     folder = path if path.is_dir() else path.parent
     settings: dict[str, Any] = {}
     try:
@@ -72,7 +72,7 @@ def _read(path: Path) -> tuple[str, dict[str, str]]:
         found: Any = settings.get("chat_template")
         if file.is_file():
             found = file.read_text(encoding="utf-8")
-        elif isinstance(found, list):  # several by name
+        elif isinstance(found, list):  # several templates with names
             found = {entry["name"]: entry["template"] for entry in found}.get("default")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"loss.template: {path} cannot be read: {error}") from error
@@ -91,15 +91,12 @@ def _read(path: Path) -> tuple[str, dict[str, str]]:
 
 @lru_cache(maxsize=1)
 def _environment() -> Any:
-    """Jinja as transformers sets it up for chat templates, but for the time of day: a build has to be the same on any
-    day."""
+    """Jinja as transformers sets it up for chat templates, but without the time, so that builds are repeatable."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` and `{% endgeneration %}`."""
-
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> nodes.Node:
@@ -125,7 +122,7 @@ def _environment() -> Any:
 
 
 def _unmarked(marked: str) -> tuple[str, Spans]:
-    """A text without its marks, and the spans that stood between them."""
+    """The text without its marks, and the spans that stood between them."""
     parts, spans, length = [], [], 0
     for number, part in enumerate(marked.replace(_END, _BEGIN).split(_BEGIN)):
         if number % 2 and part:

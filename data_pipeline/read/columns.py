@@ -1,4 +1,6 @@
-"""Columns of tables by the names that sources give them: a column of its own, or a field in another, `data.text`."""
+"""Find columns of tables by the names in a recipe. `data.text` is a column of that name, or field `text` of column
+`data`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from typing import Any
 
 
 def names_of(fields: Any, prefix: str = "") -> list[str]:
-    """The names of the columns of an Arrow schema, and of the fields in them."""
+    """The names of the columns of an Arrow schema, and of the fields inside them."""
     found = []
     for field in fields:
         found.append(prefix + field.name)
@@ -15,8 +17,10 @@ def names_of(fields: Any, prefix: str = "") -> list[str]:
 
 
 def place_of(fields: Any, name: str) -> list[str] | None:
-    """The column, and the fields in it, that a name leads to; None where there is none. A column whose own name has
-    dots in it comes before a field in another, as keys of JSON do."""
+    """The column to which a name leads, and the fields inside it. None if there is no such column.
+
+    As with keys in JSON, a column whose own name contains dots takes precedence over a field of another column.
+    """
     types = {field.name: field.type for field in fields}
     if name in types:
         return [name]
@@ -27,7 +31,7 @@ def place_of(fields: Any, name: str) -> list[str] | None:
 
 
 def values(table: Any, name: str) -> Any:
-    """The values of a column of an Arrow table or batch, or of a field in one. Raises KeyError."""
+    """The values of a column of an Arrow table or batch, or of a field in a column. Raises KeyError."""
     import pyarrow.compute
 
     place = place_of(table.schema, name)
@@ -40,7 +44,7 @@ def values(table: Any, name: str) -> Any:
 
 
 def _index(struct: Any, name: str) -> int:
-    """Numbers, as pyarrow reads a name with dots as a path."""
+    """The number of a field. Names would not do, because pyarrow reads a name with dots as a path."""
     return next(i for i in range(struct.num_fields) if struct.field(i).name == name)
 
 

@@ -1,7 +1,7 @@
-"""The bytes of a file, decompressed as its name says, with all that can be had of a damaged one.
+"""Read the decompressed bytes of a file, and everything that can be recovered from a damaged one.
 
-A fast decompressor loses what it has in hand when it meets damage. So a damaged file is read a second time, by a
-patient one, up to the damage: what is whole before it is never lost.
+A fast decompressor loses its buffered output when it meets damage. A damaged file is therefore read a second time, by a
+slower decompressor in small steps, so that no intact data before the damage is lost.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from data_pipeline.read.remote import LOOK_BYTES, name_of, open_file
 from ponder_scale.errors import ConfigError
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-CHUNK = 2**17  # read at once; larger ones cost more, as each is new memory from the kernel
-_PATIENT_CHUNK = 2**12  # decompressed by the patient reader in one go: to a thousand times as much at most
+CHUNK = 2**17  # bytes per read; larger reads cost more, because each gets new memory from the kernel
+_PATIENT_CHUNK = 2**12  # compressed bytes per step of the slow decompressor; they may expand a thousandfold
 _MAGIC = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zst": b"\x28\xb5\x2f\xfd"}
 _SKIPPABLE = b"\x2a\x4d\x18"  # ends the magic number of a frame without content
 
 
 class Damaged(Exception):
-    """Compressed data that ends too early, makes no sense or is followed by something else: then it is `whole`."""
+    """Compressed data is cut off, invalid or followed by other data. In the last case it is `whole`."""
 
     def __init__(self, whole: bool) -> None:
         super().__init__()
@@ -33,15 +33,15 @@ class Damaged(Exception):
 
 
 def suffix_of(path: str) -> str:
-    """The end of a name that says how a file is compressed; "" where it is not."""
+    """The suffix of a name that tells how a file is compressed; "" if it is not."""
     name = name_of(path)
     return next((suffix for suffix in COMPRESSED if name.endswith(suffix)), "")
 
 
 def open_piece(piece: Piece, hasher: Hasher) -> IO[bytes]:
-    """The bytes of a piece, decompressed; `hasher` is fed them as they are stored.
+    """Open the decompressed bytes of a piece. `hasher` receives the bytes as they are stored.
 
-    `read` raises Damaged after all that can be read of a damaged file.
+    `read` raises Damaged after it has returned everything that can be read of a damaged file.
     """
     stored = _Stored(piece.path, piece.begin, piece.end, hasher)
     suffix = suffix_of(piece.path)
@@ -66,7 +66,7 @@ def _patient(suffix: str) -> Any:
 
 
 class _Stored(io.RawIOBase):
-    """Bytes [begin, end) of a file, hashed as they are read; from `slowly` on one by one."""
+    """Bytes [begin, end) of a file, hashed as they are read. From position `slowly` on they are read one by one."""
 
     def __init__(self, path: str, begin: int, end: int, hasher: Hasher | None, slowly: int | None = None) -> None:
         self._stream: Any = open_file(path)
@@ -78,7 +78,7 @@ class _Stored(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` from the file; the bytes read."""
+        """Fill `buffer` from the file and return the number of bytes read."""
         left = self.end - self.position
         if self.position + len(buffer) > self._slowly and self.position < self.end and self._slowly < self.end:
             left = max(1, self._slowly - self.position)
@@ -95,16 +95,16 @@ class _Stored(io.RawIOBase):
 
 
 class _Members:
-    """A file of one compressed stream after another, by a decompressor for each, as `cat` of such files makes."""
+    """A file of several compressed streams in sequence, as `cat` makes it. Each stream gets its own decompressor."""
 
     def __init__(self, stored: _Stored, suffix: str) -> None:
         self._stored, self._suffix, self._magic = stored, suffix, _MAGIC[suffix]
         self._current: Any = None
         self._pending = b""
-        self._members = 0  # that are whole
+        self._members = 0  # complete streams so far
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes, none at the end. Raises Damaged, and what the decompressor does."""
+        """Up to `size` bytes, or none at the end. Raises Damaged and the decompressor's own errors."""
         while True:
             if self._current is None and not self._begin():
                 return b""
@@ -121,10 +121,10 @@ class _Members:
                 return content
 
     def _begin(self) -> bool:
-        """Begin the next stream; False at the end of the file."""
+        """Begin the next stream. Returns False at the end of the file."""
         while True:
             if self._members and self._suffix in (".gz", ".xz"):
-                self._pending = self._pending.lstrip(b"\0")  # both formats take zeros for padding
+                self._pending = self._pending.lstrip(b"\0")  # both formats allow zeros as padding
             if len(self._pending) >= len(self._magic) or not (more := self._stored.read(CHUNK)):
                 break
             self._pending += more
@@ -137,7 +137,7 @@ class _Members:
 
 
 class _Frames:
-    """A file of zstd frames, by pyarrow."""
+    """A file of zstd frames, read with pyarrow."""
 
     def __init__(self, stored: _Stored, suffix: str) -> None:
         import pyarrow
@@ -146,7 +146,7 @@ class _Frames:
         self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(stored, "r"), suffix[1:].replace("zst", "zstd"))
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes, none at the end. Raises Damaged for a file without a frame, and OSError."""
+        """Up to `size` bytes, or none at the end. Raises Damaged for a file without a frame, and OSError."""
         content: bytes = self._stream.read(size)
         if not content and not self._stored.end:
             raise Damaged(whole=False)
@@ -154,7 +154,7 @@ class _Frames:
 
 
 class _Salvaging:
-    """A decompressing stream that gives, of a damaged file, all that can be read before it raises Damaged."""
+    """A decompressing stream that returns everything readable of a damaged file before it raises Damaged."""
 
     def __init__(self, stream: _Members | _Frames, stored: _Stored, suffix: str) -> None:
         self._stream, self._stored, self._suffix = stream, stored, suffix
@@ -166,18 +166,18 @@ class _Salvaging:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         while kind is None and self._stored.read(CHUNK):
-            pass  # what is left behind damage is part of the hash too
+            pass  # the hash includes the bytes after the damage
         self._stored.close()
 
     def read(self, size: int) -> bytes:
-        """Up to `size` bytes, or some more of a damaged file; none at the end."""
+        """Up to `size` bytes, or more of a damaged file. Returns none at the end."""
         if self._rest is None:
             try:
                 content = self._stream.read(size)
                 self._given += len(content)
                 return content
             except Damaged as error:
-                if error.whole:  # nothing is missing
+                if error.whole:  # no data is missing
                     raise
             except Exception as error:  # each library raises its own
                 _check_is_damage(error)
@@ -187,7 +187,7 @@ class _Salvaging:
 
 
 def _salvage_members(stored: _Stored, suffix: str, given: int) -> Iterator[bytes]:
-    """What a patient decompressor gets behind the first `given` bytes, in pieces; then raises Damaged."""
+    """Yield what the slow decompressor finds after the first `given` bytes, then raise Damaged."""
     with _Stored(stored.path, 0, stored.end, None, slowly=max(0, stored.position - 2 * CHUNK)) as again:
         try:
             current = _patient(suffix)
@@ -202,7 +202,7 @@ def _salvage_members(stored: _Stored, suffix: str, given: int) -> Iterator[bytes
 
 
 def _one_step(current: Any, chunk: bytes, suffix: str) -> tuple[bytes, Any, bytes]:
-    """(what a chunk decompresses to, the decompressor for what follows, the rest of the chunk)."""
+    """The output for a chunk, the decompressor for the next one, and the rest of the chunk."""
     content: bytes = current.decompress(chunk)
     if current.eof:
         return content, _patient(suffix), current.unused_data
@@ -210,7 +210,7 @@ def _one_step(current: Any, chunk: bytes, suffix: str) -> tuple[bytes, Any, byte
 
 
 def _salvage_frames(stored: _Stored, suffix: str, given: int) -> Iterator[bytes]:
-    """As `_salvage_members`, of zstd frames."""
+    """Like `_salvage_members`, for zstd frames."""
     end = _end_of_frames(stored.path)
     with open_file(stored.path, LOOK_BYTES) as stream:
         stream.seek(end)
@@ -231,7 +231,7 @@ def _salvage_frames(stored: _Stored, suffix: str, given: int) -> Iterator[bytes]
 
 
 def _check_is_damage(error: Exception) -> None:
-    """Raises an error that is the disk's or the machine's, and not the decompressor's."""
+    """Raise the error if it comes from the disk or the machine and not from the decompressor."""
     if isinstance(error, (MemoryError, ConfigError)) or getattr(error, "errno", None) is not None:
         raise error
 
@@ -242,7 +242,7 @@ def _behind(content: bytes, given: int) -> Iterator[bytes]:
 
 
 def _end_of_frames(path: str) -> int:
-    """Where the last whole frame ends of those that a zstd file begins with, by its blocks' headers (RFC 8878)."""
+    """The end of the last complete frame at the beginning of a zstd file, from the headers of its blocks (RFC 8878)."""
     end = 0
     with open_file(path, LOOK_BYTES) as stream:
         size = stream.seek(0, 2)

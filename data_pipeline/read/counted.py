@@ -1,4 +1,4 @@
-"""Which characters of a document count in the loss, by what its record says of them."""
+"""Find the characters of a document that count in the loss, from the fields of its record."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from ponder_scale.errors import ConfigError
 
 
 class _Unfit(Exception):
-    """The record is no document; the message is the reason, one of those of `document`."""
+    """The record is not a document. The message is the reason, one of those in `document`."""
 
 
 def named_fields(config: SourceConfig) -> dict[str, str]:
-    """The fields of a record that make its document, by the keys of the source that name them."""
+    """The fields of a record that make up its document, by the setting that names each."""
     loss = config.loss
     if loss is None:
         return {"field": config.field}
@@ -41,17 +41,17 @@ def named_fields(config: SourceConfig) -> dict[str, str]:
 
 
 def fields_of(config: SourceConfig) -> list[str]:
-    """The same without the keys."""
+    """The names of the fields that make up a document."""
     return list(named_fields(config).values())
 
 
 def all_fields(config: SourceConfig) -> list[str]:
-    """All that is read of a record: also its URL, where a filter asks for it."""
+    """All fields of a record to read. They include the URL if a filter needs it."""
     return list(dict.fromkeys([*fields_of(config), *([] if config.url_field is None else [config.url_field])]))
 
 
 def check_fields(source: str, config: SourceConfig, columns: Sequence[str], path: str) -> None:
-    """Raises ConfigError for a field that is none of the columns of an input."""
+    """Raise ConfigError for a field that is not among the columns of an input."""
     of_url = {} if config.url_field is None else {"filters.url.field": config.url_field}
     for key, field in {**named_fields(config), **of_url}.items():
         if field not in columns:
@@ -61,7 +61,9 @@ def check_fields(source: str, config: SourceConfig, columns: Sequence[str], path
 def record_of(
     offset: int, size: int | None, value_of: Callable[[str], Any], config: SourceConfig, max_bytes: int
 ) -> Record:
-    """The record of a source with `loss`, whose fields `value_of` gives or raises KeyError; size: None: of its text."""
+    """The record of a source with `loss`. `value_of` returns a field or raises KeyError. size: None for that of the
+    text.
+    """
     try:
         text, counts = _counted(value_of, config)
     except KeyError:
@@ -80,7 +82,7 @@ def record_of(
 
 
 def _counted(value_of: Callable[[str], Any], config: SourceConfig) -> tuple[str, Spans]:
-    """The text of a document, and the characters of it that count."""
+    """The text of a document, and its characters that count in the loss."""
     assert config.loss is not None
     first, *others = (value_of(field) for field in fields_of(config))
     if config.loss.template is not None:
@@ -95,7 +97,7 @@ def _counted(value_of: Callable[[str], Any], config: SourceConfig) -> tuple[str,
 def _conversation(value: Any, template: Path) -> tuple[str, Spans]:
     if not isinstance(value, list) or not value or any(not isinstance(message, dict) for message in value):
         raise _Unfit(BAD_MESSAGES)
-    # a column of a table gives each message all fields that any has
+    # A column of a table gives each message all fields that any message has.
     messages = [{key: entry for key, entry in message.items() if entry is not None} for message in value]
     rendered = open_template(template)(messages)
     if rendered is None:
@@ -104,7 +106,7 @@ def _conversation(value: Any, template: Path) -> tuple[str, Spans]:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, bytes):  # other programs write text so
+    if isinstance(value, bytes):  # some programs write text as bytes
         try:
             return value.decode()
         except UnicodeDecodeError as error:
@@ -115,7 +117,7 @@ def _text(value: Any) -> str:
 
 
 def _spans(value: Any, length: int) -> Spans:
-    """Spans in any order, which may touch and lie over each other, as ascending ones apart from each other."""
+    """Sort and merge spans that may touch or overlap, so that they ascend with gaps between them."""
     if not isinstance(value, list):
         raise _Unfit(BAD_SPANS)
     joined: list[tuple[int, int]] = []

@@ -1,6 +1,6 @@
-"""Hugging Face data sets as sources: on disk, downloaded from the hub, or streamed from it.
+"""Read Hugging Face data sets that are on disk, downloaded from the hub, or streamed from it.
 
-A stored data set is cut into ranges of rows, a streamed one into the shards it is published in.
+A stored data set is cut into ranges of rows. A streamed one is cut into the shards in which it was published.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _ROWS_READ_TOGETHER = 64
 
 
 def pieces(source: str, path: str, config: SourceConfig) -> list[Piece]:
-    """The data set `path` as one piece of all its rows, or a piece for each shard of a stream.
+    """The data set `path` as one piece with all its rows, or as one piece for each shard of a stream.
 
-    Raises ConfigError when it cannot be loaded and when it has no such column.
+    Raises ConfigError if it cannot be loaded or lacks a column.
     """
-    _open.cache_clear()  # it may have changed since
+    _open.cache_clear()  # the data set may have changed since
     _files_of_stream.cache_clear()
     if config.streaming and _saved(path, config):
         raise ConfigError(f"sources.{source}.streaming is true; {path} is stored already: set it to false")
     content = _load(source, path, config)
-    columns = content.column_names or []  # a stream may not know them before it is read
+    columns = content.column_names or []  # a stream may not know its columns before it is read
     if content.features is not None:
         columns = names_of(content.features.arrow_schema)
     if columns:
@@ -44,7 +44,7 @@ def pieces(source: str, path: str, config: SourceConfig) -> list[Piece]:
 
 
 def split(whole: Piece, size: int) -> Iterator[Piece]:
-    """Ranges of rows of about `size` bytes; a shard of a stream stays whole."""
+    """Ranges of rows of about `size` bytes. A shard of a stream stays whole."""
     rows = whole.end - whole.begin
     count = max(1, min(rows, whole.size // size))
     for i in range(count):
@@ -53,9 +53,9 @@ def split(whole: Piece, size: int) -> Iterator[Piece]:
 
 
 def read(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
-    """The rows of a piece as records; their size is that of the text in UTF-8. `hasher` is fed all texts.
+    """The rows of a piece as records, whose size is that of the text in UTF-8. `hasher` receives all texts.
 
-    Raises ConfigError when the data set is not the one that was planned.
+    Raises ConfigError if the data set has changed since it was planned.
     """
     whole = _load(piece.source, piece.path, config)
     _check_unchanged(piece, config, whole)
@@ -70,7 +70,7 @@ def read(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> 
         columns = {field: values(table, field) for field in fields}
         for place, found in enumerate(records(number, columns, config, max_bytes)):
             for value in (column[place] for column in columns.values()):
-                if hasattr(value, "as_buffer") and value.is_valid:  # text, and not a number or a list
+                if hasattr(value, "as_buffer") and value.is_valid:  # text, not a number or a list
                     hasher.update(memoryview(value.as_buffer()))
                 elif config.loss is not None:
                     hasher.update(repr(value.as_py()).encode("utf-8", "surrogatepass"))
@@ -80,7 +80,7 @@ def read(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> 
 
 
 def _of_fields(content: Any, fields: list[str]) -> Any:
-    """The rows without the columns that are not asked for, where they are known before rows are read."""
+    """The rows with only the requested columns, if the columns are known before rows are read."""
     if content.features is None:
         return content
     places = [place_of(content.features.arrow_schema, field) for field in fields]
@@ -89,7 +89,7 @@ def _of_fields(content: Any, fields: list[str]) -> Any:
 
 
 def records(number: int, columns: Mapping[str, Any], config: SourceConfig, max_bytes: int) -> Iterator[Record]:
-    """The rows from `number` on, from the Arrow columns of their fields."""
+    """Yield the rows from number `number` on as records, from the Arrow columns of their fields."""
     urls = None if config.url_field is None else columns[config.url_field]
     for place, found in enumerate(_records(number, columns, config, max_bytes)):
         yield found if urls is None or found.text is None else found._replace(url=_url(urls[place]))
@@ -104,7 +104,7 @@ def _url(value: Any) -> str | None:
 
 
 def _records(number: int, columns: Mapping[str, Any], config: SourceConfig, max_bytes: int) -> Iterator[Record]:
-    """As `records`, without URLs."""
+    """Like `records`, without URLs."""
     if config.loss is None:
         for value in columns[config.field]:
             yield _record(number, value, max_bytes)
@@ -126,7 +126,7 @@ def _record(number: int, value: Any, max_bytes: int) -> Record:
         text = value.as_py()
     except UnicodeDecodeError:
         return Record(number, 0, None, NOT_UTF8)
-    if isinstance(text, bytes):  # other programs write text so
+    if isinstance(text, bytes):  # some programs write text as bytes
         try:
             text = text.decode()
         except UnicodeDecodeError:
@@ -153,11 +153,11 @@ def _check_unchanged(piece: Piece, config: SourceConfig, content: Any) -> None:
 
 
 def _fingerprint(source: str, path: str, config: SourceConfig, content: Any) -> int:
-    """63 bits that another content of the same name, rows and bytes does not have.
+    """63 bits that differ for different content with the same name, rows and bytes.
 
-    A data set that save_to_disk wrote: the library's own, and size and time of its files, as of all other inputs. One
-    that the library has stored: its own, which is of the files it was made from. A stream: the names of its files,
-    which on the hub hold the commit, and what the library knows of each.
+    - For a data set from save_to_disk: the library's fingerprint with the size and time of its files.
+    - For one that the library has stored: the library's fingerprint, which depends on the original files.
+    - For a stream: the names of its files, which contain the commit on the hub, and the library's data about each.
     """
     known: Any
     if (folder := _saved(path, config)) is not None:
@@ -175,7 +175,7 @@ def _fingerprint(source: str, path: str, config: SourceConfig, content: Any) -> 
 
 
 def _saved(path: str, config: SourceConfig) -> Path | None:
-    """The folder that save_to_disk wrote for a source, if it is one."""
+    """The folder that save_to_disk wrote for a source; None if there is none."""
     for folder in (Path(path), Path(path, config.split)):
         if (folder / "state.json").is_file():
             return folder
@@ -205,7 +205,7 @@ def _open(path: str, name: str | None, split: str, revision: str | None, streami
 def _load(source: str, path: str, config: SourceConfig) -> Any:
     try:
         return _open(path, config.name, config.split, config.revision, config.streaming)
-    except Exception as error:  # the library raises whatever its loaders do
+    except Exception as error:  # the library passes on any error of its loaders
         raise ConfigError(
             f"sources.{source}: data set {path}, split {config.split}, cannot be loaded: "
             f"{' '.join(str(error).split())[:300]}"

@@ -1,7 +1,6 @@
-"""Pieces of input to records. Every reader is one pass in bounded memory, however long a line or a file is.
+"""Read pieces of input as records. Each reader makes one pass in bounded memory, however long a line or a file is.
 
-A record that yields no document is a counted reason, never silence; a file that cannot be read at all ends the
-build.
+A record that is not a document is counted with its reason. A file that cannot be read at all ends the build.
 """
 
 from __future__ import annotations
@@ -36,14 +35,15 @@ from data_pipeline.read.remote import open_file
 from ponder_scale.errors import ConfigError
 
 _BOM = b"\xef\xbb\xbf"
-_JSON_BYTES, _OTHER_FIELDS = 4, 2**20  # a line may be so many times max_document_bytes, for escapes and other fields
+# a line may have this many times max_document_bytes for escapes, and this much for other fields
+_JSON_BYTES, _OTHER_FIELDS = 4, 2**20
 
 
 def read(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
-    """The records of one piece; `hasher` is fed every byte of it that decides them.
+    """The records of one piece. `hasher` receives every byte that affects them.
 
-    Documents of more than `max_bytes` bytes in UTF-8 become bad records without being held in memory.
-    Raises ConfigError when the file cannot be read.
+    A document of more than `max_bytes` bytes in UTF-8 becomes a bad record and is not held in memory.
+    Raises ConfigError if the file cannot be read.
     """
     try:
         if config.kind == "dataset":
@@ -86,8 +86,7 @@ def _read_jsonl(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Hash
 
 
 def _any_line(offset: int, line: bytes, size: int, config: SourceConfig, max_bytes: int) -> Record:
-    """What a line is, also one that does not simply hold the field: blank, begun by a byte order mark, nested, or bad,
-    or one of several fields."""
+    """Parse any line, also one that is blank, bad or nested, has several fields, or begins with a byte order mark."""
     if not line or line.isspace():
         return Record(offset, size, None, EMPTY)
     try:
@@ -110,7 +109,7 @@ def _any_line(offset: int, line: bytes, size: int, config: SourceConfig, max_byt
 
 
 def _at(value: Any, field: str) -> Any:
-    """The value of a field: of a key as it is, or of one in another, `data.text`. Raises KeyError."""
+    """The value of a field, by its own key or, as in `data.text`, by the keys of nested objects. Raises KeyError."""
     if isinstance(value, dict):
         if field in value:
             return value[field]
@@ -129,7 +128,7 @@ def _url(value: Any, field: str) -> str | None:
 
 
 def _read_paragraphs(piece: Piece, max_bytes: int, hasher: Hasher) -> Iterator[Record]:
-    """Blocks of lines with something on them; the blank lines between belong to none."""
+    """Blocks of lines that are not blank. The blank lines between blocks belong to none."""
     begin, block, size, long = piece.begin, bytearray(), 0, False
 
     def record() -> Record:
@@ -186,7 +185,7 @@ def _read_parquet(piece: Piece, config: SourceConfig, max_bytes: int, hasher: Ha
                 for record in hub.records(number, columns, config, max_bytes):
                     yield record
                     number += 1
-            for field in fields:  # last: who wants some rows pays for no more
+            for field in fields:  # last, so that reading only some rows does not pay for it
                 _hash_column(piece, file.metadata, field, hasher)
     except ArrowException as error:
         raise ConfigError(
@@ -201,7 +200,7 @@ def _parquet(stream: IO[bytes]) -> Any:
 
 
 def _hash_column(piece: Piece, metadata: Any, field: str, hasher: Hasher) -> None:
-    """Feed `hasher` the stored bytes of one column in the row groups of a piece."""
+    """Give `hasher` the stored bytes of one column in the row groups of a piece."""
     with open_file(piece.path) as stream:
         for group in (metadata.row_group(i) for i in range(piece.begin, piece.end)):
             for column in (group.column(i) for i in range(group.num_columns)):
@@ -215,8 +214,10 @@ def _hash_column(piece: Piece, metadata: Any, field: str, hasher: Hasher) -> Non
 
 
 def _lines(stream: IO[bytes], offset: int, limit: int) -> Iterator[tuple[int, bytes, int, bool]]:
-    """(offset, line without its end, bytes it took, whether it is cut): of lines of more than `limit` bytes only so
-    many are kept. Where compressed data is damaged, behind all whole lines: (offset, b"", -1, whether a line is lost).
+    """Yield (offset, line without its end, bytes that it took, whether it was cut) for each line.
+
+    A line longer than `limit` bytes is cut to that. If compressed data is damaged, the last item after all whole lines
+    is (offset, b"", -1, whether a line was lost).
     """
     tail, begin, skipped = b"", offset, 0  # of the line that is not complete yet
     damage: Damaged | None = None
@@ -249,7 +250,7 @@ def _lines(stream: IO[bytes], offset: int, limit: int) -> Iterator[tuple[int, by
 
 
 def _begun(tail: bytes, more: bytes, skipped: int, limit: int) -> tuple[bytes, int]:
-    """(the beginning of a line, of `limit` bytes at most, bytes of it that are not kept) with more of it read."""
+    """Extend the beginning of a line. Returns at most `limit` bytes of it, and the number of bytes dropped."""
     kept = tail + more if len(tail) + len(more) <= limit else tail + more[: limit - len(tail)]
     return kept, skipped + len(tail) + len(more) - len(kept)
 
@@ -257,7 +258,7 @@ def _begun(tail: bytes, more: bytes, skipped: int, limit: int) -> tuple[bytes, i
 def _record(offset: int, size: int, text: Any, max_bytes: int) -> Record:
     if type(text) is not str:
         return Record(offset, size, None, NOT_TEXT)
-    # No character takes more than four bytes, so short texts need no count.
+    # A character takes at most four bytes, so short texts need no count.
     if len(text) * 4 > max_bytes and len(text.encode()) > max_bytes:
         return Record(offset, size, None, TOO_LONG)
     return Record(offset, size, None, EMPTY) if not text or text.isspace() else Record(offset, size, text, "")

@@ -1,4 +1,4 @@
-"""The records of a whole unit, piece after piece, and how far the reading is."""
+"""Read the records of a whole unit, piece after piece, and track how far the reading is."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from data_pipeline.read.units import check_unchanged
 
 
 class Records:
-    """Iterates over (piece, record) of a unit, once.
+    """Iterates once over the (piece, record) pairs of a unit.
 
-    Raises ConfigError for a file that cannot be read, and for one that is not any more the one that was planned.
+    Raises ConfigError for a file that cannot be read or has changed since it was planned.
     """
 
     def __init__(self, unit: Unit, source: SourceConfig, max_document_bytes: int) -> None:
         self._unit, self._source, self._max_bytes = unit, source, max_document_bytes
         self._consumed, self._ended = 0, False
-        self.inputs: list[tuple[Piece, str]] = []  # what was read to its end, with the xxh3-128 of its bytes
+        self.inputs: list[tuple[Piece, str]] = []  # pieces read to their end, with the xxh3-128 of their bytes
 
     @property
     def consumed(self) -> int:
-        """Bytes of input that the records so far took; behind the last one, all of the unit's."""
+        """Bytes of input that the records so far took. After the last record this is the size of the unit."""
         return self._unit.size if self._ended else min(self._consumed, self._unit.size)
 
     def __iter__(self) -> Iterator[tuple[Piece, Record]]:
@@ -34,7 +34,7 @@ class Records:
         for piece in self._unit.pieces:
             stored, compressed = _Stored(), bool(suffix_of(piece.path))
             for record in read(piece, self._source, self._max_bytes, stored):
-                # of compressed files, records are larger than what they take there
+                # In a compressed file, a record is larger than the bytes that it takes there.
                 self._consumed = done + stored.bytes if compressed else self._consumed + record.size
                 yield piece, record
             check_unchanged(piece)
@@ -51,10 +51,10 @@ class _Stored(Meter):
         self._hash = xxhash.xxh3_128()
 
     def update(self, content: bytes | memoryview, /) -> None:
-        """Take the next bytes."""
+        """Add the next bytes."""
         super().update(content)
         self._hash.update(content)
 
     def hexdigest(self) -> str:
-        """The hash of all."""
+        """The hash of all bytes."""
         return self._hash.hexdigest()

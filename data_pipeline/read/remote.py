@@ -1,5 +1,7 @@
-"""Files in object stores and on servers, by fsspec: names with `://` in them. A file is a stream that goes on where the
-network failed, after some waits. Every error names what failed, and is an OSError but where the user can mend it.
+"""Read files in object stores and on servers through fsspec. Their names contain `://`.
+
+If the network fails, a file waits and continues at the same byte. Every error names what failed. It is an OSError, or a
+ConfigError if you can fix the cause.
 """
 
 from __future__ import annotations
@@ -20,41 +22,41 @@ import xxhash
 from data_pipeline.read.walk import is_glob
 from ponder_scale.errors import ConfigError
 
-WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds before each new try
-READ_BYTES = 2**22  # asked for in one request
-LOOK_BYTES = 2**16  # where only a line's end is looked for
-_SILENCE_SECONDS = 60.0  # of a server, after which the connection is given up
+WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds before each retry
+READ_BYTES = 2**22  # bytes per request
+LOOK_BYTES = 2**16  # bytes per request when only the end of a line is needed
+_SILENCE_SECONDS = 60.0  # close the connection after this silence of a server
 _BUFFER = 2**17
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _WEB = ("http", "https")
 _IN_EXTRA = ("s3", "s3a", "gs", "gcs", *_WEB)
-# What changes with the content, the surest first: of object stores, web servers, the hub, file systems.
+# Fields that change with the content, the most reliable first: of object stores, web servers, the hub, file systems.
 _STAMPS = (
     *("ETag", "etag", "VersionId", "generation", "blob_id", "sha", "Content-MD5", "Digest"),
     *("mtime", "modified", "last_modified", "LastModified", "Last-Modified", "modificationTime", "updated", "created"),
 )
-_FOR_EVER = ("NoCredentialsError", "FileExpired", "ProfileNotFound")  # of botocore and s3fs, which need not be here
-_LATER = (408, 425, 429)  # of the HTTP codes from 400 to 499, which are the request's fault
+# permanent errors, by name because botocore and s3fs need not be installed
+_FOR_EVER = ("NoCredentialsError", "FileExpired", "ProfileNotFound")
+_LATER = (408, 425, 429)  # HTTP codes from 400 to 499 that are worth a retry
 
 T = TypeVar("T")
 
 
 class Stat(NamedTuple):
-    """A remote file as it is now."""
+    """The current state of a remote file."""
 
     url: str
     size: int  # bytes
-    modified: int  # 63 bits of what the store says that changes with the content: an ETag, a version or a time
+    modified: int  # 63 bits of an ETag, version or time, which changes with the content
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URL."""
     return _REMOTE.match(path) is not None
 
 
 def name_of(path: str) -> str:
-    """What a path ends with, without what stands behind the name of the file in a URL: its kind is told by that."""
+    """The last part of a path, which tells the file's kind. Without the query or version of a URL."""
     if not is_remote(path):
         return path.rpartition("/")[2]
     behind = r"[?#].*" if _protocol(path) in _WEB else r"\?versionId=[^/]*$"
@@ -62,11 +64,11 @@ def name_of(path: str) -> str:
 
 
 def open_file(path: str, block: int | None = None, *, buffered: bool = False) -> IO[bytes]:
-    """A local or remote file to read and seek in. Raises OSError.
+    """Open a local or remote file for reading and seeking. Raises OSError.
 
     Args:
-        block: bytes of one request; None: READ_BYTES.
-        buffered: whether a local file keeps what it reads ahead, for lines.
+        block: bytes of one request. None means READ_BYTES.
+        buffered: whether a local file keeps what it reads ahead, which helps to read lines.
     """
     if is_remote(path):
         return io.BufferedReader(_File(path, block or READ_BYTES), _BUFFER)
@@ -74,7 +76,7 @@ def open_file(path: str, block: int | None = None, *, buffered: bool = False) ->
 
 
 def stat(path: str) -> tuple[int, int]:
-    """(size, what changes with the content) of a local or remote file. Raises OSError."""
+    """The size of a local or remote file, and a number that changes with its content. Raises OSError."""
     if is_remote(path):
         found = about(path)
         return found.size, found.modified
@@ -83,7 +85,7 @@ def stat(path: str) -> tuple[int, int]:
 
 
 def about(url: str) -> Stat:
-    """A remote file as it is now. Raises OSError, and ConfigError for what is no file that can be read."""
+    """The current state of a remote file. Raises OSError, and ConfigError if it is not a file that can be read."""
     system, path = _system(url)
 
     def look() -> Any:
@@ -94,10 +96,10 @@ def about(url: str) -> Stat:
 
 
 def find(url: str, exclude: Sequence[str] = ()) -> tuple[list[Stat], list[str]]:
-    """(the files that a URL, or a glob of them, names, in the order of their names; the hidden ones that it does not).
+    """The files that a URL or a glob names, sorted by name, and the hidden files that the glob would otherwise match.
 
-    None for a glob that matches nothing. A name matches as in `walk`: a part that begins with a dot only by a pattern
-    that does. Files in folders, or with names, that match `exclude` are none. Raises OSError and ConfigError.
+    Both are empty if a glob matches nothing. Names match as in `walk`: only a pattern that begins with a dot matches a
+    part that does. Files whose name or folder matches `exclude` are left out. Raises OSError and ConfigError.
     """
     web = _protocol(url) in _WEB
     if not is_glob(url.replace("?", "") if web else url):
@@ -109,7 +111,7 @@ def find(url: str, exclude: Sequence[str] = ()) -> tuple[list[Stat], list[str]]:
         return system.glob(pattern, detail=True)
 
     named = {name: info for name, info in _tried(url, look).items() if info.get("type") != "directory"}
-    if not named:  # a name may hold such signs
+    if not named:  # a plain name may contain wildcard characters
         try:
             return [about(url)], []
         except (FileNotFoundError, ConfigError):
@@ -129,13 +131,13 @@ def find(url: str, exclude: Sequence[str] = ()) -> tuple[list[Stat], list[str]]:
 
 
 def _in_full(url: str, pattern: str, name: str, system: Any) -> str:
-    """A name with what stands before the path in the URL that led to it, as it was written where it can be."""
+    """The full URL of a name, written as in the URL that led to it if possible."""
     before = url.removesuffix(pattern.lstrip("/"))
     return before + name.lstrip("/") if before != url else str(system.unstrip_protocol(name))
 
 
 def takes_ranges(path: str) -> bool:
-    """Whether parts of a file can be read without what is before them, as of some web servers they cannot."""
+    """Whether parts of a file can be read without the bytes before them. Some web servers cannot do that."""
     if not is_remote(path) or _protocol(path) not in _WEB:
         return True
     with _File(path, 2) as file:
@@ -145,15 +147,15 @@ def takes_ranges(path: str) -> bool:
 
 
 class _File(io.RawIOBase):
-    """A remote file. What fails for a while is tried again, from the byte that was to come."""
+    """A remote file. Temporary failures are retried from the next byte."""
 
     def __init__(self, url: str, block: int) -> None:
         self._url, self._block = url, block
         self._system, self._path = _system(url)
         self._size = about(url).size
         self._stream: Any = None
-        self._at = self._position = 0  # of the stream, and of this file
-        self.whole = False  # can only be read from its beginning on
+        self._at = self._position = 0  # position of the stream, and of this file
+        self.whole = False  # whether it can only be read from its beginning
 
     def readable(self) -> bool:
         return True
@@ -165,12 +167,12 @@ class _File(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """As of any file."""
+        """Set the position, as any file does."""
         self._position = offset + (0, self._position, self._size)[whence]
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` from the file; the bytes read."""
+        """Fill `buffer` from the file and return the number of bytes read."""
         view = memoryview(buffer).cast("B")
         count = min(len(view), self._size - self._position)
         if count <= 0:
@@ -189,7 +191,7 @@ class _File(io.RawIOBase):
             try:
                 self._go()
                 content: bytes = self._stream.read(count)
-            except ValueError:  # of fsspec, for a server that sends all of a file where a part was asked for
+            except ValueError:  # fsspec raises it for a server that sends the whole file when asked for a part
                 if _protocol(self._url) not in _WEB or self.whole:
                     raise
                 self._drop()
@@ -205,7 +207,7 @@ class _File(io.RawIOBase):
             raise
 
     def _go(self) -> None:
-        """Have the stream at the position."""
+        """Bring the stream to the position."""
         if self.whole and self._at > self._position:
             self._drop()
         if self._stream is None:
@@ -235,7 +237,7 @@ def _protocol(url: str) -> str:
 
 
 def _system(url: str) -> tuple[Any, str]:
-    """(the file system of a URL, its path there)."""
+    """The file system of a URL, and the path there."""
     import fsspec
 
     protocol = _protocol(url)
@@ -253,9 +255,10 @@ def _system(url: str) -> tuple[Any, str]:
 
 
 def _options(protocol: str) -> dict[str, Any]:
-    """Those of web servers: what is stored is sent as it is, a silent one is given up, proxies are the environment's.
+    """Options for web servers. Content arrives as stored, a silent server is given up, proxies come from the
+    environment.
 
-    All else is the library's own: environment and configuration files.
+    Everything else is left to the library: environment variables and configuration files.
     """
     if protocol not in _WEB:
         return {}
@@ -282,7 +285,7 @@ def _stat(url: str, info: dict[str, Any]) -> Stat:
 
 
 def _spelled(parts: list[str], pattern: list[str]) -> bool:
-    """Whether a glob names a file with no dot at the beginning of a part that it does not spell."""
+    """Whether a glob matches a file without matching a leading dot that the glob does not spell."""
     if not pattern or not parts:
         return not pattern and not parts
     first, dot = pattern[0], parts[0].startswith(".")
@@ -295,7 +298,7 @@ def _spelled(parts: list[str], pattern: list[str]) -> bool:
 
 
 def _tried(url: str, action: Callable[[], T]) -> T:
-    """What the action returns, at the latest after some waits. Raises OSError with an errno."""
+    """The result of an action, after retries if needed. Raises OSError with an errno."""
     for number, wait in enumerate((*WAITS, None), start=1):
         try:
             return action()
@@ -309,7 +312,7 @@ def _tried(url: str, action: Callable[[], T]) -> T:
 
 
 def _cause(error: Exception) -> Exception:
-    """What was the matter: fsspec says that a file is not there also where a web server does not answer."""
+    """The real cause of an error. fsspec also reports a missing file if a web server does not answer."""
     inner = error.__cause__
     if isinstance(error, FileNotFoundError) and isinstance(inner, Exception):
         known = isinstance(inner, OSError) or type(inner).__module__.startswith("aiohttp")

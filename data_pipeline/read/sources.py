@@ -1,4 +1,4 @@
-"""Which files a source names, and where each may be cut into pieces that are read apart from each other."""
+"""Find the files that a source names, and cut each into pieces that can be read independently."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SEARCH_BYTES = 2**20
 
 
 class LeftOut:
-    """What sources name and builds do not read, by source and reason: how many files, and the first of them."""
+    """Counts files that sources name but that builds do not read, by source and reason. Keeps the first of each."""
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, int]] = defaultdict(dict)
@@ -40,7 +40,7 @@ class LeftOut:
         return self.of()
 
     def of(self, only: str | None = None) -> Iterator[str]:
-        """A line for each source and reason, or of one reason only."""
+        """Yield a line for each source and reason, or only for the given reason."""
         for (source, reason), first in self._first.items():
             if only not in (None, reason):
                 continue
@@ -51,16 +51,16 @@ class LeftOut:
 def files(
     sources: Mapping[str, SourceConfig], left_out: LeftOut | None = None, apart: Iterable[Path] = ()
 ) -> list[Piece]:
-    """All files of all sources as pieces, in reading order, which depends on their names only.
+    """All files of all sources as pieces, in reading order, which depends only on their names.
 
-    What is left out is counted in `left_out`; so are files in the folders `apart`, which have no links in their names.
-    Raises ConfigError for a source that names no file.
+    Files that are not read are counted in `left_out`. They include files in the folders `apart`, whose paths must not
+    contain links. Raises ConfigError for a source that names no file.
     """
     found = []
     left_out = LeftOut() if left_out is None else left_out
     for source, config in sources.items():
         pieces: list[Piece] = []
-        aside: dict[str, dict[str, None]] = defaultdict(dict)  # by reason, in order, each once
+        aside: dict[str, dict[str, None]] = defaultdict(dict)  # by reason, each file once, in order
         for path in config.paths:
             named = _pieces(source, path, config, apart)
             pieces += named.pieces
@@ -81,7 +81,7 @@ def files(
 
 
 class _Named(NamedTuple):
-    """What one path of a source names, and names of what is left out of it, by reason."""
+    """The files that one path of a source names, and the names of those left out, by reason."""
 
     pieces: list[Piece]
     left_out: Mapping[str, Iterable[str]]
@@ -136,14 +136,14 @@ def _whole(source: str, path: str, name: str, size: int, modified: int) -> Piece
 
 
 def _name(file: str, path: str, config: SourceConfig) -> str:
-    """A file in reports: of a source that is one folder, as it lies in that."""
+    """The name of a file in reports. For a source that is one folder, it is relative to that folder."""
     if config.kind != "folder" or len(config.paths) > 1:
         return file
     return file.removeprefix(f"{path.rstrip('/')}/") if is_remote(path) else Path(file).relative_to(path).as_posix()
 
 
 def _each_once(pieces: list[Piece]) -> tuple[list[Piece], list[str]]:
-    """(the pieces, each file by the first name that it is found by; the other names)."""
+    """Each file under the first name by which it is found, and the other names."""
     known: dict[str, Piece] = {}
     again = []
     for piece in pieces:
@@ -157,15 +157,17 @@ def _each_once(pieces: list[Piece]) -> tuple[list[Piece], list[str]]:
 
 
 def kind_of(path: str) -> SourceKind:
-    """What a file holds, by its name."""
+    """The kind of a file, from its name."""
     name = name_of(path)
     stem = name.removesuffix(suffix_of(path))
     return "parquet" if stem.endswith(".parquet") else "jsonl" if stem.endswith(".jsonl") else "text"
 
 
 def roots(config: SourceConfig) -> list[tuple[str, Path]]:
-    """Each path of a source with the folder or file, without links, in which all that it names lies; none of data sets
-    on the hub and of URLs."""
+    """Each path of a source, with the folder or file (without links) that contains everything the path names.
+
+    Omits data sets on the hub and URLs.
+    """
     found = []
     for path in config.paths:
         place = Path(path)
@@ -183,16 +185,16 @@ def _is_in(path: Path, folders: Iterable[Path]) -> bool:
 
 
 def _cut(path: Path) -> tuple[Path, list[str]]:
-    """(the folder before the first part with a wildcard, the parts from there on)."""
+    """The folder before the first part with a wildcard, and the parts from there on."""
     parts = path.parts
     first = next((i for i, part in enumerate(parts) if is_glob(part)), len(parts) - 1)
     return Path(*parts[:first]), list(parts[first:])
 
 
 def split(file: Piece, config: SourceConfig, size: int) -> Iterator[Piece]:
-    """Consecutive pieces of one file of about `size` bytes; every record is whole in one of them.
+    """Consecutive pieces of one file of about `size` bytes. Every record lies wholly in one piece.
 
-    A compressed file and a file that is one document stay whole.
+    A compressed file stays whole, and so does a file that is one document.
     """
     if config.kind == "parquet":
         yield from _row_groups(file, config, size)
@@ -218,7 +220,7 @@ def _byte_ranges(file: Piece, paragraphs: bool, size: int) -> Iterator[Piece]:
 
 @contextmanager
 def _readable(file: Piece) -> Iterator[None]:
-    """Errors of reading a file as one line."""
+    """Turn errors of reading a file into one line."""
     try:
         yield
     except OSError as error:
@@ -231,7 +233,7 @@ def _takes_ranges(file: Piece) -> bool:
 
 
 def _next_boundary(stream: IO[bytes], position: int, paragraphs: bool) -> int:
-    """The first start of a line, or of what follows a blank line, after the byte before `position`."""
+    """The first beginning of a line, or of the text after a blank line, at or after `position`."""
     stream.seek(position - 1)
     _skip_line(stream)
     while paragraphs:
@@ -255,14 +257,15 @@ def _row_groups(file: Piece, config: SourceConfig, size: int) -> Iterator[Piece]
     begin, start, filled, total = 0, 0, 0, max(1, sum(sizes))
     for group, group_size in enumerate(sizes, start=1):
         filled += group_size
-        end = file.file_size * filled // total  # of the file, as sizes of groups are of decompressed data
+        # bytes of the file, because the sizes of groups are those of decompressed data
+        end = file.file_size * filled // total
         if end - start >= size or group == len(sizes):
             yield _part(file, begin, group, end - start)
             begin, start = group, end
 
 
 def parquet_about(file: Piece) -> tuple[Any, Any]:
-    """(the Arrow schema, the metadata) of a parquet file. Raises ConfigError."""
+    """The Arrow schema and the metadata of a parquet file. Raises ConfigError."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 

@@ -1,7 +1,7 @@
-"""The plan: units of work that depend on the inputs alone, never on how many workers there will be.
+"""The plan: units of work that depend on the inputs alone, not on the number of workers.
 
-`plan.jsonl` has a line of settings and a line for each unit. It is whole or not there, and is the first thing a
-build writes; what a build resumes is decided by comparing plans.
+`plan.jsonl` has a line of settings and a line for each unit. It is either whole or missing. It is the first file that a
+build writes, and a build decides what to resume by comparing plans.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ponder_scale.files.write import writing
 from ponder_scale.shards.manifest import unsealed
 
 PLAN = "plan.jsonl"
-SHARDS = 32  # a corpus has about as many, within these bounds of the input of one
+SHARDS = 32  # approximate number of shards of a corpus, within these limits for the input of one
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 2**24, 2**30
 MAX_UNIT_PIECES = 20_000
 
@@ -37,9 +37,9 @@ def units(
     left_out: LeftOut | None = None,
     apart: Iterable[Path] = (),
 ) -> Iterator[Unit]:
-    """All units in reading order: consecutive pieces of one source, of about `shard_bytes` together.
+    """All units in reading order. A unit is consecutive pieces of one source, of about `shard_bytes` together.
 
-    `left_out` and `apart`: as of `sources.files`. Raises ConfigError for a source that names no file.
+    `left_out` and `apart` are passed to `sources.files`. Raises ConfigError for a source that names no file.
     """
     found = files(sources, left_out, apart)
     if shard_bytes is None:
@@ -48,7 +48,7 @@ def units(
     pieces: list[Piece] = []
     number = filled = 0
     for piece in (piece for file in found for piece in split(file, sources[file.source], shard_bytes)):
-        # how large a shard of a stream is nobody knows before it is read: each is a unit
+        # The size of a shard of a stream is unknown before it is read, so each is a unit.
         full = filled >= shard_bytes or len(pieces) == MAX_UNIT_PIECES or sources[piece.source].streaming
         if pieces and (full or pieces[0].source != piece.source):
             yield Unit(pieces[0].source, pieces, number)
@@ -60,7 +60,7 @@ def units(
 
 
 def write_plan(path: Path, planned: Iterable[Unit], header: Mapping[str, Any]) -> str:
-    """Write the plan; the hash of its units."""
+    """Write the plan. Returns the hash of its units."""
     whole = xxhash.xxh3_128()
     with writing(path, temporary=unsealed(path)) as stream:
         stream.write(orjson.dumps(header) + b"\n")
@@ -72,7 +72,7 @@ def write_plan(path: Path, planned: Iterable[Unit], header: Mapping[str, Any]) -
 
 
 class Plan:
-    """A written plan. Of the units it keeps in memory only where they are and how large."""
+    """A written plan. It keeps only the positions and sizes of the units in memory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -88,7 +88,7 @@ class Plan:
         return len(self.sizes)
 
     def unit(self, number: int) -> Unit:
-        """One unit."""
+        """Read one unit."""
         with self._path.open("rb") as stream:
             stream.seek(self._offsets[number])
             pieces = _pieces(stream.read(self._offsets[number + 1] - self._offsets[number]))
@@ -96,7 +96,7 @@ class Plan:
 
 
 def check_unchanged(piece: Piece) -> None:
-    """Raises ConfigError when the file of a piece is not any more the one that was planned."""
+    """Raise ConfigError if the file of a piece has changed since it was planned."""
     if piece.file_size < 0:
         return
     try:
@@ -111,7 +111,7 @@ def check_unchanged(piece: Piece) -> None:
 
 
 def share(sizes: Sequence[int], workers: int) -> list[list[int]]:
-    """The tasks of each worker, balanced by size: the largest first, each to the one with least."""
+    """The tasks of each worker, balanced by size. The largest goes first, each to the worker with the least work."""
     shares: list[list[int]] = [[] for _ in range(workers)]
     loads = [(0, worker) for worker in range(workers)]
     for task in sorted(range(len(sizes)), key=lambda task: (-sizes[task], task)):
@@ -122,7 +122,7 @@ def share(sizes: Sequence[int], workers: int) -> list[list[int]]:
 
 
 def _stored(piece: Piece) -> tuple[Any, ...]:
-    """The values of a piece; a path that is no UTF-8 as a list of its bytes."""
+    """The values of a piece. A path that is not UTF-8 becomes a list of its bytes."""
     path: Any = piece.path
     try:
         path.encode()

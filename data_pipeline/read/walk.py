@@ -1,7 +1,6 @@
-"""The files that a glob names: linked folders are entered, each file is named once, hidden ones are set apart."""
+"""Find the files that a glob names: enter linked folders, name each file once, and list hidden files apart."""
 
 # ruff: noqa: PTH110, PTH112, PTH113, PTH114, PTH116, PTH118
-# There may be millions of files: names as strings take a tenth of the time of paths.
 
 from __future__ import annotations
 
@@ -20,28 +19,28 @@ _WILD = frozenset("*?[")
 
 
 class Found(NamedTuple):
-    """What a glob names: files in the order of their names, and what is left out of them, by the reason."""
+    """The files that a glob names, sorted by name, and those left out, by reason."""
 
     files: list[Path]
     left_out: dict[str, list[Path]]
 
 
 class _Place(NamedTuple):
-    """A folder to look into, for what the parts of the pattern from `part` on name."""
+    """A folder to search for names that match the parts of the pattern from number `part` on."""
 
-    path: str  # the name by which it was found
-    real: str  # without links
+    path: str  # the name under which it was found
+    real: str  # the path without links
     part: int
-    hidden: bool  # found by a hidden name that the pattern does not spell
+    hidden: bool  # reached through a hidden name that the pattern does not spell
 
 
 def is_glob(text: str) -> bool:
-    """Whether a path, or a part of one, names files by wildcards."""
+    """Whether a path or a part of one contains wildcards."""
     return not _WILD.isdisjoint(text)
 
 
 def alternatives(text: str) -> list[str]:
-    """What a path with `{a,b}` in it stands for, in the order of its alternatives, as in a shell."""
+    """The paths that a path with `{a,b}` stands for, in the order of the alternatives, as in a shell."""
     depth, begin, cuts = 0, 0, [0]
     for position, character in enumerate(text):
         if character == "{":
@@ -59,18 +58,19 @@ def alternatives(text: str) -> list[str]:
 
 
 def walk(base: Path, parts: Sequence[str], exclude: Iterable[str] = ()) -> Found:
-    """The files that a relative pattern, in its parts, names under `base`, none of whose names matches `exclude`.
+    """The files under `base` that match a relative pattern, given in its parts. Names that match `exclude` are left
+    out.
 
-    `**` is any number of folders. As in a shell, a wildcard names what is hidden (begins with a dot) only if it begins
-    with a dot itself; what it would name but for that is left out and listed. Raises OSError for a folder that cannot
-    be read.
+    `**` matches any number of folders. As in a shell, a wildcard matches a hidden name (one that begins with a dot)
+    only if the wildcard part begins with a dot itself. Other hidden matches are left out and listed. Raises OSError for
+    a folder that cannot be read.
     """
     looker = _Walk(parts, list(exclude))
     looker.folders.append(_Place(str(base), os.path.realpath(base), 0, False))
     while looker.folders or looker.links:
         if looker.folders:
             looker.visit(looker.folders.pop())
-        else:  # last, so that a file has the name that needs no link, where there is one
+        else:  # last, so that a file gets a name without links if it has one
             looker.links.sort(reverse=True)
             looker.visit(looker.links.pop())
     return looker.found()
@@ -86,13 +86,13 @@ class _Walk:
         self._left_out: dict[str, list[Path]] = {}
 
     def visit(self, at: _Place) -> None:
-        """Look into one folder."""
+        """Search one folder."""
         try:
             about = os.stat(at.path)
         except (FileNotFoundError, NotADirectoryError):
             return
         key = (about.st_dev, about.st_ino, at.part, at.hidden)
-        if key in self._seen:  # by another name, or in a circle of links
+        if key in self._seen:  # seen under another name, or a circle of links
             return
         self._seen.add(key)
         part = self._parts[at.part]
@@ -132,7 +132,7 @@ class _Walk:
                 if not hidden:
                     files.append(path)
                     continue
-            elif known[real] == path:  # several parts of the pattern may be any number of folders
+            elif known[real] == path:  # several `**` in the pattern can match the same file twice
                 continue
             self._left_out.setdefault(HIDDEN if hidden else TWICE, []).append(path)
         return Found(sorted(files), {reason: sorted(paths) for reason, paths in sorted(self._left_out.items())})

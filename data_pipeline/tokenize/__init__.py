@@ -1,1 +1,1 @@
-"""From texts to tokens, and from texts to a tokenizer."""
+"""Turn texts into tokens, and train tokenizers on texts."""

@@ -1,7 +1,7 @@
-"""Whether transformers' AutoTokenizer encodes as the tokenizer of a build does, which is what generation will use.
+"""Check that transformers' AutoTokenizer, which generation will use, encodes as the tokenizer of a build does.
 
-AutoTokenizer reads more than tokenizer.json: the settings beside it can put a space before a text, or add tokens. It is
-asked in a process of its own, once for each build: loading it takes longer than a small build, and brings torch along.
+AutoTokenizer reads more than tokenizer.json. The settings beside that file can put a space before a text or add tokens.
+It runs in its own process, once for each build, because loading it takes longer than a small build and loads torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from data_pipeline.tokenize.tokenizer import CONFIG, SentencePieceTokenizer, Tokenizer, encoder, save
 from ponder_scale.errors import TokenizerError
 
-SECONDS = 300  # for it to answer
+SECONDS = 300  # time limit for its answer
 TEXTS = (
     "",
     "word",
@@ -27,7 +27,7 @@ TEXTS = (
     "It's 3.14; don't (x != 1) {a: [b]} <c> www.d.org ... don 't . ,",
     "A" * 50 + "=" * 50,
 )
-_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # they take tokenizer.json as it is
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # they use tokenizer.json as it is
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _HARMLESS = ("clean_up_tokenization_spaces", "model_max_length", "chat_template", "tokenizer_class")
 _REMEDY = (
@@ -37,17 +37,17 @@ _REMEDY = (
 
 
 def check_agreement(tokenizer: Tokenizer, own_end: bool, warn: Callable[[str], None]) -> None:
-    """Raises TokenizerError when AutoTokenizer, given the same files, has other tokens or gives others.
+    """Raise TokenizerError if AutoTokenizer has other tokens for the same files, or encodes texts differently.
 
-    own_end: whether the tokenizer's own end token is used. It warns where it cannot be asked, and of SentencePiece
-    models, which transformers converts.
+    own_end: whether the build uses the tokenizer's own end token. `warn` is called if AutoTokenizer cannot be run, and
+    for differences of a SentencePiece model, which transformers converts.
     """
     settings = tokenizer.path.with_name(CONFIG)
     if not settings.is_file() or _is_plain(tokenizer, settings):
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "tokenizer"
-        save(tokenizer, folder)  # under the names by which a folder of shards has them
+        save(tokenizer, folder)  # with the file names that a folder of shards uses
         try:
             theirs = _ask(folder, [*TEXTS, *_with_tokens(tokenizer.special)])
         except (subprocess.SubprocessError, OSError, ValueError) as error:
@@ -61,7 +61,7 @@ def check_agreement(tokenizer: Tokenizer, own_end: bool, warn: Callable[[str], N
 
 
 def _is_plain(tokenizer: Tokenizer, settings: Path) -> bool:
-    """Whether the files beside a tokenizer can be seen to change nothing."""
+    """Whether the files beside a tokenizer clearly change nothing."""
     content: Any = json.loads(settings.read_bytes())
     others = [settings.with_name(name) for name in ("special_tokens_map.json", "added_tokens.json")]
     if content.get("tokenizer_class") not in _PLAIN_CLASSES or any(path.exists() for path in others):
@@ -97,7 +97,7 @@ def _shown(tokens: list[int]) -> str:
 
 
 def _with_tokens(names: list[str]) -> list[str]:
-    """Texts with these tokens in them, which added tokens may take the white space around away from."""
+    """Texts that contain these tokens. An added token may absorb the white space around it."""
     return [text for name in names[:50] for text in (name, f"a{name}b {name}  c {name.lower()}")]
 
 
@@ -121,8 +121,9 @@ def _reason(error: Exception) -> str:
 
 
 def _answer() -> None:
-    """What AutoTokenizer says of the folder and the texts that stdin names; runs in a process of its own."""
-    sys.modules["torch"] = None  # type: ignore[assignment]  # a tokenizer needs none, and loading it takes seconds
+    """Print AutoTokenizer's answer for the folder and texts given on stdin. Runs in its own process."""
+    # a tokenizer does not need it, and loading it takes seconds
+    sys.modules["torch"] = None  # type: ignore[assignment]
     from transformers import AutoTokenizer
 
     asked = json.load(sys.stdin)

@@ -1,7 +1,7 @@
-"""Faster engines for a tokenizer: accepted only while they give the tokens of the tokenizer's own library.
+"""Faster engines for a tokenizer. They are used only while they give the same tokens as the tokenizer's own library.
 
-tiktoken and gigatoken are compared with the reference before a build on hard texts and on documents of the
-corpus, and during it on a sample of every unit. A unit in which they differ is done again by the reference.
+tiktoken and gigatoken are compared with the reference twice: before a build on difficult texts and documents of the
+corpus, and during it on a sample of every unit. If they differ, the reference processes that unit again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ponder_scale.errors import ConfigError
 
 REFERENCE = "reference"
 FASTEST_FIRST = ("gigatoken", "tiktoken")
-SAMPLE_CHARACTERS = 2**16  # longer documents are not sampled: the reference takes much memory for them
+SAMPLE_CHARACTERS = 2**16  # longer documents are not sampled, because the reference needs much memory for them
 SAMPLE_EVERY = 2048  # documents; costs the fastest engine about two percent
 PROBES = (
     "",
@@ -35,26 +35,28 @@ PROBES = (
     "=" * 300 + "-" * 257 + " " * 129 + "\n" * 65,
 )
 
-_ENDINGS = (KeyboardInterrupt, SystemExit)  # all else that ends an engine is its failure, a panic of Rust too
+_ENDINGS = (KeyboardInterrupt, SystemExit)  # every other error is a failure of the engine, even a panic of Rust
 
 Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
-_opened: dict[tuple[Any, ...], Encode] = {}  # loading one costs more than a small build
+_opened: dict[tuple[Any, ...], Encode] = {}  # kept, because loading an engine takes longer than a small build
 
 
 class Mismatch(Exception):
-    """An engine failed, or gave other tokens than the reference; the message goes on after its name."""
+    """An engine failed or gave other tokens than the reference. The message continues a sentence that begins with its
+    name.
+    """
 
 
 class Checked:
-    """An engine, compared with the reference on each SAMPLE_EVERY-th document, beginning with the first."""
+    """An engine that is compared with the reference on the first and then every SAMPLE_EVERY-th document."""
 
     def __init__(self, encode: Encode, reference: Tokenizer) -> None:
         self._encode, self._reference = encode, reference
         self._seen = 0
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """As `Tokenizer.encode_batch`. Raises Mismatch where it fails, and for a sampled document with other tokens."""
+        """Like `Tokenizer.encode_batch`. Raises Mismatch if it fails or gives other tokens for a sampled document."""
         try:
             tokens, lengths = self._encode(texts)
         except _ENDINGS:
@@ -73,9 +75,9 @@ class Checked:
 
 
 def checked(name: str, reference: Tokenizer) -> Encode:
-    """The encoder of an engine, `Checked`; the reference as it is.
+    """The `Checked` encoder of an engine, or that of the reference itself.
 
-    Raises Mismatch when it cannot be opened, as where a build goes on without it.
+    Raises Mismatch if the engine cannot be opened, for example when a build continues without it.
     """
     if name == REFERENCE:
         return reference.encode_batch
@@ -88,9 +90,9 @@ def checked(name: str, reference: Tokenizer) -> Encode:
 
 
 def choose(asked: str, reference: Tokenizer, samples: Sequence[str], warn: Callable[[str], None]) -> str:
-    """The name of the engine to use: the one asked for, or for "auto" the fastest, that agrees with the reference.
+    """The name of an engine that agrees with the reference: the requested one, or the fastest for "auto".
 
-    `warn` is told about engines that do not agree. Raises ConfigError when the one asked for cannot be had.
+    `warn` is called for each engine that does not agree. Raises ConfigError if the requested engine is not installed.
     """
     if asked == REFERENCE:
         return REFERENCE
@@ -115,19 +117,21 @@ def choose(asked: str, reference: Tokenizer, samples: Sequence[str], warn: Calla
 
 
 def open_engine(name: str, reference: Tokenizer) -> Encode:
-    """The encoder of an engine. Raises ImportError where it is not installed, ValueError for a tokenizer that it
-    cannot do."""
+    """The encoder of an engine.
+
+    Raises ImportError if it is not installed, ValueError for a tokenizer that it does not support.
+    """
     if name == REFERENCE:
         return reference.encode_batch
     key = (name, reference.sha256, getattr(reference, "special_in_text", None))
     if key not in _opened:
-        _opened.clear()  # a process works with one
+        _opened.clear()  # a process needs only one
         _opened[key] = {"gigatoken": _gigatoken, "tiktoken": _tiktoken}[name](reference)
     return _opened[key]
 
 
 def first_difference(encode: Encode, reference: Tokenizer, texts: Sequence[str]) -> str | None:
-    """The first of the texts that gets other tokens."""
+    """The first text that gets other tokens, or a description of the engine's error. None if all agree."""
     try:
         tokens, lengths = encode(texts)
     except _ENDINGS:
@@ -156,15 +160,15 @@ def _gigatoken(reference: Tokenizer) -> Encode:
     if isinstance(reference, TokenizersTokenizer):
         content = orjson.loads(reference.path.read_bytes())
         if not reference.special_in_text:
-            # It knows no switch for this, but what is not declared special is read as text.
+            # It has no switch for this, but reads tokens that are not declared special as text.
             content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
         engine = gigatoken.Tokenizer.from_json(orjson.dumps(content))
     elif isinstance(reference, SentencePieceTokenizer):
         engine = gigatoken.Tokenizer.from_sentencepiece(reference.path)
-        literal = reference.special  # these it always reads as special tokens
+        literal = reference.special  # it always reads these as special tokens
 
     def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        # one by one: its batches come as awkward arrays, whose library takes 0.4 CPU-s to load and gains nothing here
+        # One by one: its batches are awkward arrays, whose library takes 0.4 CPU-s to load and gains nothing here.
         parts = [engine.encode(text) for text in texts]
         lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
         return (np.concatenate(parts) if parts else np.empty(0, np.uint32)).view(np.int32), lengths
@@ -173,7 +177,7 @@ def _gigatoken(reference: Tokenizer) -> Encode:
 
 
 def _with_literals(encode: Encode, reference: Tokenizer, literal: list[str]) -> Encode:
-    """`encode`, with the documents that spell one of `literal` out given to the reference."""
+    """`encode`, except that documents that spell out one of `literal` go to the reference."""
 
     def careful(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         odd = [i for i, text in enumerate(texts) if any(name in text for name in literal)]
@@ -191,7 +195,7 @@ def _with_literals(encode: Encode, reference: Tokenizer, literal: list[str]) -> 
     return careful
 
 
-# What ByteLevel splits by when its tokenizer.json gives no pattern of its own (GPT-2's).
+# The pattern by which ByteLevel splits if tokenizer.json has none of its own (GPT-2's).
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -202,8 +206,8 @@ def _tiktoken(reference: Tokenizer) -> Encode:
         raise ValueError("only a tokenizer.json whose special tokens are text in texts can be converted")
     content = orjson.loads(reference.path.read_bytes())
     ranks = _ranks(content)
-    # With no special token at all it looks for the empty string, at each character: half of its time. This one is
-    # never allowed, so it is ordinary text wherever it stands.
+    # Without any special token it would search for the empty string at each character, which takes half of its time.
+    # This token is never allowed, so it is ordinary text everywhere.
     never = {"<|never|>": max(ranks.values()) + 1}
     encoding = tiktoken.Encoding("converted", pat_str=_pattern(content), mergeable_ranks=ranks, special_tokens=never)
 
@@ -216,7 +220,7 @@ def _tiktoken(reference: Tokenizer) -> Encode:
 
 
 def _pattern(content: dict[str, Any]) -> str:
-    """The regular expression that a byte-level tokenizer.json splits texts by. Raises ValueError for other kinds."""
+    """The regular expression by which a byte-level tokenizer.json splits texts. Raises ValueError for other kinds."""
     split = content["pre_tokenizer"] or {}
     steps = split.get("pretokenizers", [split])
     last = steps[-1]
@@ -230,7 +234,7 @@ def _pattern(content: dict[str, Any]) -> str:
 
 
 def _ranks(content: dict[str, Any]) -> dict[bytes, int]:
-    """Token bytes to ids, which must also be the order of the merges. Raises ValueError where they are not."""
+    """The id of each token's bytes. Raises ValueError unless the ids are in the order of the merges."""
     model = content["model"]
     if model.get("type") != "BPE" or any(not token["special"] for token in content["added_tokens"]):
         raise ValueError("not byte-pair encoding alone")
@@ -248,7 +252,7 @@ def _ranks(content: dict[str, Any]) -> dict[bytes, int]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The printable character by which byte-level tokenizers (since GPT-2) write each byte, inverted."""
+    """The byte for each printable character that byte-level tokenizers (since GPT-2) write for it."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,8 +1,8 @@
-"""Tokens of texts of which only some characters count in the loss.
+"""Tokenize texts of which only some characters count in the loss.
 
-A text is cut where it begins or ceases to count, and each piece is tokenized on its own. So no token lies on both sides
-of a cut, and the tokens before one are those that a model is given when it is to go on from there. Tokenizers that do
-not take a piece for what it is in the text, such as those that put a space before it, are refused.
+A text is cut at each place where counting begins or ends, and each piece is tokenized on its own. No token therefore
+lies on both sides of a cut. The tokens before a cut are those that a model receives when it has to continue from there.
+A tokenizer that encodes pieces unlike the whole text is refused, for example one that puts a space before each.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class Encoded(NamedTuple):
 
     tokens: np.ndarray  # (n,), document after document
     lengths: np.ndarray  # (documents,)
-    counts: np.ndarray | None  # (n,) bool, whether each token counts in the loss; None: all do
+    counts: np.ndarray | None  # (n,) bool, whether each token counts in the loss; None if all do
 
     def first(self, documents: int) -> Encoded:
-        """The first of them."""
+        """The first `documents` of them."""
         end = int(self.lengths[:documents].sum())
         return Encoded(self.tokens[:end], self.lengths[:documents], None if self.counts is None else self.counts[:end])
 
 
 def encode_documents(encode: Encode, records: Sequence[Record], masked: bool) -> Encoded:
-    """The tokens of the texts of some records, and which of them count if the source is `masked`."""
+    """The tokens of the texts of some records. If the source is `masked`, also which of them count in the loss."""
     if not masked:
         return Encoded(*encode([record.text or "" for record in records]), None)
     pieces, counting, of_document = [], [], []
@@ -49,8 +49,11 @@ def encode_documents(encode: Encode, records: Sequence[Record], masked: bool) ->
 
 
 def framed(documents: Encoded, bos_id: int | None, eod_id: int | None) -> Encoded:
-    """The documents with their first and last token, where there are such. The last one counts if the end of the text
-    does; the first one, which follows another document, does not."""
+    """Add begin and end tokens to the documents, if there are any.
+
+    The end token counts in the loss if the end of the text does. The begin token follows another document and never
+    counts.
+    """
     tokens, lengths, counts = documents
     if bos_id is not None:
         begins = np.cumsum(lengths) - lengths
@@ -61,14 +64,14 @@ def framed(documents: Encoded, bos_id: int | None, eod_id: int | None) -> Encode
         ends = np.cumsum(lengths)
         tokens = np.insert(tokens, ends, eod_id)
         if counts is not None:
-            # behind one False, so that there is a token before each end; of a document without tokens none counts
+            # The inserted False gives each end a token before it. In a document without tokens, none counts.
             counts = np.insert(counts, ends, np.insert(counts, 0, False)[ends] & (lengths > 0))
         lengths = lengths + 1
     return Encoded(tokens, lengths, counts)
 
 
 def check_cuts(tokenizer: Tokenizer) -> None:
-    """Raises TokenizerError for a tokenizer that makes another text of pieces than of the whole."""
+    """Raise TokenizerError if the tokens of a text's pieces decode to another text than those of the whole."""
     for pair in _CUTS:
         pieces, _ = tokenizer.encode_batch(pair)
         whole, _ = tokenizer.encode_batch(["".join(pair)])
@@ -81,7 +84,7 @@ def check_cuts(tokenizer: Tokenizer) -> None:
 
 
 def _cut(record: Record) -> list[tuple[str, bool]]:
-    """The pieces of a text, and whether each counts."""
+    """The pieces of a text, and whether each counts in the loss."""
     assert record.text is not None and record.counts is not None
     pieces, done = [], 0
     for begin, end in record.counts:

@@ -1,6 +1,6 @@
-"""The texts that a tokenizer learns from: the documents of a build's sources, in the shares that its weights say.
+"""The texts from which a tokenizer learns: the documents of a build's sources, in the shares that its weights give.
 
-What is left out is counted by source and reason, as in a build; too much of it ends the training before it begins.
+Dropped records are counted by source and reason, as in a build. If too many are bad, training ends before it begins.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from data_pipeline.read.sources import LeftOut
 from data_pipeline.read.units import check_unchanged, units
 from ponder_scale.errors import ConfigError
 
-_WITH_FIELD = ("jsonl", "parquet", "dataset")  # a wrong field leaves out all of a source, however small that is
+_WITH_FIELD = ("jsonl", "parquet", "dataset")  # a wrong field name loses the whole source, even a small one
 
 
 @dataclass
 class Read:
-    """What one source gave."""
+    """What was read from one source."""
 
     documents: int = 0
-    bytes: int = 0  # of their texts, in UTF-8
+    bytes: int = 0  # size of the texts in UTF-8
     drops: Counter[str] = field(default_factory=Counter)
     first_bad: str = ""  # file, offset and reason
 
     @property
     def records(self) -> int:
-        """Documents and what is none."""
+        """All records, whether they are documents or not."""
         return self.documents + self.drops.total()
 
     @property
     def bad(self) -> int:
-        """Records that are the input's fault."""
+        """Records with an error in the input."""
         return sum(self.drops[reason] for reason in BAD)
 
 
 def texts_to_learn(config: BuildConfig, counts: dict[str, Read]) -> Iterator[str]:
-    """The texts of all sources that its filters keep; duplicates are not looked for. `counts` is filled by source.
+    """Yield the texts of all sources that the filters keep. Duplicates are kept too. Fills `counts` by source.
 
-    With weights, the source that has least for its weight is taken whole, and of the others so many documents, evenly
-    spread, that the bytes of text are as the weights. Raises ConfigError when more than `max_bad_fraction` of the
-    records are bad, of all, or where they are all there is of a source with a field.
+    With weights, the source that is smallest for its weight is taken whole. From each other source, evenly spaced
+    documents are taken, so that the bytes of text follow the weights. Raises ConfigError if more than
+    `max_bad_fraction` of all records are bad, or if a source with a field has only bad records.
     """
     if capped := [f"sources.{name}.max_tokens" for name, source in config.sources.items() if source.max_tokens]:
         print(
@@ -82,7 +82,7 @@ def texts_to_learn(config: BuildConfig, counts: dict[str, Read]) -> Iterator[str
 
 
 def check_bad(config: BuildConfig, counts: dict[str, Read]) -> None:
-    """Raises ConfigError when more of the records are bad than `max_bad_fraction` allows, as above."""
+    """Raise ConfigError if the share of bad records exceeds `max_bad_fraction`, as in `texts_to_learn`."""
     everything = Read(drops=sum((one.drops for one in counts.values()), Counter()))
     everything.documents = sum(one.documents for one in counts.values())
     everything.first_bad = next((one.first_bad for one in counts.values() if one.first_bad), "")
@@ -100,7 +100,7 @@ def check_bad(config: BuildConfig, counts: dict[str, Read]) -> None:
 
 
 def _documents(config: BuildConfig, counts: dict[str, Read], what: str) -> Iterator[tuple[str, str]]:
-    """(source, text) of each document that the filters keep; `counts` is filled by source."""
+    """Yield (source, text) of each document that the filters keep. Fills `counts` by source."""
     counts.update({name: Read() for name in config.sources})
     cleaners = {name: Cleaner(name, source, config.seed) for name, source in config.sources.items()}
     left_out = LeftOut()
@@ -112,7 +112,7 @@ def _documents(config: BuildConfig, counts: dict[str, Read], what: str) -> Itera
             count, stored, told, consumed = counts[piece.source], Meter(), 0, 0
             compressed = bool(suffix_of(piece.path))
             for record in read(piece, config.sources[piece.source], config.max_document_bytes, stored):
-                # of compressed files and parquet, records are larger than what they take there
+                # In compressed files and parquet, records are larger than the bytes that they take there.
                 consumed += record.size
                 now = min(piece.size, stored.bytes if compressed else consumed)
                 progress.add(now - told, record.text is not None)

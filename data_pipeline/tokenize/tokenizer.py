@@ -1,7 +1,7 @@
-"""One interface over the tokenizers that make shards: texts in, one flat array of tokens out.
+"""One interface to the tokenizers that make shards. It takes texts and returns one flat array of tokens.
 
-What looks like a special token inside a text is ordinary text, unless asked otherwise: data cannot end a document
-or open a role. The libraries here are the reference for the faster engines of `backends`.
+By default, text that looks like a special token is ordinary text, so that data cannot end a document or open a role.
+The libraries here are the reference for the faster engines in `backends`.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from ponder_scale.shards.manifest import tokenizer_sha256
 
 CONFIG = "tokenizer_config.json"  # transformers' settings
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
-# beside the file that decides the tokens; no other one that could
+# Files beside the one that decides the tokens. None of them is such a file itself.
 _BESIDE = (CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 class Tokenizer(Protocol):
-    """What a build needs of a tokenizer."""
+    """What a build needs from a tokenizer."""
 
     path: Path  # of the one file that decides the tokens
     sha256: str  # its identity: the hash of that file
     vocab_size: int  # one more than the largest token id
     eod_id: int  # the token that ends a document
-    bos_id: int | None  # the token that begins one, where asked for
-    special: list[str]  # the special tokens, as they would look in a text
+    bos_id: int | None  # the token that begins a document, if requested
+    special: list[str]  # special tokens as they would appear in a text
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens of all texts one after another, (n,) int32; tokens of each text, (texts,) int64)."""
+        """The tokens of all texts one after another, (n,) int32, and the length of each text, (texts,) int64."""
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of some tokens."""
@@ -47,10 +47,10 @@ class Tokenizer(Protocol):
 def open_tokenizer(
     path: Path, eod_token: str | None = None, bos_token: str | None = None, special_in_text: bool = False
 ) -> Tokenizer:
-    """The tokenizer of a folder (tokenizer.json, else a SentencePiece .model) or of one such file.
+    """Open the tokenizer of a folder (tokenizer.json, or else a SentencePiece .model) or of one such file.
 
-    With `special_in_text`, special tokens that are written out in a text become those tokens.
-    Raises TokenizerError when there is none, and when it has no end-of-document token or not the tokens asked for.
+    With `special_in_text`, special tokens that are spelled out in a text become those tokens.
+    Raises TokenizerError if there is none, if it has no end-of-document token, or if it lacks the requested tokens.
     """
     if not path.exists():
         raise TokenizerError(f"tokenizer {path}: no such file or folder")
@@ -72,15 +72,16 @@ def open_tokenizer(
 
 
 def tokenizer_of(path: Path, config: BuildConfig) -> Tokenizer:
-    """`open_tokenizer`, with the ends of documents and the special tokens in texts that a build asks for."""
+    """Open a tokenizer with the end tokens and the treatment of special tokens that a build requests."""
     return open_tokenizer(path, config.eod_token, config.bos_token, config.special_tokens_in_text == "tokens")
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> list[Path]:
-    """Copy the tokenizer's files into a new folder, which opens as this tokenizer without the original; the copies.
+    """Copy the tokenizer's files into a new folder that opens as this tokenizer without the original. Returns the
+    copies.
 
-    Raises TokenizerError when the tokenizer is not any more what it was when it was opened, and where a file beside
-    it is a link out of its folder.
+    Raises TokenizerError if the tokenizer has changed since it was opened, or if a file beside it is a link out of its
+    folder.
     """
     folder.mkdir()
     own = "tokenizer.json" if tokenizer.path.suffix == ".json" else tokenizer.path.name
@@ -101,7 +102,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> list[Path]:
 
 
 class TokenizersTokenizer:
-    """A tokenizer.json, by the `tokenizers` library."""
+    """A tokenizer.json, read with the `tokenizers` library."""
 
     def __init__(self, path: Path, eod_token: str | None, bos_token: str | None, special_in_text: bool) -> None:
         try:
@@ -137,7 +138,7 @@ class TokenizersTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A .model file, by the `sentencepiece` library."""
+    """A .model file, read with the `sentencepiece` library."""
 
     def __init__(self, path: Path, eod_token: str | None, bos_token: str | None) -> None:
         import sentencepiece
@@ -180,7 +181,7 @@ class SentencePieceTokenizer:
 
 @lru_cache(maxsize=2)
 def _loaded(content: bytes, special_in_text: bool) -> tuple[Any, int]:
-    """The library's tokenizer and the size of its vocabulary. A build opens the same one at several places."""
+    """The library's tokenizer and the size of its vocabulary. Cached, because a build opens it several times."""
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_buffer(content)
@@ -191,8 +192,10 @@ def _loaded(content: bytes, special_in_text: bool) -> tuple[Any, int]:
 
 
 def encoder(tokenizer: Tokenizer, special_in_text: bool) -> Callable[[str], list[int]]:
-    """What gives the tokens of one text by the tokenizer's own library, whatever the tokenizer does with special tokens
-    in texts; SentencePiece never reads them."""
+    """A function that tokenizes one text with the tokenizer's own library and the given treatment of special tokens.
+
+    SentencePiece never reads special tokens in texts.
+    """
     if tokenizer.path.suffix == ".model":
         return lambda text: tokenizer.encode_batch([text])[0].tolist()
     library, _ = _loaded(tokenizer.path.read_bytes(), special_in_text)
@@ -200,9 +203,10 @@ def encoder(tokenizer: Tokenizer, special_in_text: bool) -> Callable[[str], list
 
 
 def _ends(path: Path, id_of: Callable[[str], int | None], usual: Sequence[str] = END_TOKENS) -> list[str]:
-    """The end-of-text token that transformers' files beside a tokenizer declare, or else the usual ones.
+    """The end-of-text token declared in transformers' files beside a tokenizer, or else the usual ones.
 
-    Raises TokenizerError when the tokenizer lacks the declared one: no other is what its maker meant.
+    Raises TokenizerError if the tokenizer lacks the declared token, because any other would not be what its maker
+    meant.
     """
     for file in (path.with_name(name) for name in (CONFIG, "special_tokens_map.json")):
         if not file.is_file():

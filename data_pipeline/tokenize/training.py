@@ -1,4 +1,4 @@
-"""Trains a tokenizer on documents and writes the folder that builds, transformers and exports read."""
+"""Train a tokenizer on documents, and write a folder that builds, transformers and exports can read."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from ponder_scale.files.delete import MARK, delete_contents, delete_file, held
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256  # every byte has a token, so no text is unknown
-MAX_SENTENCE_BYTES = 2**16  # of SentencePiece training; longer lines are left out of it
+MAX_SENTENCE_BYTES = 2**16  # limit in SentencePiece training, which leaves out longer lines
 
 Kind = Literal["bpe", "sentencepiece"]
-_FILES = frozenset({MARK, "tokenizer.json", "tokenizer.model", "tokenizer_config.json"})  # of an unfinished folder
+# names in an unfinished folder
+_FILES = frozenset({MARK, "tokenizer.json", "tokenizer.model", "tokenizer_config.json"})
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: Kind, out: Path) -> int:
-    """Write the tokenizer folder `out`, whole or not at all; the size of its vocabulary.
+    """Write the tokenizer folder `out`, whole or not at all. Returns the size of its vocabulary.
 
-    The same texts give the same tokenizer. Raises ConfigError for an `out` that exists and for a vocabulary too
-    small to hold every byte, or when there is no text; TokenizerError for texts too few to train on.
+    The same texts give the same tokenizer. Raises ConfigError if `out` exists, if the vocabulary is too small to hold
+    every byte, or if there is no text. Raises TokenizerError if there are too few texts to train on.
     """
     if out.exists():
         raise ConfigError(f"--out is {out}, which exists; remove it or choose another folder")
@@ -51,7 +52,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: Kind, out: Path
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
-    """Byte-level byte-pair encoding, as a folder for AutoTokenizer."""
+    """Train byte-level byte-pair encoding, and write it as a folder for AutoTokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -70,19 +71,19 @@ def _train_bpe(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
 
 
 def _train_pieces(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
-    """SentencePiece byte-pair encoding that keeps every byte of a text."""
+    """Train SentencePiece byte-pair encoding that keeps every byte of a text."""
     import sentencepiece
 
     lines, model = _Lines(texts), io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.Train(
             sentence_iterator=iter(lines),
-            model_writer=model,  # a file name would become part of the model
+            model_writer=model,  # not a file name, which would become part of the model
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
             normalization_rule_name="identity",
-            # A space put before each text would be lost where transformers reads the model.
+            # A space before each text would be lost when transformers reads the model.
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
@@ -101,7 +102,7 @@ def _train_pieces(texts: Iterable[str], vocab_size: int, folder: Path) -> int:
 
 
 def _write_settings(folder: Path, **special_tokens: str) -> None:
-    """What transformers' AutoTokenizer needs beside the model."""
+    """Write the settings that transformers' AutoTokenizer needs beside the model."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
@@ -113,7 +114,7 @@ def _write_settings(folder: Path, **special_tokens: str) -> None:
 
 
 class _Lines:
-    """The lines of some texts; keeps the error that ended them, of which the trainer passes on a message only."""
+    """The lines of some texts. It keeps the error that ended them, because the trainer passes on only its message."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.error: BaseException | None = None

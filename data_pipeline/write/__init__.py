@@ -1,1 +1,1 @@
-"""From tokens to a sealed folder."""
+"""Write tokens to a sealed folder of shards."""

@@ -1,4 +1,4 @@
-"""How long documents are: counted in bounded memory, whatever their number, and shown as bars."""
+"""Count the lengths of any number of documents in bounded memory, and show them as bars."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-_EXACT_BITS = 12  # lengths below 2^12 are counted one by one, longer ones by their first 13 bits: to 1 in 4,096
+_EXACT_BITS = 12  # lengths below 2^13 are counted exactly, longer ones by their first 13 bits, to 1 in 4,096
 _AT_ONCE = 2**20
 _WIDTH = 40  # characters of the longest bar
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 class Lengths:
-    """Counts of lengths."""
+    """A histogram of lengths."""
 
     def __init__(self) -> None:
         self.counts = np.zeros(_bucket(np.array([2**31 - 1]))[0] + 1, dtype=np.int64)
 
     def add(self, lengths: np.ndarray) -> None:
-        """Count some lengths, (n,) of 0 to 2^31 - 1; a memory map is read piece by piece."""
+        """Count some lengths, (n,) of 0 to 2^31 - 1. A memory map is read piece by piece."""
         for begin in range(0, len(lengths), _AT_ONCE):
             found = np.bincount(_bucket(lengths[begin : begin + _AT_ONCE].astype(np.int64)))
             self.counts[: len(found)] += found
 
     def quantiles(self, of: Iterable[float]) -> list[int]:
-        """The length below or at which each part of the documents lies; to 1 in 4,096 from there on up."""
+        """The length at each quantile. Lengths from 2^13 on are exact to 1 in 4,096."""
         ends = np.cumsum(self.counts)
         ranks = [round(part * (int(ends[-1]) - 1)) for part in of]
         return _least(np.searchsorted(ends, ranks, side="right")).tolist()
 
     def bars(self) -> Iterator[str]:
-        """A line for each doubling of the length: how many documents, their share of all tokens, a bar."""
+        """A line for each doubling of the length: the number of documents, their share of all tokens, a bar."""
         least = _least(np.arange(len(self.counts)))
         octave = np.array([int(length).bit_length() for length in least])
         documents = np.bincount(octave, weights=self.counts)
@@ -55,6 +55,6 @@ def _bucket(length: np.ndarray) -> np.ndarray:
 
 
 def _least(bucket: np.ndarray) -> np.ndarray:
-    """The least length of a bucket."""
+    """The smallest length in a bucket."""
     shift = np.maximum((bucket >> _EXACT_BITS) - 1, 0)
     return (bucket - (shift << _EXACT_BITS)) << shift

@@ -1,4 +1,4 @@
-"""What made the shards: inputs with their hashes, drops by reason, tokenizer, versions, command, configuration."""
+"""Record how the shards were made: inputs with hashes, drops by reason, tokenizer, versions, command, configuration."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from ponder_scale.shards.manifest import Manifest, ShardInfo, hash_of_json
 from ponder_scale.version import __version__
 
 QUARANTINE = "quarantine.jsonl"  # a line for each bad record
-DROPPED = "dropped.jsonl"  # a line for each document that was left out, if asked for
+DROPPED = "dropped.jsonl"  # a line for each dropped document, if requested
 INPUTS = "inputs.jsonl"  # a line for each piece of input read
-KEYS = "compared.keys"  # of deduplicate: what documents that are added later are compared with
-# What builds did before there were these keys: an origin is without them where they say so, as in older folders.
+KEYS = "compared.keys"  # deduplication keys, with which documents that are added later are compared
+# Values that reproduce builds from before these keys existed. An origin leaves out a key with such a value, so that it
+# equals the origin in an older folder.
 BEFORE = {"split_by": "text", "keep_dropped": False}
 BEFORE_OF_SOURCE = {"sample": None, "repair": False, "loss": None, "max_documents": None, "max_tokens": None}
-CLEANING = 2  # raised when near duplicates or filters leave out others than before: no build mixes both
+CLEANING = 2  # raise it when filters or near-duplicate removal change their results, so that no build mixes both
 PACKAGES = ("ponder-scale", "datasets", "isal", "numpy", "orjson", "pyarrow", "sentencepiece", "tokenizers", "xxhash")
 
 
 class Ledger:
-    """What became of the records of one unit; bad ones are written down."""
+    """Counts what became of the records of one unit, and writes down the bad ones."""
 
     def __init__(self, unit: Unit, scratch: Path, keep_dropped: bool) -> None:
-        """`keep_dropped`: write down the texts, too, that are left out."""
+        """`keep_dropped`: also write down the texts of dropped documents."""
         self.documents = self.tokens = 0  # that were written
         self._source, self._number = unit.source, unit.number
         self._drops: Counter[str] = Counter()
@@ -50,7 +51,7 @@ class Ledger:
         self._dropped = self._texts.open("wb") if keep_dropped else None
 
     def drop(self, piece: Piece, record: Record) -> None:
-        """Count a record that is no document; quarantine it when the input is at fault."""
+        """Count a record that is not a document. Quarantine it if the input is at fault."""
         self._drops[record.reason] += 1
         if record.reason not in (EMPTY, NO_LABEL):
             self._first_bad = self._first_bad or [piece.name, record.offset, record.reason]
@@ -58,7 +59,7 @@ class Ledger:
             self._stream.write(orjson.dumps(line) + b"\n")
 
     def reject(self, reason: str, record: Record) -> None:
-        """Count a document that a filter or deduplication leaves out."""
+        """Count a document that a filter or deduplication drops."""
         self._drops[reason] += 1
         if self._dropped is not None and reason not in (NOT_SAMPLED, BEHIND):
             line = {"source": self._source, "reason": reason, "text": record.text}
@@ -66,20 +67,20 @@ class Ledger:
             self._dropped.write(orjson.dumps({**line, **masked}) + b"\n")
 
     def edited(self, counts: Mapping[str, int]) -> None:
-        """Count what is left out of a document that stays, or replaced in it."""
+        """Count what was removed or replaced in a document that is kept."""
         self._edits.update(counts)
 
     def was_read(self, piece: Piece, digest: str) -> None:
-        """Note a piece that was read to its end, with the xxh3-128 of its bytes."""
+        """Record a piece that was read to its end, with the xxh3-128 of its bytes."""
         line = {"source": self._source, "file": piece.name, "begin": piece.begin, "end": piece.end}
         self._inputs.append({**line, "bytes": piece.size, "xxh3": digest})
 
     def wrote(self, lengths: Sequence[int]) -> None:
-        """Count documents that were written, of so many tokens."""
+        """Count documents that were written, by their numbers of tokens."""
         self.documents, self.tokens = self.documents + len(lengths), self.tokens + sum(lengths)
 
     def close(self, folder: Path) -> dict[str, Any]:
-        """Give what was written down its name in `folder`; the counts, for the journal."""
+        """Give the files their final names in `folder`. Returns the counts, for the journal."""
         for stream in filter(None, (self._stream, self._dropped)):
             with stream:
                 sync(stream)
@@ -99,7 +100,7 @@ class Ledger:
 
 
 def write_inputs(results: Iterable[dict[str, Any]], path: Path) -> None:
-    """The inputs of all units in order, a line each."""
+    """Write the inputs of all units in order, one per line."""
     with path.open("wb") as stream:
         for result in results:
             stream.writelines(orjson.dumps(line) + b"\n" for line in result["inputs"])
@@ -107,9 +108,9 @@ def write_inputs(results: Iterable[dict[str, Any]], path: Path) -> None:
 
 
 def totals(results: Iterable[dict[str, Any]], config: BuildConfig) -> dict[str, Any]:
-    """The counts of each source, for the manifest, from the journals of all units in order.
+    """The counts of each source for the manifest, from the journals of all units in order.
 
-    Raises ConfigError when there are more bad records or damaged files than allowed, or no document at all.
+    Raises ConfigError if there are more bad records or damaged files than allowed, or no document at all.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     drops: dict[str, Counter[str]] = defaultdict(Counter)
@@ -141,7 +142,7 @@ def totals(results: Iterable[dict[str, Any]], config: BuildConfig) -> dict[str, 
 def _check(documents: int, drops: Counter[str], first_bad: list[Any] | None, config: BuildConfig) -> None:
     records = documents + drops.total()
     bad = sum(drops[reason] for reason in BAD)
-    damaged_files = drops[DAMAGED]  # have a bound of their own
+    damaged_files = drops[DAMAGED]  # they have a limit of their own
     if bad - damaged_files > config.max_bad_fraction * records or damaged_files > config.max_damaged_files:
         assert first_bad is not None
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in drops.most_common() if reason in BAD)
@@ -161,7 +162,9 @@ def _check(documents: int, drops: Counter[str], first_bad: list[Any] | None, con
 
 
 def kept(manifest: Manifest) -> dict[str, tuple[int, int]]:
-    """(documents, tokens) of each source in all splits together, by the shards; none of token files of others."""
+    """The documents and tokens of each source in all splits together. Leaves out adopted token files, which have no
+    source.
+    """
     found: dict[str, tuple[int, int]] = {}
     for info in (info for infos in manifest.splits.values() for info in infos if info.source):
         documents, tokens = found.get(info.source, (0, 0))
@@ -170,9 +173,10 @@ def kept(manifest: Manifest) -> dict[str, tuple[int, int]]:
 
 
 def origin(config: BuildConfig, tokenizer: Tokenizer, plan: str) -> dict[str, Any]:
-    """All that decides the bytes of the shards, as plain values: equal origins need no second build.
+    """Everything that decides the bytes of the shards, as plain values. A build with an equal origin need not run
+    again.
 
-    plan: the hash of the units, with names, sizes and times of all files.
+    plan: the hash of the units, which includes the names, sizes and times of all files.
     """
     settings = {key: value for key, value in to_dict(config).items() if key not in RUNNING}
     for key, value in BEFORE.items():
@@ -182,7 +186,7 @@ def origin(config: BuildConfig, tokenizer: Tokenizer, plan: str) -> dict[str, An
         for key, value in BEFORE_OF_SOURCE.items():
             if source[key] == value:
                 del source[key]
-    # files beside the tokenizer's may change these
+    # These can change without the tokenizer's hash, through other files in its folder.
     ends = [tokenizer.bos_id, tokenizer.eod_id]
     made: dict[str, Any] = {"config": settings, "tokenizer": tokenizer.sha256, "ends": ends, "plan": plan}
     used = {name for source in config.sources.values() for name in source.filters}
@@ -204,7 +208,7 @@ def compose(
     files: list[Path],
     provenance: dict[str, Any],
 ) -> Manifest:
-    """The manifest of a build in `folder`, whose shards are `splits` and whose other files are `files`."""
+    """The manifest of a build in `folder`. `splits` are its shards, and `files` are its other files."""
     environment = {"python": platform.python_version(), "packages": {name: _version(name) for name in PACKAGES}}
     weights = {name: source.weight for name, source in config.sources.items() if source.weight is not None}
     return Manifest(
@@ -221,10 +225,10 @@ def compose(
 
 
 def _version(package: str) -> str:
-    """That of an installed package; importlib's own reads its whole description as an e-mail, at ten times the cost."""
+    """The version of an installed package. importlib's own also parses the description, at ten times the cost."""
     if package == "ponder-scale":
-        return __version__  # of the code that runs, which need not be the one installed
+        return __version__  # the version of the running code, which may differ from the installed one
     found = distribution(package)
-    # a checkout that is installed in place has an egg-info, whose file has the older name
+    # A package installed in place has an egg-info, whose file has the older name.
     lines = (found.read_text("METADATA") or found.read_text("PKG-INFO") or "").splitlines()
     return next(line.removeprefix("Version: ") for line in lines if line.startswith("Version: "))

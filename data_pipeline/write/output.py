@@ -1,4 +1,4 @@
-"""The folder that a build writes: apart until it is whole, then given its name in one step."""
+"""The folder that a build writes. It stays under another name until it is complete, and is then renamed in one step."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ponder_scale.shards.manifest import MANIFEST, ShardInfo, read_manifest
 from ponder_scale.shards.packing import names_of_packings
 
 _COPIED_AT_ONCE = 2**20  # bytes
-WORK = "work"  # in the unfinished folder: the plan, claims, journals, and what is not whole yet
-MAX_SHARD_DOCUMENTS = 2**24  # bounds the memory that a shard's index takes
-PARTIAL, REPLACED = ".partial", ".replaced"  # ends of the names that `out` has before and after its time
+WORK = "work"  # in the unfinished folder, with the plan, claims, journals and incomplete files
+MAX_SHARD_DOCUMENTS = 2**24  # limits the memory for a shard's index
+PARTIAL, REPLACED = ".partial", ".replaced"  # suffixes of `out` while it is made, and after it is replaced
 
 _STAGES = "keys|duplicates|scatter|gather|shards|cut"
 _UNFINISHED = re.compile(
@@ -36,30 +36,30 @@ _UNFINISHED = re.compile(
 
 
 def unfinished(out: Path) -> Path:
-    """Where `out` is made."""
+    """The folder in which `out` is made."""
     return out.with_name(out.name + PARTIAL)
 
 
 def named_by_build(name: str) -> bool:
-    """Whether a build gives this name to something in its unfinished folder; names of folders end with a slash."""
+    """Whether a build gives this name to something in its unfinished folder. Names of folders end with a slash."""
     return _UNFINISHED.fullmatch(name) is not None
 
 
 @contextmanager
 def workspace(out: Path) -> Iterator[Path]:
-    """The folder beside `out` that is to become `out`, with what an earlier, killed build did there.
+    """The folder beside `out` that will become `out`, with what an earlier build that was killed left there.
 
-    It is left as it is at the end of the block, or removed if it holds nothing. Raises ConfigError while another
-    build of this machine writes there, and when it holds anything that no build has made.
+    At the end of the block it stays as it is, or is removed if it is empty. Raises ConfigError if another build on this
+    machine writes there, or if it holds anything that no build has made.
     """
     with held(unfinished(out), named_by_build, lambda folder: is_unfinished(folder) or _is_sealed(folder)):
         yield unfinished(out)
 
 
 def check_places(out: Path, sources: Mapping[str, SourceConfig], tokenizer: Path, overwrite: bool) -> None:
-    """Raises ConfigError when what a build writes, moves and deletes for `out` is not its own to take.
+    """Raise ConfigError if a build of `out` would write, move or delete something that is not its own.
 
-    Nothing is touched. `out` is an absolute path without links.
+    Touches nothing. `out` is an absolute path without links.
     """
     if out.name.endswith((PARTIAL, REPLACED)):
         raise ConfigError(f"out is {out}; names that end so are those of unfinished builds; choose another out")
@@ -79,7 +79,7 @@ def check_places(out: Path, sources: Mapping[str, SourceConfig], tokenizer: Path
 
 
 def places(out: Path) -> list[Path]:
-    """The folders that a build of `out` makes, replaces and removes."""
+    """The folders that a build of `out` creates, replaces and removes."""
     return [out, unfinished(out), out.with_name(out.name + REPLACED)]
 
 
@@ -88,9 +88,9 @@ def _holds(taken: list[Path], path: Path) -> Path | None:
 
 
 def check_replaceable(out: Path, replaces: bool) -> None:
-    """Raises ConfigError when something stands at `out` that no build has made, or if `replaces`, in it.
+    """Raise ConfigError if `out` is something that no build has made. With `replaces`, check everything in it too.
 
-    What stands under the name that the old folder gets is looked at too.
+    Also checks the folder that has the name which the old `out` will get.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -114,8 +114,10 @@ def _is_sealed(folder: Path) -> bool:
 
 
 def _named_by_manifest(folder: Path) -> Ours:
-    """Of a path in a finished folder, whether it belongs to the shards, as their manifest and the seals of packings
-    say; nothing does where there is no manifest."""
+    """A function that says whether a path in a finished folder belongs to the shards.
+
+    It knows the paths in the manifest and in the seals of packings. Without a manifest nothing belongs to the shards.
+    """
     known = {MANIFEST, MARK}
     if _is_sealed(folder):
         manifest = read_manifest(folder)
@@ -126,9 +128,9 @@ def _named_by_manifest(folder: Path) -> Ours:
 
 
 def publish(partial: Path, out: Path) -> None:
-    """Give the finished folder its name, in place of what is there.
+    """Rename the finished folder to `out`, and replace what is there.
 
-    Raises ConfigError, with all of it kept, when something in it or in its place is none of a build's.
+    Raises ConfigError and keeps everything if either folder holds something that no build has made.
     """
     if (partial / WORK).is_dir():
         delete_made(partial / WORK, lambda name: named_by_build(f"{WORK}/{name}"))
@@ -145,12 +147,12 @@ def publish(partial: Path, out: Path) -> None:
     if (replaced / MARK).is_file():
         try:
             _delete_replaced(replaced)
-        except (ConfigError, OSError) as error:  # the build is done all the same
+        except (ConfigError, OSError) as error:  # the build has succeeded anyway
             print(f"warning: what {out} was before is left: {error}", file=sys.stderr, flush=True)
 
 
 def delete_set(folder: Path) -> None:
-    """Delete a finished folder of shards that was made on the way to another. Raises as `delete_made`."""
+    """Delete a finished folder of shards that was an intermediate step. Raises the errors of `delete_made`."""
     mark(folder)
     _delete_replaced(folder)
 
@@ -160,7 +162,7 @@ def _delete_replaced(replaced: Path) -> None:
 
 
 def join(parts: Iterable[Path], whole: Path, size: int | None = None) -> None:
-    """Write files one behind the other, durably; of each the first `size` bytes, or all of it."""
+    """Concatenate files durably. Takes the first `size` bytes of each, or all of it."""
     with whole.open("wb") as stream:
         for part in parts:
             left = part.stat().st_size if size is None else size
@@ -173,9 +175,10 @@ def join(parts: Iterable[Path], whole: Path, size: int | None = None) -> None:
 
 
 class PartWriter:
-    """The documents of one unit and split as one shard, or as several when they are many; none when there are none.
+    """Writes the documents of one unit and split as one shard, or as several if it is large. Writes none for no
+    documents.
 
-    They are written in `scratch` and given to `folder` whole.
+    The shards are written in `scratch` and moved to `folder` when they are complete.
     """
 
     def __init__(
@@ -187,7 +190,7 @@ class PartWriter:
         self._done: list[ShardInfo] = []
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None = None) -> None:
-        """Append documents, as `ShardWriter.add`; where a shard ends depends on the documents alone."""
+        """Append documents, as `ShardWriter.add` does. The documents alone decide where a shard ends."""
         while len(lengths):
             if self._current is None:
                 name = f"{self._name}-{len(self._done)}" if self._done else self._name
@@ -203,7 +206,7 @@ class PartWriter:
                 self._finish()
 
     def close(self, folder: Path) -> list[ShardInfo]:
-        """Give all shards their place in `folder`; what they hold."""
+        """Move all shards to `folder` and return their descriptions."""
         self._finish()
         for info in self._done:
             for name in info.files:

@@ -1,7 +1,7 @@
-"""A random order of documents over all shards of a source, with bounded memory, in two passes.
+"""Put documents in a random order over all shards of a source, in two passes with bounded memory.
 
 Scatter: each unit writes its documents sorted by random bucket, in runs of bounded size. Gather: each bucket is read
-from all runs, permuted, and becomes a shard. Both draws depend on (seed, unit or bucket) alone.
+from all runs, permuted, and written as a shard. Both draws depend on (seed, unit or bucket) alone.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Run(NamedTuple):
 
     tokens: np.ndarray
     lengths: np.ndarray
-    counts: np.ndarray | None  # whether each token counts in the loss; None: all do
+    counts: np.ndarray | None  # whether each token counts in the loss; None if all do
 
 
 class Scatter:
-    """The documents of one unit and split on disk, sorted by bucket within each run."""
+    """Writes the documents of one unit and split to disk, sorted by bucket within each run."""
 
     def __init__(self, prefix: Path, buckets: int, dtype: np.dtype, seed: list[int], masked: bool = False) -> None:
         self._prefix, self._buckets, self._dtype, self._seed = prefix, buckets, dtype, seed
@@ -40,15 +40,19 @@ class Scatter:
         self._streams = {kind: prefix.with_suffix(f".{kind}").open("wb") for kind in kinds}
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None = None) -> None:
-        """Append documents, as `ShardWriter.add`."""
+        """Append documents, as `ShardWriter.add` does."""
         self._held.append(Run(tokens.astype(self._dtype), lengths, counts))
         self._held_tokens += len(tokens)
         if self._held_tokens >= RUN_TOKENS:
             self._write()
 
     def close(self, folder: Path) -> list[ShardInfo]:
-        """Write what is held, and the index: (runs, buckets + 1, 2) int64, the first document and token of each
-        bucket and, last, of what follows. Give all of it its place in `folder`; no shard is made of it yet."""
+        """Write the remaining documents and the index, and move all files to `folder`. Returns no shards, `gather`
+        makes them.
+
+        The index is (runs, buckets + 1, 2) int64: the first document and token of each bucket, then the end of the last
+        bucket.
+        """
         if self._held:
             self._write()
         for stream in self._streams.values():
@@ -87,7 +91,7 @@ class Scatter:
 
 
 def gather(prefixes: list[Path], bucket: int, dtype: np.dtype, seed: list[int], masked: bool = False) -> Iterator[Run]:
-    """The documents of one bucket, of all units, in random order, some at a time."""
+    """Yield the documents of one bucket from all units, in random order, in blocks."""
     runs = [run for prefix in prefixes for run in _runs(prefix, bucket, dtype, masked)]
     if not runs:
         return
@@ -104,9 +108,9 @@ def gather(prefixes: list[Path], bucket: int, dtype: np.dtype, seed: list[int], 
 
 
 def _runs(prefix: Path, bucket: int, dtype: np.dtype, masked: bool) -> Iterator[Run]:
-    """Memory maps of what one unit holds of a bucket."""
+    """Yield memory maps of the documents that one unit holds of a bucket."""
     index = np.load(prefix.with_suffix(".npy"), mmap_mode="r")
-    # once for all runs: the kernel lets a process have 65,530 maps
+    # One map for all runs, because the kernel allows a process 65,530 maps.
     tokens = _mapped(prefix.with_suffix(".tokens"), dtype)
     lengths = _mapped(prefix.with_suffix(".lengths"), np.dtype(np.int32))
     counts = _mapped(prefix.with_suffix(".counts"), np.dtype(bool)) if masked else None

@@ -1,1 +1,1 @@
-"""What the command line says; read by cli.py."""
+"""The subcommands of `ponder-scale`, which cli.py puts together."""

@@ -1,4 +1,6 @@
-"""Runs on a cluster: `submit`, `templates`, `stop`, `save`, `requeue`; and `config`, which the Slurm templates ask."""
+"""Manage runs on a cluster: `submit`, `templates`, `stop`, `save`, `requeue`, and `config`, which Slurm templates
+call.
+"""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def _compare(options: argparse.Namespace, _: list[str]) -> int:
         return [result for result in map(read_result, runs) if result is not None]
 
     def with_time(runs: list[Any]) -> list[Any]:
-        """The runs, and those of equal time where that is asked for and known by now."""
+        """The runs of a comparison, with the runs of equal time if those are asked for and already known."""
         ratio = time_ratio(known(runs)) if TIME in options.extras else None
         return runs if ratio is None else plan(time_ratio=ratio)
 
@@ -138,12 +138,12 @@ def _phi(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def seeded(overrides: Sequence[str], seed: Any) -> list[str]:
-    """The overrides of a run: {seed} is its seed."""
+    """The overrides of a run, with its seed in place of {seed}."""
     return [override.replace("{seed}", str(seed)) for override in overrides]
 
 
 def _own(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """Settings by the name of the model that they are for."""
+    """Settings by the name of the model that they apply to."""
     own: dict[str, list[str]] = {}
     for name, *overrides in given:
         if not overrides or not all("=" in override for override in overrides):
@@ -153,7 +153,7 @@ def _own(given: Sequence[Sequence[str]]) -> dict[str, list[str]]:
 
 
 def _answers(options: argparse.Namespace, results: Sequence[Any]) -> list[Any]:
-    """Of the finished runs, where items are given."""
+    """Score the finished runs on the items, if items are given."""
     if options.answers is None:
         return []
     from ponder_scale.compare.answers import measure

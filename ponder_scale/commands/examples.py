@@ -1,4 +1,4 @@
-"""An example for each command of `ponder-scale`, which its `--help` prints."""
+"""One example for each command of `ponder-scale`, printed by its `--help`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EXAMPLES = {
 
 
 def leaves(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> dict[str, argparse.ArgumentParser]:
-    """The parser of each command by its words, such as "evaluate ppl"."""
+    """Each command's parser, by the command's words such as "evaluate ppl"."""
     inner: Any = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not inner:
         return {" ".join(words): parser}
@@ -44,7 +44,7 @@ def leaves(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> dict
 
 
 def add_examples(parser: argparse.ArgumentParser) -> None:
-    """Let each command's help end with its example."""
+    """Append each command's example to its help."""
     for words, command in leaves(parser).items():
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.epilog = f"example:\n  {EXAMPLES[words]}"

@@ -1,4 +1,4 @@
-"""What is done with checkpoints and exported folders: `export`, `generate`, `trace` and the reference's format."""
+"""Work with checkpoints and exported folders: `export`, `generate`, `trace` and the reference's format."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _add_trace(commands: Any) -> None:
 
 
 def add_trust(command: argparse.ArgumentParser) -> None:
-    """Add the flag of the commands that load an exported folder."""
+    """Add the flag that all commands which load an exported folder share."""
     command.add_argument(
         "--trust-remote-code",
         action="store_true",

@@ -1,4 +1,4 @@
-"""Looking at runs: `ponder-scale status` and `report`. Neither loads torch."""
+"""Look at runs with `ponder-scale status` and `report`. Neither command loads torch."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def add_commands(commands: Any) -> None:
 
 
 def add_recipe(command: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    """Add a recipe and its overrides to a command."""
+    """Add the arguments for a recipe and its overrides to a command."""
     known = "a YAML file, or the name of a shipped recipe: " + ", ".join(
         sorted(path.stem for path in RECIPES.glob("*.yaml"))
     )
@@ -157,18 +157,18 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without this DeepSpeed warns that it found no accelerator
     from ponder_scale.train.loop import train
     from ponder_scale.train.survive import signals
 
     code = train(config)
-    if code == REWOUND:  # all ranks are here: the way on is that of any resumed run, so it is taken by a fresh start
+    if code == REWOUND:  # all ranks arrive here, so a fresh start can resume as any resumed run does
         signals.start_over()
     return code
 
 
 def _plan(options: argparse.Namespace, _: list[str]) -> None:
-    # argparse takes a recipe that follows a flag for an override, as it need not be there
+    # argparse takes a recipe that follows a flag for an override, because the recipe is optional.
     recipe, *overrides = [*filter(None, (options.recipe,)), *options.overrides] or [None]
     if recipe is None and options.calibrate is None:
         options.parser.error("the following arguments are required: recipe")
@@ -197,7 +197,7 @@ def _plan(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _calibrate(file: Path) -> None:
-    """Measure this machine, say what was found, and write it."""
+    """Measure this machine, print the results and write them to a file."""
     from ponder_scale.planning.calibrate import calibrate
 
     hardware = calibrate()
@@ -207,7 +207,7 @@ def _calibrate(file: Path) -> None:
 
 
 def check_run(config: RunConfig, ranks: int) -> None:
-    """Raise for what can be known to be wrong with a run before a device is touched: its data, its batch sizes."""
+    """Raise for errors in a run that can be found before a device is used: in its time limit, data and batch sizes."""
     from ponder_scale.train.survive.control import check_time_limit
     from ponder_scale.train.zero.deepspeed_config import check_ranks, shardings
 
@@ -220,13 +220,13 @@ def check_run(config: RunConfig, ranks: int) -> None:
 def print_plan(
     config: RunConfig, ranks: int, *, hardware: Hardware, utilization: float | None = None, per_node: int = 8
 ) -> float:
-    """Print what the run needs on so many devices, and return the seconds of its steps.
+    """Print what the run needs on `ranks` devices, and return the seconds that its steps take.
 
     Args:
-        utilization: the share of the peak that model FLOPs take, in place of the planner's own time.
+        utilization: the share of peak FLOPs that the model uses. It replaces the planner's own estimate of the time.
 
     Raises:
-        ConfigError: the devices are no whole number of nodes, or the batch does not divide over them.
+        ConfigError: the devices do not fill whole nodes, or the batch does not divide evenly among them.
     """
     from ponder_scale.planning.auto import settle
     from ponder_scale.planning.plan import plan_run, report, settle_sharding, training_seconds
@@ -247,7 +247,7 @@ def print_scaling(config: RunConfig, numbers: list[int], *, per_node: int, hardw
     """Print how the run's time and cost grow with devices, under its own sharding and under ZeRO's stages.
 
     Raises:
-        ConfigError: devices that are no whole number of nodes.
+        ConfigError: one of the numbers of devices does not fill whole nodes.
     """
     from ponder_scale.planning.scaling import scaling, scaling_lines
     from ponder_scale.train.zero.deepspeed_config import AUTO, shardings
@@ -260,7 +260,7 @@ def print_scaling(config: RunConfig, numbers: list[int], *, per_node: int, hardw
 
 
 def calibration_lines(hardware: Hardware) -> list[str]:
-    """What was measured, for a person."""
+    """The measurements as lines to print."""
     peak, link = hardware.peak_flops, hardware.inside
     product = hardware.product_share * max(peak.values())
     shares = ", ".join(f"{name} {share:.0%}" for name, share in hardware.vocabulary_share.items())
@@ -284,7 +284,7 @@ def _devices(ranks: int, per_node: int, hardware: Hardware) -> Any:
 
 
 def _epochs(config: RunConfig) -> list[str]:
-    """How often the run reads each source, where the shards are at hand."""
+    """Lines that say how often the run reads each source, if its shards are on this machine."""
     from ponder_scale.planning.epochs import epoch_lines
 
     for name, source in config.data.sources.items():
@@ -294,7 +294,9 @@ def _epochs(config: RunConfig) -> list[str]:
 
 
 def print_serving(config: RunConfig, ranks: int, hardware: Hardware) -> None:
-    """Print what a server of the model needs on `ranks` devices that share it. Raises ConfigError as `plan_serving`."""
+    """Print what a server of the model needs on `ranks` devices that share it. Raises the ConfigError of
+    `plan_serving`.
+    """
     from ponder_scale.planning.serving import plan_serving, report
 
     plan, memory = plan_serving(_configuration(config), ranks), hardware.memory_bytes
@@ -302,7 +304,7 @@ def print_serving(config: RunConfig, ranks: int, hardware: Hardware) -> None:
 
 
 def _configuration(config: RunConfig) -> Any:
-    """Of the model of a run, with the vocabulary of its data where the recipe names none."""
+    """The configuration of a run's model. If the recipe gives no vocabulary size, takes that of the data."""
     from ponder_scale.setup.build import model_configuration
 
     vocab_size = config.model.vocab_size
@@ -317,7 +319,7 @@ def open_data(config: RunConfig) -> dict[str, ShardSet]:
 
 
 def _check_run_dir(run_dir: Path) -> None:
-    """What can be wrong with the folder of a run, and with what a run before has left in it."""
+    """Raise ConfigError if the run's folder, or a file that an earlier run left in it, cannot be written."""
     check_folder(run_dir, "run_dir")
     for name in ("checkpoints", "heartbeat"):
         check_folder(run_dir / name, f"run_dir is {run_dir}: {name} in it")
@@ -327,7 +329,7 @@ def _check_run_dir(run_dir: Path) -> None:
 
 
 def _check_data(config: RunConfig) -> None:
-    """What can be wrong with the shards, said before anything slow begins and once, not by every rank."""
+    """Raise if the shards are damaged or do not fit the model. Runs once, before slow work and not on every rank."""
     sources = open_data(config)
     if config.model.vocab_size is not None:
         check_vocabulary(sources, config.model.vocab_size)

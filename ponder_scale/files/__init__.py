@@ -1,1 +1,1 @@
-"""What touches names in a file system: deletes, follows links, tries whether a place can be written."""
+"""Delete files, check links, and test whether a place can be written."""

@@ -1,10 +1,10 @@
-"""The one place that deletes: what this program has made, name by name, and never a whole tree.
+"""The one place that deletes. It deletes what this program has made, name by name, and never a whole tree.
 
-A folder is ours by what our own files in it say: one that is not finished holds `MARK`. Everything in it has to be
-named by `ours`, a function of a path in the folder, of folders with a slash at their end; anything else stops the work
-with its name, before anything is touched. Links are never followed.
+A folder counts as ours only if our own files in it say so. An unfinished folder holds `MARK`. `ours` is a function that
+says of a path in the folder whether this program made it. Paths of folders end with a slash. Any other path stops the
+work with an error that names it, before anything is touched. Links are never followed.
 
-Deletions do not depend on modes, as copies do not: see write.py.
+A read-only folder does not stop a deletion, just as it does not stop a copy (see write.py).
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ Ours = Callable[[str], bool]
 MARK = ".unfinished-ponder-scale"
 _SAYS = "This folder is not finished. The command that makes it may delete it. Put nothing of yours here.\n"
 _NAMES_SHOWN = 3
-_TRIES = 4  # files of processes that are just ending may appear while a folder is emptied
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of file systems that are mounted without them
+_TRIES = 4  # processes that are just ending may add files while a folder is emptied
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # for file systems mounted without locks
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a folder is empty, or says that it may be deleted."""
+    """Whether a folder is empty or is marked as one that may be deleted."""
     return (folder / MARK).is_file() or not any(folder.iterdir())
 
 
 def mark(folder: Path) -> None:
-    """Say in a folder that it may be deleted."""
+    """Mark a folder as one that may be deleted."""
     (folder / MARK).write_text(_SAYS, encoding="utf-8")
 
 
 def check_ours(folder: Path, ours: Ours, proven: Callable[[Path], bool] = is_unfinished) -> None:
-    """Raises ConfigError, with the name, for a folder that is not `proven` to be ours or holds anything else."""
+    """Raise ConfigError, with the name, for a folder that is not `proven` to be ours or that holds anything else."""
     if folder.is_symlink() or not folder.is_dir():
         raise ConfigError(f"{folder} is no folder that this program has made; move it, or choose another name")
     known = proven(folder)
@@ -53,10 +53,10 @@ def check_ours(folder: Path, ours: Ours, proven: Callable[[Path], bool] = is_unf
 
 @contextmanager
 def held(folder: Path, ours: Ours, proven: Callable[[Path], bool] = is_unfinished) -> Iterator[None]:
-    """Have an unfinished folder for this process alone, with what an earlier, killed one has left in it.
+    """Reserve an unfinished folder for this process, with what an earlier process that was killed has left in it.
 
-    It is made if there is none, and goes away with the block if nothing is in it then. Raises ConfigError, before
-    anything is touched, where it is not ours, and while another process of this machine has it.
+    Creates the folder if needed. When the block ends, a folder that is empty but for its mark is deleted.
+    Raises ConfigError, before anything is touched, if the folder is not ours or another process of this machine has it.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         check_ours(folder, ours, proven)
@@ -77,9 +77,10 @@ def held(folder: Path, ours: Ours, proven: Callable[[Path], bool] = is_unfinishe
 
 
 def delete_contents(folder: Path, ours: Ours, first: Collection[str] = (), keep: Collection[str] = ()) -> None:
-    """Delete what is in a folder, the files `first` before all others, and all but the files `keep`.
+    """Delete the contents of a folder except the files in `keep`. The files in `first` go before all others.
 
-    Raises ConfigError, before anything is deleted, when something in it is not ours; OSError when it cannot be deleted.
+    Raises ConfigError, before anything is deleted, if something in it is not ours. Raises OSError if it cannot be
+    deleted.
     """
     for attempt in range(_TRIES):
         names = [name for name in _inside(folder, folders=True) if not any(one.startswith(name) for one in keep)]
@@ -91,7 +92,7 @@ def delete_contents(folder: Path, ours: Ours, first: Collection[str] = (), keep:
         try:
             for name in first:
                 delete_file(folder / name)
-            for name in reversed(names):  # a folder comes before what is in it
+            for name in reversed(names):  # a folder is listed before its contents
                 with suppress(FileNotFoundError):
                     (folder / name).rmdir() if name.endswith("/") else (folder / name).unlink()
             return
@@ -103,16 +104,17 @@ def delete_contents(folder: Path, ours: Ours, first: Collection[str] = (), keep:
 
 
 def _open(folders: Sequence[Path]) -> None:
-    """Let their owner delete in folders that were made read-only, as copies of read-only folders once were."""
+    """Let the owner delete in folders that are read-only. Older versions copied read-only folders with their mode."""
     for folder in folders:
         with suppress(OSError):
             folder.chmod(folder.stat().st_mode | stat.S_IRWXU)
 
 
 def delete_made(folder: Path, ours: Ours, last: str = MARK) -> None:
-    """Delete a folder and what is in it, the file `last`, which proves that it is ours, after all others.
+    """Delete a folder and its contents. The file `last` goes after all others, because it proves that the folder is
+    ours.
 
-    Raises as `delete_contents`.
+    Raises the errors of `delete_contents`.
     """
     delete_contents(folder, ours, keep=[last])
     delete_file(folder / last)
@@ -120,12 +122,12 @@ def delete_made(folder: Path, ours: Ours, last: str = MARK) -> None:
 
 
 def delete_file(path: Path) -> None:
-    """Delete a file that this program has made, if it is there."""
+    """Delete a file that this program has made, if it exists."""
     path.unlink(missing_ok=True)
 
 
 def delete_if_empty(folder: Path) -> None:
-    """Delete a folder if it is there and nothing is in it."""
+    """Delete a folder if it exists and is empty."""
     with suppress(FileNotFoundError, NotADirectoryError):
         try:
             folder.rmdir()
@@ -135,7 +137,7 @@ def delete_if_empty(folder: Path) -> None:
 
 
 def shown(name: str) -> str:
-    """A file name as text that can be printed and stored: bytes that are no UTF-8 as \\xff."""
+    """A file name as text that you can print and store. Bytes that are not UTF-8 appear as \\xff."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -154,7 +156,9 @@ def _lock(lock: int, folder: Path) -> None:
 
 
 def _inside(folder: Path, folders: bool = False, prefix: str = "") -> Iterator[str]:
-    """What is in a folder: everything but folders that hold something, or those too, before what is in them."""
+    """Yield all paths in a folder, except folders that hold something. With `folders`, yield those too, before their
+    contents.
+    """
     try:
         entries = sorted(os.scandir(folder / prefix), key=lambda entry: entry.name)
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""Links in folders that are copied from: followed while they stay in the folder, refused where they lead out of it.
+"""Check links in folders that are copied. Links that stay in the folder are followed, others are refused.
 
-A tokenizer folder of somebody else may link a name that is copied to a file of yours, which would travel on with
+A tokenizer folder from someone else may contain a link to one of your files. Copying it would send your file along with
 the checkpoint or the export.
 """
 
@@ -12,17 +12,17 @@ from ponder_scale.errors import TokenizerError
 
 
 def check_links(folder: Path) -> None:
-    """Raise TokenizerError where something in the folder, at any depth, leads out of it."""
+    """Raise TokenizerError if a link in the folder, at any depth, leads out of it."""
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
             resolved(folder, path)
 
 
 def resolved(folder: Path, path: Path) -> Path:
-    """Where a path in the folder leads. Raises TokenizerError where that is not in the folder."""
+    """Where a path in the folder leads. Raises TokenizerError if the target is missing or lies outside the folder."""
     try:
         target = path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # a link to nothing, or in a circle
+    except (OSError, RuntimeError) as error:  # a link to nothing, or a circle of links
         raise TokenizerError(f"{path}: is a link that leads to no file; remove it or put the file there") from error
     if not any(target.is_relative_to(root) for root in _roots(folder)):
         raise TokenizerError(
@@ -32,7 +32,9 @@ def resolved(folder: Path, path: Path) -> Path:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """The folder, and of a snapshot in the hub's cache the folder beside it that its links lead to."""
+    """Folders where links may lead: the folder itself and, for a snapshot in the hub's cache, the cache's blobs
+    folder.
+    """
     own = folder.resolve()
     blobs = own.parent.parent / "blobs"
     in_cache = own.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink()

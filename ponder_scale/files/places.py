@@ -1,4 +1,4 @@
-"""Where something is written: whether it can be, said before any work is done."""
+"""Check that a place can be written before any work is done."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ponder_scale.errors import ConfigError
 
 
 def check_folder(folder: Path, key: str) -> None:
-    """Raise ConfigError unless `folder` can be written, or made with the folders above it.
+    """Raise ConfigError unless `folder` can be written, or created together with its parents.
 
-    It is tried, in the nearest folder that is there: permissions alone do not tell of read-only file systems, of
-    quotas, nor of /proc. What is tried leaves nothing behind. `key` is for the message.
+    It creates and removes a folder in the nearest parent that exists. Permissions alone do not reveal read-only file
+    systems, quotas, or /proc. `key` is for the message.
     """
     said = f"{key} is {folder}"
     place = folder.absolute()
@@ -33,7 +33,7 @@ def check_folder(folder: Path, key: str) -> None:
 
 
 def _is_there(place: Path) -> bool:
-    """Whether something is there, a link without an end included; OSError where no such name can be."""
+    """Whether something exists at a place, including a broken link. Raises OSError if no such name is possible."""
     try:
         place.lstat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -42,7 +42,7 @@ def _is_there(place: Path) -> bool:
 
 
 def check_file(file: Path, key: str) -> None:
-    """Raise ConfigError unless `file` can be written; its folder has to be there. `key` is for the message."""
+    """Raise ConfigError unless `file` can be written. Its folder must exist. `key` is for the message."""
     try:
         if file.is_dir():
             raise ConfigError(f"{key} is {file}, which is a folder; expected a file")

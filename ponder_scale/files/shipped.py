@@ -1,7 +1,7 @@
-"""Where the files are that come with the packages and are no code: recipes, DeepSpeed files, Slurm templates.
+"""The paths of files that come with the packages and are not code: recipes, DeepSpeed files, Slurm templates.
 
-`_files` holds links to the folders of a clone. A wheel has copies of these folders in their place, so that both are
-found in the same way.
+In a clone, `_files` holds links to the clone's folders. In a wheel it holds copies of them, so both are found in the
+same way.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What lasts: files that are whole or not there, and the only calls that wait for a disk.
+"""Write files that are either whole or missing. All calls that wait for a disk are here.
 
-Copies do not depend on modes. What a run reads may be read-only, to its user too: shards of a group, a checkout by an
-administrator. What it writes is its own: new files and folders get the modes that new ones get here (umask, setgid of
-shared folders).
+Copies do not keep modes. The files that a run reads may be read-only even for its own user, such as shards shared by a
+group or a checkout by an administrator. The files that it writes are its own. They get the modes that new files get in
+that place (umask, setgid of shared folders).
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from typing import IO, Any
 import xxhash
 
 _READ, _EXECUTE = 0o444, 0o111
-_READ_BYTES = 2**20  # at once: what hashes a file must not take more memory than what wrote it
+_READ_BYTES = 2**20  # bytes per read: hashing a file must not need more memory than writing it did
 
 
 @contextmanager
 def writing(file: Path, *, temporary: Path | None = None, durable: bool = True) -> Iterator[IO[bytes]]:
-    """A stream whose content becomes the file's when the block ends; until then, or if it fails, it is as it was.
+    """Open a stream whose content replaces the file when the block ends. Until then, or if the block fails, nothing
+    changes.
 
     Args:
-        temporary: the name that it has meanwhile; default: a hidden one beside it.
-        durable: wait until it is on the disk; else it is never seen half written, but may be lost with the machine.
+        temporary: the name to write under meanwhile. The default is a hidden name beside the file.
+        durable: wait until the content is on the disk. Otherwise no one sees a half-written file, but a crash of the
+            machine may lose it.
     """
     temporary = temporary or file.with_name(f".{file.name}.tmp")
     with temporary.open("wb") as stream:
@@ -39,19 +41,19 @@ def writing(file: Path, *, temporary: Path | None = None, durable: bool = True) 
 
 
 def write_whole(file: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Write a small file by `writing`; text in UTF-8."""
+    """Write a small file with `writing`. Text is written as UTF-8."""
     with writing(file, durable=durable) as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync(stream: IO[Any]) -> None:
-    """Make what was written durable."""
+    """Wait until everything written to a stream is on the disk."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def sync_file(path: Path) -> None:
-    """Make the contents of a file durable, whoever wrote it: that needs no permission to write."""
+    """Wait until a file's contents are on the disk. Needs no permission to write, so any process may call it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,12 +62,12 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Wait until the names in a folder are on the disk."""
     sync_file(folder)
 
 
 def hash_file(path: Path) -> str:
-    """xxh3-128 of a file, in hexadecimal."""
+    """The xxh3-128 of a file, in hexadecimal."""
     whole = xxhash.xxh3_128()
     with path.open("rb") as stream:
         while piece := stream.read(_READ_BYTES):
@@ -74,7 +76,7 @@ def hash_file(path: Path) -> str:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy the bytes of a file; of its modes only whether it can be executed."""
+    """Copy the bytes of a file, and of its mode only whether it is executable."""
     shutil.copyfile(source, target)
     if source.stat().st_mode & _EXECUTE:
         mode = target.stat().st_mode
@@ -82,7 +84,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder and all in it to a new one, links as what they point to."""
+    """Copy a folder with all its contents to a new folder. A link is copied as what it points to."""
     target.mkdir()
     for path in sorted(source.iterdir()):
         (copy_folder if path.is_dir() else copy_file)(path, target / path.name)

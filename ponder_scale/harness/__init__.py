@@ -1,1 +1,1 @@
-"""lm-evaluation-harness: its tasks found, its model shared out over ranks."""
+"""lm-evaluation-harness: find its tasks, and share its work on one model among ranks."""

@@ -1,4 +1,4 @@
-"""The harness, its tasks by name, and what it says when it cannot have them."""
+"""Import the harness, find its tasks by name, and explain its failures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Scores = dict[str, dict[str, float]]  # by task and metric
 
 
 def harness(what: str = "evaluate tasks") -> Any:
-    """The harness. Raises ConfigError where it is not installed."""
+    """Import the harness. Raises ConfigError if it is not installed."""
     try:
         import lm_eval
     except ImportError as error:
@@ -24,10 +24,10 @@ def harness(what: str = "evaluate tasks") -> Any:
 
 
 def transformers_class(what: str = "evaluate tasks") -> Any:
-    """Its model class over transformers. Raises ConfigError where a package is missing."""
+    """The harness's model class for transformers. Raises ConfigError if a package is missing."""
     try:
         from lm_eval.models.huggingface import HFLM
-    except ImportError as error:  # of packages that the harness itself does not bring
+    except ImportError as error:  # packages that the harness does not install itself
         raise ConfigError(f"{what} needs {error.name} ({error}); pip install 'ponder-scale[eval]'") from error
     return HFLM
 
@@ -38,18 +38,18 @@ def find_tasks(
     """The names of the tasks to run, and the harness's manager that knows them.
 
     Args:
-        tasks: names; empty: all of `include`, or `default` where there is none.
-        include: folder of further task files.
-        key: what named the tasks, for messages.
+        tasks: names of tasks. If empty, all tasks of `include`, or `default` if it has none.
+        include: a folder with more task files.
+        key: the setting that named the tasks, for messages.
 
     Raises:
-        ConfigError: a name that is not known.
+        ConfigError: the harness does not know a name.
     """
     from lm_eval.tasks import TaskManager
 
     own = TaskManager(include_path=str(include), include_defaults=False).all_tasks if include is not None else []
     names = list(tasks or own or default)
-    # reading the harness' own thousands takes seconds
+    # Reading the thousands of tasks that come with the harness takes seconds.
     path, needed = None if include is None else str(include), not set(names) <= set(own)
     manager = TaskManager(include_path=path, include_defaults=needed)
     unknown = [name for name in names if name not in manager.all_tasks]
@@ -63,13 +63,13 @@ def find_tasks(
 
 @contextmanager
 def explained(key: str = "--tasks", include: str = "--include FOLDER") -> Iterator[None]:
-    """Raise ConfigError where the harness cannot get the data of a task, whatever its libraries raise then.
+    """Raise ConfigError if the harness cannot get the data of a task, whichever error its libraries raise.
 
     Args:
-        key: what named the tasks.
-        include: what names a folder of task files.
+        key: the setting that named the tasks.
+        include: how to name a folder of task files, for the remedy in the message.
     """
-    # each retry of the hub is a line of its log, for half a minute
+    # The hub's client logs each of its retries, for half a minute.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         yield
@@ -85,13 +85,13 @@ def explained(key: str = "--tasks", include: str = "--include FOLDER") -> Iterat
 
 
 def in_a_line(error: Exception) -> str:
-    """The first thing that an error says."""
+    """The first non-empty line of an error's text, or the error's type."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return (said or type(error).__name__)[:200]
 
 
 def scores(result: Mapping[str, Any]) -> Scores:
-    """The numbers of a result of the harness."""
+    """The numbers in a result of the harness, by task and metric."""
     return {
         task: {key: float(value) for key, value in metrics.items() if isinstance(value, float)}  # some are numpy's
         for task, metrics in result["results"].items()

@@ -1,7 +1,7 @@
-"""The harness's own model class over a model that each of several ranks holds: they share its requests.
+"""The harness's model class for a model that several ranks hold. The ranks share the work on its requests.
 
-The harness builds all requests of all tasks on every rank and counts all answers there, so prompts, drawn examples and
-metrics are those of one process. Only the work of answering is dealt out, request by request.
+The harness builds all requests of all tasks on every rank and scores all answers there. Prompts, drawn examples and
+metrics therefore equal those of one process. Only the answering is split, request by request.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ponder_scale.harness.find import in_a_line, transformers_class
 def shared_model(
     model: Any, tokenizer: Any, *, batch_size: int, group: Any, alive: Callable[[], None] = lambda: None
 ) -> Any:
-    """The model as the harness takes it. Collective, and so is every evaluation of it.
+    """Wrap the model for the harness. Call this on all ranks, and run every evaluation on all ranks.
 
     Args:
-        group: of the ranks, for objects on the CPU; None: there is one rank.
+        group: the ranks that share the requests, a group for objects on the CPU. None if there is one rank.
         alive: called for each batch.
     """
     base: Any = transformers_class("evaluate.tasks")
@@ -47,7 +47,7 @@ def shared_model(
 
 
 def _share(answer: Callable[..., Sequence[Any]], requests: Sequence[Any], group: Any) -> list[Any]:
-    """The answers to all requests, on every rank. Where one rank fails, all of them raise."""
+    """The answers to all requests, on every rank. If one rank fails, all of them raise."""
     if group is None:
         return list(answer(requests, disable_tqdm=True))
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)

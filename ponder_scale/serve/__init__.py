@@ -1,1 +1,1 @@
-"""Pondering models inside vLLM: the one room that imports it."""
+"""Serve pondering models with vLLM. Nothing else in the package imports vLLM."""

@@ -1,12 +1,14 @@
-"""The pondering embedding of served tokens, with the vocabulary on one device or a part of it on each.
+"""The pondering embedding of served tokens. One device holds the whole vocabulary, or each device holds a part.
 
-N tokens, D hidden size, V vocabulary, n rows of it on this rank; hidden (N, D), head and table (n, D). Tokens go in
-blocks, so that no (N, V) matrix exists. Parts of a vocabulary meet in one gather and two sums for each block:
+N tokens, D hidden size, V vocabulary, n vocabulary rows on this rank. hidden (N, D), head and table (n, D). Tokens are
+processed in blocks, so that no (N, V) matrix exists. Ranks combine their parts of the vocabulary with one gather and
+two sums for each block:
 
     m = max over ranks of max_v z_v        Z = sum over ranks of sum_v exp(z_v - m)
     T = c / Z * sum over ranks of sum_v exp(z_v - m) E[v]
 
-With top-K the ranks gather their K largest scores instead, and each adds up the rows that are among the K of all.
+With top-K each rank sends its K largest scores instead. Then each rank adds up those of its own rows that are among the
+K largest of all ranks.
 """
 
 from __future__ import annotations
@@ -24,18 +26,18 @@ from ponder_scale.model.pondering_embedding import pondering_embedding
 
 
 class Ranks(Protocol):
-    """The collectives of the ranks that share a vocabulary."""
+    """The collectives among the ranks that share a vocabulary."""
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The tensors (N, k) of all ranks behind each other, (N, k * ranks), in the order of the ranks."""
+        """Concatenate the tensors (N, k) of all ranks in rank order to (N, k * ranks)."""
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks."""
+        """Add the tensors of all ranks."""
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """The settings of the pondering softmax: tau, the factor c, K or None."""
+    """The settings of the pondering softmax: the temperature tau, the factor c, and K or None."""
 
     temperature: float
     scale: float
@@ -43,7 +45,7 @@ class Mixing:
 
 
 def mix(hidden: Tensor, head: Tensor, table: Tensor, mixing: Mixing) -> Tensor:
-    """The pondering embedding (N, D) where all of the vocabulary is here."""
+    """The pondering embedding (N, D), if this device holds the whole vocabulary."""
     mixed, _ = pondering_embedding(
         hidden, head, table, temperature=mixing.temperature, scale=mixing.scale, top_k=mixing.top_k
     )
@@ -53,12 +55,12 @@ def mix(hidden: Tensor, head: Tensor, table: Tensor, mixing: Mixing) -> Tensor:
 def mix_parts(
     hidden: Tensor, head: Tensor, table: Tensor, mixing: Mixing, *, ranks: Ranks, rank: int, part: int, vocabulary: int
 ) -> Tensor:
-    """The pondering embedding (N, D) where this rank has n rows of the vocabulary, which may be none.
+    """The pondering embedding (N, D), if this rank holds n rows of the vocabulary. n may be 0.
 
     Args:
-        rank: its place in what `ranks` gathers.
-        part: the same on all ranks, at least n; the blocks are made by it, so that all ranks take as many.
-        vocabulary: rows on all ranks.
+        rank: the place of this rank in what `ranks` gathers.
+        part: at least n, and equal on all ranks. It sets the block size, so that all ranks process as many blocks.
+        vocabulary: the number of rows on all ranks together.
     """
     out = torch.empty_like(hidden)
     rows = chunk(hidden, max(1, hidden.shape[0]), part)
@@ -83,7 +85,7 @@ def _whole_part(z: Tensor, table: Tensor, mixing: Mixing, ranks: Ranks) -> Tenso
 
 
 def _largest_part(z: Tensor, table: Tensor, mixing: Mixing, ranks: Ranks, rank: int, here: int, top_k: int) -> Tensor:
-    """`here` of the scores are sent from each rank, padded with -inf where it has fewer rows."""
+    """Each rank sends its `here` largest scores, padded with -inf if it has fewer rows."""
     values, index = z.topk(min(here, z.shape[1]), dim=-1)
     missing = here - values.shape[1]
     values, index = F.pad(values, (0, missing), value=-math.inf), F.pad(index, (0, missing))

@@ -1,7 +1,7 @@
-"""What is not served, said in one sentence each, and what this vLLM has to be like.
+"""Refuse what is not served, with one sentence each, and check that this vLLM has what serving needs.
 
-A pass that attends to another pass's keys, or a softmax over rows that are no tokens, changes the text without a word.
-So whatever has not been seen to be right is refused here, by name.
+A pass that attends to another pass's keys changes the text without an error. So does a softmax over rows that are not
+tokens. Therefore every setting that was not tested is refused here by name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ponder_scale.serve.parts import (
     unfit,
 )
 
-# the fields of a folder that `model.py` acts upon; `init_by_passes` is of training only
+# The fields of a folder's configuration that `model.py` uses. `init_by_passes` only affects training.
 SERVED_FIELDS = frozenset(
     {
         *("pondering_steps", "scale_embeds", "initial_scale", "pondering_temperature", "feedback", "residual"),
@@ -35,19 +35,19 @@ SERVED_FIELDS = frozenset(
     }
 )
 SERVED_RESIDUALS, SERVED_FEEDBACKS = ("accumulate", "restart", "replace"), ("embedding", "hidden")
-# drafts that need no model; all others have key-value slots of their own
+# Draft methods that need no model. All others need key-value slots of their own.
 PLAIN_DRAFTS = ("ngram", "ngram_gpu", "suffix")
 ATTENTION_ARGUMENTS = ("num_heads", "head_size", "scale", "num_kv_heads", "cache_config", "prefix")
 SHARD_FIELDS = ("num_org_elements", "num_added_elements")
 
-logger = logging.getLogger("vllm.ponder_scale")  # a child of vLLM's, which has its handler
+logger = logging.getLogger("vllm.ponder_scale")  # a child of vLLM's logger, so that vLLM's handler prints its messages
 
 
 def check_version() -> None:
-    """Warn of a minor version of vLLM that was not tested.
+    """Warn if this minor version of vLLM was not tested.
 
     Raises:
-        RuntimeError: this vLLM lacks something that serving rests on; names it.
+        RuntimeError: this vLLM lacks something that serving needs. The message names it.
     """
     broken = list(_broken_assumptions())
     if broken:
@@ -76,9 +76,11 @@ def _broken_assumptions() -> Iterator[str]:
 
 
 def check_configuration(config: VllmConfig) -> None:
-    """Raise ValueError for what was asked of the engine, or of the model, and is not served; warn of what differs."""
+    """Raise ValueError for a setting of the engine or of the model that is not served. Warn of lossy or untested
+    ones.
+    """
     hf = config.model_config.hf_config
-    hf.check_pondering()  # `--hf-overrides` sets fields after the configuration was made
+    hf.check_pondering()  # `--hf-overrides` sets fields after the configuration was created
     for what in (*_refused_fields(hf), *_refused_settings(config)):
         raise ValueError(f"pondering models are not served with {what}")
     cache = str(config.cache_config.cache_dtype)
@@ -131,7 +133,9 @@ def _refused_settings(config: VllmConfig) -> Iterator[str]:
 
 
 def check_attention(attention: Attention) -> None:
-    """Raise ValueError unless it is full causal attention of its own, which further passes get too."""
+    """Raise ValueError unless the layer has full causal attention with its own keys, because each pass gets a copy of
+    it.
+    """
     impl = attention.impl
     refused = {
         "a sliding window": attention.sliding_window is not None,
@@ -147,7 +151,7 @@ def check_attention(attention: Attention) -> None:
 
 
 def check_tables(*tables: VocabParallelEmbedding) -> None:
-    """Raise ValueError unless head and table are plain rows of the vocabulary."""
+    """Raise ValueError unless head and table are unquantized rows of the vocabulary, without a bias or added rows."""
     for table in tables:
         name = "head" if isinstance(table, ParallelLMHead) else "embedding table"
         if type(table.quant_method) is not UnquantizedEmbeddingMethod:

@@ -1,9 +1,9 @@
-"""The recurrence over whatever class vLLM serves the stock architecture with.
+"""The pondering recurrence over the class with which vLLM serves the stock architecture.
 
-One set of weights, and (S + 1) x L instances of `Attention` with a key-value slot each: layer i of pass s has the slot
-s * L + i. vLLM compiles its inner models once and drops what the compiler would check, so a loop around one of them
-would run every pass with the first one's slots. Here the outermost class is what it compiles, the whole recurrence in
-one graph, in which the passes are different code.
+There is one set of weights, but (S + 1) x L instances of `Attention`, each with its own key-value slot. Layer i of pass
+s has the slot s * L + i. vLLM compiles its inner models once and drops the guards of the compiler. A loop around such a
+model would therefore run every pass with the slots of the first. Here vLLM compiles the outermost class instead. The
+whole recurrence is one graph, in which each pass has its own code.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ponder_scale.serve.weights import Tensors
 
 
 class _TensorParallel:
-    """The ranks among which vLLM shards the vocabulary."""
+    """The ranks among which vLLM splits the vocabulary."""
 
     gather = staticmethod(tensor_model_parallel_all_gather)
     sum = staticmethod(tensor_model_parallel_all_reduce)
@@ -55,7 +55,7 @@ def _feedback(
     part: int,
     vocabulary: int,
 ) -> Tensor:
-    """The pondering embedding as one node of the graph, so that its blocks are not unrolled."""
+    """The pondering embedding as one node of the graph, so that the compiler does not unroll its blocks."""
     mixing = Mixing(temperature, scale, top_k)
     if get_tensor_model_parallel_world_size() == 1:
         return mix(hidden, head, table, mixing)
@@ -69,7 +69,7 @@ def _(hidden: Tensor, *_: Any) -> Tensor:
 
 
 class PassAttention(nn.Module):
-    """The attention of one layer in every pass. `Ponder.forward` says which pass runs."""
+    """The attention of one layer in every pass. `Ponder.forward` selects the pass."""
 
     def __init__(self, passes: list[Attention]) -> None:
         super().__init__()
@@ -77,24 +77,26 @@ class PassAttention(nn.Module):
         self.index = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the `Attention` of the pass that runs."""
+        """Run the `Attention` of the selected pass."""
         return self.passes[self.index](*args, **kwargs)
 
 
 def tokens_of(table: VocabParallelEmbedding) -> Tensor:
-    """The rows that stand for tokens: vLLM pads the vocabulary with rows of zeros, whose logit 0 is no token's."""
+    """The rows that stand for tokens. vLLM pads the vocabulary with rows of zeros, whose logit 0 belongs to no
+    token.
+    """
     return table.weight[: table.shard_indices.num_org_elements]
 
 
 def stock_configuration(hf: Any) -> Any:
-    """The configuration of the stock architecture, of transformers."""
+    """The configuration of the stock architecture, a class of transformers."""
     left_out = (*PONDERING_FIELDS, "model_type", "auto_map", "architectures")
     values = {key: value for key, value in hf.to_dict().items() if key not in left_out}
     return AutoConfig.for_model(hf.model_type.removeprefix("ponder_"), **values)
 
 
 class Ponder:
-    """Mixin before a causal language model of vLLM."""
+    """A mixin that adds pondering to one of vLLM's causal language models."""
 
     supports_lora = supports_pp = False
 
@@ -115,7 +117,7 @@ class Ponder:
         self.embed_scale = math.sqrt(hf.hidden_size) if hf.scale_embeds else 1.0
 
     def _switches(self, config: VllmConfig) -> list[PassAttention]:
-        """One for each layer, put where its attention was."""
+        """Replace the attention of each layer by a `PassAttention`, and return these."""
         found = [
             (parent, name)
             for parent in list(self.modules())  # type: ignore[attr-defined]
@@ -133,7 +135,7 @@ class Ponder:
         return switches
 
     def _another(self, first: Attention, index: int, config: VllmConfig) -> Attention:
-        """The same attention with the key-value slot of pass `index`; its name says which."""
+        """A copy of the attention for the key-value slot of pass `index`. vLLM finds the slot by the copy's name."""
         layer = extract_layer_index(first.layer_name)
         slot = index * self.pondering.num_hidden_layers + layer
         return Attention(
@@ -146,10 +148,11 @@ class Ponder:
         )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """As vLLM's, of all the tensors first; later calls may bring some of them, as trainers do.
+        """Load the weights as vLLM does. The first call must bring all tensors, later calls may bring some, as trainers
+        do.
 
         Raises:
-            ValueError: the folder lacks tensors, or has others.
+            ValueError: the folder lacks tensors or has unknown ones.
         """
         if self.tensors is None:
             return super().load_weights(weights)  # type: ignore[misc]
@@ -166,7 +169,7 @@ class Ponder:
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The hidden states of the last pass, (N, D); N tokens of all requests, one behind the other."""
+        """The hidden states of the last pass, (N, D), for the N tokens of all requests, one request after the other."""
         hf = self.pondering
         head, table = (tokens_of(end) for end in self.ends)
 
@@ -196,7 +199,9 @@ class Ponder:
 
 
 def _served(name: str) -> type:
-    """The pondering class over what this vLLM has for the stock one, its own class or one over transformers'."""
+    """The pondering class over the class that this vLLM uses for the stock one: its own, or one that wraps
+    transformers'.
+    """
     base = ModelRegistry.models[STOCK[name][0]].load_model_cls()
     cls = type(name, (Ponder, base), {"__module__": __name__})
     dims = {"input_ids": 0, "positions": -1, "intermediate_tensors": 0, "inputs_embeds": 0}

@@ -1,14 +1,13 @@
-"""The parts of vLLM that serving stands on. A vLLM that has moved one of them is refused by the name of the part."""
+"""The parts of vLLM that serving needs. If a version of vLLM has moved one, the error names that part."""
 
 from __future__ import annotations
 
 import vllm
 
-TESTED = ("0.32",)  # minor versions of vLLM
+TESTED = ("0.32",)  # tested minor versions of vLLM
 
 
 def unfit(reasons: str) -> RuntimeError:
-    """What a vLLM is refused with."""
     return RuntimeError(
         f"vLLM {vllm.__version__} cannot serve pondering models: {reasons}; install vLLM {TESTED[-1]}, or a release of "
         "ponder-scale that was tested with this one"

@@ -1,4 +1,6 @@
-"""What vLLM calls in each of its processes: names only. The models are imported when one is served."""
+"""The plugin that vLLM calls in each of its processes. It registers names only, and vLLM imports a model when it serves
+it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from vllm import ModelRegistry
 
 from ponder_scale.model import configuration
 
-# the pondering class: what vLLM's registry calls the stock one, and the configuration of a folder
+# For each pondering class: the name of the stock one in vLLM's registry, and the configuration class of a folder.
 STOCK: dict[str, tuple[str, Any]] = {
     "PonderLlamaForCausalLM": ("LlamaForCausalLM", configuration.PonderLlamaConfig),
     "PonderGPTNeoXForCausalLM": ("GPTNeoXForCausalLM", configuration.PonderGPTNeoXConfig),
@@ -19,7 +21,7 @@ STOCK: dict[str, tuple[str, Any]] = {
 
 
 def register() -> None:
-    """Make the pondering architectures known. It may be called again, and imports no model."""
+    """Register the pondering architectures with vLLM. Imports no model, and you may call it again."""
     for name, (_, config) in STOCK.items():
         ModelRegistry.register_model(name, f"ponder_scale.serve.model:{name}")
         AutoConfig.register(config.model_type, config, exist_ok=True)

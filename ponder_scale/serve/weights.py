@@ -1,7 +1,7 @@
-"""Whether a folder has exactly the tensors of its model.
+"""Check that a folder has exactly the tensors of its model.
 
-vLLM serves memory as it was found for a linear layer whose tensor is missing, and counts a fused projection as loaded
-when one of its parts is.
+vLLM checks less. If the tensor of a linear layer is missing, it serves whatever was in memory. It also counts a fused
+projection as loaded when one of its parts is.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-# of old files, and made anew by every class that uses them
+# Buffers in old files. Every class that uses them computes them again.
 BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
 
 class Tensors:
-    """Takes note of the names that go by, and compares them with those of the stock model.
+    """Records the names of tensors as they are loaded, and compares them with those of the stock model.
 
     Args:
         stock: the stock configuration of transformers.
@@ -33,10 +33,10 @@ class Tensors:
         self._seen: set[str] = set()
 
     def noted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same weights.
+        """Yield the same weights and record their names.
 
         Raises:
-            ValueError: one is of no use to the model.
+            ValueError: the model has no tensor of that name.
         """
         for name, tensor in weights:
             bare = name.removeprefix(self._prefix)
@@ -49,7 +49,7 @@ class Tensors:
             yield name, tensor
 
     def check_complete(self) -> None:
-        """Raise ValueError for tensors that have not gone by."""
+        """Raise ValueError if tensors of the model were not loaded."""
         missing = sorted(self._expected - self._seen)
         if missing:
             more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""

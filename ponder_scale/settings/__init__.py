@@ -1,4 +1,4 @@
-"""Frozen dataclasses, filled from a YAML recipe and `key=value` overrides. The schemas are their users'."""
+"""Fill frozen dataclasses from a YAML recipe and `key=value` overrides. The packages that use this own the schemas."""
 
 from ponder_scale.settings.load import find_recipe, from_dict, load
 from ponder_scale.settings.plain import flat, knob, to_dict, to_yaml

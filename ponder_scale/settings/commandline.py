@@ -1,4 +1,4 @@
-"""What both commands share: errors in one line, the types of flags, and output whose reader has left."""
+"""Command-line parts that both programs share: one-line errors, types of flags, and output that survives `| head`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ponder_scale.figures import bound
 from ponder_scale.files.places import check_file, check_folder
 from ponder_scale.settings import expand_path, meant
 
-COMMANDS = ("COMMAND", "WHAT")  # what a choice of subcommands is called
+COMMANDS = ("COMMAND", "WHAT")  # names for a choice of subcommands
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises ConfigError with one line, and knows what was meant by a slip."""
+    """An argument parser that raises ConfigError with one line and suggests a correction for a typo."""
 
     def error(self, message: str) -> NoReturn:
-        """What argparse calls for every mistake: there with the usage, in several lines."""
+        """Called by argparse for every mistake. Its own version prints the usage over several lines and exits."""
         message = re.sub(r"^argument (\S+): is ", r"\1 is ", " ".join(message.split()))
         message = re.sub(rf"^({'|'.join(COMMANDS)}) is (.*?); ", r"no command \2; ", message)
         raise ConfigError(f"{message}; see {self.prog} --help" if "did you mean" not in message else message)
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse; the parser of the command that was chosen is among the options, as `parser`."""
+        """Like argparse. The returned options also hold `parser`, the parser of the chosen command."""
         options, rest = super().parse_known_args(args, namespace)
         if not hasattr(options, "parser"):
             options.parser = self
@@ -49,14 +49,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(parser: Parser, arguments: Sequence[str], schema: type, settings: str) -> argparse.Namespace:
-    """The options of a command line; `key=value` may stand before and after flags, which argparse alone refuses.
+    """Parse a command line in which `key=value` may stand before and after flags. argparse alone refuses that.
 
     Args:
-        schema: of the keys.
-        settings: the option that lists the `key=value`.
+        schema: the dataclass that has the keys.
+        settings: the option that collects the `key=value` arguments.
 
     Raises:
-        ConfigError: a flag or a command that is not there; what was meant is named.
+        ConfigError: a flag or a command is unknown. The message names the nearest one.
     """
     options, rest = parser.parse_known_args(arguments)
     for word in rest:
@@ -81,12 +81,12 @@ def parse(parser: Parser, arguments: Sequence[str], schema: type, settings: str)
 
 
 def flags(options: argparse.Namespace) -> dict[str, Any]:
-    """What a command was given, by the names that the function behind it has for it."""
+    """The parsed options as keyword arguments for the function that runs the command."""
     return {name: value for name, value in vars(options).items() if name not in ("parser", "run")}
 
 
 def whole(least: int) -> Callable[[str], int]:
-    """The type of a flag: a whole number, not less than `least`."""
+    """A flag type: a whole number of at least `least`."""
 
     def read(text: str) -> int:
         try:
@@ -101,13 +101,13 @@ def whole(least: int) -> Callable[[str], int]:
 
 
 def wholes(least: int) -> Callable[[str], list[int]]:
-    """The type of a flag: whole numbers with commas between them, not less than `least`."""
+    """A flag type: whole numbers of at least `least`, separated by commas."""
     read = whole(least)
     return lambda text: [read(part) for part in text.split(",")]
 
 
 def number(*, above: float | None = None, least: float | None = None, most: float = 1e15) -> Callable[[str], float]:
-    """The type of a flag: a finite number within bounds."""
+    """A flag type: a finite number within bounds."""
 
     def read(text: str) -> float:
         try:
@@ -128,29 +128,29 @@ def number(*, above: float | None = None, least: float | None = None, most: floa
 
 
 def path(text: str) -> Path:
-    """The type of a flag: a path, with its ~ and $NAMES replaced."""
+    """A flag type: a path, with ~ and $NAMES expanded."""
     return _checked(text, lambda path: None)
 
 
 def new_file(text: str) -> Path:
-    """The type of a flag: a file that will be written; that it can be is said before the work for it is done."""
+    """A flag type: a file to write. Fails before any work is done if the file cannot be written."""
     return _checked(text, lambda path: check_file(path, ""))
 
 
 def new_folder(text: str) -> Path:
-    """The type of a flag: a folder that will be made or written into."""
+    """A flag type: a folder to create or write into."""
     return _checked(text, lambda path: check_folder(path, ""))
 
 
 def outlive_readers() -> None:
-    """Let the command go on when nobody reads its output any more: `status | head` has all it wanted."""
+    """Keep the command running after the reader of its output has left, as in `status | head`."""
     for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
         if type(stream) is io.TextIOWrapper:
             setattr(sys, name, _Outliving(stream))
 
 
 class _Outliving:
-    """A stream of text that turns to the null device when its reader has left."""
+    """A text stream that switches to the null device when its reader has left."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         self._stream = stream
@@ -175,7 +175,7 @@ class _Outliving:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._stream.fileno())
         os.close(null)
-        self._stream.flush()  # what was kept for the reader
+        self._stream.flush()  # drop what is still buffered
 
 
 def _checked(text: str, check: Callable[[Path], None]) -> Path:

@@ -1,4 +1,4 @@
-"""What other programs call a key, by the last word of its name here: who types theirs is told ours."""
+"""What other programs call our keys, by the last word of our key. If you type their name, the error suggests ours."""
 
 ELSEWHERE = {
     "run_dir": "out output out_dir output_dir save_dir run dir folder",
@@ -41,7 +41,7 @@ ELSEWHERE = {
     "asynchronous": "async async_save",
     "sequences": "eval_iters eval_sequences",
     "wandb_project": "project",
-    # of a corpus
+    # Keys of a corpus recipe.
     "out": "output out_dir output_dir output_prefix",
     "field": "text_field text_key key column json_keys",
     "tokenizer": "tokenizer_path tokenizer_name_or_path tokenizer_model vocab_file",
@@ -50,7 +50,7 @@ ELSEWHERE = {
     "workers": "num_workers num_proc processes jobs",
 }
 
-# Keys of a group whose last words alone say too little.
+# Keys whose last word alone is ambiguous, by their full name.
 ELSEWHERE_IN_FULL = {
     "checkpoint.every_steps": "save_every save_steps save_interval checkpoint_every checkpoint_interval",
     "evaluate.every_steps": "eval_every eval_steps eval_interval evaluation_interval",

@@ -1,4 +1,4 @@
-"""Loading a configuration: a recipe, then the overrides in their order, then types and bounds."""
+"""Load a configuration: read a recipe, apply the overrides in their order, then check types and bounds."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ponder_scale.settings.tree import NULL, Listing, Mapping, Scalar, Tree, des
 from ponder_scale.settings.values import build, is_scalar, is_text, list_in, optional
 
 T = TypeVar("T")
-BASE = "base"  # of a recipe: another one that it begins with
+BASE = "base"  # the key of a recipe that names another recipe to start from
 
 
 def load(schema: type[T], recipe: Path | None, overrides: Sequence[str] = ()) -> T:
-    """The recipe with the overrides applied in their order, checked against `schema` and its bounds.
+    """Read the recipe, apply the overrides in their order, and check the result against `schema` and its bounds.
 
-    An override sets what it names: a list or a mapping of named entries as a whole, one entry or one key alone. So does
-    a recipe that says `base: FILE`, over that recipe.
+    An override sets only the key or entry that it names. A list or a mapping of named entries is replaced as a whole.
+    A recipe with `base: FILE` overrides the recipe in FILE by the same rule.
 
-    Raises ConfigError for an unreadable recipe and for a key that is unknown (the nearest right one is named),
-    missing, of the wrong type or out of bounds.
+    Raises ConfigError for a recipe that cannot be read, and for a key that is unknown (the message names the nearest
+    right one), missing, of the wrong type or out of bounds.
     """
     tree = Mapping() if recipe is None else _based(schema, recipe)
     for override in overrides:
@@ -33,7 +33,7 @@ def load(schema: type[T], recipe: Path | None, overrides: Sequence[str] = ()) ->
 
 
 def from_dict(schema: type[T], values: dict[str, Any]) -> T:
-    """The configuration that `to_dict` turned into plain values (of a checkpoint, for example)."""
+    """Rebuild the configuration that `to_dict` turned into plain values, for example those in a checkpoint."""
     tree = from_plain(values, "saved configuration")
     if not isinstance(tree, Mapping):
         raise ConfigError("saved configuration: expected keys and values")
@@ -42,7 +42,7 @@ def from_dict(schema: type[T], values: dict[str, Any]) -> T:
 
 
 def find_recipe(name: str, shipped: Path) -> Path:
-    """The recipe file `name`: a path, or the name of one in the folder `shipped`."""
+    """Find a recipe file by its path, or by its name in the folder `shipped`."""
     for candidate in (Path(name), shipped / name, shipped / f"{name}.yaml"):
         if candidate.is_file():
             return candidate
@@ -55,7 +55,7 @@ def find_recipe(name: str, shipped: Path) -> Path:
 
 
 def _based(schema: type, recipe: Path, above: tuple[Path, ...] = ()) -> Mapping:
-    """What a recipe says, over what its base says. A base is a file, named from the folder of the recipe."""
+    """The content of a recipe merged over that of its base. A base is a path relative to the folder of the recipe."""
     tree = read_recipe(recipe)
     said = tree.entries.pop(BASE, None)
     check_names(schema, tree)
@@ -104,7 +104,7 @@ def _override(schema: type, tree: Mapping, override: str) -> None:
 
 
 def _merge(place: Mapping, name: str, value: Mapping, key: str, schema: type) -> None:
-    """Set the keys of a group, and leave those that are not named as they are."""
+    """Set the named keys of a group and keep all others."""
     group = place.entries.setdefault(name, Mapping({}, value.origin))
     if not isinstance(group, Mapping):
         place.entries[name] = value
@@ -117,7 +117,7 @@ def _merge(place: Mapping, name: str, value: Mapping, key: str, schema: type) ->
 
 
 def _is_group(schema: type, key: str) -> bool:
-    """Whether a key is a fixed group of keys, such as train: neither a value nor a named entry of a mapping."""
+    """Whether a key is a fixed group of keys, such as train. A value or a named entry of a mapping is not."""
     kind: Any = schema
     for name in key.split("."):
         if not dataclasses.is_dataclass(kind):
@@ -127,7 +127,7 @@ def _is_group(schema: type, key: str) -> bool:
 
 
 def _value(kind: Any, text: str, origin: str) -> Tree:
-    """What stands behind the =: as typed where the key takes a word or a number, else YAML."""
+    """The value after the =. It is kept as typed if the key takes a word or a number, and parsed as YAML otherwise."""
     if is_scalar(kind):
         if list_in(kind) and (listed := _listed(text, origin)) is not None:
             return listed
@@ -137,12 +137,12 @@ def _value(kind: Any, text: str, origin: str) -> Tree:
         return parse(text, origin)
     try:
         return parse(text, origin)
-    except ConfigError:  # *.py and {a are no YAML; they are what they look like
+    except ConfigError:  # *.py and {a are not YAML, so keep them as text
         return Scalar(text, origin, quoted=True)
 
 
 def _listed(text: str, origin: str) -> Listing | None:
-    """What is written as a list of two or more, for a key that takes text too: [ab]*.txt and [x] are globs."""
+    """A list of at least two entries, for a key that takes text too. [ab]*.txt and [x] stay globs."""
     try:
         tree = parse(text, origin) if text.strip().startswith("[") else None
     except ConfigError:
@@ -151,7 +151,7 @@ def _listed(text: str, origin: str) -> Listing | None:
 
 
 def _enter(schema: type, place: Tree, key: str, origin: str) -> Tree:
-    """The mapping or list on the way to a key, made where there is none yet."""
+    """The mapping or list on the way to a key. Creates it if it does not exist yet."""
     group, _, name = key.rpartition(".")
     if isinstance(place, Listing):
         entries: Any = place.entries

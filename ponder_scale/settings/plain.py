@@ -1,4 +1,4 @@
-"""The declaration of a knob, and a configuration as plain values."""
+"""Declare a setting with `knob`, and turn a configuration into plain values."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def knob(
     """A dataclass field with its documentation and bounds.
 
     Args:
-        min, max: inclusive bounds, of the entries where the value is a list or named numbers; None, which stands for
-            "off", is never compared, and what is not finite is always refused.
+        min, max: inclusive bounds. For a list or named numbers they apply to each entry. None stands for "off" and is
+            never compared. A number that is not finite is always refused.
         above, below: exclusive bounds.
-        path: the text is a path; ~ and $NAMES are replaced in it.
+        path: the text is a path, in which ~ and $NAMES are expanded.
     """
     bounds = {"min": min, "max": max, "above": above, "below": below}
     metadata = {"help": help, "unit": unit, "path": path} | bounds
@@ -36,7 +36,7 @@ def knob(
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested values of a configuration, for JSON or YAML."""
+    """The configuration as plain nested values, for JSON or YAML."""
     return dataclasses.asdict(config)
 
 
@@ -46,7 +46,7 @@ def to_yaml(config: Any) -> str:
 
 
 def flat(values: dict[str, Any], group: str = "") -> dict[str, Any]:
-    """The leaves of nested values by their full keys, of those that are `group` or in it; {} when there are none."""
+    """The leaves of nested values by their full keys. With `group`, only that key and the keys inside it."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:

@@ -1,4 +1,4 @@
-"""Which key was meant: an unknown one is answered with the nearest of all keys, other programs' names included."""
+"""Suggest the intended key for an unknown one. The suggestion considers all keys and other programs' names for them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ponder_scale.settings.elsewhere import ELSEWHERE, ELSEWHERE_IN_FULL
 from ponder_scale.settings.tree import Listing, Mapping, Tree
 from ponder_scale.settings.values import hints, list_in, optional, parts
 
-NAME, NUMBER = "NAME", "N"  # stand in a key for the name of an entry, and its place in a list
-_NEAR = 0.72  # from 0, nothing in common, to 1, equal
-_SAME = 0.03  # candidates that are so near to each other are all named
+NAME, NUMBER = "NAME", "N"  # placeholders in a key for the name of an entry and for its position in a list
+_NEAR = 0.72  # lowest score to suggest a key, from 0 (nothing in common) to 1 (equal)
+_SAME = 0.03  # candidates whose scores differ by less are all suggested
 _SHOWN = 3
 
 
 def known_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
-    """Each key of a schema in full, with its declared type and its field; those of entries with NAME or N in them."""
+    """Yield each key of a schema in full, with its declared type and field. Keys of entries contain NAME or N."""
     for item in dataclasses.fields(schema):
         kind, key = hints(schema)[item.name], prefix + item.name
         if dataclasses.is_dataclass(kind):
@@ -36,7 +36,7 @@ def known_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any, datac
 
 
 def kind_at(schema: type, key: str, origin: str) -> Any:
-    """The declared type of what a key names. Raises ConfigError for an unknown one, with the one that was meant."""
+    """The declared type of a key. Raises ConfigError for an unknown key and suggests the nearest one."""
     kind: Any = schema
     for name in key.split("."):
         kind = _within(kind, name)
@@ -46,19 +46,19 @@ def kind_at(schema: type, key: str, origin: str) -> Any:
 
 
 def check_names(schema: type, tree: Tree, key: str = "") -> None:
-    """Raise ConfigError for a key in a recipe, or in what an override sets `key` to, that the schema does not have."""
+    """Raise ConfigError if a recipe, or the value that an override gives to `key`, has a key that the schema lacks."""
     kind = kind_at(schema, key, "") if key else schema
     _check(schema, kind, tree, f"{key}." if key else "")
 
 
 def unknown(schema: type, key: str) -> str:
-    """What is said about an unknown key."""
+    """The error text for an unknown key."""
     near = meant(schema, key)
     return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; docs/configuration.md has them all")
 
 
 def meant(schema: type, key: str) -> str:
-    """The key or keys that are nearest to an unknown one, as words; "" where none is near."""
+    """The known key or keys nearest to an unknown one, joined by "or". Empty if none is near."""
     given = key.lower().replace("-", "_").split(".")
     scores: dict[str, float] = {}
     for known, _, _ in known_keys(schema):
@@ -75,14 +75,14 @@ def meant(schema: type, key: str) -> str:
 
 
 def _score(given: list[str], words: list[str]) -> float:
-    """How near a known key is: equal last words count most, then a name from elsewhere, then likeness."""
+    """Score a known key. An equal last word counts most, then a name from another program, then similarity."""
     whole = _likeness(".".join(given), ".".join(words))
     if given[-1] == words[-1]:
         return 1.0 + 0.05 * whole
     elsewhere = f"{ELSEWHERE.get(words[-1], '')} {ELSEWHERE_IN_FULL.get('.'.join(words), '')}"
     if given[-1] in elsewhere.split():
         return 0.95 + 0.05 * whole
-    if given[:-1] == words[:-1]:  # a slip in a key of the same group, whose name says nothing of which
+    if given[:-1] == words[:-1]:  # a typo in a key of the same group: the group's name must not add to the score
         return 0.95 * _likeness(given[-1], words[-1])
     return 0.9 * max(whole, _likeness(given[-1], words[-1]))
 
@@ -92,7 +92,7 @@ def _likeness(one: str, other: str) -> float:
 
 
 def _within(kind: Any, name: str) -> Any:
-    """The declared type of an entry; None where there can be none of that name."""
+    """The declared type of the entry `name`; None if there can be no such entry."""
     if len(parts(kind)) != 1:
         return typing.get_args(list_in(kind))[0] if list_in(kind) and name.isdecimal() else None
     (main,) = parts(kind)
@@ -123,7 +123,7 @@ def _check(schema: type, kind: Any, tree: Tree, prefix: str) -> None:
 
 
 def _nested(schema: type, key: str) -> str:
-    """An unknown key of a recipe: one that is written with dots is right as an override only."""
+    """The error text for an unknown key in a recipe. A key written with dots is right only in an override."""
     try:
         kind_at(schema, key, "")
     except ConfigError:

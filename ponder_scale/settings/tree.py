@@ -1,7 +1,7 @@
-"""A recipe as it was typed: mappings and lists of scalars whose text is kept, so that the key that takes one reads it.
+"""Read a recipe as mappings and lists of scalars that keep their text as typed, so that the key decides the type.
 
-YAML alone would make 83 of 0123, True of on, 45000 of 12:30:00 and text of 1e-3. Here a scalar has no type before a
-key of the schema gives it one: see `values`.
+YAML alone would read 0123 as 83, on as True, 12:30:00 as 45000 and 1e-3 as text. Here a scalar has no type until a key
+of the schema gives it one (see `values`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import yaml
 from ponder_scale.errors import ConfigError
 
 NULL = ("null", "Null", "NULL")
-_DEEPEST = 32  # mappings and lists within each other; an alias that holds itself would have no end
+_DEEPEST = 32  # levels of nesting; an alias that contains itself would never end
 _STANDARD = "tag:yaml.org,2002:"
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """A value as typed. `origin` is where, for messages."""
+    """A value as typed. `origin` says where it was typed, for error messages."""
 
     text: str
     origin: str
@@ -41,7 +41,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Mapping:
-    """Named entries, with the place where each name stands."""
+    """Named entries. `origin` says where the mapping begins, for error messages."""
 
     entries: dict[str, Tree] = field(default_factory=dict)
     origin: str = ""
@@ -51,10 +51,10 @@ Tree = Scalar | Listing | Mapping
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without the guesses of version 1.1: null, true, false, decimal numbers, and all else is text."""
+    """YAML without the guesses of version 1.1: it knows null, true, false and decimal numbers. All else is text."""
 
 
-_Loader.yaml_implicit_resolvers = {}  # of the base class, where on is true and 0123 is 83
+_Loader.yaml_implicit_resolvers = {}  # drops the base class's rules, which read on as true and 0123 as 83
 
 
 for _tag, _pattern, _first in (
@@ -72,7 +72,7 @@ for _tag, _pattern, _first in (
 
 
 def read_recipe(path: Path) -> Mapping:
-    """The content of a recipe; an empty file has none. Raises ConfigError where it cannot be read."""
+    """Read a recipe. An empty file gives an empty mapping. Raises ConfigError if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -88,7 +88,10 @@ def read_recipe(path: Path) -> Mapping:
 
 
 def parse(text: str, origin: str, *, numbered: bool = False) -> Tree:
-    """YAML as typed. Raises ConfigError, whose message begins with `origin` and, where `numbered`, names the line."""
+    """Parse YAML and keep scalars as typed.
+
+    Raises ConfigError with a message that begins with `origin` and, if `numbered`, names the line.
+    """
     loader = None
     try:
         loader = _Loader(text)
@@ -109,7 +112,7 @@ def parse(text: str, origin: str, *, numbered: bool = False) -> Tree:
 
 
 def from_plain(values: Any, origin: str) -> Tree:
-    """The tree of plain values: of a configuration that was saved as JSON, for example."""
+    """The tree of plain values, for example those of a configuration that was saved as JSON."""
     if isinstance(values, dict):
         return Mapping({str(key): from_plain(value, origin) for key, value in values.items()}, origin)
     if isinstance(values, (list, tuple)):
@@ -123,7 +126,7 @@ def from_plain(values: Any, origin: str) -> Tree:
 
 
 def to_plain(tree: Tree) -> Any:
-    """The values of a tree that no key gives a type: as YAML has them, but for its guesses."""
+    """The plain values of a tree for which no key declares a type. Reads scalars as YAML does, without its guesses."""
     if isinstance(tree, Mapping):
         return {name: to_plain(entry) for name, entry in tree.entries.items()}
     if isinstance(tree, Listing):
@@ -136,7 +139,7 @@ def to_plain(tree: Tree) -> Any:
 
 
 def describe(tree: Tree) -> str:
-    """What a tree is, for messages."""
+    """A short description of a tree, for error messages."""
     if isinstance(tree, Scalar):
         return "null" if tree.is_null else repr(tree.text)
     return "keys and values" if isinstance(tree, Mapping) else "a list"
@@ -170,5 +173,5 @@ def _entries(
         seen.add(key.value)
     if merged:
         loader.flatten_mapping(node)
-    for key, value in node.value:  # what is merged comes first, so that the mapping's own keys win
+    for key, value in node.value:  # merged keys come first, so that the mapping's own keys win
         yield key.value, _tree(loader, value, origin, numbered, depth - 1)

@@ -1,4 +1,4 @@
-"""From a recipe as it was typed to values of the types and within the bounds that a schema of dataclasses declares."""
+"""Convert a recipe as typed to values of the types and within the bounds that a schema of dataclasses declares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings.tree import Listing, Mapping, Scalar, Tree, describe, to_plain
 
-MISSING = "???"  # the default of a key that a recipe or an override has to give
+MISSING = "???"  # the default of a key that you must give in a recipe or an override
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_]\w*))")
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*)?\.?\d*([eE][-+]?\d+)?")
@@ -41,12 +41,12 @@ def optional(kind: Any) -> bool:
 
 
 def is_text(kind: Any) -> bool:
-    """Whether a value of the declared type is what was typed: text, or a choice."""
+    """Whether a value of the declared type is kept as typed: text or a choice."""
     return any(part is str or typing.get_origin(part) is typing.Literal for part in parts(kind))
 
 
 def list_in(kind: Any) -> Any:
-    """The list type that a declared type allows, None where it allows none."""
+    """The list type among those that a declared type allows; None if it allows no list."""
     return next((part for part in parts(kind) if typing.get_origin(part) is list), None)
 
 
@@ -56,16 +56,18 @@ def is_scalar(kind: Any) -> bool:
 
 
 def build(schema: type, tree: Mapping) -> Any:
-    """The dataclass `schema` with the values of a tree whose keys are known to be its own.
+    """Build the dataclass `schema` from a tree whose keys are all known to it.
 
-    Raises ConfigError for a value that is missing, of another type than declared or out of its bounds.
+    Raises ConfigError for a value that is missing, of another type than declared, or out of bounds.
     """
     return _finished(_draft(schema, tree, ""), f"{tree.origin}: " if tree.origin else "")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Draft:
-    """A dataclass that is made once all values are known to be right, so that each is looked at before they meet."""
+    """The values of a dataclass before it is created. All values are checked first, so that its own checks see valid
+    ones.
+    """
 
     schema: type
     values: dict[str, Any]
@@ -86,7 +88,7 @@ def _draft(schema: type, tree: Mapping, prefix: str) -> _Draft:
 
 
 def _finished(value: Any, origin: str) -> Any:
-    """A value with the dataclasses in it made of their drafts."""
+    """The value with each draft in it replaced by its dataclass."""
     if isinstance(value, _Draft):
         if value.missing is not None:
             raise ConfigError(f"{origin}{value.missing} is required; give it as {value.missing}=VALUE")
@@ -97,7 +99,7 @@ def _finished(value: Any, origin: str) -> Any:
 
 
 def _convert(kind: Any, tree: Tree, key: str, metadata: typing.Mapping[str, Any]) -> Any:
-    """A tree as a value of the declared type, or its draft; bounds in `metadata` hold for entries of lists, too."""
+    """Convert a tree to the declared type, or to a draft. Bounds in `metadata` apply to each entry of a list."""
     if isinstance(tree, Scalar) and tree.is_null and optional(kind):
         return None
     choices = [part for part in parts(kind) if typing.get_origin(part) is typing.Literal]
@@ -131,7 +133,7 @@ def _convert(kind: Any, tree: Tree, key: str, metadata: typing.Mapping[str, Any]
 
 
 def _meant(tree: Tree, kinds: list[Any]) -> Any:
-    """Of the types that a key takes, the one that a value of this form is to have."""
+    """The type that fits the form of a value, among the types that a key takes."""
     if len(kinds) == 1:
         return kinds[0]
     lists = [kind for kind in kinds if typing.get_origin(kind) is list]
@@ -139,7 +141,7 @@ def _meant(tree: Tree, kinds: list[Any]) -> Any:
 
 
 def check_bounds(value: float, key: str, bounds: typing.Mapping[str, Any]) -> None:
-    """Raise ConfigError for a number that is not finite, or out of the bounds of its knob."""
+    """Raise ConfigError for a number that is not finite or is outside the bounds of its knob."""
     low, high, above, below = (bounds.get(name) for name in ("min", "max", "above", "below"))
     unit = f" {bounds['unit']}" if bounds.get("unit") else ""
     if not math.isfinite(value):
@@ -155,9 +157,10 @@ def check_bounds(value: float, key: str, bounds: typing.Mapping[str, Any]) -> No
 
 
 def expand_path(text: str, key: str) -> str:
-    """A path with its ~ and $NAMES replaced: else folders of these very names would be made.
+    """Expand ~ and $NAMES in a path, so that no folder with such a literal name is created.
 
-    Raises ConfigError for a name that is not set, and for what no path of ours may hold. `key` is for the message.
+    Raises ConfigError for a variable or user that does not exist, and for characters that a path may not contain. `key`
+    is for the message.
     """
 
     def value_of(match: re.Match[str]) -> str:
@@ -177,7 +180,7 @@ def expand_path(text: str, key: str) -> str:
         if home.startswith("~"):
             raise ConfigError(f"{key} is {text!r}: there is no user {path.partition('/')[0]}; write the path out")
         path = home
-    if "${" in path or _VARIABLE.search(path) or path.startswith("~"):  # would be replaced when it is read again
+    if "${" in path or _VARIABLE.search(path) or path.startswith("~"):  # a later read would expand it again
         raise ConfigError(f"{key} is {text!r}, which is {path!r}: there is a $NAME in it; name the folder otherwise")
     if _CONTROL.search(path):
         raise ConfigError(f"{key} is {text!r}: a path may not hold line breaks and control characters")
@@ -193,7 +196,7 @@ def _text(tree: Scalar, key: str, *, path: bool) -> str:
 
 
 def _read(kind: Any, text: str) -> int | float | bool | None:
-    """The number or truth value that a text spells; None where it spells none."""
+    """The number or truth value that a text spells; None if it spells neither."""
     if kind is bool:
         return True if text.lower() in _TRUE else False if text.lower() in _FALSE else None
     if re.fullmatch(r"[-+]?\.?(inf|infinity|nan)", text, re.IGNORECASE):

@@ -1,1 +1,1 @@
-"""Token shards: their format, manifest and packing. numpy only."""
+"""Token shards: the file format, the manifest and the packing. Depends on numpy only."""

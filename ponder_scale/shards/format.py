@@ -1,14 +1,14 @@
-"""Token shards on disk: written, opened, memory-mapped.
+"""Write, open and memory-map token shards on disk.
 
-    FOLDER/manifest.json            what is here, with hashes; without it the folder is unfinished
-    FOLDER/train-00000.bin, .idx    tokens and index, one pair for each shard of each split
-    FOLDER/train-00000.mask         which tokens count in the loss, where not all do: see mask.py
+    FOLDER/manifest.json            lists the contents with hashes. Without it the folder is unfinished.
+    FOLDER/train-00000.bin, .idx    tokens and their index, one pair for each shard of each split
+    FOLDER/train-00000.mask         which tokens count in the loss, if not all do (see mask.py)
     FOLDER/tokenizer/               the tokenizer that made the tokens
 
-`.bin` and `.idx` are Megatron-LM's indexed dataset, so its readers open them. `.bin` is the documents' tokens
-one after another. `.idx` is, little-endian: 9 bytes of magic, u64 version, u8 dtype code, u64 number of
+`.bin` and `.idx` follow Megatron-LM's indexed dataset, so its readers open them. `.bin` holds the tokens of all
+documents, one after another. `.idx` is little-endian: 9 bytes of magic, u64 version, u8 dtype code, u64 number of
 sequences n, u64 number of boundaries, int32 lengths [n] in tokens, int64 offsets [n] in bytes, int64 document
-boundaries as sequence numbers. Each document is one sequence here: the boundaries are 0, 1, ..., n.
+boundaries as sequence numbers. Here each document is one sequence, so the boundaries are 0, 1, ..., n.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_CODES = {"int32": 4, "uint16": 8}
 _BEGINS_AT_ONCE = 64
-_INDEX_BLOCK = 2**20  # documents whose index is in memory at once
+_INDEX_BLOCK = 2**20  # documents whose index is in memory at the same time
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
-    """The little-endian type for token ids below `vocab_size`, by the rule of Megatron-LM's builder."""
+    """The little-endian dtype for token ids below `vocab_size`, chosen as Megatron-LM's builder does."""
     if not 0 < vocab_size <= MAX_VOCABULARY:
         raise ShardError(
             f"vocabulary of {vocab_size:,} tokens: shards hold vocabularies of 1 to {MAX_VOCABULARY:,} tokens"
@@ -53,9 +53,9 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Streams documents into one shard. Nothing has its final name before `close`.
+    """Stream documents into one shard. No file has its final name before `close`.
 
-    masked: not all tokens count in the loss; `add` is told which do.
+    masked: whether some tokens do not count in the loss. If so, `add` needs `counts`.
     """
 
     def __init__(self, folder: Path, name: str, vocab_size: int, masked: bool = False) -> None:
@@ -72,8 +72,8 @@ class ShardWriter:
     def add(self, tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None = None) -> None:
         """Append documents.
 
-        tokens: (sum of lengths,) integers, document after document; lengths: (documents,); counts: (sum of lengths,)
-        bool, whether each token counts in the loss, of a shard with a mask.
+        tokens: (sum of lengths,) integers, document after document. lengths: (documents,).
+        counts: (sum of lengths,) bool, whether each token counts in the loss. Only for a shard with a mask.
         Raises ShardError for a token id outside the vocabulary and for a document too long for the index.
         """
         assert tokens.ndim == lengths.ndim == 1 and lengths.sum() == len(tokens)
@@ -88,8 +88,10 @@ class ShardWriter:
         self.tokens += len(tokens)
 
     def close(self, source: str = "") -> ShardInfo:
-        """Write the index, make all files durable, give them their names; returns what was written, and from
-        which source of the build."""
+        """Write the index, make all files durable and rename them to their final names.
+
+        Returns the description of the shard. `source` is the source of the build that its documents come from.
+        """
         with self._stream:
             sync(self._stream)
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
@@ -117,7 +119,6 @@ class ShardWriter:
 
     @property
     def documents(self) -> int:
-        """How many were added."""
         return len(self._lengths)
 
     def _check(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
@@ -137,10 +138,10 @@ class ShardWriter:
 
 
 class Shard:
-    """One shard, read through memory maps that are made on first use.
+    """One shard, read through memory maps that are created on first use.
 
-    Opening takes the same time for any size. Raises ShardError when its two files disagree with each other or
-    with the manifest: now, or with `check=False` when they are first used.
+    Opening takes the same time for any size. Raises ShardError when the files disagree with each other or with the
+    manifest. With `check=False` it raises on first use instead.
     """
 
     def __init__(self, folder: Path, info: ShardInfo, dtype: np.dtype, *, check: bool = True) -> None:
@@ -166,16 +167,16 @@ class Shard:
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """Where each document begins in `.bin`, in bytes, (documents,) int64, read-only."""
+        """Byte offset in `.bin` at which each document begins, (documents,) int64, read-only."""
         self.check()
         index = np.memmap(self._idx, dtype=np.uint8, mode="r").view(np.ndarray)
         begin = _HEADER.size + 4 * self.info.documents
         return index[begin : begin + 8 * self.info.documents].view("<i8")
 
     def begins_within(self, first: int, count: int) -> list[int]:
-        """The places, relative to `first`, of tokens [first, first + count) that begin a document; ascending."""
+        """Positions of the tokens in [first, first + count) that begin a document, relative to `first`, ascending."""
         begin, end = first * self._itemsize, (first + count) * self._itemsize
-        # Not numpy's search: the index is not aligned in its file, and numpy would copy all of it first.
+        # Not np.searchsorted: the index is unaligned in its file, so numpy would first copy all of it.
         document = bisect_left(self._offsets, begin)
         found: list[int] = []
         while True:
@@ -187,7 +188,7 @@ class Shard:
             document += _BEGINS_AT_ONCE
 
     def will_need(self, first: int, count: int) -> None:
-        """Ask the kernel to read tokens [first, first + count) ahead of their use."""
+        """Ask the kernel to read tokens [first, first + count) before you use them."""
         if self._map is not None:
             start = first * self._itemsize // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, start, (first + count) * self._itemsize - start)
@@ -196,8 +197,9 @@ class Shard:
 
     @cached_property
     def _offsets(self) -> memoryview:
-        """`offsets` for look-ups one by one, at half the cost of an array."""
-        return memoryview(self.offsets.view(np.uint8).data).cast("q")  # little-endian machines only, like the files
+        """`offsets` for single look-ups, at half the cost of an array."""
+        # valid on little-endian machines only, as the files are
+        return memoryview(self.offsets.view(np.uint8).data).cast("q")
 
     @cached_property
     def _map(self) -> mmap.mmap | None:
@@ -206,12 +208,12 @@ class Shard:
             return None
         with self._bin.open("rb") as stream:
             content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        # Sequences are read in random order: the kernel's read-ahead would fetch megabytes for kilobytes.
+        # Sequences are read in random order, so the kernel's read-ahead would fetch megabytes for kilobytes.
         content.madvise(mmap.MADV_RANDOM)
         return content
 
     def check(self) -> None:
-        """Every check that needs no pass over the data, once."""
+        """Run every check that needs no pass over the data. Later calls do nothing."""
         if self._checked:
             return
         size, index_size, itemsize = _size_of(self._bin), _size_of(self._idx), self._itemsize
@@ -251,15 +253,13 @@ class ShardSet:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where the tokenizer's files lie."""
         return self.folder / TOKENIZER
 
     def every(self) -> list[Shard]:
-        """The shards of all splits."""
         return [shard for shards in self._shards.values() for shard in shards]
 
     def split(self, name: str) -> list[Shard]:
-        """The shards of "train" or "heldout" in reading order; there may be none."""
+        """The shards of split "train" or "heldout" in reading order, which may be an empty list."""
         if name not in self._shards:
             known = ", ".join(self._shards) or "none"
             raise ShardError(f"{self.folder}: no split {name!r}; its splits are: {known}")
@@ -267,10 +267,9 @@ class ShardSet:
 
 
 def open_shards(folder: Path | str, *, check: bool = True) -> ShardSet:
-    """The shards of a folder, checked against its manifest without a pass over the data.
+    """Open a folder of shards and check it against its manifest, without a pass over the data.
 
-    With `check=False` a shard is checked when it is first used, or by whoever calls its `check`.
-
+    With `check=False`, each shard is checked on first use or when you call its `check`.
     Raises ShardError for a folder that is unfinished or damaged.
     """
     folder = Path(folder)
@@ -287,9 +286,9 @@ def open_shards(folder: Path | str, *, check: bool = True) -> ShardSet:
 
 
 def open_all(paths: Mapping[str, str], key: str = "data.sources.{}.path", *, check: bool = True) -> dict[str, ShardSet]:
-    """The shards of each source by name, in alphabetical order; `key` is what gave its path, for messages; `check` is
-    that of `open_shards`.
+    """The shards of each source by name, in alphabetical order.
 
+    `key` is the setting that gave the path, for error messages. `check` is passed to `open_shards`.
     Raises ShardError for damaged or unfinished shards, TokenizerError for sources of different tokenizers.
     """
     sources = {}
@@ -303,7 +302,7 @@ def open_all(paths: Mapping[str, str], key: str = "data.sources.{}.path", *, che
 
 
 def same_tokenizer(sets: Mapping[str, ShardSet]) -> None:
-    """Raises TokenizerError when shards to be read together, by source name, have different tokenizers or ends."""
+    """Raise TokenizerError if shards that are read together differ in tokenizer or end-of-document token."""
     for (one, first), (name, other) in combinations(sets.items(), 2):
         if other.manifest.tokenizer != first.manifest.tokenizer:
             raise TokenizerError(
@@ -320,7 +319,7 @@ def same_tokenizer(sets: Mapping[str, ShardSet]) -> None:
 
 
 def check_vocabulary(sets: Mapping[str, ShardSet], vocab_size: int) -> None:
-    """Raises ConfigError when a model of `vocab_size` tokens is too small for the shards, by source name."""
+    """Raise ConfigError if a model with `vocab_size` tokens is too small for the shards of any source."""
     for name, shards in sets.items():
         if vocab_size < shards.manifest.vocab_size:
             raise ConfigError(
@@ -330,7 +329,7 @@ def check_vocabulary(sets: Mapping[str, ShardSet], vocab_size: int) -> None:
 
 
 def index_pieces(lengths: np.ndarray, dtype: np.dtype) -> Iterator[bytes]:
-    """The content of `.idx` for documents of `lengths` tokens, piece by piece."""
+    """Yield the content of `.idx` for documents of `lengths` tokens, in pieces."""
     count = len(lengths)
     blocks = [slice(begin, begin + _INDEX_BLOCK) for begin in range(0, count, _INDEX_BLOCK)]
     yield _HEADER.pack(_MAGIC, 1, _DTYPE_CODES[dtype.name.replace("uint32", "int32")], count, count + 1)
@@ -346,10 +345,10 @@ def index_pieces(lengths: np.ndarray, dtype: np.dtype) -> Iterator[bytes]:
 
 
 def check_index(index: Path, data: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    """(dtype, lengths of sequences (n,), documents (d + 1,) as the numbers of the sequences at which they begin, and n)
-    of an index that any program wrote, after comparing all of it with its `.bin`.
+    """Compare an index that any program wrote with all of its `.bin`, and return what it holds.
 
-    Raises ShardError when they do not fit, and for types that shards do not have.
+    Returns the dtype, the lengths of the n sequences (n,), and the first sequence of each document, then n, (d + 1,).
+    Raises ShardError if index and data disagree, and for a dtype that shards do not use.
     """
     content = np.memmap(index, dtype=np.uint8, mode="r") if index.stat().st_size else np.empty(0, np.uint8)
     if len(content) < _HEADER.size:
@@ -370,7 +369,7 @@ def check_index(index: Path, data: Path) -> tuple[np.dtype, np.ndarray, np.ndarr
     if (int(ends[-1]) if sequences else 0) != data.stat().st_size:
         raise _damaged(data, f"{data.stat().st_size:,} bytes; its index says {int(ends[-1]) if sequences else 0:,}")
     documents = content[_HEADER.size + 12 * sequences :].view("<i8")
-    if len(documents) < 2:  # of a builder that was never told where a document ends
+    if len(documents) < 2:  # its builder was never told where documents end
         documents = np.arange(sequences + 1, dtype="<i8")
     if documents[0] or documents[-1] != sequences or (np.diff(documents) < 0).any():
         raise _damaged(index, f"its documents do not cover its {sequences:,} sequences")
@@ -378,7 +377,7 @@ def check_index(index: Path, data: Path) -> tuple[np.dtype, np.ndarray, np.ndarr
 
 
 def _indexed_tokens(stream: IO[bytes], sequences: int, itemsize: int) -> int:
-    """Where the last sequence ends in .bin, in tokens, by the index."""
+    """The total number of tokens in `.bin`, read from the last entry of the index."""
     if not sequences:
         return 0
     stream.seek(_HEADER.size + 4 * (sequences - 1))

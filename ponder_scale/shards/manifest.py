@@ -1,7 +1,7 @@
-"""manifest.json: what a folder of token shards holds, with the hashes that prove it.
+"""manifest.json lists what a folder of token shards holds, with hashes that prove it.
 
-It is written last and atomically, so a folder without it is unfinished. Sizes are checked whenever shards are
-opened; `verify` reads and hashes every byte.
+It is written last and atomically, so a folder without it is unfinished. Opening shards checks their sizes. `verify`
+reads and hashes every byte.
 """
 
 from __future__ import annotations
@@ -19,58 +19,58 @@ from ponder_scale.errors import ShardError
 from ponder_scale.files.write import hash_file, writing
 
 FORMAT_VERSION = 2
-MASKED_VERSION = 3  # of folders with a mask: a program that knows none would let every token count
-READABLE_VERSIONS = (1, 2, 3)  # version 1 knew no sources and no weights
+MASKED_VERSION = 3  # for folders with a mask: an older program would ignore the mask and count every token
+READABLE_VERSIONS = (1, 2, 3)  # version 1 had no sources and no weights
 MANIFEST = "manifest.json"
-BLOCK_BYTES = 64 * 2**20  # of .bin under one hash
-PACKING_PREFIX = "packing-"  # of folders beside the shards, sealed on their own: see ponder_scale/shards/packing.py
-_READ_BYTES = 2**20  # at once: what hashes a file must not take more memory than what wrote it
+BLOCK_BYTES = 64 * 2**20  # bytes of .bin that one hash covers
+PACKING_PREFIX = "packing-"  # folders beside the shards with a seal of their own: see ponder_scale/shards/packing.py
+_READ_BYTES = 2**20  # bytes per read: hashing a file must not need more memory than writing it did
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard as the manifest describes it. Hashes are xxh3-128, in hexadecimal."""
+    """One shard as the manifest describes it. Hashes are xxh3-128 in hexadecimal."""
 
-    name: str  # of the files, without .bin and .idx
+    name: str  # file name without .bin and .idx
     documents: int
     tokens: int
-    bytes: int  # of .bin
+    bytes: int  # size of .bin
     bin_hashes: list[str]  # one for each BLOCK_BYTES of .bin
     idx_hash: str
-    source: str = ""  # of the build, by name; each shard is of one
-    mask_hash: str | None = None  # of .mask; None: there is none, and every token counts in the loss
-    counted: int | None = None  # tokens that count in the loss; None: all
+    source: str = ""  # name of the one source that all its documents come from
+    mask_hash: str | None = None  # hash of .mask; None if there is no mask and every token counts in the loss
+    counted: int | None = None  # tokens that count in the loss; None if all do
 
     @property
     def tokens_that_count(self) -> int:
-        """Tokens that count in the loss."""
         return self.tokens if self.counted is None else self.counted
 
     @property
     def files(self) -> list[str]:
-        """The names of all its files. Whoever copies, moves, links or deletes a shard asks here."""
+        """The names of all its files. Ask here whenever you copy, move, link or delete a shard."""
         suffixes = ("bin", "idx") if self.mask_hash is None else ("bin", "idx", "mask")
         return [f"{self.name}.{suffix}" for suffix in suffixes]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds, and all that is needed to use and to check it."""
+    """What a folder of shards holds, with all you need to use and check it."""
 
     dtype: str  # uint16 or int32, little-endian
     vocab_size: int
-    eod_id: int | None  # ends each document; None: nothing does
-    bos_id: int | None  # begins each document; None: nothing does
+    eod_id: int | None  # token that ends each document; None if no token does
+    bos_id: int | None  # token that begins each document; None if no token does
     tokenizer: str  # sha256 of the tokenizer's files, see tokenizer_sha256
     splits: dict[str, list[ShardInfo]]  # in reading order
     files: dict[str, str] = field(default_factory=dict)  # hash of each other file, by its path in the folder
-    provenance: dict[str, Any] = field(default_factory=dict)  # what made the shards; for people
+    provenance: dict[str, Any] = field(default_factory=dict)  # how the shards were made, for people to read
     version: int = FORMAT_VERSION
-    weights: dict[str, float] = field(default_factory=dict)  # of the sources in training; none: all read as one
+    # training weight of each source; empty if all shards are read as one source
+    weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
-        """A hash of the tokens, document boundaries, masks, their order and the tokenizer, and of nothing else."""
+        """A hash of tokens, document boundaries, masks, shard order and tokenizer, and of nothing else."""
 
         def of(shard: ShardInfo) -> list[Any]:
             mask = [] if shard.mask_hash is None else [shard.mask_hash]
@@ -81,12 +81,12 @@ class Manifest:
 
     @property
     def masked(self) -> bool:
-        """Whether there are tokens that do not count in the loss, or shards that could have some."""
+        """Whether any shard has a mask, so that some tokens may not count in the loss."""
         return any(shard.mask_hash is not None for shards in self.splits.values() for shard in shards)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of shards. Raises ShardError where there is none that can be read."""
+    """Read the manifest of a folder of shards. Raises ShardError if it is missing or cannot be read."""
     path = folder / MANIFEST
     content = _read_json(path)
     if content.get("version") not in READABLE_VERSIONS:
@@ -103,10 +103,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def seal(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, atomically and durably: from now on the folder is finished."""
+    """Write the manifest atomically and durably. From then on the folder counts as finished."""
     content = asdict(manifest)
     for info in (info for infos in content["splits"].values() for info in infos):
-        for key in ("mask_hash", "counted"):  # where there is no mask the manifest has no word of it
+        # a manifest without masks has none of these keys, so older programs read it
+        for key in ("mask_hash", "counted"):
             if info[key] is None:
                 del info[key]
     if manifest.masked:
@@ -118,10 +119,10 @@ def seal(folder: Path, manifest: Manifest) -> None:
 
 
 def verify(folder: Path, progress: Callable[[int], None] = lambda size: None) -> list[str]:
-    """Read and hash everything: a line for each thing that is not as the build left it; none when all is.
+    """Read and hash everything. Returns one line for each difference from what the build left, or an empty list.
 
-    `progress` is told the size of each block read, in bytes. Raises ShardError when there is no manifest that
-    can be read.
+    `progress` receives the size of each block read, in bytes. Raises ShardError if the manifest is missing or cannot be
+    read.
     """
     manifest = read_manifest(folder)
     findings = []
@@ -145,7 +146,7 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda size: None) ->
 
 
 def tokenizer_sha256(files: Iterable[Path]) -> str:
-    """The identity of a tokenizer: of the contents of its files, in the order of their names."""
+    """The identity of a tokenizer: the sha256 of its files' contents, in the order of their names."""
     whole = hashlib.sha256()
     for path in sorted(files, key=lambda path: path.name):
         content = path.read_bytes()
@@ -154,14 +155,14 @@ def tokenizer_sha256(files: Iterable[Path]) -> str:
 
 
 def tokenizer_identity(folder: Path) -> str | None:
-    """`tokenizer_sha256` of the file that decides the tokens of a Hugging Face folder; None where there is none."""
+    """`tokenizer_sha256` of the file in a Hugging Face folder that decides the tokens; None if it has none."""
     files = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
     files = files[:1] or sorted(folder.glob("*.model"))[:1]
     return tokenizer_sha256(files) if files else None
 
 
 class BlockHashes:
-    """The hash of each BLOCK_BYTES of a stream."""
+    """Hashes a stream in blocks of BLOCK_BYTES."""
 
     def __init__(self) -> None:
         self._done: list[str] = []
@@ -169,7 +170,7 @@ class BlockHashes:
         self._filled = 0
 
     def update(self, content: memoryview) -> None:
-        """Take the next bytes of the stream."""
+        """Add the next bytes of the stream."""
         while len(content):
             piece = content[: BLOCK_BYTES - self._filled]
             self._current.update(piece)
@@ -180,17 +181,17 @@ class BlockHashes:
             content = content[len(piece) :]
 
     def finish(self) -> list[str]:
-        """All hashes, the last one of a block that may be shorter."""
+        """The hash of every block. The last block may be shorter."""
         return [*self._done, self._current.hexdigest()] if self._filled else self._done
 
 
 def unsealed(path: Path) -> Path:
-    """The name a file has until it is whole and durable."""
+    """The temporary name of a file, until it is whole and durable."""
     return path.with_name(path.name + ".tmp")
 
 
 def _in_packing(name: str) -> bool:
-    """Whether a file lies in a folder that `verify_packings` reads; one beside the shards does not."""
+    """Whether `verify_packings` reads this file. It reads only files inside a packing folder."""
     return name.startswith(PACKING_PREFIX) and "/" in name
 
 
@@ -221,7 +222,7 @@ def _compare_file(folder: Path, name: str, known: str) -> Iterator[str]:
 
 
 def _block_hashes(path: Path, progress: Callable[[int], None]) -> Iterator[tuple[str, int]]:
-    """The hash and the length of each block of a file."""
+    """Yield the hash and the length of each block of a file."""
     with path.open("rb") as stream:
         while True:
             block, length = xxhash.xxh3_128(), 0

@@ -1,7 +1,7 @@
-"""Which tokens of a shard count in the loss: `.mask`, a bit for each token of `.bin`, beside it.
+"""`.mask` says which tokens of a shard count in the loss. It lies beside `.bin` and has one bit for each token.
 
-Bit i of the file, the lowest of a byte first, is 1 where a model is to learn to predict token i. The bits behind the
-last token are 0. A shard whose tokens all count has no such file.
+Bit i of the file, counted from the lowest bit of each byte, is 1 if a model should learn to predict token i. The bits
+after the last token are 0. A shard whose tokens all count has no such file.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ponder_scale.shards.manifest import unsealed
 
 
 class MaskWriter:
-    """Streams the bits of one shard into a file that has its name without `.tmp` only after `close`."""
+    """Streams the bits of one shard into a file. The file keeps its `.tmp` name until `ShardWriter` renames it."""
 
     def __init__(self, path: Path) -> None:
-        self.counted = 0  # tokens that count
+        self.counted = 0  # tokens that count in the loss
         self._stream = unsealed(path).open("wb")
         self._hash = xxhash.xxh3_128()
-        self._rest = np.empty(0, dtype=bool)  # of a byte that is not full
+        self._rest = np.empty(0, dtype=bool)  # bits that do not fill a byte yet
 
     def add(self, counts: np.ndarray) -> None:
-        """Append tokens: counts (tokens,) bool, whether each counts."""
+        """Append tokens. counts: (tokens,) bool, whether each token counts in the loss."""
         self.counted += int(counts.sum())
         bits = np.concatenate([self._rest, counts])
         full = len(bits) // 8 * 8
@@ -36,7 +36,7 @@ class MaskWriter:
         self._rest = bits[full:]
 
     def close(self) -> str:
-        """Make it durable, under its unsealed name; the xxh3-128 of its bytes."""
+        """Make the file durable, still under its `.tmp` name. Returns the xxh3-128 of its bytes."""
         self._write(self._rest)
         with self._stream:
             sync(self._stream)
@@ -55,7 +55,7 @@ class Mask:
         self._path, self._tokens = path, tokens
 
     def check(self) -> None:
-        """Raises ShardError where the file is missing or is not of as many tokens as the shard."""
+        """Raise ShardError if the file is missing or its size does not fit the tokens of the shard."""
         found = self._path.stat().st_size if self._path.is_file() else -1
         if found != mask_bytes(self._tokens):
             what = (
@@ -69,13 +69,13 @@ class Mask:
             )
 
     def read(self, first: int, count: int) -> np.ndarray:
-        """Whether each of the tokens [first, first + count) counts, (count,) bool."""
+        """Whether each of the tokens [first, first + count) counts in the loss, (count,) bool."""
         begin = first // 8
         some = self._bytes[begin : (first + count + 7) // 8]
         return np.unpackbits(some, bitorder="little")[first - 8 * begin :][:count].view(bool)
 
     def will_need(self, first: int, count: int) -> None:
-        """Ask the kernel to read the bits of tokens [first, first + count) ahead of their use."""
+        """Ask the kernel to read the bits of tokens [first, first + count) before you use them."""
         if self._map is not None:
             start = first // 8 // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, start, (first + count + 7) // 8 - start)
@@ -96,12 +96,12 @@ class Mask:
 
 
 def mask_bytes(tokens: int) -> int:
-    """The size of `.mask` for so many tokens."""
+    """The size of `.mask` in bytes for a shard of `tokens` tokens."""
     return -(-tokens // 8)
 
 
 def is_mask(path: Path, tokens: int) -> bool:
-    """Whether a file is as large as the mask of so many tokens, with no bit behind the last of them."""
+    """Whether a file has the size of a mask for `tokens` tokens, with no bit set after the last of them."""
     if not path.is_file() or path.stat().st_size != mask_bytes(tokens):
         return False
     with path.open("rb") as stream:
@@ -111,5 +111,5 @@ def is_mask(path: Path, tokens: int) -> bool:
 
 
 def count_bits(path: Path) -> int:
-    """The tokens that count by a file of bits."""
+    """The number of tokens that count in the loss, from a file of bits."""
     return int(np.bitwise_count(np.fromfile(path, np.uint8)).sum(dtype=np.int64))

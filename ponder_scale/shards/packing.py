@@ -1,14 +1,14 @@
-"""Best-fit packing: which documents share a sequence, computed once and kept beside the shards.
+"""Best-fit packing decides which documents share a sequence. It runs once, and the result lies beside the shards.
 
-    FOLDER/packing-2048/packing.json          what is here, with hashes; the folder has its name only when it is whole
-    FOLDER/packing-2048/train-00000.starts    int64 [bins + 1], the number of the first piece of each bin, and of all
+    FOLDER/packing-2048/packing.json          lists the contents with hashes. The folder gets its name last.
+    FOLDER/packing-2048/train-00000.starts    int64 [bins + 1], first piece of each bin, then the number of pieces
     FOLDER/packing-2048/train-00000.pieces    PIECE [pieces], bin after bin
 
-A bin is what one sequence of seq_len + 1 tokens holds: whole documents, or the rest of one that is longer than a
-sequence. Such a document of n tokens is cut every seq_len tokens, neighbours sharing one, so that each of its tokens
-but the first is predicted once; each full piece has a bin of its own and only the rest is packed, by best-fit
-decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830). Bins hold pieces of
-one shard, so that shards can be packed, read and removed apart from each other.
+A bin is the content of one sequence of seq_len + 1 tokens. It holds whole documents, or the rest of a document that is
+longer than a sequence. Such a document is cut every seq_len tokens. Neighbouring pieces share one token, so that each
+token but the first is predicted once. Each full piece fills a bin of its own. Only the rests and the short documents
+are packed, by best-fit decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830).
+A bin holds pieces of one shard only, so that you can pack, read and remove shards independently.
 """
 
 from __future__ import annotations
@@ -31,24 +31,26 @@ from ponder_scale.files.write import hash_file, sync, sync_folder
 from ponder_scale.shards.format import Shard, ShardSet
 from ponder_scale.shards.manifest import PACKING_PREFIX, hash_of_json, read_manifest
 
-PIECE = np.dtype([("begin", "<i8"), ("tokens", "<i4")])  # tokens < 0: the piece goes on with a document cut before it
+# tokens < 0: the piece continues a document that was cut before it
+PIECE = np.dtype([("begin", "<i8"), ("tokens", "<i4")])
 SEAL = "packing.json"
 Progress = Callable[[int, int], None]
 
 _VERSION = 1
-_PACKED = re.compile(rf"{re.escape(MARK)}|{re.escape(SEAL)}|[^/]+\.(starts|pieces)")  # names in an unfinished folder
-_DOCUMENTS_AT_ONCE = 2**20  # are packed together: bounds the memory, and leaves few bins half full
-_LEAST = 2  # tokens of a piece: one to read and one to predict
+# the names in an unfinished folder
+_PACKED = re.compile(rf"{re.escape(MARK)}|{re.escape(SEAL)}|[^/]+\.(starts|pieces)")
+_DOCUMENTS_AT_ONCE = 2**20  # packed together: bounds the memory, and leaves few bins half full
+_LEAST = 2  # the fewest tokens in a piece: one to read and one to predict
 
 
 @dataclass(frozen=True)
 class PackedShard:
-    """The bins of one shard as the seal describes them."""
+    """The bins of one shard, as the seal describes them."""
 
     bins: int
     pieces: int
-    tokens: int  # in all bins, those shared by neighbouring pieces counted twice
-    cut_by_concat: int  # documents of at most a sequence that data.packing=concat would cut, and no bin does
+    tokens: int  # in all bins; a token that neighbouring pieces share counts twice
+    cut_by_concat: int  # documents that fit a sequence and that data.packing=concat would cut; no bin cuts them
     starts_hash: str  # xxh3-128
     pieces_hash: str
 
@@ -65,7 +67,7 @@ class Packing:
 
 
 class Bins:
-    """The bins of one shard. Nothing is read before the first look-up."""
+    """The bins of one shard. The files are opened at the first look-up."""
 
     def __init__(self, folder: Path, name: str, info: PackedShard) -> None:
         self._starts_path, self._pieces_path, self._info = folder / f"{name}.starts", folder / f"{name}.pieces", info
@@ -74,7 +76,9 @@ class Bins:
         return self._info.bins
 
     def pieces(self, number: int) -> list[tuple[int, int, bool]]:
-        """(first token in the shard, tokens, whether it goes on with a document cut before it) of each piece."""
+        """Each piece of a bin: its first token in the shard, its tokens, and whether it continues a document cut before
+        it.
+        """
         first, end = self._starts[number], self._starts[number + 1]
         return [(begin, abs(tokens), tokens < 0) for begin, tokens in self._pieces[first:end].tolist()]
 
@@ -88,14 +92,13 @@ class Bins:
 
 
 def packing_folder(shards: Path, seq_len: int) -> Path:
-    """Where the packing of a folder of shards lies."""
     return shards / f"{PACKING_PREFIX}{seq_len}"
 
 
 def open_packing(shards: ShardSet, seq_len: int) -> Packing:
-    """The packing for sequences of `seq_len` predicted tokens, its sizes checked, without a pass over it.
+    """Open the packing for sequences of `seq_len` predicted tokens. Checks sizes without a pass over the data.
 
-    Raises ShardError where there is none, and for one of other shards, or a damaged one.
+    Raises ShardError if the packing is missing, damaged, or made for other shards.
     """
     folder = packing_folder(shards.folder, seq_len)
     remedy = f"run: ponder-data pack {shards.folder} --seq-len {seq_len}"
@@ -115,15 +118,15 @@ def open_packing(shards: ShardSet, seq_len: int) -> Packing:
 
 
 def pack(shards: ShardSet, seq_len: int, progress: Progress = lambda size, documents: None) -> dict[str, Any]:
-    """Pack all shards for sequences of `seq_len` predicted tokens, in place of an earlier packing; the seal's content.
+    """Pack all shards for sequences of `seq_len` predicted tokens, replacing an earlier packing. Returns the seal.
 
-    `progress` is told the bytes of `.bin` and the documents of each block. Memory does not grow with the shards.
+    `progress` receives the bytes of `.bin` and the documents of each block. Memory does not grow with the shards.
     """
     folder = packing_folder(shards.folder, seq_len)
     partial = folder.with_name(folder.name + ".partial")
     if folder.exists():
         if (folder / SEAL).is_file():
-            _read_seal(folder)  # says what to do where it is damaged
+            _read_seal(folder)  # raises with the remedy if the seal is damaged
         check_ours(folder, _names_of_seal(folder).__contains__, lambda folder: (folder / SEAL).is_file())
     with held(partial, _named_by_pack):
         delete_contents(partial, _named_by_pack, keep=[MARK])
@@ -155,9 +158,9 @@ def _write_packing(shards: ShardSet, seq_len: int, partial: Path, progress: Prog
 
 
 def names_of_packings(shards: Path) -> set[str]:
-    """The paths, in a folder of shards, of all that its packings hold; names of folders end with a slash.
+    """The paths of everything that the packings in a folder of shards hold. Names of folders end with a slash.
 
-    Of unfinished ones too; of one whose seal cannot be read, nothing.
+    Includes unfinished packings. Leaves out a packing whose seal cannot be read.
     """
     found = set()
     for folder in shards.glob(f"{PACKING_PREFIX}*"):
@@ -184,7 +187,7 @@ def _names_of_seal(folder: Path) -> set[str]:
 
 
 def verify_packings(shards: Path) -> list[str]:
-    """Read and hash every packing in a folder of shards: a line for each thing that is not as it was made."""
+    """Read and hash every packing in a folder of shards. Returns one line for each difference from what was made."""
     findings = []
     identity = read_manifest(shards).identity
     for folder in sorted(path for path in shards.glob(f"{PACKING_PREFIX}*") if path.is_dir()):
@@ -210,23 +213,24 @@ def verify_packings(shards: Path) -> list[str]:
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """(the bin of each item, (n,) int64; the number of bins), for lengths (n,) of 1 to `capacity`.
+    """Assign items with lengths (n,) of 1 to `capacity` to bins of that capacity.
 
-    The longest item goes first, each to the bin with the least room that holds it. Bins with equal room are alike,
-    so all items of one length are placed together: the work is that of distinct lengths, not of items.
+    Returns the bin of each item, (n,) int64, and the number of bins. The longest item goes first, each into the fullest
+    bin that still holds it. Bins with equal room are interchangeable, so all items of one length are placed together.
+    The work therefore grows with the number of distinct lengths, not with the number of items.
     """
     order = np.argsort(capacity - lengths, kind="stable")
     counts = np.bincount(lengths, minlength=1)
     bin_of = np.empty(len(lengths), dtype=np.int64)
-    open_bins: dict[int, list[np.ndarray]] = defaultdict(list)  # by the room in them
-    rooms = bins = placed = 0  # rooms: bit r is set where there are open bins with room r
+    open_bins: dict[int, list[np.ndarray]] = defaultdict(list)  # by the room left in them
+    rooms = bins = placed = 0  # rooms: bit r is set if there are open bins with room r
 
     for length in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[length])
         while left:
             fitting = rooms >> length
             room = length + (fitting & -fitting).bit_length() - 1 if fitting else capacity
-            each = room // length  # a bin that takes one becomes the best for the next, until none fits
+            each = room // length  # the bin that takes one item is the best fit for the next, until none fits
             needed = -(-left // each)
             if fitting:
                 some = open_bins[room].pop()
@@ -251,7 +255,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
 
 
 class _Block(NamedTuple):
-    """Some bins: their pieces, bin after bin, and how many each has."""
+    """Some bins: their pieces, bin after bin, and the number of pieces in each bin."""
 
     pieces: np.ndarray
     per_bin: np.ndarray
@@ -287,7 +291,7 @@ def _pack_shard(shard: Shard, seq_len: int, folder: Path, progress: Progress) ->
 
 
 def _blocks(begins: np.ndarray, lengths: np.ndarray, seq_len: int) -> Iterator[_Block]:
-    """The bins of documents: full pieces of the long ones, some at a time, then all rests packed."""
+    """The bins of a block of documents: first the full pieces of long documents, then the rests, packed."""
     full = np.maximum(lengths - 1, 0) // seq_len  # pieces of seq_len + 1 tokens; neighbours share one token
     ends = np.cumsum(full)
     total = int(ends[-1]) if len(ends) else 0
@@ -300,7 +304,7 @@ def _blocks(begins: np.ndarray, lengths: np.ndarray, seq_len: int) -> Iterator[_
         pieces["tokens"] = np.where(within > 0, -1, 1) * (seq_len + 1)
         yield _Block(pieces, np.ones(len(number), dtype=np.int64))
     rests = lengths - full * seq_len
-    kept = np.flatnonzero(rests >= _LEAST)  # of a shorter one, all tokens are predicted already, or there are none
+    kept = np.flatnonzero(rests >= _LEAST)  # a shorter rest adds nothing to predict
     if len(kept):
         bin_of, bins = best_fit_decreasing(rests[kept], seq_len + 1)
         kept = kept[np.argsort(bin_of, kind="stable")]
