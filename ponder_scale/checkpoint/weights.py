@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +123,14 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LEFT_OUT = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
 
-def model_weights(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
+def model_weights(model: Any, folder: Path, *, optional: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a folder under the names of the model's parameters. A tied weight comes once.
 
     The folder may be one of our exports, or come from transformers' stock classes or from the published code, or be a
     universal checkpoint.
+
+    Args:
+        optional: names of parameters that the folder need not have.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape, or there is a tensor too many.
@@ -155,6 +158,7 @@ def model_weights(model: Any, folder: Path) -> Iterator[tuple[str, Tensor]]:
                 "convert the folder first"
             )
         yield name, tensor
+    expected = {name: shape for name, shape in expected.items() if name not in optional}
     if expected:
         raise CheckpointError(f"{folder}: no weight for {', '.join(sorted(expected)[:5])}; it is of another model")
 

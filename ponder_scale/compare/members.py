@@ -37,6 +37,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("model.feedback=hidden", "model.residual=replace"),
     ),
     "hidden": ("hidden states are added to the input instead of pondering embeddings", ("model.feedback=hidden",)),
+    "both": ("hidden states are fed back beside pondering embeddings, by a learned gate", ("model.feedback=both",)),
     "vanilla-unscaled": (
         "vanilla without the factor sqrt(D) on its embeddings",
         (

@@ -54,8 +54,9 @@ class ModelConfig:
         1.0, "Factor on the input embeddings e_0. The published multiply-by-steps variant uses S.", min=1e-6, max=1e6
     )
     pondering_temperature: float = knob(1.0, "Temperature tau of the pondering softmax.", min=1e-3, max=1e3)
-    feedback: Literal["embedding", "hidden"] = knob(
-        "embedding", "What a pass feeds back (T): the pondering embedding, or its hidden states."
+    feedback: Literal["embedding", "hidden", "both"] = knob(
+        "embedding",
+        "What a pass feeds back (T): the pondering embedding, its hidden states, or both by a gate.",
     )
     residual: Literal["accumulate", "restart", "replace"] = knob(
         "accumulate",

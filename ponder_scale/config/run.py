@@ -95,6 +95,11 @@ class RunConfig:
                 f"train.pondering.backward_passes is {self.train.pondering.backward_passes} with train.pass_losses "
                 f"{self.train.pass_losses}: the losses of the passes before would have no gradient; leave one out"
             )
+        if self.train.pondering.backward_passes == 1 and self.model.feedback == "both":
+            raise ConfigError(
+                "train.pondering.backward_passes is 1 with model.feedback both, whose gate would get no gradient and "
+                "stay closed; use at least 2"
+            )
         mean = self.train.pondering.mean
         if mean is not None and mean > self.model.pondering_steps:
             raise ConfigError(

@@ -75,6 +75,8 @@ REFUSED = (
 _FEEDBACK = {
     "embedding": "after each of the first {steps} passes the probability-weighted sum of all token embeddings is fed\n"
     "back into its input",
+    "both": "after each of the first {steps} passes the probability-weighted sum of all token embeddings and, through\n"
+    "a learned gate, the hidden states are fed back into its input",
     "hidden": "after each of the first {steps} passes its hidden states are fed back into its input",
 }
 

@@ -216,6 +216,8 @@ class Watch:
                     total, seen = self.readout.cross_entropy(hidden, self.targets)
         else:
             fed_back, seen = self.readout.pondering_embedding(hidden, self.targets, learn=learn)
+            if self.causal.config.feedback == "both":
+                fed_back = self.causal.hidden_gate(fed_back, hidden)
         self.statistics.append(seen)
         if weight > 0 and seen is not None:
             self.learned.append(weight * (seen.loss.sum() if total is None else total))
@@ -244,6 +246,12 @@ class _Passes:
         watch.check_weights(self.steps, self.first_differentiated)
         self.cache, self.exit_kl = cache, exit_kl
         self.layers = self.model.num_layers
+        self.gate = getattr(self.model, "hidden_gate", None)
+        if self.config.feedback == "both" and self.steps > 0 and self.gate is None:
+            raise ValueError(
+                "feedback is 'both', but this model was made without a gate; set it, and pondering_steps, when you "
+                "make or load the model"
+            )
         self.output: Any = None
         if exit_kl is not None:
             check_growing(cache, "exit_kl")
@@ -255,6 +263,9 @@ class _Passes:
         scale = self.watch.readout.scale * self.config.initial_scale
         if scale != 1.0:
             embeds = embeds * scale
+        if self.gate is not None and self.steps == 0 and torch.is_grad_enabled():
+            # A weight that a step does not use keeps the gradient of the step before under ZeRO-3. This one gets 0.
+            embeds = self.gate(embeds, torch.zeros_like(embeds))
 
         def one_pass(e: Tensor, index: int) -> Tensor:
             self.output = self.model.run_pass(e, index, self._view(index), **options)

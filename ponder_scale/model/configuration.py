@@ -8,7 +8,7 @@ from typing import Any
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Olmo2Config
 
 RESIDUALS = ("accumulate", "restart", "replace")
-FEEDBACKS = ("embedding", "hidden")
+FEEDBACKS = ("embedding", "hidden", "both")
 PONDERING_FIELDS = (
     *("pondering_steps", "scale_embeds", "initial_scale", "pondering_temperature", "feedback", "residual"),
     *("pondering_top_k", "init_by_passes"),
@@ -26,7 +26,8 @@ class PonderingFields:
         initial_scale: factor on e_0. The published `mutiply_pondering_steps` is `initial_scale=S`.
         pondering_temperature: tau, divides the logits of the pondering softmax.
         feedback: T, what a pass leaves for the next: its pondering "embedding", or its "hidden" states, which are
-            those after the last norm. "hidden" with the residual "replace" is a looped transformer.
+            those after the last norm. "hidden" with the residual "replace" is a looped transformer. "both" adds the
+            hidden states to the pondering embedding through a learned gate, see `gate.py`.
         residual: "accumulate" feeds e_{s-1} + T, "restart" feeds e_0 + T, "replace" feeds T.
         pondering_top_k: keep only the K most probable tokens, renormalised; None keeps the vocabulary.
         init_by_passes: initial output projections are divided by sqrt(S + 1) too; None is as the published code of

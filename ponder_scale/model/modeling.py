@@ -47,6 +47,7 @@ from .cache import PassView
 from .changes import PassChanges
 from .compat import by_position, cache_name, one_cache
 from .configuration import PonderGPT2Config, PonderGPTNeoXConfig, PonderLlamaConfig, PonderOlmo2Config
+from .gate import HiddenGate
 
 if TYPE_CHECKING:
     # not imported, only named: transformers up to 5.0 caches the modules that this file names, and no further ones
@@ -102,6 +103,8 @@ class Ponder(Checkpointing):
         setattr(self, self.base_model_prefix, self.backbone_class(config, within=self))  # type: ignore[attr-defined]
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.feedback == "both" and config.pondering_steps > 0:
+            self.hidden_gate = HiddenGate(config.hidden_size)
         self.post_init()
 
     def run_pass(self, embeds: Tensor, index: int, view: PassView | None, **kwargs: Any) -> Any:
@@ -230,6 +233,13 @@ class Ponder(Checkpointing):
 
     # the other ways into it, as transformers 5 has them
     init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialize a module whose weights a folder does not have."""
+        if isinstance(module, HiddenGate):
+            module.close()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
 
     def post_init(self) -> None:
         """Initialize as the published code does, over transformers' own initialization."""

@@ -2,7 +2,8 @@
 
     e_0 = initial_scale * c * E[x]                      c = sqrt(D) if scale_embeds, else 1
     h_s = f(e_{s-1})                                    s = 1..S
-    T_s = c * sum_v p_s[v] E[v]                         p_s = softmax(head(h_s) / tau); feedback "hidden": T_s = h_s
+    T_s = c * sum_v p_s[v] E[v]                         p_s = softmax(head(h_s) / tau); feedback "hidden": T_s = h_s,
+                                                        "both": T_s = c * sum_v p_s[v] E[v] + g * h_s
     e_s = e_{s-1} + T_s                                 residual "accumulate"; "restart": e_0 + T_s, "replace": T_s
     logits = head(f(e_S))                               S + 1 passes of the backbone f
 

@@ -106,7 +106,7 @@ def flops_per_token(
     learned = learned_passes(pass_losses, steps) * product
     backward = shape.differentiated(steps)  # the last of them feeds nothing back
     mixture, gradient, losses, scores = 2.0 * product, 4.0 * product, 0.0, (backward - 1) * product
-    if shape.feedback != "embedding":
+    if shape.feedback == "hidden":
         mixture = gradient = 0.0
         losses, scores = 3.0 * learned, steps * product - learned  # the statistics of a pass take a product
     elif shape.top_k is not None and shape.top_k < shape.vocabulary:

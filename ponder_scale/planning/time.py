@@ -211,7 +211,7 @@ def _vocabulary(job: Job, hardware: Hardware) -> float:
         return counts[0] * job.pondering_steps + counts[1] * (job.differentiated - 1)
 
     loss = products("loss", LOSS_PRODUCTS)
-    if shape.feedback != "embedding":
+    if shape.feedback == "hidden":
         statistics = job.pondering_steps + LEARNED_PRODUCTS["hidden"] * job.learned_passes
         return loss + products("loss", statistics)
     if shape.top_k is not None:

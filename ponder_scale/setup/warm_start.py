@@ -24,6 +24,8 @@ from ponder_scale.shards.manifest import tokenizer_identity
 
 logger = logging.getLogger(__name__)
 
+GATE = ("hidden_gate.weight",)  # of the feedback "both"
+
 PUBLISHED_KEYS = (
     *("ponderinglm", "recurrent_model", "pondering_steps", "scale_embeds", "mutiply_pondering_steps"),
     *("softmax_temperature", "num_latent_thoughts", "residual_interpolated_embeds", "checkpoint_num_layers"),
@@ -61,7 +63,9 @@ def warm_start(model: Any, folder: Path, *, tokenizer: str | None = None) -> Non
                 "set it as there (in the recipe's model section, or under model.extra)"
             )
     parameters = dict(model.named_parameters())
-    for name, tensor in model_weights(model, folder):
+    # the gate is closed at first, so the run begins with what the folder computes
+    optional = () if theirs["feedback"] == "both" else GATE
+    for name, tensor in model_weights(model, folder, optional=optional):
         parameters[name].copy_(tensor)
     if tokenizer is not None and tokenizer_identity(folder) not in (None, tokenizer):
         logger.warning("%s has another tokenizer file than the shards were made with", folder)

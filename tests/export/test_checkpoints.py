@@ -48,6 +48,8 @@ def case(folder: Path, stage: int, tokenizer: Path, **more: Any) -> dict[str, An
     overrides = [f"model.architecture={architecture}", f"optim.ema={'0.5' if stage == 3 else 'null'}"]
     if "num_key_value_heads" in ARCHITECTURES[architecture].names:  # it has none
         overrides.append("model.num_key_value_heads=null")
+    if stage == 3:
+        overrides.append("model.feedback=both")
     (folder / "settings").mkdir(exist_ok=True)
     values = {"policy": "none", "tied": tied, "precision": precision, "overrides": overrides, "steps": 2}
     sharding = small_buckets(folder / "settings", stage)
@@ -94,6 +96,14 @@ def test_a_folder_that_computes_something_else_is_not_verified(runs: dict[int, P
         save_file({**weights, name: changed}, folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(CheckpointError, match="computes something else than checkpoint"):
             verify_in_fresh_process(runs[2], folder, dtype="float32")
+
+
+def test_a_learned_gate_is_exported_and_verified_in_a_fresh_process(runs: dict[int, Path], tmp_path: Path) -> None:
+    folder = export(runs[3], tmp_path / "out")
+    weights = load_file(folder / "model.safetensors")
+    assert weights["hidden_gate.weight"].abs().min() > 0
+    verify_in_fresh_process(runs[3], folder, dtype="float32")
+    assert "learned gate" in (folder / "README.md").read_text()
 
 
 def test_weights_that_overflow_are_not_verified(runs: dict[int, Path], tmp_path: Path) -> None:
@@ -185,7 +195,7 @@ def test_hugging_face_to_training_and_back_is_bit_exact(tiny_tokenizer: Path, tm
     cases = {}
     for stage in MODELS:
         settings = case(tmp_path, stage, tiny_tokenizer, steps=0, precision="fp32")
-        settings["overrides"].append("model.scale_embeds=false")
+        settings["overrides"] += ["model.scale_embeds=false", "model.feedback=embedding"]  # stock, without a gate
         settings["init"] = str(stock_folder(settings, tmp_path / f"start{stage}"))
         cases[stage] = settings
     for stage, ranks in zip(cases, run_ranks(save_checkpoint, list(cases.values())), strict=True):

@@ -22,5 +22,7 @@ def by_the_equations(model: Any, tokens: torch.Tensor, **inputs: Any) -> torch.T
             smallest = logits.topk(config.pondering_top_k).values[..., -1:]
             logits = logits.masked_fill(logits < smallest, -math.inf)
         fed_back = hidden if config.feedback == "hidden" else scale * torch.softmax(logits, -1) @ table
+        if config.feedback == "both":
+            fed_back = fed_back + model.hidden_gate.weight * hidden
         e = {"accumulate": e, "restart": first, "replace": 0.0 * first}[config.residual] + fed_back
     return model.base_model.one_pass(e, **inputs).last_hidden_state @ head.t()

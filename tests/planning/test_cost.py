@@ -58,6 +58,9 @@ def test_passes_without_gradient_count_their_forward_alone() -> None:
     assert flops_per_token(replace(SHAPE, backward_passes=9), "pass") == flops_per_token(SHAPE, "pass")
     top_k = flops_per_token(replace(shape, top_k=5), "none")
     assert top_k.pondering == 3 * (800 + 2 * 5 * 8) + 1 * 8 * 5 * 8
+    hidden = flops_per_token(replace(shape, feedback="hidden"), "none")
+    assert (hidden.pondering, hidden.recomputed) == (0, 3 * 800)  # statistics of each pass but the last
+    assert flops_per_token(replace(shape, feedback="both"), "pass") == flops
 
 
 def test_a_mixture_of_k_tokens_counts_its_scores_and_k_rows() -> None:

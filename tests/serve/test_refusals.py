@@ -41,6 +41,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a field that is misspelt": ({"hf_overrides": {"pondering_step": 1}}, "pondering_step, which is no field"),
     "steps below 0": ({"hf_overrides": {"pondering_steps": -1}}, "pondering_steps is -1"),
     "an unknown residual": ({"hf_overrides": {"residual": "gated"}}, "residual is 'gated'"),
+    "a learned gate": ({"hf_overrides": {"feedback": "both"}}, "the feedback 'both'"),
     MISSING: ({}, r"no layers\.1\.self_attn\.k_proj\.weight"),
     MISSING_OLMO2: ({}, r"no layers\.0\.self_attn\.v_proj\.weight"),
     EXTRA: ({}, r"model\.gate\.weight is among the folder's weights"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ponder_scale.checkpoint.find import find, read_state
 from ponder_scale.config import RunConfig
@@ -44,6 +44,30 @@ def test_a_warm_start_from_a_stock_folder_is_that_model_until_it_ponders(archite
     warm_start(model, tmp_path)
     assert torch.equal(model(TOKENS, pondering_steps=0).logits, stock(TOKENS).logits)
     assert not torch.equal(model(TOKENS).logits, stock(TOKENS).logits)
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_a_gate_that_a_folder_does_not_have_starts_closed_and_one_that_it_has_is_taken(
+    architecture: str, tmp_path: Path
+) -> None:
+    plain = make(architecture, seed=5, pondering_steps=2).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    model = make(architecture, pondering_steps=2, feedback="both").eval()
+    warm_start(model, tmp_path / "plain")
+    assert torch.equal(model(TOKENS).logits, plain(TOKENS).logits)
+    with torch.no_grad():
+        model.hidden_gate.weight.fill_(0.5)
+    model.save_pretrained(tmp_path / "both")
+    again = make(architecture, seed=6, pondering_steps=2, feedback="both").eval()
+    warm_start(again, tmp_path / "both")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    with pytest.raises(CheckpointError, match=r"hidden_gate.weight has shape \(32,\), the model has no such parameter"):
+        warm_start(plain, tmp_path / "both")
+    weights = load_file(tmp_path / "both" / "model.safetensors")
+    del weights["hidden_gate.weight"]
+    save_file(weights, tmp_path / "both" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no weight for hidden_gate.weight"):
+        warm_start(again, tmp_path / "both")
 
 
 def test_a_warm_start_from_a_published_folder_computes_what_was_published(tmp_path: Path) -> None:

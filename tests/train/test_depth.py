@@ -127,6 +127,7 @@ def test_the_planner_counts_the_passes_of_the_deepest_sequence() -> None:
         (["train.pondering.backward_passes=0"], "backward_passes"),
         (["train.pondering.backward_passes=1", "model.residual=replace"], "no gradient would reach the input embed"),
         (["train.pondering.backward_passes=1", "train.pass_losses=uniform"], "of the passes before would have no grad"),
+        (["train.pondering.backward_passes=1", "model.feedback=both"], "gate would get no gradient"),
         (
             [*DRAWN, "train.pondering.per=sequence", "train.pondering.backward_passes=1"],
             "backward_passes is 1 with train.pondering.per sequence",

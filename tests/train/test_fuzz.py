@@ -47,10 +47,10 @@ def drawn_model(draw: random.Random) -> dict[str, Any]:
         "pondering_steps": draw.choice((0, 1, 2, 2, 3)),
         "tie_word_embeddings": draw.choice(("true", "false", "null")),
         "scale_embeds": draw.choice(("true", "false")),
-        "feedback": draw.choice(("embedding", "embedding", "hidden")),
+        "feedback": draw.choice(("embedding", "embedding", "hidden", "both")),
         "residual": draw.choice(("accumulate", "restart", "replace")),
     }
-    if model["feedback"] == "embedding":
+    if model["feedback"] != "hidden":
         model |= {"pondering_temperature": draw.choice((1.0, 0.7)), "pondering_top_k": draw.choice(("null", "null", 5))}
     if architecture in ("llama", "olmo2"):
         model["num_key_value_heads"] = draw.choice(("null", 1))

@@ -23,12 +23,12 @@ SHAPE = {
 BATCH = torch.randint(0, 67, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
-def build(tied: bool) -> Any:
+def build(tied: bool, feedback: str = "embedding") -> Any:
     from ponder_scale.model.configuration import PonderLlamaConfig
     from ponder_scale.model.modeling import PonderLlamaForCausalLM
 
     torch.manual_seed(0)
-    return PonderLlamaForCausalLM(PonderLlamaConfig(**SHAPE, tie_word_embeddings=tied))
+    return PonderLlamaForCausalLM(PonderLlamaConfig(**SHAPE, tie_word_embeddings=tied, feedback=feedback))
 
 
 def train(case: dict[str, Any]) -> Any:
@@ -64,7 +64,7 @@ def train(case: dict[str, Any]) -> Any:
             learning_rate=1.0,
             lr_scheduler_type="constant",
         )
-        model = build(case["tied"])
+        model = build(case["tied"], case["feedback"])
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         rows = [{"input_ids": row, "labels": row} for row in BATCH]
         trainer = Trainer(model, arguments, train_dataset=rows)
@@ -77,15 +77,20 @@ def train(case: dict[str, Any]) -> Any:
 
 
 CASES = [
-    {"stage": stage, "tied": tied, "checkpointing": checkpointing, "reentrant": False}
-    for stage, tied, checkpointing in ((3, False, False), (3, False, True), (3, True, True), (2, False, True))
+    {"stage": stage, "tied": tied, "checkpointing": checkpointing, "reentrant": False, "feedback": feedback}
+    for stage, tied, checkpointing, feedback in (
+        (3, False, False, "embedding"),
+        (3, False, True, "embedding"),
+        (3, True, True, "both"),
+        (2, False, True, "embedding"),
+    )
 ]
 
 
 def test_the_trainers_gradients_are_those_of_plain_torch() -> None:
     results = run_ranks(train, [*CASES, {**CASES[1], "reentrant": True}], timeout=200)
     for case, ranks in zip(CASES, results, strict=False):
-        model = build(case["tied"])
+        model = build(case["tied"], case["feedback"])
         sum(model(row[None], labels=row[None]).loss for row in BATCH).div(len(BATCH)).backward()
         for rank in ranks:
             assert "error" not in rank, (case, rank["error"])

@@ -88,6 +88,27 @@ def test_gradients_through_the_last_passes_alone_equal_plain_torch_for_every_sta
     check(cases)
 
 
+def test_a_learned_gate_beside_the_pondering_embedding_has_the_gradients_of_plain_torch(tmp_path: Path) -> None:
+    """It is a parameter outside the layers, and a step without pondering must not take its last gradient again."""
+    gate = ["model.feedback=both", "train.steps=4"]
+    drawn = [*gate, "train.pondering.schedule=uniform", "train.pondering.low=0", "seed=4"]
+    steps = [steps_of(step, run_config({**RANDOM, "overrides": drawn})) for step in range(4)]
+    assert steps[0] > 0 and 0 in steps
+    check(
+        [
+            {"deepspeed": small_buckets(tmp_path, stage), "policy": policy, "tied": tied, "overrides": overrides}
+            for stage, policy, tied, overrides in (
+                (0, "none", False, drawn),
+                (1, "layer", False, drawn),
+                (2, "selective", True, drawn),
+                (3, "none", False, drawn),
+                (3, "pass", True, gate),
+                (3, "pass+layer", False, [*gate, "train.pondering.backward_passes=2"]),
+            )
+        ]
+    )
+
+
 def test_sequences_that_take_their_own_number_of_steps_are_as_if_alone(tmp_path: Path) -> None:
     """The number of passes is that of the deepest of all ranks; under stage 3 every rank has to run as many."""
     own = ["train.pondering.per=sequence", "train.pondering.low=0", "train.steps=4"]
@@ -105,7 +126,7 @@ def test_sequences_that_take_their_own_number_of_steps_are_as_if_alone(tmp_path:
                 (2, "selective", False, poisson),
                 (2, "pass", True, [*uniform, "train.pass_losses=linear"]),
                 (3, "pass", False, poisson),
-                (3, "pass+layer", True, uniform),
+                (3, "pass+layer", True, [*uniform, "train.pass_losses=uniform"]),
                 (3, "none", False, uniform),
             )
         ]

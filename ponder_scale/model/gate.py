@@ -1,0 +1,27 @@
+"""The learned gate of the feedback "both", by which a pass feeds back its hidden states beside its embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class HiddenGate(nn.Module):
+    """T_s = c * sum_v p_s[v] E[v] + g * h_s, with one learned number of g for each of the D dimensions.
+
+    g is 0 at first, so training starts as the plain method, and so does a model whose weights have no gate.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, mixed: Tensor, hidden: Tensor) -> Tensor:
+        """T, (B, T, D), of the pondering embedding and the hidden states of the same pass, (B, T, D) each."""
+        return mixed + self.weight.to(hidden.dtype) * hidden
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Set g to 0, unless its value was loaded."""
+        if not getattr(self.weight, "_is_hf_initialized", False):  # transformers' mark on a weight that was loaded
+            self.weight.zero_()
