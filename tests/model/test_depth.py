@@ -116,11 +116,6 @@ def test_differentiated_passes_are_not_counted_from_a_sequence_s_own_last(tokens
         make()(tokens, backward_passes=1, sequence_steps=torch.tensor(STEPS))
 
 
-def test_the_losses_of_passes_without_gradient_are_not_trained(tokens: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="would train nothing by the losses of the passes without gradient"):
-        make(pondering_steps=1)(tokens, labels=tokens, backward_passes=1, pass_weights=[0.5, 0.5])
-
-
 def test_more_passes_than_any_sequence_takes_change_nothing(tokens: torch.Tensor) -> None:
     model, steps = make(pondering_steps=3).eval(), torch.tensor((1, 0, 2, 1))
     few, many = (model(tokens, sequence_steps=steps, pondering_steps=most).logits for most in (2, 5))
