@@ -1,1 +1,1 @@
-"""Ratios against named baselines, measured in one run; not part of the package."""
+"""Benchmarks against named baselines, with both sides measured in one run. Not part of the package."""

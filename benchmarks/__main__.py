@@ -1,4 +1,4 @@
-"""`python -m benchmarks WHAT`, in a clone: ratios against named baselines, measured in one run."""
+"""`python -m benchmarks WHAT` measures ratios to named baselines in one run. It works in a clone of the repository."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POLICIES = tuple(RECOMPUTED_FORWARDS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one benchmark; the exit code: 0, 1 where a part of it failed, 2 for what the user can mend."""
+    """Run one benchmark. Returns the exit code: 0, 1 if a part of it failed, 2 for an error that you can fix."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     outlive_readers()
     try:
@@ -78,7 +78,7 @@ def _parser() -> Parser:
 
 
 def _add_others(bench: Any) -> None:
-    """Those that run no model of a shape that is said here."""
+    """Add the benchmarks whose flags do not include the shape of a model."""
     scale = bench.add_parser(
         "scale", help="what a start, a step and a save cost as ranks and shard files grow: counted"
     )
@@ -127,7 +127,7 @@ def _add_others(bench: Any) -> None:
 
 
 def _add_runs(bench: Any) -> None:
-    """Those that start other processes for all that they measure."""
+    """Add the benchmarks that measure other processes only."""
     start = bench.add_parser("start", help="processor time to the first step, and of a step, against transformers")
     start.add_argument("--runs", type=whole(1), default=3)
     start.add_argument("--steps", type=whole(3), default=6)
@@ -155,7 +155,7 @@ def _add_runs(bench: Any) -> None:
 
 
 def _share_flags(op: Any, step: Any, memory: Any, comm: Any, decode: Any) -> None:
-    """What several benchmarks are told alike."""
+    """Add the flags that several benchmarks share."""
     for kind in (op, step, memory, decode):
         kind.add_argument("--hidden", type=whole(1), default=256, help="width D")
         kind.add_argument("--dtype", default="float32")
@@ -236,7 +236,7 @@ def _bench_data(options: argparse.Namespace) -> None:
 
 
 def _with_workload(options: argparse.Namespace) -> dict[str, Any]:
-    """What a benchmark was given, with all that is said of the model and its micro-batch as one workload."""
+    """The options of a benchmark, with those that describe the model and its micro-batch combined into one workload."""
     from benchmarks.workload import workload
 
     given = flags(options)

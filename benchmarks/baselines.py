@@ -1,10 +1,10 @@
-"""What others do, for `python -m benchmarks data`: each turns a .jsonl into token files, as its users run it.
+"""The baselines of `python -m benchmarks data`. Each turns a .jsonl into token files in the way its users do.
 
     python -m benchmarks.baselines NAME CORPUS TOKENIZER OUT
 
-per_document is the path of Megatron-LM's default preprocess_data.py with its HuggingFaceTokenizer, written here from
-its description (August 2026): a pool of processes that parse one line at a time and encode it by transformers' fast
-tokenizer, called as it is there, lists of integers sent back, one writer.
+per_document follows the default path of Megatron-LM's preprocess_data.py with its HuggingFaceTokenizer. It is written
+here from its description (August 2026). The processes of a pool parse one line at a time, encode it with transformers'
+fast tokenizer, called as Megatron calls it, and send back lists of integers. One writer stores them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-_PER_TASK = 32  # lines, as there
+_PER_TASK = 32  # lines, as in Megatron-LM
 _tokenizer: Any = None
 
 
@@ -42,7 +42,7 @@ def _encode(line: str) -> list[int]:
 
 
 def per_document(corpus: Path, tokenizer: Path, out: Path) -> None:
-    """Megatron-LM's default path: one document at a time."""
+    """Megatron-LM's default path, one document at a time."""
     _load_transformers(tokenizer)
     dtype = _dtype(len(_tokenizer))
     lengths: list[int] = []
@@ -90,7 +90,7 @@ def datatrove(corpus: Path, tokenizer: Path, out: Path) -> None:
 
 
 def streaming(corpus: Path, tokenizer: Path, out: Path) -> None:
-    """MosaicML streaming's MDSWriter over batches of 1,000 encoded documents."""
+    """MosaicML streaming's MDSWriter on batches of 1,000 encoded documents."""
     from streaming import MDSWriter
 
     _load(tokenizer)
@@ -122,7 +122,7 @@ BASELINES = {
     "datatrove": datatrove,
     "streaming": streaming,
 }
-NEEDS = {"datatrove": "datatrove", "streaming": "streaming"}  # packages that the project does not install
+NEEDS = {"datatrove": "datatrove", "streaming": "streaming"}  # packages that this project does not install
 
 
 if __name__ == "__main__":

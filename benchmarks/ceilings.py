@@ -1,4 +1,4 @@
-"""What the device at hand can do at best: products, memory, launches, the link to the host. The planner's constants."""
+"""Measure the limits of a device: products, memory, launches and the link to the host. The planner uses the results."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from benchmarks.rows import Place, Row, seconds, tried
 from ponder_scale.planning.hardware import peak_flops
 
 LAUNCHES = 100  # captured in one graph
-TOKENS, VOCABULARY, LENGTH, HEAD = 8192, 50304, 2048, 128  # of the shapes below
-WIDTHS = (768, 1024, 2048, 2560)  # D of the recipes
+TOKENS, VOCABULARY, LENGTH, HEAD = 8192, 50304, 2048, 128  # for the shapes below
+WIDTHS = (768, 1024, 2048, 2560)  # widths D of the recipes
 
 
 def ceilings(place: Place) -> Iterator[Row]:
-    """The most that anything can reach here, each of it a row."""
+    """Yield a row for each upper limit of this device."""
     yield tried("largest product", partial(_largest_product, place))
     yield tried("copy in memory", partial(_copy, place))
     yield tried("a launch", partial(_launch, place))
@@ -29,7 +29,7 @@ def ceilings(place: Place) -> Iterator[Row]:
 
 
 def calibration(place: Place) -> Iterator[Row]:
-    """The speed of what a step is made of, by shape: constants for a model of its time."""
+    """Yield the speed of the operations in a training step, by shape. The planner uses them as constants."""
     tokens, vocabulary, length, widths = (64, 500, 32, (64,)) if place.toy else (TOKENS, VOCABULARY, LENGTH, WIDTHS)
     for width in widths:
         for name, other in (("D x D", width), ("D x 2.7 D", 8 * round(width * 2.6875 / 8)), ("D x V", vocabulary)):
@@ -44,20 +44,20 @@ def calibration(place: Place) -> Iterator[Row]:
 
 
 def product_seconds(place: Place, rows: int, inner: int, columns: int) -> float:
-    """Of (rows, inner) x (inner, columns), by torch's own product."""
+    """Seconds for torch's own product of (rows, inner) x (inner, columns)."""
     left, right = place.tensor(rows, inner), place.tensor(columns, inner)
     return seconds(lambda: F.linear(left, right), place.device)
 
 
 def copy_bandwidth(place: Place) -> float:
-    """Bytes read and written a second by a copy that no cache holds."""
+    """Bytes read and written per second by a copy that is too large for any cache."""
     source = torch.empty(2**20 if place.toy else 2**31, dtype=torch.uint8, device=place.device)
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds(lambda: target.copy_(source), place.device)
 
 
 def launch_seconds(place: Place) -> float:
-    """From the start of one operation on almost nothing to that of the next, as Python gives them."""
+    """Seconds from the launch of one tiny operation to the next, when Python issues them one after another."""
     few = place.tensor(1)
     return seconds(lambda: few.add_(1.0), place.device)
 
@@ -117,7 +117,8 @@ def _attention(place: Place, what: str, tokens: int, length: int, width: int) ->
         F.scaled_dot_product_attention(query, key, value, is_causal=True).backward(upstream)
 
     took = seconds(both, place.device)
-    flops = 3 * 2.0 * tokens * width * (length + 1) / took  # as the planner counts a causal layer, three forwards
+    # counted as the planner counts a causal layer: three forwards
+    flops = 3 * 2.0 * tokens * width * (length + 1) / took
     return Row(what, f"{flops / 1e12:.4g} TFLOP/s", f"{1e3 * took:.3g} ms", {"seconds": took, "flops": flops})
 
 

@@ -1,8 +1,8 @@
-"""`python -m benchmarks comm`: what ZeRO-3 sends in a micro-step of S + 1 passes, by regime and recomputation policy.
+"""`python -m benchmarks comm` counts what ZeRO-3 sends in a micro-step of S + 1 passes, by regime and policy.
 
-Two ranks on this machine train a small model under the real engine, once for each regime (a file of deepspeed_configs/)
-and policy; the third micro-step is counted, when DeepSpeed's trace is recorded. The counts depend on the model's
-layers and on S, not on the device or on the number of ranks.
+Two ranks on this machine train a small model under the real engine. They do so once for each regime (a file in
+deepspeed_configs/) and recomputation policy. The third micro-step is counted, because DeepSpeed has then recorded its
+trace. The counts depend on the model's layers and on S, but not on the device or the number of ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHAPE = [
     "run_dir=unused",
     "data.sources.any.path=unused",
     "model.vocab_size=4096",
-    "model.hidden_size=384",  # its matrices are above the threshold below which ZeRO-3 keeps parameters
+    "model.hidden_size=384",  # large enough that ZeRO-3 does not keep the matrices gathered
     "model.intermediate_size=1032",
     "model.num_hidden_layers=6",
     "model.num_attention_heads=6",
@@ -44,14 +44,14 @@ SHAPE = [
 
 @dataclass
 class Traffic:
-    """Of one micro-step on one rank; volumes in multiples of the model's weights."""
+    """Traffic of one micro-step on one rank. Volumes are multiples of the model's weights."""
 
     forward_gathers: int = 0
     forward_volume: float = 0.0
     backward_gathers: int = 0
     backward_volume: float = 0.0
     reductions: int = 0
-    live: float = 0.0  # largest share of the weights that was gathered at a time
+    live: float = 0.0  # largest share of the weights that was gathered at the same time
 
 
 def run(
@@ -78,8 +78,8 @@ def run(
 
 
 def traffic(overrides: Sequence[str]) -> Traffic:
-    """What one micro-step of this run sends, on `RANKS` freshly forked ranks."""
-    load(RunConfig, None, overrides)  # what is wrong with them is said here, in one line
+    """Measure one micro-step of this run on `RANKS` freshly forked ranks."""
+    load(RunConfig, None, overrides)  # raises here for wrong overrides, in one line
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  slow to import: once here, not on each rank
 
     fork = multiprocessing.get_context("fork")
@@ -124,12 +124,12 @@ def _on_a_rank(rank: int, port: str, overrides: list[str], sender: Any) -> None:
     if rank == 0:
         sender.send(seen)
     torch.distributed.barrier()
-    os._exit(0)  # DeepSpeed's threads may abort an interpreter that ends
+    os._exit(0)  # DeepSpeed's threads may abort an interpreter that exits normally
 
 
 @contextmanager
 def counted(engine: Any) -> Iterator[Traffic]:
-    """The traffic of what runs inside, on this rank."""
+    """Count the traffic of the block on this rank."""
     from deepspeed.comm.torch import TorchBackend
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator

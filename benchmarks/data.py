@@ -1,8 +1,8 @@
-"""`python -m benchmarks data`: ours against what others do, in one run on one corpus, in processor seconds.
+"""`python -m benchmarks data` compares our tokenization with other programs on one corpus, in processor seconds.
 
-Each contender is a process of its own, run on one document, which is its start-up, and on a small part and the whole of
-the corpus, which give its speed without it. Rounds are interleaved and medians taken, so a busy machine disturbs all
-alike.
+Each contender runs in its own process on three inputs. One document gives its start-up time. A small part and the whole
+of the corpus together give its speed without the start-up. Rounds are interleaved and medians taken, so that other work
+on the machine affects all contenders alike.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from benchmarks.baselines import BASELINES, NEEDS
 from ponder_scale.errors import ConfigError
 from ponder_scale.shards.manifest import MANIFEST, read_manifest
 
-SMALL = 8  # the small corpus is this part of the whole one
-REFERENCE = "per_document"  # what ratios are taken to
+SMALL = 8  # the small corpus is one in this many parts of the whole
+REFERENCE = "per_document"  # the baseline of all ratios
 ENGINES = ("gigatoken", "tiktoken", "reference")
 LOADER = ("-m", "benchmarks.loader")  # Python's arguments for the loader's part, which may import torch
 
 
 @dataclass
 class Runs:
-    """Processor seconds of one contender on each corpus, and its peak memory on the whole, run by run."""
+    """Processor seconds of one contender on each corpus, and its peak memory on the whole corpus, for each run."""
 
     one: list[float] = field(default_factory=list)
     small: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)  # MB of its largest process
-    engines: set[str] = field(default_factory=set)  # of ours, that did the work
+    engines: set[str] = field(default_factory=set)  # engines that did the work, for our builds
 
 
 def bench(corpus: Path, tokenizer: Path, rounds: int) -> str:
-    """The table: tokenization of a .jsonl by every contender that is installed, then the loader.
+    """The table: tokenization of a .jsonl by every installed contender, then the loader.
 
-    Raises ConfigError when the corpus is too small to time or a contender fails.
+    Raises ConfigError if the corpus is too small to time or a contender fails.
     """
     if corpus.suffix != ".jsonl" or not corpus.is_file() or not (tokenizer / "tokenizer.json").is_file():
         raise ConfigError(f"bench: {corpus} and {tokenizer}: expected a .jsonl file and a folder with tokenizer.json")
@@ -83,7 +83,7 @@ def _table(runs: dict[str, Runs], small: float, whole: float) -> Iterator[str]:
 
 
 def _loader(corpus: Path, tokenizer: Path, folder: Path) -> Iterator[str]:
-    """The loader's own measurements on shards of the corpus."""
+    """The loader's measurements on shards of the corpus."""
     shards = folder / "shards"
     _run(_command("ponder-data, reference", corpus, tokenizer, shards), str(folder))
     documents, index = _index(shards)
@@ -103,7 +103,7 @@ def _index(shards: Path) -> tuple[int, int]:
 
 
 def _shorten(corpus: Path, one: Path, small: Path) -> tuple[int, int]:
-    """Write the first document of a corpus, and its beginning; bytes of text in the whole and in the small one."""
+    """Write the first document and the beginning of a corpus. Returns bytes of text in the whole and in the latter."""
     size, whole, part = corpus.stat().st_size, 0, 0
     with corpus.open("rb") as lines, small.open("wb") as stream:
         read = 0
@@ -132,15 +132,15 @@ def _command(name: str, corpus: Path, tokenizer: Path, out: Path) -> list[str]:
 
 
 def _engines(out: Path) -> set[str]:
-    """The engines that a build of ours says it used; none of what others wrote."""
+    """The engines that one of our builds reports. Empty for the output of other programs."""
     path = out / MANIFEST
     return set(read_manifest(out).provenance["engines"]) if path.is_file() else set()
 
 
 def _run(command: list[str], folder: str) -> tuple[float, float]:
-    """(processor seconds, peak MB) of a command and the processes that it started."""
+    """Processor seconds and peak MB of a command, including the processes that it starts."""
     log, environment = Path(folder, "log"), {**os.environ, "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # the libraries' byte code lies ready; so must ours
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # the libraries have their byte code cached, so ours must be too
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
         _, status, used = os.wait4(process.pid, 0)

@@ -1,10 +1,10 @@
-"""`python -m benchmarks decode`: a token of a text from the caches of S + 1 passes, against the whole prefix anew.
+"""`python -m benchmarks decode` compares decoding a token from the caches of S + 1 passes with recomputing the prefix.
 
 The published code keeps no key-value cache, so it runs all passes over the whole prefix for each token.
 
-One token uses each weight once a pass, so it can be no faster than memory hands them over. The table says what share of
-that a way reaches: the bytes that it cannot do without, over its time, over the bandwidth that a plain read or copy of
-more than the caches hold reached in the same turns.
+A token uses each weight once per pass, so memory bandwidth limits its speed. The table gives the share of this limit
+that each way reaches: the bytes that it has to read, divided by its time and by the memory bandwidth. The bandwidth is
+that of a plain read or copy, too large for the caches, in the same rounds.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from benchmarks import published
 from benchmarks.measure import check_numbers, device_name, medians
 from benchmarks.workload import PUBLISHED, Workload
 
-TOKENS = 4  # decoded in a measured run of the cached ways
+TOKENS = 4  # tokens that one run of a cached way decodes
 WAYS = {PUBLISHED: "whole prefix", "cached": "cached", "compiled": "compiled", "vanilla": "S = 0 cached"}
-STREAM_BYTES = 2**29  # more than caches hold
+STREAM_BYTES = 2**29  # larger than any cache
 
 
 def run(
@@ -60,7 +60,7 @@ def run(
 
 
 def bytes_of_a_token(model: Any, context: int, pondering_steps: int) -> int:
-    """What has to be read for one token: layers in every pass, both tables in each step, the head, the caches."""
+    """Bytes to read for one token: layers in every pass, both tables in each step, the head, the caches."""
     head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     tables = {id(weight): weight.nbytes for weight in (head, table)}
     inside = sum(weight.nbytes for layer in model.layers for weight in layer.parameters())
@@ -72,18 +72,18 @@ def bytes_of_a_token(model: Any, context: int, pondering_steps: int) -> int:
 
 
 class _Stream:
-    """Reads and copies more than caches hold, for the bandwidth of the memory."""
+    """Reads and copies more than the caches hold, to measure the memory bandwidth."""
 
     def __init__(self, device: str) -> None:
         self._source = torch.ones(STREAM_BYTES // 4, device=device)
         self._target = torch.empty_like(self._source)
 
     def read(self) -> None:
-        """STREAM_BYTES."""
+        """Read STREAM_BYTES."""
         self._source.sum()
 
     def copy(self) -> None:
-        """STREAM_BYTES read, and as many written."""
+        """Read STREAM_BYTES and write as many."""
         self._target.copy_(self._source)
 
 
@@ -117,7 +117,7 @@ def _measure(model: Any, work: Workload, context: int, runs: int, compiled: bool
 
 
 class _Decoding:
-    """A text whose caches are filled up to `context` - 1 tokens, decoded from there."""
+    """A text whose caches hold its first `context` - 1 tokens. Decoding continues from there."""
 
     @torch.no_grad()
     def __init__(self, model: Any, text: Tensor, context: int, pondering_steps: int) -> None:
@@ -133,11 +133,10 @@ class _Decoding:
         return DynamicCache()
 
     def _step_of(self, model: Any) -> Any:
-        """What runs one token."""
+        """The function that decodes one token."""
         return model
 
     def some(self) -> None:
-        """Decode TOKENS tokens."""
         for _ in range(TOKENS):
             self._next()
 
@@ -155,16 +154,16 @@ class _Decoding:
             logits_to_keep=1,
             pondering_steps=self._steps,
         )
-        return output.logits[:, -1].clone()  # a CUDA graph writes the next ones into the same place
+        return output.logits[:, -1].clone()  # a CUDA graph writes the next logits into the same memory
 
 
 class _Compiled(_Decoding):
-    """The same by a step that torch compiles; its caches have room for the whole text from the beginning."""
+    """Decoding with a step that torch compiles. Its caches have room for the whole text from the beginning."""
 
     def _new_cache(self, model: Any) -> Cache:
         return StaticCache(config=model.config, max_cache_len=self._text.shape[1])
 
     def _step_of(self, model: Any) -> Any:
-        torch._dynamo.reset()  # of another context, whose caches have another size
-        mode = "reduce-overhead" if model.device.type == "cuda" else None  # by CUDA graphs
+        torch._dynamo.reset()  # drop the step for another context, whose caches have another size
+        mode = "reduce-overhead" if model.device.type == "cuda" else None  # uses CUDA graphs
         return torch.compile(model.forward, dynamic=False, fullgraph=True, mode=mode)

@@ -1,8 +1,8 @@
-"""`python -m benchmarks gpu`: all that is to be known of a GPU, in ten minutes, one stage after the other.
+"""`python -m benchmarks gpu` measures a GPU in ten minutes, one stage after the other.
 
-Each stage runs in a process of its own, so that one that fails, hangs or breaks its CUDA context leaves the others as
-they are. What it has measured so far is kept. After each stage gpu.json and gpu.md are written anew. gpu.log has what
-the stages printed. The processes are forked from one that has loaded the libraries and touched no device.
+Each stage runs in its own process, so that a stage which fails, hangs or breaks its CUDA context does not affect the
+others. Its rows so far are kept. After each stage gpu.json and gpu.md are written again. gpu.log holds what the stages
+printed. The processes are forked from one that has loaded the libraries but has not touched any device.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from benchmarks.rows import Place, Row
 from ponder_scale.errors import ConfigError, UserError
 from ponder_scale.files.write import write_whole
 
-LEAST_SECONDS = 5.0  # less is left: a stage is not begun
-GRACE_SECONDS = 15.0  # for a stage whose budget is over to end with the row that it is at
-REHEARSED = 10.0  # times as long as on a GPU may a rehearsal take, on a processor that has other work
-BESIDE_TRAINING = 120.0  # seconds for its text, its tokens and its held-out losses
-NAME = "gpu"  # of the files
-KERNELS = "ponder_scale.model"  # whose warnings say that a kernel was given up for another backend
+LEAST_SECONDS = 5.0  # a stage does not begin if less time is left
+GRACE_SECONDS = 15.0  # time for a stage to finish its current row after its budget is over
+REHEARSED = 10.0  # a rehearsal on a busy processor may take this many times as long as on a GPU
+BESIDE_TRAINING = 120.0  # seconds to prepare text and tokens and to compute held-out losses
+NAME = "gpu"  # name of the files
+KERNELS = "ponder_scale.model"  # a warning from here says that a kernel was replaced by another backend
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the measurement: a generator of rows, and the seconds that it may take."""
+    """A part of the measurement: a function that yields rows, and its time limit in seconds."""
 
     name: str
     title: str
@@ -46,7 +46,7 @@ class Stage:
 
 @dataclass
 class Outcome:
-    """What came of a stage. status: done, failed, left out, cut short, skipped."""
+    """The result of a stage. status: done, failed, left out, cut short, skipped."""
 
     name: str
     title: str
@@ -57,15 +57,15 @@ class Outcome:
 
 
 def run(out: Path, *, toy: bool, minutes: float, train_minutes: float | None = None) -> int:
-    """Measure everything, write the files, and return the exit code: 1 where a stage has failed.
+    """Measure everything, write the files, and return the exit code, which is 1 if a stage has failed.
 
     Args:
-        toy: shapes of no consequence, also without a GPU.
-        minutes: for all stages but the training.
-        train_minutes: of paired training, after all else; None: none.
+        toy: use tiny shapes, also without a GPU.
+        minutes: time for all stages except training.
+        train_minutes: time for paired training after all other stages. None skips it.
 
     Raises:
-        ConfigError: there is no GPU here, and `toy` is not asked for.
+        ConfigError: there is no GPU here, and `toy` is not set.
     """
     import torch
 
@@ -92,7 +92,7 @@ def _stages(place: Place) -> list[Stage]:
 
 
 def measure(stages: Sequence[Stage], place: Place, out: Path, budget: float) -> list[Outcome]:
-    """Run the stages within `budget` seconds, of which paired training has its own, and write the files after each."""
+    """Run the stages within `budget` seconds, not counting paired training, and write the files after each."""
     _load()
     began, outcomes = time.monotonic(), list[Outcome]()
     (out / f"{NAME}.log").write_text("")
@@ -111,7 +111,7 @@ def measure(stages: Sequence[Stage], place: Place, out: Path, budget: float) -> 
 
 
 def _load() -> None:
-    """Have the process from which the stages are forked load the libraries, which is no part of their time."""
+    """Load the libraries in the process from which stages are forked, so that their time does not include it."""
     _CONTEXT.set_forkserver_preload(["benchmarks.stages"])
     nothing = _CONTEXT.Process(target=int)
     nothing.start()
@@ -119,7 +119,7 @@ def _load() -> None:
 
 
 def _run(stage: Stage, place: Place, out: Path, seconds: float) -> Outcome:
-    """One stage, in a process of its own, ended where it does not end in time."""
+    """Run one stage in its own process, and kill it if it does not end in time."""
     path, began = out / f".{stage.name}.jsonl", time.monotonic()
     path.write_text("")
     process = _CONTEXT.Process(target=_in_a_process, args=(stage, place, path, out / f"{NAME}.log", seconds))
@@ -128,7 +128,7 @@ def _run(stage: Stage, place: Place, out: Path, seconds: float) -> Outcome:
     hung = process.is_alive()
     if process.pid is not None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # also what it has started
+            os.killpg(process.pid, signal.SIGKILL)  # also kills the processes that it has started
     process.join()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.unlink()
@@ -142,25 +142,25 @@ def _run(stage: Stage, place: Place, out: Path, seconds: float) -> Outcome:
 
 
 class _Heard(logging.Handler):
-    """Keeps the warnings of ours as rows. One of the kernels is a failure: what follows is measured of another way."""
+    """Keeps our warnings as rows. A warning about a kernel is a failure, because another backend is measured then."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._rows: list[Row] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """As logging calls it."""
+        """Called by logging."""
         said = record.getMessage()
         self._rows.append(Row("warning", said, error=said if record.name.startswith(KERNELS) else None))
 
     def rows(self) -> list[Row]:
-        """Those since the last call."""
+        """The rows since the last call."""
         found, self._rows = self._rows, []
         return found
 
 
 def _in_a_process(stage: Stage, place: Place, path: Path, log: Path, seconds: float) -> None:
-    """Write each row as it comes, and at last the status."""
+    """Write each row when it is measured, then the status."""
     os.setsid()
     with log.open("a") as said:
         os.dup2(said.fileno(), 1)
@@ -192,11 +192,11 @@ def _in_a_process(stage: Stage, place: Place, path: Path, log: Path, seconds: fl
             traceback.print_exc()
             write_line({"status": "failed", "reason": " ".join(f"{type(error).__name__}: {error}".split())[:2000]})
     sys.stdout.flush()
-    os._exit(0)  # a broken device may hang an interpreter that ends
+    os._exit(0)  # a broken device may hang an interpreter that exits normally
 
 
 def write(out: Path, place: Place, outcomes: Sequence[Outcome]) -> None:
-    """The two files, each whole at any time."""
+    """Write the two files. A reader always sees whole files."""
     found = {"command": "python -m benchmarks gpu" + (" --toy" if place.toy else ""), "device": place.device}
     found |= {"time": time.strftime("%Y-%m-%d %H:%M:%S%z")}
     text = json.dumps({**found, "stages": [asdict(outcome) for outcome in outcomes]}, indent=1)
@@ -205,7 +205,7 @@ def write(out: Path, place: Place, outcomes: Sequence[Outcome]) -> None:
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
-    """One table, to stand in docs/performance.md: the part, what, its figure and what that is beside."""
+    """One table in the format of docs/performance.md, with columns for the part, what, its figure and a comparison."""
     lines = ["| part | what | measured | beside |", "|---|---|---|---|"]
     for outcome in outcomes:
         for row in outcome.rows:

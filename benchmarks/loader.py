@@ -1,7 +1,7 @@
-"""What reading costs, measured on a folder of shards: `python -m benchmarks.loader FOLDER` prints JSON rows.
+"""Measure reading from a folder of shards. `python -m benchmarks.loader FOLDER` prints JSON rows.
 
-Sequences of 2,048 tokens in processor seconds, with the page cache warm; and in wall seconds with it dropped, where
-waiting for the disk is what counts. The baselines are what the common loaders do, on the same files.
+Sequences have 2,048 tokens. With a warm page cache, processor seconds are measured. With a dropped cache, wall seconds
+are measured, because waiting for the disk dominates. The baselines read the same files as common loaders do.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from ponder_scale.shards.manifest import Manifest, seal
 
 SEQ_LEN, BATCH, SECONDS = 2048, 256, 1.0
 COLD_BYTES = 2**31
-# How Megatron-LM can tell the documents of a sequence apart, and its options for it. Positions alone do not reach its
-# attention, so the documents see each other. The mask is a square of each sequence. Lengths come from the index, for
-# attention that takes them, since megatron-core 0.19. Its own test of them leaves the search for end tokens off.
+# Ways in which Megatron-LM separates the documents of a sequence, with its options. Positions alone do not reach its
+# attention, so documents see each other. The mask is a square matrix for each sequence. Lengths come from the index,
+# for attention that accepts them, since megatron-core 0.19. As in its own test of them, the search for end tokens is
+# off.
 WAYS = {
     "positions": {"reset_position_ids": True, "reset_attention_mask": True, "create_attention_mask": False},
     "positions and mask": {"reset_position_ids": True, "reset_attention_mask": True, "create_attention_mask": True},
@@ -43,7 +44,7 @@ WAYS = {
 
 
 def main(folder: Path) -> list[dict[str, Any]]:
-    """The rows: name, value, unit."""
+    """Measure, and return the rows: name, value, unit."""
     rows = []
     begin = time.process_time()
     loader = _loader(folder, masked=False)
@@ -75,7 +76,7 @@ def _loader(folder: Path, masked: bool) -> Loader:
 
 
 def _per_second(read: Callable[[], Any], clock: Callable[[], float], size: int = BATCH) -> float:
-    """Sequences a second by `clock`, of a function that reads `size` of them."""
+    """Sequences per second of `clock`, for a function that reads `size` of them."""
     read()
     begin, count = clock(), 0
     while clock() - begin < SECONDS:
@@ -85,17 +86,17 @@ def _per_second(read: Callable[[], Any], clock: Callable[[], float], size: int =
 
 
 def _others(folder: Path) -> Iterator[tuple[str, Callable[[], Any], int]]:
-    """What gives document boundaries elsewhere, where it is installed: name, reader, sequences that it reads."""
+    """Other loaders that give document boundaries, if installed: name, reader, sequences that one call reads."""
     if importlib.util.find_spec("megatron") is None:
         return
     shards, cache = open_shards(folder), Path(tempfile.mkdtemp(prefix="megatron-", dir=folder.parent))
     for way in ways():
-        size = 8 if WAYS[way]["create_attention_mask"] else BATCH  # a mask takes a hundred times as long
+        size = 8 if WAYS[way]["create_attention_mask"] else BATCH  # few, because a mask takes a hundred times as long
         yield f"Megatron's GPTDataset, {way}", _reader(megatron_data(shards, way, cache), size), size
 
 
 def _reader(data: Any, size: int) -> Callable[[], None]:
-    """Reads `size` random sequences."""
+    """A function that reads `size` random sequences."""
     generator = np.random.default_rng(0)
 
     def read() -> None:
@@ -106,7 +107,7 @@ def _reader(data: Any, size: int) -> Callable[[], None]:
 
 
 def ways() -> list[str]:
-    """Those of WAYS that the installed megatron-core has."""
+    """The entries of WAYS that the installed megatron-core supports."""
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
     known = {field.name for field in dataclasses.fields(GPTDatasetConfig)}
@@ -114,7 +115,7 @@ def ways() -> list[str]:
 
 
 def megatron_data(shards: ShardSet, way: str, cache: Path) -> Any:
-    """Megatron-LM's own data set on the largest shard, which marks documents by `way`, one of WAYS."""
+    """Megatron-LM's own data set on the largest shard. `way`, one of WAYS, is how it separates documents."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
@@ -145,7 +146,7 @@ def _maps(shards: ShardSet) -> list[np.ndarray]:
 
 
 def _large(folder: Path) -> Path:
-    """A shard that is much larger than what a kernel reads ahead."""
+    """Write a shard much larger than the kernel's read-ahead."""
     writer = ShardWriter(folder, "train-00000", 60_000)
     block = np.random.default_rng(0).integers(1, 60_000, 2**24).astype(np.uint16)
     for _ in range(COLD_BYTES // block.nbytes):
@@ -155,7 +156,9 @@ def _large(folder: Path) -> Path:
 
 
 def _cold(folder: Path) -> tuple[float, float]:
-    """Sequences a second from a cold page cache: (ours, a memory map without advice), medians of three rounds."""
+    """Sequences per second from a cold page cache, for our loader and for a memory map without advice. Medians of
+    three.
+    """
     ours: list[float] = []
     plain: list[float] = []
     for _ in range(3):

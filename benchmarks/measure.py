@@ -1,9 +1,9 @@
-"""How the benches measure: medians of runs that take turns, and peak memory in a process of its own.
+"""Shared measurements: medians of interleaved runs, and peak memory in a fresh process.
 
-Peak memory of a CPU run is the high-water mark of the resident set (VmHWM) of a fresh process, reset after libraries
-have been loaded and warmed up on a problem of no size, less what was resident then. glibc is told to give freed blocks
-of more than 64 KiB back at once, as allocators of devices can: otherwise its moving threshold keeps some of them, by an
-accident of sizes. On a GPU it is the peak of torch's allocator.
+Peak memory of a CPU run is the largest resident set (VmHWM) of a fresh process, minus its resident set at the start.
+The start comes after libraries have been loaded and warmed up on a tiny problem. glibc is told to return freed blocks
+of more than 64 KiB at once, as allocators of devices can. Otherwise its moving threshold keeps some blocks by chance.
+On a GPU, peak memory is that of torch's allocator.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def device_name(device: str, threads: int) -> str:
-    """For the head of a table."""
+    """The device, for the head of a table."""
     return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} thread(s)"
 
 
 def check_numbers(**numbers: int) -> None:
-    """Raise ConfigError for an argument below 1, by the name of its flag."""
+    """Raise ConfigError for an argument below 1, and name its flag."""
     for name, number in numbers.items():
         if number < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {number}; expected at least 1")
 
 
 def check_dtype(dtype: str) -> None:
-    """Raise ConfigError for a dtype that is not offered."""
+    """Raise ConfigError for a dtype that is not supported here."""
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
 def wait(device: str) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 class Median(NamedTuple):
-    """Of the runs of one variant."""
+    """Medians over the runs of one variant."""
 
-    seconds: float  # on the clock
+    seconds: float  # wall time
     processor_s: float  # of this process on all processors
-    marks: tuple[float, ...]  # on the clock, from the start to each mark that the variant set
+    marks: tuple[float, ...]  # wall time from the start to each mark that the variant returned
 
 
 def medians(variants: Mapping[str, Callable[[], Sequence[float] | None]], runs: int, device: str) -> dict[str, Median]:
-    """Run the variants in turns, so that what else the machine does falls on all of them.
+    """Run the variants in turns, so that other work on the machine affects all of them.
 
-    A variant may return marks, of `time.perf_counter`. The first round warms up and is not counted.
+    A variant may return marks, which are values of `time.perf_counter`. The first round warms up and is not counted.
     """
     found: dict[str, list[list[float]]] = {name: [] for name in variants}
     for number in range(runs + 1):
@@ -80,9 +80,9 @@ def medians(variants: Mapping[str, Callable[[], Sequence[float] | None]], runs: 
 
 
 def in_fresh_process(module: str, threads: int, **arguments: Any) -> Any:
-    """What `module`, run with these arguments as JSON, printed last: a JSON value. NaN where there is no Linux /proc.
+    """Run `module` in a fresh process, with these arguments as JSON. Returns the JSON value that it prints last.
 
-    The module ends with `answer(function)`.
+    The module must end with `answer(function)`. Returns NaN if there is no Linux /proc.
     """
     if not Path("/proc/self/clear_refs").exists():
         return float("nan")
@@ -96,19 +96,19 @@ def in_fresh_process(module: str, threads: int, **arguments: Any) -> Any:
 
 
 def answer(function: Callable[..., Any]) -> None:
-    """The other end of `in_fresh_process`."""
+    """Run the function in the process that `in_fresh_process` started, and print its result."""
     arguments = json.loads(sys.argv[1])
     torch.set_num_threads(arguments.pop("threads"))
     print(json.dumps(function(**arguments)))
 
 
 def reset_peak() -> float:
-    """Let the peak of this process begin anew; what is resident now, in MiB."""
+    """Reset the peak memory of this process. Returns its resident memory in MiB."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return resident("VmRSS")
 
 
 def resident(field: str) -> float:
-    """VmRSS, resident now, or VmHWM, its peak, in MiB. Unlike getrusage's, this peak is not the parent's."""
+    """Resident memory in MiB: now (VmRSS) or the peak (VmHWM). Unlike getrusage's, this peak excludes the parent's."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split(f"{field}:")[1].split()[0]) / 1024

@@ -1,7 +1,7 @@
-"""`python -m benchmarks op`: the pondering embedding by every backend, against the method's published way.
+"""`python -m benchmarks op` compares every backend of the pondering embedding with the published way.
 
-Times are medians of runs that take turns in one process; ratios are to the published way in the same run. Peak memory
-of a CPU run is measured in a process of its own.
+Times are medians of interleaved runs in one process. Ratios are to the published way in the same run. Peak memory of a
+CPU run is measured in its own process.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from ponder_scale.model.pondering_embedding import Statistics, pondering_embeddi
 from ponder_scale.setup.device import default_device
 
 NAIVE = "published"
-SAMPLE_TOKENS = 64  # on which errors are measured
+SAMPLE_TOKENS = 64  # tokens on which errors are measured
 Mixture = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Statistics | None]]
-PRODUCTS = {NAIVE: 6, "top_k": 1}  # of N x V x D multiply-adds, forward and backward; the others recompute one: 7
+# products of N x V x D multiply-adds, forward and backward; the other backends recompute one, so they have 7
+PRODUCTS = {NAIVE: 6, "top_k": 1}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is computed: T = softmax(h W^T) E and its gradients to h, W and E."""
+    """The computation: T = softmax(h W^T) E and its gradients with respect to h, W and E."""
 
     tokens: int = 2048
     hidden: int = 256
@@ -48,7 +49,7 @@ class Problem:
     top_k: int = 100
 
     def operands(self, tokens: int | None = None) -> list[Tensor]:
-        """h (N, D), W (V, D), E (V, D) and dL/dT (N, D); scores have a standard deviation of 3, as trained ones."""
+        """h (N, D), W (V, D), E (V, D) and dL/dT (N, D). The scores' standard deviation is 3, as in trained models."""
         generator = torch.Generator(self.device).manual_seed(0)
         rows = (tokens or self.tokens, self.vocabulary, self.vocabulary, tokens or self.tokens)
         made = [torch.randn(count, self.hidden, generator=generator, device=self.device) for count in rows]
@@ -58,7 +59,7 @@ class Problem:
 
 
 def variants(problem: Problem) -> list[str]:
-    """The published way first, then the backends that run on the device; "+" adds the statistics of each token."""
+    """The published way, then the backends that run on the device. "+" adds the statistics of each token."""
     names = ["chunked", "chunked+"] + (["sdpa", "sdpa+"] if problem.device == "cpu" else ["triton", "triton+"])
     return [NAIVE, *names, *(["top_k"] if problem.top_k < problem.vocabulary else [])]
 
@@ -102,7 +103,7 @@ def run(
 
 
 def function(problem: Problem, name: str) -> Mixture:
-    """What gives T of h, W and E by a variant, and the statistics of each token where its name ends in "+"."""
+    """A function that computes T from h, W and E by a variant. A name with "+" adds each token's statistics."""
     if name == NAIVE:
         return lambda hidden, head, table: (published.pondering_embedding(hidden, head, table), None)
     backend = name.rstrip("+")
@@ -118,7 +119,7 @@ def function(problem: Problem, name: str) -> Mixture:
 
 
 def times(problem: Problem, names: Sequence[str], runs: int) -> dict[str, dict[str, float]]:
-    """Medians of each in seconds: forward and forward with backward, by the clock; of the process on all processors."""
+    """Medians for each variant: seconds forward, forward with backward, and processor seconds of both."""
     *operands, upstream = problem.operands()
 
     def timed(mixture: Mixture) -> Callable[[], list[float]]:
@@ -141,7 +142,7 @@ def times(problem: Problem, names: Sequence[str], runs: int) -> dict[str, dict[s
 
 
 def _memory(problem: Problem, name: str, threads: int) -> tuple[float, float]:
-    """MiB above the inputs: the peak of forward and backward, gradients included, and what forward keeps."""
+    """MiB above the inputs: the peak of forward and backward with gradients, and what forward keeps for backward."""
     if problem.device == "cuda":
         return memory_on_gpu(problem, name)
     found = in_fresh_process(__name__, threads, problem=asdict(problem), name=name)
@@ -149,7 +150,7 @@ def _memory(problem: Problem, name: str, threads: int) -> tuple[float, float]:
 
 
 def memory_on_gpu(problem: Problem, name: str) -> tuple[float, float]:
-    """MiB at the peak and after forward, above the inputs, by torch's allocator."""
+    """MiB above the inputs at the peak and after forward, from torch's allocator."""
     *operands, upstream = problem.operands()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -162,7 +163,7 @@ def memory_on_gpu(problem: Problem, name: str) -> tuple[float, float]:
 def _memory_in_this_process(problem: dict[str, Any], name: str) -> tuple[float, float]:
     full = Problem(**problem)
     *operands, upstream = full.operands()
-    # what libraries allocate once for themselves is no cost of the variant
+    # Memory that libraries allocate once for themselves must not count as the variant's.
     small = Problem(8, 16, 128, full.dtype, top_k=4)
     *few, grad = small.operands()
     function(small, name)(*few)[0].backward(grad)
@@ -174,10 +175,10 @@ def _memory_in_this_process(problem: dict[str, Any], name: str) -> tuple[float, 
 
 
 def errors(problem: Problem, name: str, tokens: int) -> dict[str, float]:
-    """Of a variant on some tokens, against the equation in float64.
+    """Compare a variant on some tokens with the equation in float64.
 
-    Returns the errors of T and the largest of the three gradients', relative to their norms; with statistics the
-    largest of the losses' and entropies', in nats; and how many numbers differ when all is computed again.
+    Returns the relative error of T, and the largest relative error among the three gradients. With statistics also the
+    largest errors of losses and entropies, in nats. "changed" counts numbers that differ when everything runs again.
     """
     *operands, upstream = problem.operands(tokens)
     exact = [tensor.detach().double().requires_grad_() for tensor in operands]

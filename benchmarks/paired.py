@@ -1,7 +1,8 @@
-"""Paired training for `python -m benchmarks gpu --train`: pondering and vanilla, on the same text in the same order.
+"""Paired training for `python -m benchmarks gpu --train`: pondering and vanilla on the same text in the same order.
 
-The text is the source code of Python's standard library, which is on every machine. Three models of one shape: with S
-pondering steps; without, on as many tokens; without, for as long. One seed of each: a first look, not a finding.
+The text is the source code of Python's standard library, which every machine has. Three models of one shape are
+trained: one with S pondering steps, one without on as many tokens, and one without for as long. Each has a single seed,
+so the result is a first look and not a finding.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from benchmarks.workload import Training, Workload, workload
 from ponder_scale.errors import ConfigError
 
 STEPS = 3
-HELD_OUT = 0.02  # of the text, its end
-WARM_UP = 0.02  # of the steps
+HELD_OUT = 0.02  # share of the text that is held out, at its end
+WARM_UP = 0.02  # share of the steps
 RATE = 1e-3
-TIMED = 5  # steps by which the number of steps is chosen
+TIMED = 5  # steps timed to choose the number of steps
 
 
 def paired(place: Place) -> Iterator[Row]:
-    """Train the three within the minutes of `place`, and give the held-out loss of each."""
+    """Train the three models within the minutes of `place`, and yield the held-out loss of each."""
     assert place.train_minutes is not None
     sizes = {"batch": 2, "seq_len": 32, "hidden": 64, "layers": 2, "vocab": 300}
     if not place.toy:
@@ -68,7 +69,7 @@ def _tokens(work: Workload, files: int) -> Tensor:
 
 
 def _batch(work: Workload, tokens: Tensor, number: int) -> Tensor:
-    """The rows of step `number`, the same for every model: windows at places drawn by the number."""
+    """The rows of step `number`, which are the same for every model. The number seeds the positions in the text."""
     generator = torch.Generator().manual_seed(number)
     starts = torch.randint(0, len(tokens) - work.seq_len - 1, (work.batch,), generator=generator)
     return torch.stack([tokens[start : start + work.seq_len + 1] for start in starts.tolist()]).to(work.device)
@@ -79,12 +80,12 @@ def _step_seconds(work: Workload, tokens: Tensor, steps: int) -> float:
     training.step("none", steps, sequences=rows)
     began = time.monotonic()
     for _ in range(TIMED):
-        training.step("none", steps, sequences=rows)  # gives the loss, so it has ended
+        training.step("none", steps, sequences=rows)  # returns the loss, so the step has finished
     return (time.monotonic() - began) / TIMED
 
 
 def _train(work: Workload, tokens: Tensor, steps: int, count: int) -> float:
-    """Train for `count` steps; the held-out loss."""
+    """Train for `count` steps. Returns the held-out loss."""
     seen, held = tokens[: -int(HELD_OUT * len(tokens))], tokens[-int(HELD_OUT * len(tokens)) :]
     training: Any = Training(work)
     for number in range(count):

@@ -1,8 +1,11 @@
-"""The method's published way of computing, as a baseline: what LUMIA-Group/PonderingLM does, written anew.
+"""The published way to compute the method, as a baseline. It does what LUMIA-Group/PonderingLM does, in new code.
 
-The softmax over the vocabulary is made as a tensor and kept by autograd for backward, in every pass; the logits of the
-last pass are made whole for the loss; nothing is recomputed; each new token of a text runs all passes over the whole
-prefix. Attention and the layers are those of transformers, as they are for what is compared with it.
+- Every pass creates the softmax over the vocabulary as a tensor, which autograd keeps for backward.
+- The loss uses the complete logits of the last pass.
+- Nothing is recomputed.
+- Each new token of a text runs all passes over the whole prefix.
+
+Attention and layers are those of transformers, as in the code that is compared with it.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ def pondering_embedding(hidden: Tensor, head: Tensor, table: Tensor, temperature
 
 
 def last_hidden(model: Any, tokens: Tensor, pondering_steps: int) -> Tensor:
-    """The hidden states of the last pass, (B, T, D), of tokens (B, T)."""
+    """The hidden states of the last pass, (B, T, D), for tokens (B, T)."""
     config, table = model.config, model.get_input_embeddings().weight
     scale = math.sqrt(table.shape[1]) if config.scale_embeds else 1.0
     first = F.embedding(tokens, table) * (scale * config.initial_scale)
@@ -35,12 +38,12 @@ def last_hidden(model: Any, tokens: Tensor, pondering_steps: int) -> Tensor:
 
 
 def loss(model: Any, tokens: Tensor, labels: Tensor, pondering_steps: int) -> Tensor:
-    """The mean cross-entropy of the last pass, in fp32 on whole logits as transformers computes it."""
+    """The mean cross-entropy of the last pass, in fp32 on complete logits, as transformers computes it."""
     logits = model.get_output_embeddings()(last_hidden(model, tokens, pondering_steps)).float()  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 @torch.no_grad()
 def next_logits(model: Any, tokens: Tensor, pondering_steps: int) -> Tensor:
-    """The logits (B, V) after a prefix (B, T); only the last position's are made in the last pass."""
+    """The logits (B, V) after a prefix (B, T). The last pass computes only those of the last position."""
     return model.get_output_embeddings()(last_hidden(model, tokens, pondering_steps)[:, -1])

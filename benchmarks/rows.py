@@ -1,4 +1,4 @@
-"""What the stages of `python -m benchmarks gpu` measure on, and the rows that they give."""
+"""The place where stages of `python -m benchmarks gpu` run, and the rows that they yield."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from benchmarks.measure import wait
 
 @dataclass(frozen=True)
 class Place:
-    """Where the stages run, and how large the shapes are."""
+    """The device of the stages, and the size of their shapes."""
 
     device: str  # "cuda", or "cpu" for a rehearsal
-    toy: bool = False  # shapes of no consequence, to see that everything runs
-    train_minutes: float | None = None  # of paired training, where it is asked for
+    toy: bool = False  # tiny shapes, to test that everything runs
+    train_minutes: float | None = None  # minutes of paired training; None if it was not requested
 
     @property
     def dtype(self) -> str:
-        """That training computes in."""
+        """The dtype in which training computes."""
         return "bfloat16" if self.device == "cuda" else "float32"
 
     def tensor(self, *shape: int) -> torch.Tensor:
-        """Random values: products of zeros are faster than real ones."""
+        """A tensor of random values. Products of zeros would be faster than real ones."""
         return torch.randn(*shape, device=self.device, dtype=getattr(torch, self.dtype))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: what it is of, its figure and what that is a share or a multiple of, for a table."""
+    """One measurement for a table: what was measured, its figure, and a comparison such as a share or a multiple."""
 
     what: str
     figure: str
     beside: str = ""
-    values: dict[str, Any] = field(default_factory=dict)  # the bare numbers, in SI units
+    values: dict[str, Any] = field(default_factory=dict)  # the plain numbers, in SI units
     error: str | None = None
 
 
 def tried(what: str, measure: Callable[[], Row]) -> Row:
-    """What `measure` gives. That memory does not suffice is a finding. Any other error is kept; the stage goes on."""
+    """Run `measure`. Out of memory is a result, and any other error becomes a row, so that the stage can continue."""
     try:
         return measure()
     except torch.OutOfMemoryError:
@@ -60,7 +60,7 @@ def _release() -> None:
 
 
 def seconds(function: Callable[[], Any], device: str, least: float = 0.05) -> float:
-    """Of one call, from as many that follow each other as take `least` seconds, after two that are not counted."""
+    """Seconds of one call, averaged over enough calls to take `least` seconds, after two warm-up calls."""
     for _ in range(2):
         function()
     calls = 1

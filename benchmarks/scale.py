@@ -1,8 +1,12 @@
-"""What a start, a step, a save and a resumed start cost as ranks and shard files grow: counted on real ranks.
+"""Count the cost of a start, a step, a save and a resumed start as ranks and shard files grow, on real ranks.
 
-Forked gloo ranks of this machine train a tiny model for a few steps. Each counts, until the phase ends: opens, stats,
-and changes of names under the run folder and the shards; collectives; bytes and connections of its TCP sockets. The
-counts of several worlds give the law by which each grows, and that gives the worlds that do not fit here.
+Forked gloo ranks on this machine train a tiny model for a few steps. In each phase every rank counts:
+
+- opens, stats and changes of names in the run folder and the shards
+- collectives
+- bytes and connections of its TCP sockets
+
+The counts of several world sizes give the law by which each grows. The law gives the counts of larger worlds.
 """
 
 from __future__ import annotations
@@ -31,23 +35,23 @@ from ponder_scale.settings import load
 from ponder_scale.shards.format import TOKENIZER, ShardWriter, dtype_for
 from ponder_scale.shards.manifest import Manifest, ShardInfo, seal
 
-NOISE = 0.05  # of a count: what comes by the clock
+NOISE = 0.05  # share of a count that may vary, because it depends on the clock
 PHASES = ("start", "step", "save", "resume", "elastic")
-LEGS = ("start", "resume", "elastic")  # elastic: on half of the ranks
+LEGS = ("start", "resume", "elastic")  # elastic: resume on half of the ranks
 COLUMNS = ("opens", "stats", "names", "written", "collectives", "MB sent", "sockets")
-WORLDS = (8, 64, 512, 4096)  # what is extrapolated to
+WORLDS = (8, 64, 512, 4096)  # world sizes to extrapolate to
 FILES = (1, 100, 10_000, 50_000)
 _NAMES = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 _COLLECTIVES = (
     *("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor", "broadcast"),
     *("barrier", "gather", "scatter", "reduce", "all_to_all", "all_to_all_single", "send", "recv", "isend", "irecv"),
 )
-_SENT, _TCP_INFO = 120, 11  # where Linux has the acknowledged bytes in struct tcp_info, and the option's number
+_SENT, _TCP_INFO = 120, 11  # byte offset of the acknowledged bytes in Linux's struct tcp_info, and the option's number
 Counts = dict[str, float]
 
 
 class Counters:
-    """What this process does from now on, by the phase it is in."""
+    """Counts what this process does from now on, by phase."""
 
     def __init__(self, roots: Sequence[Path]) -> None:
         self._roots = tuple(f"{root}{os.sep}" for root in roots)
@@ -61,7 +65,7 @@ class Counters:
             self._watch_collective(name)
 
     def enter(self, phase: str) -> None:
-        """End a phase and begin another."""
+        """End the current phase and begin another."""
         sent, sockets = _sockets()
         self.counts[self.phase]["MB sent"] += (sent - self._sent) / 1e6
         self.counts[self.phase]["sockets"] = max(sockets, self.counts[self.phase]["sockets"])
@@ -69,7 +73,7 @@ class Counters:
 
     def _add(self, what: str, path: Any) -> None:
         if threading.current_thread().name == "heartbeat" or not isinstance(path, str | os.PathLike):
-            return  # heartbeats come by the clock, and are counted by it
+            return  # the number of heartbeats depends on the clock
         if os.fspath(path).startswith(self._roots):
             self.counts[self.phase][what] += 1
 
@@ -111,10 +115,10 @@ def measure(worlds: Sequence[int], files: Sequence[int], *, stage: int = 3) -> s
 
     Args:
         worlds: numbers of ranks, at least three, ascending.
-        files: numbers of shard files, at least two, ascending; counted with the fewest ranks.
+        files: numbers of shard files, at least two, ascending. They are counted with the fewest ranks.
 
     Raises:
-        ConfigError: too few, or a rank did not end well.
+        ConfigError: too few numbers, or a rank failed.
     """
     if len(set(worlds)) < 3 or len(set(files)) < 2 or min(*worlds, *files) < 1:
         raise ConfigError("bench scale: expected at least three numbers of ranks and two of shard files")
@@ -125,8 +129,10 @@ def measure(worlds: Sequence[int], files: Sequence[int], *, stage: int = 3) -> s
 
 
 def count(world: int, files: int, stage: int, legs: Sequence[str] = LEGS) -> dict[str, Counts]:
-    """Counts of each phase, summed over the ranks; of `sockets` the most that a rank has. A leg goes on from the one
-    before it."""
+    """Counts of each phase, summed over the ranks. `sockets` is the largest number of any rank.
+
+    Each leg continues the run of the leg before it.
+    """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place).resolve()
         make_shards(folder / "shards", files)
@@ -140,7 +146,9 @@ def count(world: int, files: int, stage: int, legs: Sequence[str] = LEGS) -> dic
 
 
 def make_shards(folder: Path, files: int, *, vocabulary: int = 50, tokens: int = 4096) -> None:
-    """Write `files` training shards and a held-out one of random documents; `tokens` each, a multiple of 16."""
+    """Write `files` training shards and a held-out shard of random documents. Each has `tokens` tokens, a multiple of
+    16.
+    """
     folder.mkdir()
     generator = np.random.default_rng(0)
     splits: dict[str, list[ShardInfo]] = {}
@@ -197,7 +205,7 @@ def _run(folder: Path, ranks: int, world: int, stage: int, leg: str) -> dict[str
 
 @functools.cache
 def _import_once() -> None:
-    """What every rank imports, before they are forked: dozens that do it by themselves take minutes."""
+    """Import what every rank needs before ranks are forked, because dozens of separate imports take minutes."""
     import deepspeed
     import transformers.models.llama.modeling_llama
 
@@ -205,11 +213,11 @@ def _import_once() -> None:
 
     _ = deepspeed.ops.__compatible_ops__, transformers.models.llama.modeling_llama, ponder_scale.train.loop
     gc.freeze()
-    logging.disable(logging.WARNING)  # what a run says would stand between the tables
+    logging.disable(logging.WARNING)  # log lines of a run would appear between the tables
 
 
 def _rank(folder: Path, overrides: list[str], out: Path) -> None:
-    """Train as one rank, write what was counted, and end the process."""
+    """Train as one rank, write the counts, and end the process."""
     code = 1
     try:
         torch.set_num_threads(1)
@@ -220,7 +228,8 @@ def _rank(folder: Path, overrides: list[str], out: Path) -> None:
         enter = Watch.enter
 
         def entered(self: Watch, phase: str, step: int | None = None) -> None:
-            if phase in ("data", "evaluate", "save"):  # a step begins with its data; the first two hold what comes once
+            # a step begins with its data; the first two steps contain one-time costs
+            if phase in ("data", "evaluate", "save"):
                 early = phase == "data" and step is not None and step < 3
                 counters.enter(f"step {step}" if early else "step" if phase == "data" else phase)
             enter(self, phase, step)
@@ -238,7 +247,7 @@ def _rank(folder: Path, overrides: list[str], out: Path) -> None:
 
 
 def _sockets() -> tuple[float, int]:
-    """Bytes that this process has sent over the TCP connections it has, and their number."""
+    """Acknowledged bytes that this process has sent over its open TCP connections, and their number."""
     sent, number = 0, 0
     for path in Path("/proc/self/fd").iterdir():
         try:
@@ -254,10 +263,10 @@ def _sockets() -> tuple[float, int]:
 
 
 def law(points: dict[int, float]) -> Callable[[int], float]:
-    """The polynomial of least degree, up to 2, that comes within a twentieth of each of the last three counts.
+    """The polynomial of lowest degree, up to 2, that fits each of the last three counts to within 5 percent.
 
-    The twentieth is for the looks that come by the clock. What goes up and down comes by the clock alone, such as looks
-    at request files: of that the most that was counted.
+    The tolerance allows for counts that depend on the clock. A count that rises and falls depends on the clock alone,
+    such as looks at request files. For it, the law is the largest count.
     """
     last = dict(sorted(points.items())[-3:])
     x, y = np.array(list(last), dtype=float), np.array(list(last.values()))

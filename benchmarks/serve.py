@@ -1,8 +1,8 @@
-"""`python -m benchmarks serve`: the time of `transformers.generate` to that of vLLM, in one process, on one folder.
+"""`python -m benchmarks serve` compares the time of `transformers.generate` and vLLM for one folder, in one process.
 
-Transformers runs a batch until its longest text is done, and pads the prompts to one length; vLLM takes a request in as
-another one ends. So the ratio is of two engines at equal lengths, and of two ways of batching at mixed ones.
-Each run of one is followed by a run of the other, so that other work on the machine slows both.
+transformers runs a batch until its longest text is done, and pads the prompts to one length. vLLM starts a new request
+when another ends. At equal lengths the ratio therefore compares two engines. At mixed lengths it also compares two ways
+of batching. Runs of the two alternate, so that other work on the machine slows both.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from ponder_scale.setup.device import default_device
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 8}
 VOCABULARY, STEPS = 32000, 3
-NATIVE = ("ponder_llama", "ponder_gpt2")  # for the others vLLM changes classes of transformers, which runs first then
-Work = list[tuple[list[int], int]]  # prompts, and how many tokens are to follow each
-Key = tuple[int, str]  # requests at a time, and what is said of their lengths
+# for other models vLLM patches classes of transformers, so transformers has to run first
+NATIVE = ("ponder_llama", "ponder_gpt2")
+Work = list[tuple[list[int], int]]  # prompts, each with the number of tokens to generate
+Key = tuple[int, str]  # requests at a time, and "equal" or "mixed" lengths
 Way = Callable[[Work], list[list[int]]]
-Timed = tuple[list[float], list[list[int]]]  # seconds of each run, and what was said
+Timed = tuple[list[float], list[list[int]]]  # seconds of each run, and the generated tokens
 
 
 def run(
@@ -107,10 +108,10 @@ def _measure(
 
 
 def _timed(ways: tuple[Way, Way], works: dict[Key, Work], runs: int, *, in_turn: bool) -> list[dict[Key, Timed]]:
-    """For each way, seconds of each run and what was said, by work; once before, to warm up.
+    """For each way and work, the seconds of each run and the generated tokens. One warm-up run comes first.
 
     Args:
-        in_turn: a run of the second way follows each of the first; else all runs of the first come first.
+        in_turn: alternate the two ways. Otherwise all runs of the first way come first.
     """
     turns = (ways,) if in_turn else tuple((way,) for way in ways)
     found: dict[Way, dict[Key, Timed]] = {way: {} for way in ways}
@@ -162,7 +163,7 @@ def _engine(folder: Path, dtype: torch.dtype, length: int, batch: int, eager: bo
         max_model_len=length,
         max_num_seqs=batch,
         enforce_eager=eager,
-        enable_prefix_caching=False,  # the same prompts come again
+        enable_prefix_caching=False,  # because the same prompts are sent again
     )
 
 
@@ -175,7 +176,7 @@ def _vllm(engine: Any, work: Work) -> list[list[int]]:
 
 
 def _cache_bytes(engine: Any) -> float:
-    """Bytes that vLLM holds for a token, over all layers and passes."""
+    """Bytes that vLLM allocates per token, over all layers and passes."""
     runner = engine.llm_engine.model_executor.driver_worker.model_runner
     config = engine.llm_engine.vllm_config.cache_config
     return sum(cache.nbytes for cache in runner.kv_caches) / (config.num_gpu_blocks * config.block_size)

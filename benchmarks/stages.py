@@ -1,4 +1,4 @@
-"""The stages of `python -m benchmarks gpu`, each a generator of rows. They call what the other benches are made of."""
+"""The stages of `python -m benchmarks gpu`. Each yields rows, and calls parts of the other benchmarks."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from ponder_scale.planning.hardware import peak_flops
 from ponder_scale.setup.speed import apply_speed
 
 REPOSITORY = Path(__file__).parents[1]
-RECIPE, STEPS, BATCH = "llama-1.4b", 3, 4  # what a step and a token are measured of
+RECIPE, STEPS, BATCH = "llama-1.4b", 3, 4  # the model and batch for steps and tokens
 SHAPES = (  # tokens, D, V
     *((2048, 768, 50304), (8192, 768, 50304), (8192, 2048, 50304), (16384, 2048, 50304)),
     *((8192, 2048, 128256), (8192, 2560, 50304)),
 )
 SMALL = ((64, 32, 500),)
 EXACT = ((1, 2048, 50304), (48, 2048, 50304), (1030, 256, 5003), (2050, 768, 50257), (300, 128, 151936))
-ERROR, NATS = 1e-2, 1e-4  # allowed of values and gradients in bf16, and of statistics
+ERROR, NATS = 1e-2, 1e-4  # largest errors allowed: for values and gradients in bf16, and for statistics
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger-kernel", "flash-attn", "numpy")
-CONTEXTS = {True: (8,), False: (512, 1536)}  # at toy size, and else
-TOP = 8  # kernels of a profile that get a row
+CONTEXTS = {True: (8,), False: (512, 1536)}  # by whether shapes are toys
+TOP = 8  # number of kernels in a profile that get a row
 
 
 def machine(place: Place) -> Iterator[Row]:
-    """What this is measured on, and by which versions."""
+    """The machine and the versions of packages."""
     if place.device == "cuda":
         found = torch.cuda.get_device_properties(0)
         capability = f"{found.major}.{found.minor}"
@@ -68,7 +68,7 @@ def _version(name: str) -> str | None:
 
 
 def tests(place: Place) -> Iterator[Row]:
-    """The tests that need a GPU; without one all of them are skipped."""
+    """Run the tests that need a GPU. Without one, all of them are skipped."""
     if _version("pytest") is None:
         raise ConfigError("the tests need pytest, which is not installed here")
     paths = sorted((REPOSITORY / "tests").rglob("test_*.py"))
@@ -85,7 +85,7 @@ def tests(place: Place) -> Iterator[Row]:
 
 
 def numbers(place: Place) -> Iterator[Row]:
-    """The kernels in the dtype that trains against the equation in float64, and twice the same bits."""
+    """Compare the kernels in the training dtype with the equation in float64, and check that results are repeatable."""
     names = ("triton+", "chunked+") if place.device == "cuda" else ("chunked+", "sdpa+")
     for tokens, hidden, vocabulary in SMALL if place.toy else EXACT:
         problem = op.Problem(tokens, hidden, vocabulary, place.dtype, place.device)
@@ -106,7 +106,7 @@ def _number(problem: op.Problem, name: str, what: str) -> Row:
 
 
 def mixtures(place: Place) -> Iterator[Row]:
-    """The pondering embedding by shape: time as a share of torch's own products, against the published way; memory."""
+    """Measure the pondering embedding by shape: time against torch's products and the published way, and memory."""
     for shape in SMALL if place.toy else SHAPES:
         problem = op.Problem(*shape, place.dtype, place.device)
         tokens, hidden, vocabulary = shape
@@ -135,7 +135,7 @@ def _mixture(problem: op.Problem, name: str, what: str, product: float, publishe
 
 
 def launches(place: Place) -> Iterator[Row]:
-    """Each kernel of a mixture and of a token that is decoded: how often, and how long."""
+    """Count and time each kernel of a pondering embedding and of one decoded token."""
     shape = SMALL[0] if place.toy else (16384, 2048, 50304)
     problem = op.Problem(*shape, place.dtype, place.device)
     name = "triton" if place.device == "cuda" else "chunked"
@@ -150,7 +150,7 @@ def _both(problem: op.Problem, name: str) -> Callable[[], None]:
 
 
 def _token(work: Workload) -> Callable[[], None]:
-    """Decodes one more token behind half a sequence."""
+    """A function that decodes one more token after half a sequence."""
     model, cache, text = work.build().eval(), DynamicCache(), work.sequences()
     options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1, "pondering_steps": STEPS}
 
@@ -169,7 +169,7 @@ def _profiled(place: Place, what: str, function: Callable[[], Any]) -> Iterator[
         function()
         if cuda:
             torch.cuda.synchronize()
-    took = "self_device_time_total" if cuda else "self_cpu_time_total"  # microseconds
+    took = "self_device_time_total" if cuda else "self_cpu_time_total"  # in microseconds
     events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, took))
     calls, whole = sum(event.count for event in events), sum(getattr(event, took) for event in events)
     yield Row(what, f"{calls} launches, {whole / 1e3:.3g} ms", "", {"launches": calls, "seconds": whole / 1e6})
@@ -185,12 +185,13 @@ def _work(place: Place, batch: int) -> Workload:
     if place.toy:
         shape = {"hidden": 64, "layers": 1, "vocab": 300, "pondering_steps": STEPS}
         return workload(recipe=None, batch=batch, seq_len=32, dtype=place.dtype, device=place.device, **shape)
-    sizes = {"seq_len": 1, "hidden": 1, "layers": 1, "pondering_steps": STEPS}  # those of the recipe are taken
+    # the recipe's own sizes are used instead
+    sizes = {"seq_len": 1, "hidden": 1, "layers": 1, "pondering_steps": STEPS}
     return workload(recipe=RECIPE, batch=batch, vocab=50304, dtype=place.dtype, device=place.device, **sizes)
 
 
 def steps(place: Place) -> Iterator[Row]:
-    """A training step, AdamW with it, by recomputation policy, and the published way."""
+    """Measure a training step with AdamW by recomputation policy, and the published way."""
     work = _work(place, 2 if place.toy else BATCH)
     training = Training(work)
     step.check_losses(training, STEPS)
@@ -223,16 +224,16 @@ def _step(training: Training, name: str, line: str) -> Row:
 
 
 def _discard(_: Any) -> None:
-    """A variant's result is taken for marks of its time."""
+    """Drop a result, because `medians` would take it for marks."""
 
 
 def compiled(place: Place) -> Iterator[Row]:
-    """A step whose layers torch has compiled, against one that runs as it is."""
+    """Compare a step with layers that torch has compiled to one without compilation."""
     return _with_speed(place, "compiled", {"compile": True})
 
 
 def liger(place: Place) -> Iterator[Row]:
-    """A step with Liger's kernels, against one with torch's."""
+    """Compare a step with Liger's kernels to one with torch's."""
     return _with_speed(place, "liger", {"kernels": "liger"})
 
 
@@ -243,7 +244,7 @@ def _with_speed(place: Place, name: str, options: dict[str, Any]) -> Iterator[Ro
     train = TrainConfig(steps=1, global_batch=1, **given)
     training = Training(work)
     plain = tried(f"plain, {policy}, {work.line()}", partial(_step, training, policy, f"plain, {work.line()}"))
-    apply_speed(training.model, train)  # raises where it is not to be had: then the stage is left out, with all of it
+    apply_speed(training.model, train)  # raises if it is not available, which leaves out the whole stage
     yield plain
     row = tried(f"{name}, {policy}, {work.line()}", partial(_step, training, policy, f"{name}, {work.line()}"))
     if "seconds" in row.values and "seconds" in plain.values:
@@ -254,13 +255,13 @@ def _with_speed(place: Place, name: str, options: dict[str, Any]) -> Iterator[Ro
 
 
 def decoding(place: Place) -> Iterator[Row]:
-    """A token by each way, as a share of what the weights it reads take at the bandwidth of a copy."""
+    """Decode a token in each way. The share compares its time with reading its weights at the bandwidth of a copy."""
     for context in CONTEXTS[place.toy]:
         yield from _decoded(place, context, compiled=False)
 
 
 def compiled_decoding(place: Place) -> Iterator[Row]:
-    """The same with a compiled step. S + 1 passes make a long graph, which takes its time to compile."""
+    """The same with a compiled step. S + 1 passes make a long graph, which takes long to compile."""
     yield from _decoded(place, CONTEXTS[place.toy][0], compiled=True)
 
 
@@ -272,7 +273,7 @@ def _decoded(place: Place, context: int, *, compiled: bool) -> Iterator[Row]:
     (found,) = decode.run(work, contexts=[context], runs=3, threads=torch.get_num_threads(), compiled=compiled)
     for way, name in ((way, name) for way, name in decode.WAYS.items() if way in found):
         passes = 1 if way == "vanilla" else STEPS + 1
-        # head and table are read in each pass, but the table not after the last
+        # Every pass reads the head. Every pass but the last also reads the table.
         floor = size * (passes * shape.block_parameters + (2 * passes - 1) * table) / bandwidth
         took = found[way]
         values = {"way": way, "context": context, "seconds": took, "floor_s": floor}
@@ -281,7 +282,7 @@ def _decoded(place: Place, context: int, *, compiled: bool) -> Iterator[Row]:
 
 
 def engine(place: Place) -> Iterator[Row]:
-    """A run of `ponder-scale train` under DeepSpeed: steps, an evaluation and a checkpoint."""
+    """Run `ponder-scale train` under DeepSpeed, with steps, an evaluation and a checkpoint."""
     if _version("deepspeed") is None:
         raise ConfigError("a run needs DeepSpeed, which is not installed here: pip install deepspeed")
     from benchmarks.start import tiny_run
@@ -301,7 +302,7 @@ def engine(place: Place) -> Iterator[Row]:
 
 
 def training(place: Place) -> Iterator[Row]:
-    """Pondering and vanilla models trained alike on real text, where that is asked for."""
+    """Train pondering and vanilla models alike on real text. Runs only on request."""
     from benchmarks.paired import paired
 
     return paired(place)

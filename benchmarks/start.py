@@ -1,9 +1,9 @@
-"""`python -m benchmarks start`: processor time to the first step, and of a step, against transformers' Trainer.
+"""`python -m benchmarks start` compares processor time to the first step, and per step, with transformers' Trainer.
 
-Both train a LLaMA of one shape without pondering, by one DeepSpeed and one file of its settings, on two gloo ranks.
-Ranks are started as a launcher starts them; what launchers take themselves is in neither figure. Each rank reads its
-processor time, and that of the processes it has waited for, when the engine has made an update: the first reading has
-everything from the first import on, and from one reading to the next is a step with all that stands around it.
+Both train a LLaMA of the same shape without pondering, on two gloo ranks, with the same DeepSpeed and settings file.
+Ranks are started as a launcher starts them, and neither figure includes the launcher's own time. Each rank reads its
+processor time after each update of the engine, including that of child processes that have ended. The first reading
+covers everything from the first import on. The difference of two readings is one step with everything around it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from ponder_scale.train.launch import RANK_VARIABLES, free_port
 RANKS = 2
 TRAINER, OURS = "transformers' Trainer", "ponder-scale train"
 PLAIN = "the same, train.sanity_step=false"
-RANK = ["-m", "benchmarks.start"]  # what a rank runs
-WAITS = 0.1  # seconds between looks at the ranks
+RANK = ["-m", "benchmarks.start"]  # the arguments that start a rank
+WAITS = 0.1  # seconds between two checks of the ranks
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the model and its sequences."""
+    """The shape of the model and its sequences."""
 
     hidden: int = 256
     layers: int = 8
@@ -46,7 +46,7 @@ class Shape:
 
     @property
     def model(self) -> dict[str, int]:
-        """Under the names of recipes and of transformers' LlamaConfig."""
+        """The shape under the names that recipes and transformers' LlamaConfig share."""
         return {
             "hidden_size": self.hidden,
             "intermediate_size": 8 * round(self.hidden * 2.6875 / 8),
@@ -58,23 +58,23 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cost:
-    """Processor seconds of both ranks."""
+    """Processor seconds of both ranks together."""
 
     start: float  # to the end of step 1
-    step: float  # the median of those after it
+    step: float  # median of the later steps
 
 
 def run(shape: Shape, *, runs: int = 3, steps: int = 6, stage: int = 3, plain: bool = False) -> dict[str, list[Cost]]:
-    """Measure, print the table, and return what each way cost, run by run.
+    """Measure, print the table, and return the cost of each way for each run.
 
     Args:
-        runs: of each way; they take turns.
-        steps: of a run, at least 2.
-        stage: of ZeRO.
-        plain: also ours without the rehearsal before step 1, which is an addition of ours to a start.
+        runs: runs of each way, in turns.
+        steps: steps in a run, at least 2.
+        stage: the stage of ZeRO.
+        plain: also measure our run without the rehearsal before step 1, which the Trainer does not have.
 
     Raises:
-        RuntimeError: a rank did not end well; the message has the end of what it printed.
+        RuntimeError: a rank failed. The message ends with the last lines that it printed.
     """
     ways = {TRAINER: None, OURS: list[str](), **({PLAIN: ["train.sanity_step=false"]} if plain else {})}
     found: dict[str, list[Cost]] = {way: [] for way in ways}
@@ -91,7 +91,7 @@ def run(shape: Shape, *, runs: int = 3, steps: int = 6, stage: int = 3, plain: b
 
 
 def _recipe(folder: Path, shape: Shape, steps: int, stage: int) -> str:
-    """Of a run of ours, with its shards; as users have it but for what fits two small ranks."""
+    """Write the recipe of our run and its shards. It has default settings, except where two small ranks need others."""
     overrides = [*("model.pondering_steps=0", "train.recompute=none", "train.precision=fp32"), f"train.steps={steps}"]
     recipe = folder / "recipe.yaml"
     recipe.write_text(to_yaml(_config(folder, shape, steps, [*overrides, f"train.deepspeed=zero{stage}"])))
@@ -99,7 +99,7 @@ def _recipe(folder: Path, shape: Shape, steps: int, stage: int) -> str:
 
 
 def tiny_run(folder: Path, stage: int, *, toy: bool, bf16: bool) -> RunConfig:
-    """A run of four steps on one rank that pondering is part of, with its shards, in a new folder."""
+    """A run of four steps on one rank with pondering, and its shards, in a new folder."""
     folder.mkdir()
     shape = Shape(64, 2, 300, 32) if toy else Shape()
     overrides = [f"train.deepspeed=zero{stage}", f"train.precision={'bf16' if bf16 else 'fp32'}", "train.steps=4"]
@@ -115,7 +115,7 @@ def _config(folder: Path, shape: Shape, steps: int, overrides: Sequence[str]) ->
 
 
 def _cost(job: dict[str, Any], folder: Path) -> Cost:
-    """Of one run in fresh processes."""
+    """The cost of one run in fresh processes."""
     shared = {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     readings = [folder / f"readings-{rank}" for rank in range(RANKS)]
@@ -129,7 +129,7 @@ def _cost(job: dict[str, Any], folder: Path) -> Cost:
             ranks.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
     while any(process.poll() is None for process in ranks) and not any(process.poll() for process in ranks):
         time.sleep(WAITS)
-    for process in ranks:  # what is left of a run whose other rank has failed
+    for process in ranks:  # ends the other rank if one has failed
         process.kill()
     failed = [number for number, process in enumerate(ranks) if process.wait() > 0]
     if failed:
@@ -158,21 +158,22 @@ def _table(found: dict[str, list[Cost]], shape: Shape, steps: int, stage: int) -
 
 
 def _on_a_rank(job: dict[str, Any], out: Path) -> None:
-    """Train as one rank, and write what the readings were."""
+    """Train as one rank, and write its readings."""
     ours = "recipe" in job
     if ours:
-        gc.disable()  # as the command does before it loads anything; the engine is loaded here to be watched
+        gc.disable()  # the command does so before it loads anything, but here the engine is loaded first to be watched
     import deepspeed
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    # compiled where it is not cached, which takes a minute; ours never loads it, so neither way has it
+    # Loading this compiles it if it is not cached, which takes a minute. Our run never loads it, so both ways go
+    # without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     readings: list[float] = []
     step = DeepSpeedEngine.step
 
     def watched(self: Any, *arguments: Any, **options: Any) -> Any:
         result = step(self, *arguments, **options)
-        if self.was_step_applied():  # the rehearsal of a run ends in a step that is not
+        if self.was_step_applied():  # the rehearsal's step is not applied
             used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
             readings.append(sum(each.ru_utime + each.ru_stime for each in used))
             out.write_text(json.dumps(readings))
@@ -184,11 +185,11 @@ def _on_a_rank(job: dict[str, Any], out: Path) -> None:
 
         main(["train", job["recipe"], *job["overrides"]])
     _by_trainer(job)
-    os._exit(0)  # DeepSpeed's threads may abort an interpreter that ends
+    os._exit(0)  # DeepSpeed's threads may abort an interpreter that exits normally
 
 
 def _by_trainer(job: dict[str, Any]) -> None:
-    """What a user of the Trainer writes."""
+    """Train as a user of the Trainer would."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 

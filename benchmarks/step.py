@@ -1,7 +1,7 @@
-"""`python -m benchmarks step` and `bench memory`: a training step by recomputation policy, against the published way.
+"""`python -m benchmarks step` and `memory` compare a training step by recomputation policy with the published way.
 
-A step is forward, backward and AdamW on a micro-batch of random tokens. That both ways compute the same loss is checked
-before anything is timed.
+A step is forward, backward and AdamW on a micro-batch of random tokens. Before timing, a check makes sure that both
+ways compute the same loss.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def run(
     """Measure time and peak memory of a step, print the table, and return its rows.
 
     Args:
-        policies: of recomputation; default: all.
-        largest: each variant by the largest micro-batch, a power of two, that the GPU holds, not by the workload's.
+        policies: recomputation policies. The default is all.
+        largest: run each variant with the largest micro-batch, a power of two, that fits the GPU.
 
     Raises:
-        ConfigError: `largest` without a GPU, where memory has no end that an allocator would report.
+        ConfigError: `largest` without a GPU, because only a GPU's allocator reports when memory is full.
     """
     check_numbers(runs=runs, threads=threads)
     if largest and work.device != "cuda":
@@ -71,7 +71,7 @@ def run(
 def memory(
     work: Workload, *, steps: Sequence[int], threads: int = 1, policies: Sequence[str] | None = None
 ) -> dict[str, list[float]]:
-    """Measure the peak memory of a step for several numbers of pondering steps, print the table, return it in MiB."""
+    """Measure a step's peak memory for several numbers of pondering steps, print the table, and return it in MiB."""
     check_numbers(threads=threads)
     peaks = {
         name: [peak(work, name, number, threads) for number in steps] for name in (PUBLISHED, *(policies or POLICIES))
@@ -86,7 +86,7 @@ def memory(
 
 
 def peak(work: Workload, variant: str, pondering_steps: int, threads: int) -> float:
-    """MiB at the peak of a step above an empty process: weights, gradients, moments and activations."""
+    """MiB at the peak of a step, above an empty process: weights, gradients, moments and activations."""
     if work.device == "cuda":
         return _peak_on_gpu(work, variant, pondering_steps)
     arguments = {"work": work.to_dict(), "variant": variant, "pondering_steps": pondering_steps}
@@ -98,7 +98,7 @@ def _peak_here(work: dict[str, Any], variant: str, pondering_steps: int) -> floa
     Training(full.without_size()).step(variant, min(pondering_steps, 1))
     before = reset_peak()
     training = Training(full)
-    training.step(variant, pondering_steps)  # makes AdamW's state
+    training.step(variant, pondering_steps)  # creates AdamW's state
     reset_peak()
     training.step(variant, pondering_steps)
     return resident("VmHWM") - before
@@ -122,7 +122,7 @@ def _timed(training: Training, variant: str, pondering_steps: int, batch: int) -
 
 
 def _largest(training: Training, variant: str, pondering_steps: int) -> int:
-    """The largest power of two of sequences that a step can hold."""
+    """The largest batch that a step can hold, as a power of two of sequences."""
     batch = 1
     while True:
         try:
@@ -136,10 +136,10 @@ def _largest(training: Training, variant: str, pondering_steps: int) -> int:
 
 
 def check_losses(training: Training, pondering_steps: int) -> None:
-    """Raise RuntimeError unless the published way and ours give the same loss."""
+    """Raise RuntimeError unless the published way and our code give the same loss."""
     with torch.no_grad():
         losses = {name: training.loss(name, pondering_steps).item() for name in (PUBLISHED, "none")}
-    # narrow dtypes: the published way sums T in them, the backends in fp32
+    # Tolerant for narrow dtypes, in which the published way sums T. The backends sum it in fp32.
     tolerance = 1e-5 if training.work.dtype == "float32" else 2e-2
     if abs(losses["none"] - losses[PUBLISHED]) > tolerance * losses[PUBLISHED]:
         raise RuntimeError(f"what is compared is not the same model: losses {losses}")

@@ -1,4 +1,4 @@
-"""What `bench step`, `memory` and `decode` run: a model of some shape on random tokens, trained with AdamW."""
+"""The workload of `step`, `memory` and `decode`: a model of some shape on random tokens, trained with AdamW."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POLICIES = tuple(RECOMPUTED_FORWARDS)
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, its micro-batch, and where it runs."""
+    """A model, its micro-batch, and the device."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     batch: int = 4
@@ -34,32 +34,32 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Trained tokens of a step."""
+        """Tokens trained in one step."""
         return self.batch * self.seq_len
 
     @property
     def shape(self) -> Shape:
-        """What the model costs."""
+        """The model's shape, from which its costs are computed."""
         return model_shape(self.configuration(), self.seq_len)
 
     def configuration(self) -> Any:
-        """Of transformers."""
+        """The model's configuration for transformers."""
         assert self.model.vocab_size is not None
         return model_configuration(self.model, vocab_size=self.model.vocab_size, seq_len=self.seq_len, eod_id=0)
 
     def build(self) -> Any:
         """The model with its initial weights, on the device."""
-        with torch.device(self.device):  # a GPU draws a billion weights in a moment, a processor in half a minute
+        with torch.device(self.device):  # a GPU draws a billion weights quickly, a processor takes half a minute
             return build_model(self.configuration(), seed=0).to(getattr(torch, self.dtype))
 
     def sequences(self, batch: int | None = None) -> Tensor:
-        """Random tokens with the next ones, (batch, seq_len + 1)."""
+        """Random tokens, one more than is trained per sequence, (batch, seq_len + 1)."""
         generator = torch.Generator().manual_seed(0)
         size = (batch or self.batch, self.seq_len + 1)
         return torch.randint(0, self.model.vocab_size or 0, size, generator=generator).to(self.device)
 
     def without_size(self) -> Workload:
-        """The same with hardly anything to compute: what libraries allocate once for themselves is in it already."""
+        """A tiny version of the workload, for memory that libraries allocate once for themselves."""
         model = replace(
             self.model,
             hidden_size=8,
@@ -72,7 +72,7 @@ class Workload:
         return replace(self, model=model, batch=1, seq_len=16)
 
     def line(self) -> str:
-        """For the head of a table."""
+        """A description for the head of a table."""
         model = self.model
         return (
             f"{model.architecture} D {model.hidden_size}, L {model.num_hidden_layers}, V {model.vocab_size}, "
@@ -80,12 +80,12 @@ class Workload:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a process of its own; `from_dict` reads them back."""
+        """Plain values to pass to another process. `from_dict` reads them back."""
         return asdict(self)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Workload:
-        """What `to_dict` gave."""
+        """Rebuild a workload from the values of `to_dict`."""
         return Workload(**{**values, "model": ModelConfig(**values["model"])})
 
 
@@ -101,10 +101,10 @@ def workload(
     seq_len: int = 512,
     device: str | None = None,
 ) -> Workload:
-    """A LLaMA of the given shape, or the model of a recipe with its sequence length, on the GPU if there is one.
+    """A LLaMA of the given shape, or a recipe's model with its sequence length. Uses the GPU if there is one.
 
     Raises:
-        ConfigError: a number below 1 or a dtype that is not offered.
+        ConfigError: a number below 1, an unsupported dtype, or a recipe that the published way cannot run.
     """
     check_numbers(batch=batch, seq_len=seq_len, hidden=hidden, layers=layers, vocab=vocab)
     check_dtype(dtype)
@@ -121,7 +121,7 @@ def workload(
     model = ModelConfig(
         vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=8 * round(hidden * 2.6875 / 8),  # as wide as LLaMA 7B's
+        intermediate_size=8 * round(hidden * 2.6875 / 8),  # the same ratio as in LLaMA 7B
         num_hidden_layers=layers,
         num_attention_heads=max(1, hidden // 64),
         pondering_steps=pondering_steps,
@@ -130,7 +130,7 @@ def workload(
 
 
 class Training:
-    """Optimizer steps on one model by one variant after another: the published way, or a policy of recomputation.
+    """Optimizer steps on one model. Each step uses one variant: the published way or a recomputation policy.
 
     Weights of less than 32 bits have fp32 masters, as in training.
     """
@@ -143,14 +143,16 @@ class Training:
         self._optimizer = torch.optim.AdamW(self._masters, lr=1e-4, fused=work.device == "cuda")
 
     def rate(self, rate: float) -> None:
-        """Set the learning rate of the coming steps."""
+        """Set the learning rate of the next steps."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
 
     def loss(
         self, variant: str, pondering_steps: int, batch: int | None = None, sequences: Tensor | None = None
     ) -> Tensor:
-        """Of `sequences` (B, T + 1) with its graph; default: `batch` random ones, as many as the workload's."""
+        """The loss of `sequences` (B, T + 1), with its graph. The default is `batch` random ones, or the workload's
+        number.
+        """
         sequences = self.work.sequences(batch) if sequences is None else sequences
         tokens, labels = sequences[:, :-1], sequences[:, 1:]
         if variant == PUBLISHED:
@@ -163,7 +165,7 @@ class Training:
     def step(
         self, variant: str, pondering_steps: int, batch: int | None = None, sequences: Tensor | None = None
     ) -> float:
-        """One optimizer step; its loss."""
+        """Run one optimizer step and return its loss."""
         loss = self.loss(variant, pondering_steps, batch, sequences)
         loss.backward()
         if self._masters is not self._weights:

@@ -1,10 +1,11 @@
-"""Instruction tuning of an exported folder, into another folder that loads without this project.
+"""Tune an exported folder on instructions, and write another folder that loads without this project.
 
     python examples/finetune.py FOLDER DATA OUT [--lora 16] [--pondering-steps 3] ...
 
-DATA is JSON lines with `instruction`, `output` and perhaps `input`, as Alpaca's, or with `prompt` and `completion`. The
-loss is on completions alone. TRL trains, PEFT holds the adapter, the extra `finetune` installs both. Several GPUs:
-`torchrun --nproc-per-node 8 examples/finetune.py ...`. docs/finetuning.md says what else is tested.
+DATA is a file of JSON lines with `instruction`, `output` and perhaps `input`, as Alpaca's, or with `prompt` and
+`completion`. Only completions count in the loss. TRL trains and PEFT provides the adapter. Install both with the extra
+`finetune`. For several GPUs use `torchrun --nproc-per-node 8 examples/finetune.py ...`. See docs/finetuning.md for what
+else is tested.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from ponder_scale.errors import CheckpointError, ConfigError, TokenizerError, UnhealthyError, UserError
 
-# Alpaca's, so that data and results compare with others' (github.com/tatsu-lab/stanford_alpaca)
+# Alpaca's prompts, so that you can compare data and results with others' (github.com/tatsu-lab/stanford_alpaca).
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -36,17 +37,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Example(NamedTuple):
-    """A text to go on from, and how."""
+    """A prompt and the completion that the model should learn."""
 
     prompt: str
     completion: str
 
 
 def read_examples(path: Path) -> list[Example]:
-    """The examples of a file of JSON lines; blank lines are passed over.
+    """Read the examples of a file of JSON lines. Blank lines are skipped.
 
     Raises:
-        ConfigError: it cannot be read, is empty, or a line of it is no example.
+        ConfigError: the file cannot be read, is empty, or has a line that is not an example.
     """
     examples = []
     try:
@@ -92,12 +93,12 @@ def _example(line: str, place: str) -> Example:
 
 
 def encode(examples: list[Example], tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
-    """Tokens and labels (-100 in the prompt) of each example, cut after `max_length` tokens.
+    """The tokens and labels of each example, cut after `max_length` tokens. Labels in the prompt are -100.
 
-    The prompt is encoded by itself, as it is when the model is used. What has no completion left is left out.
+    The prompt is encoded alone, as it is when you use the model. Examples whose completion is cut off are left out.
 
     Raises:
-        ConfigError: nothing is left.
+        ConfigError: no example is left.
     """
     records, cut = [], 0
     for example in examples:
@@ -121,7 +122,7 @@ def encode(examples: list[Example], tokenizer: Any, max_length: int) -> list[dic
 def tune(options: argparse.Namespace) -> None:
     """Train, and write the folder."""
     model, tokenizer, records, max_length = prepare(options)
-    configuration = model.config.to_dict()  # before trainers write into it
+    configuration = model.config.to_dict()  # copied before trainers change it
     with tempfile.TemporaryDirectory() as temporary:
         trainer = make_trainer(options, model, tokenizer, records, max_length, Path(temporary))
         loss = trainer.train().training_loss
@@ -145,7 +146,10 @@ def tune(options: argparse.Namespace) -> None:
 
 
 def prepare(options: argparse.Namespace) -> tuple[Any, Any, list[dict[str, list[int]]], int]:
-    """The model, its tokenizer, the encoded examples and their greatest length. What can be wrong is said here."""
+    """Load the model, its tokenizer and the encoded examples, and return them with the maximum length.
+
+    Every error that can be found before training is raised here.
+    """
     if options.out.exists():
         raise CheckpointError(f"{options.out}: exists already; remove it or give another folder")
     _make_parent(options.out)
@@ -162,12 +166,12 @@ def prepare(options: argparse.Namespace) -> tuple[Any, Any, list[dict[str, list[
 def make_trainer(
     options: argparse.Namespace, model: Any, tokenizer: Any, records: list[Any], max_length: int, folder: Path
 ) -> Any:
-    """TRL's trainer, which puts its files into `folder`.
+    """Create TRL's trainer, which writes its files to `folder`.
 
     Raises:
         ConfigError: accelerate is configured to partition the weights.
     """
-    # these take seconds to import, so all is checked before that can be
+    # These imports take seconds, so every check that does not need them comes first.
     import datasets
     import torch
     import trl
@@ -182,7 +186,7 @@ def make_trainer(
         packing=options.packing,
         max_length=max_length,
         lr_scheduler_type="cosine",
-        warmup_steps=0.03,  # of all
+        warmup_steps=0.03,  # share of all steps
         seed=options.seed,
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         use_cpu=not torch.cuda.is_available(),
@@ -206,16 +210,16 @@ def make_trainer(
 
 
 def rate(options: argparse.Namespace) -> float:
-    """The learning rate: as asked for, or what is usual."""
+    """The requested learning rate, or the usual one."""
     return options.learning_rate or (2e-5 if options.lora is None else 2e-4)
 
 
 def load(folder: Path, pondering_steps: int | None) -> tuple[Any, Any]:
-    """The folder's model in fp32, with so many pondering steps, and its tokenizer.
+    """Load the folder's model in fp32, with `pondering_steps` if given, and its tokenizer.
 
     Raises:
-        CheckpointError: it holds no model of ours.
-        TokenizerError: it holds no tokenizer, or one that does not say how a text ends.
+        CheckpointError: the folder does not hold a model of this project.
+        TokenizerError: the folder has no tokenizer, or one without an end-of-text token.
     """
     from transformers import AutoTokenizer
 
@@ -241,14 +245,14 @@ def load(folder: Path, pondering_steps: int | None) -> tuple[Any, Any]:
 
 
 def adapter(rank: int) -> Any:
-    """LoRA on every linear layer but the head."""
+    """A LoRA adapter on every linear layer except the head."""
     import peft
 
     return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def write(trainer: Any, options: argparse.Namespace, configuration: dict[str, Any], facts: dict[str, str]) -> None:
-    """Make the folder: merged weights, the code of the model, configuration, tokenizer, card and sums."""
+    """Write the folder: merged weights, the model's code, configuration, tokenizer, card and checksums."""
     from ponder_scale.export.card import tuned_card
     from ponder_scale.export.folder import write_folder
     from ponder_scale.setup.build import configuration_from_dict
@@ -294,7 +298,7 @@ def _check_installed() -> None:
 
 
 def say(line: str) -> None:
-    """Print a line, on one process of several."""
+    """Print a line, from the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(line, flush=True)
 
@@ -320,7 +324,7 @@ def _number(kind: Callable[[str], Any], least: float, *, above: bool = False) ->
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = _Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     positive, whole = _number(float, 0, above=True), _number(int, 1)
     add = parser.add_argument

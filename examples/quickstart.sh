@@ -1,8 +1,9 @@
 #!/bin/sh
-# From a corpus to a generating pondering model. `make quickstart` calls this; each command is one you can type.
+# Go from a corpus to a pondering model that generates text. `make quickstart` calls this script. You can also type each
+# command yourself.
 #   quickstart.sh RUN STDLIB RANKS [key=value...]
-# RUN: a folder for everything made here. STDLIB: Python's standard library, the corpus. RANKS: processes that train.
-# key=value: overrides of the training recipe.
+# RUN is a folder for all results. STDLIB is the folder of Python's standard library, which is the corpus. RANKS is the
+# number of processes that train. key=value overrides a setting of the training recipe.
 set -eu
 run=$1 stdlib=$2 ranks=$3
 shift 3

@@ -1,8 +1,8 @@
-"""Whether the ranks of a job can exchange data: each node that can is printed, by its name, once.
+"""Test whether the ranks of a job can exchange data, and print the name of each node that can, once.
 
-train.sbatch runs it on all ranks when CHECK_ALL_REDUCE is 1. Ranks that do not reach the first one in time condemn
-their node; so does an exchange within a node that fails. When only the exchange among all nodes fails, nothing is
-printed: no single node is to blame. What was measured goes to standard error.
+train.sbatch runs it on all ranks when CHECK_ALL_REDUCE is 1. A node fails if one of its ranks does not reach the first
+rank in time, or if the exchange within the node fails. If only the exchange among all nodes fails, nothing is printed,
+because no single node is to blame. Measurements go to standard error.
 """
 
 import os
@@ -17,8 +17,8 @@ ELEMENTS = 2**26  # fp32: 256 MiB, enough to see a network's bandwidth
 
 
 def main() -> None:
-    """Meet, exchange within each node, exchange among all."""
-    seconds = 0.7 * float(sys.argv[1])  # so that a verdict comes before the whole check is ended
+    """Wait for all ranks, then exchange data within each node and among all nodes."""
+    seconds = 0.7 * float(sys.argv[1])  # so that the result comes before the check is killed
     deadline = time.monotonic() + seconds
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     node, ranks_here = os.environ["SLURMD_NODENAME"], int(os.environ["LOCAL_WORLD_SIZE"])
@@ -33,7 +33,7 @@ def main() -> None:
             print(node, flush=True)
         if rank == 0:
             print(f"ranks {sorted(absent)} did not come within {seconds:.0f} s", file=sys.stderr)
-            time.sleep(5)  # the store is in this process, and the others have still to ask it
+            time.sleep(5)  # the store is in this process, and the others still need it
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     device = torch.device("cuda", local) if backend == "nccl" else torch.device("cpu")

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Copies folders of shards to this node's own disk: copy_shards.sh TO SHARDS...
-# A copy is named by the hash of its manifest, so it serves every later job that reads the same data, until the site
-# cleans the disk. It gets its name when it is complete.
+# Copy folders of shards to this node's own disk: copy_shards.sh TO SHARDS...
+# The name of a copy is the hash of its manifest. Every later job that reads the same data can therefore use the copy,
+# until the site cleans the disk. A copy gets its final name when it is complete.
 set -euo pipefail
 to=$1
 shift
@@ -12,7 +12,7 @@ for shards; do
     name=$(sha256sum <"$shards/manifest.json")
     copy=$to/${name:0:16}
     [ ! -e "$copy" ] || continue
-    [ ! -e "$copy.part" ] || chmod -R u+rwX "$copy.part"  # left by an earlier copy, of folders nobody may write
+    [ ! -e "$copy.part" ] || chmod -R u+rwX "$copy.part"  # an earlier copy may have left read-only folders
     rm -rf "$copy.part"
     need=$(du --summarize --dereference --block-size=1M "$shards" | cut -f1)
     free=$(df --output=avail --block-size=1M "$to" | tail -n 1)

@@ -1,12 +1,11 @@
-"""Does pondering pay? Facts are learned, compositions that were never seen are asked: python evidence.py RUN
+"""Does pondering pay? The models learn facts and are asked compositions that they never saw: python evidence.py RUN
 
-It draws a world for each seed, makes shards of it, trains the pondering model and every
-baseline on it by `ponder-scale compare`, asks them, and leaves compare.html and compare-answers.svg in RUN. Then it
-measures the mechanism of each pondering model. It passes over what is finished, so you can stop it and start the same
-command again.
+It draws a world for each seed, makes shards of it, trains the pondering model and every baseline on it with
+`ponder-scale compare`, asks them, and leaves compare.html and compare-answers.svg in RUN. Then it measures the
+mechanism of each pondering model. It skips finished work, so you can stop it and start the same command again.
 
-`--tune` tries every learning rate and weight decay for every model, on seeds that the result is not reported on, and
-prints the best of each, for `BEST`. While that is empty, every model has the recipe's.
+`--tune` tries every learning rate and weight decay for every model, on seeds that the result is not reported on. It
+prints the best settings of each, for you to put in `BEST`. While `BEST` is empty, every model uses the recipe's.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SEEDS = (11, 12, 13, 14, 15)  # of the world and of the model
+SEEDS = (11, 12, 13, 14, 15)  # seeds of the world and of the model
 TUNING_SEEDS = (1, 2)
 RATES, DECAYS = ("3e-3", "1e-2", "2e-2"), ("0.1", "0.5")
 GOAL = "two hops, both new"
 FIRST = ("pondering-1", "vanilla", "vanilla-twice", "vanilla-flops", "looped", "hidden")
-LATER = ("vanilla-time", "vanilla-long")  # the time is known when the others have trained
+LATER = ("vanilla-time", "vanilla-long")  # their time is known only after the others have trained
 EXTRAS = ("looped", "hidden", *LATER)  # those that compare trains when it is asked to
 BEST: dict[str, tuple[str, str]] = {}  # rate and decay by model
 STEPS = [str(steps) for steps in range(7)]
 
 
 def run(*command: str | Path) -> None:
-    """A command whose output is kept for the case that it fails."""
+    """Run a command, and keep its output in case it fails."""
     done = subprocess.run(
         [str(word) for word in command],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -49,7 +48,7 @@ def run(*command: str | Path) -> None:
 
 
 def make_data(folder: Path, seed: int) -> None:
-    """A world, and shards of its facts and compositions, packed."""
+    """Draw a world, and build packed shards of its facts and compositions."""
     if (folder / "compositions/packing-64").is_dir():
         return
     run(sys.executable, HERE / "facts.py", folder, "--seed", str(seed))
@@ -76,7 +75,7 @@ def comparison(out: Path, seeds: Sequence[int], *more: str) -> list[str]:
 
 
 def together(commands: Sequence[Sequence[str]], jobs: int) -> None:
-    """Run them, so many at a time."""
+    """Run the commands, at most this many at the same time."""
     with ThreadPoolExecutor(jobs) as pool:
         began = time.monotonic()
         for number, _ in enumerate(pool.map(lambda command: run(*command), commands), 1):
@@ -112,7 +111,7 @@ def mechanism(out: Path, seeds: Sequence[int]) -> None:
 
 
 def tune(out: Path, jobs: int) -> None:
-    """Print, for each model, the mean share of the goal with each setting, and the best one."""
+    """For each model, print the mean share of the goal with each setting, and the best setting."""
     places = {(rate, decay): out / f"tune/lr{rate}-wd{decay}" for rate, decay in itertools.product(RATES, DECAYS)}
     commands = []
     for (rate, decay), place in places.items():
@@ -130,7 +129,7 @@ def tune(out: Path, jobs: int) -> None:
 
 
 def main() -> None:
-    """Make the evidence, or find the settings for it."""
+    """Run the experiment, or search for its settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a folder for everything made here")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of the world and of the model")

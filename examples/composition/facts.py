@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 END = "</s>"
 HELD_OUT = 0.1  # of the compositions of facts that are not new: asked, not trained
-MOST = 1000  # items of a group
+MOST = 1000  # items in each group
 
 Fact = tuple[int, int]  # an entity and a relation; where it leads is the world's
 World = dict[Fact, int]
@@ -39,7 +39,7 @@ def draw(seed: int, entities: int, relations: int, share: float) -> tuple[World,
 
 
 def chains(world: World, relations: int, hops: int) -> Iterator[tuple[Fact, ...]]:
-    """Every chain of so many facts, each beginning where the one before leads."""
+    """Every chain of this many facts, in which each fact begins where the one before it leads."""
     longer = [(fact,) for fact in world]
     for _ in range(hops - 1):
         longer = [(*chain, (world[chain[-1]], r)) for chain in longer for r in range(relations)]
@@ -52,7 +52,7 @@ def words(chain: tuple[Fact, ...]) -> str:
 
 
 def item(world: World, chain: tuple[Fact, ...], group: str) -> dict[str, str]:
-    """A question, with the answer that the world has."""
+    """A question, with its answer in the world."""
     return {"prompt": words(chain), "answer": f" e{world[chain[-1]]}", "group": group}
 
 
@@ -77,7 +77,7 @@ def asked(world: World, new: set[Fact], held_out: list[tuple[Fact, ...]], relati
 
 
 def write(file: Path, lines: Iterable[dict[str, str]]) -> None:
-    """As JSON lines."""
+    """Write values as JSON lines."""
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 

@@ -1,6 +1,4 @@
-"""Manage runs on a cluster: `submit`, `templates`, `stop`, `save`, `requeue`, and `config`, which Slurm templates
-call.
-"""
+"""Manage runs on a cluster: `submit`, `templates`, `stop`, `save` and `requeue`. Slurm templates call `config`."""
 
 from __future__ import annotations
 
@@ -118,7 +116,7 @@ def _submit(options: argparse.Namespace, _: list[str]) -> None:
     submission = Submission(config, find_sharding(config.train.deepspeed), resources, templates)
     submission.check_time()
     if not (options.dry_run or options.test_only):
-        submission.check_free()  # said before a plan, which takes seconds
+        submission.check_free()  # first, because a plan takes seconds
     check_run(config, resources.ranks)
     hardware = TABLE[options.gpu] if options.hardware is None else read_hardware(options.hardware)
     per_node = resources.gpus_per_node

@@ -82,9 +82,7 @@ class PassAttention(nn.Module):
 
 
 def tokens_of(table: VocabParallelEmbedding) -> Tensor:
-    """The rows that stand for tokens. vLLM pads the vocabulary with rows of zeros, whose logit 0 belongs to no
-    token.
-    """
+    """The rows that stand for tokens, without the rows of zeros that vLLM adds, whose logit 0 belongs to no token."""
     return table.weight[: table.shard_indices.num_org_elements]
 
 
