@@ -15,23 +15,24 @@ from ponder_scale.settings import MISSING, known_keys
 
 HEAD = """# Configuration
 
-Every key of a training run (`ponder-scale train RECIPE key=value ...`) and of a corpus (`ponder-data build`), as the
-code has them: this page is made by `python docs/make_configuration.py`, and a test keeps it current. A recipe is a YAML
-file with these keys, nested at the dots; `key=value` overrides win over the recipe, in their order. An unknown key is
-refused, and the nearest right one named. `null` means off, or what the description says.
+This page lists every key of a training run (`ponder-scale train RECIPE key=value ...`) and of a corpus
+(`ponder-data build`). `python docs/make_configuration.py` makes it from the code, and a test keeps it current.
 
-- **A recipe may begin with another one**: `base: other.yaml`, a file named from the folder of the recipe. What the
+A recipe is a YAML file with these keys, nested at the dots. Overrides `key=value` win over the recipe, and later ones
+over earlier ones. If you mistype a key, it is refused, and you get the nearest right one. `null` switches a key off or
+does what its description says.
+
+- **Base.** A recipe may begin with `base: other.yaml`. We look for that file in the folder of the recipe. What your
   recipe says comes on top, by the rules for overrides below.
-- **Text and choices are taken as typed**: `run_dir=0123`, `run_dir="exp #2"` and `log.wandb=off` are these very words,
-  in overrides and in recipes. Only a recipe's own syntax remains: ` #` begins a comment there, and quotes are not part
-  of the text.
-- **Paths**: `~` and `$NAME` or `${NAME}` are replaced by the home folder and the environment variable; one that is not
+- **Text.** Text and choices are taken as you type them. `run_dir=0123`, `run_dir="exp #2"` and `log.wandb=off` mean these
+  very words, in overrides and in recipes. In a recipe, ` #` begins a comment and quotes are not part of the text.
+- **Paths.** `~` becomes your home folder. `$NAME` and `${NAME}` become the environment variable. A variable that is not
   set is refused.
-- **An override sets what it names.** A list or a mapping is set as a whole: `data.sources={web: {path: DIR}}` replaces
-  all sources, `model.extra={}` empties. One entry is named with dots: `data.sources.web.weight=2`,
-  `data.phases.0.tokens=1e9`. Of a group of keys such as `train={steps: 9}` those that are named are set, and the others
-  stay.
-- **Numbers** are finite and within the bounds of the table, those in lists and mappings, too.
+- **Lists and mappings.** An override sets a list or a mapping as a whole. `data.sources={web: {path: DIR}}` replaces all
+  sources, and `sources.web.filters={}` empties a mapping. Name one entry with dots: `data.sources.web.weight=2` or
+  `data.phases.0.tokens=1e9`.
+- **Groups.** Of a group of keys, such as `train={steps: 9}`, you set only the keys that you name.
+- **Numbers.** Every number is finite and within the bounds of the table, also in lists and mappings.
 """
 
 PLAIN = {str: "text", bool: "true, false", int: "whole number", float: "number"}
