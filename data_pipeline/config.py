@@ -24,7 +24,8 @@ class LossConfig:
     )
     spans: str | None = knob(
         None,
-        "Field with [[start, end], ...]: the characters of the text that count, from 0. The character at `end` does not count.",
+        "Field with [[start, end], ...]: the characters of the text that count, from 0. The character at `end` does "
+        "not count.",
     )
     messages: str | None = knob(
         None, "Field of a conversation, [{role: ..., content: ...}, ...]. What the assistant says counts."

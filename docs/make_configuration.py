@@ -26,10 +26,10 @@ does what its description says.
   recipe says comes on top, by the rules for overrides below.
 - **Text.** Text and choices are taken as you type them. `run_dir=0123`, `run_dir="exp #2"` and `log.wandb=off` mean these
   very words, in overrides and in recipes. In a recipe, ` #` begins a comment and quotes are not part of the text.
-- **Paths.** `~` becomes your home folder. `$NAME` and `${NAME}` become the environment variable. A variable that is not
-  set is refused.
-- **Lists and mappings.** An override sets a list or a mapping as a whole. `data.sources={web: {path: DIR}}` replaces all
-  sources, and `sources.web.filters={}` empties a mapping. Name one entry with dots: `data.sources.web.weight=2` or
+- **Paths.** `~` becomes your home folder. `$NAME` and `${NAME}` become the environment variable. A variable that is
+  not set is refused.
+- **Lists and mappings.** An override sets a list or a mapping as a whole. `data.sources={web: {path: DIR}}` replaces
+  all sources, and `model.extra={}` empties a mapping. Name one entry with dots: `data.sources.web.weight=2` or
   `data.phases.0.tokens=1e9`.
 - **Groups.** Of a group of keys, such as `train={steps: 9}`, you set only the keys that you name.
 - **Numbers.** Every number is finite and within the bounds of the table, also in lists and mappings.
