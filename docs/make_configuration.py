@@ -24,8 +24,8 @@ does what its description says.
 
 - **Base.** A recipe may begin with `base: other.yaml`. We look for that file in the folder of the recipe. What your
   recipe says comes on top, by the rules for overrides below.
-- **Text.** Text and choices are taken as you type them. `run_dir=0123`, `run_dir="exp #2"` and `log.wandb=off` mean these
-  very words, in overrides and in recipes. In a recipe, ` #` begins a comment and quotes are not part of the text.
+- **Text.** Text and choices are taken as you type them. `run_dir=0123`, `run_dir="exp #2"` and `log.wandb=off` mean
+  these very words, in overrides and in recipes. In a recipe, ` #` begins a comment and quotes are not part of the text.
 - **Paths.** `~` becomes your home folder. `$NAME` and `${NAME}` become the environment variable. A variable that is
   not set is refused.
 - **Lists and mappings.** An override sets a list or a mapping as a whole. `data.sources={web: {path: DIR}}` replaces
