@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ponder_scale.errors import ConfigError
 from ponder_scale.settings import knob
 
 from .bounds import MOST_POSITIONS, MOST_VOCABULARY, MOST_WIDTH
@@ -78,3 +79,10 @@ class ModelConfig:
         None, "Start a new run from the weights of this Hugging Face folder, pondering or not.", path=True
     )
     extra: dict[str, Any] = knob({}, "More fields of the transformers configuration, under their own names.")
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"model.hidden_size is {self.hidden_size}; expected a multiple of "
+                f"model.num_attention_heads ({self.num_attention_heads})"
+            )

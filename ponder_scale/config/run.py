@@ -41,75 +41,52 @@ class RunConfig:
             raise ConfigError(
                 f"optim.warmup_steps is {self.optim.warmup_steps}, more than train.steps ({self.train.steps}); lower it"
             )
-        if (self.optim.optimizer == "muon") != (self.optim.muon_lr is not None):
-            raise ConfigError(
-                f"optim.muon_lr is {self.optim.muon_lr} with optim.optimizer {self.optim.optimizer}; muon needs it "
-                "(0.02 is usual), adamw has none"
-            )
-        if self.optim.optimizer == "muon" and self.optim.grad_clip is not None:
-            raise ConfigError(
-                f"optim.grad_clip is {self.optim.grad_clip} with muon: under ZeRO it would clip Muon's update, whose "
-                "norm is not the gradient's, and cripple learning; set optim.grad_clip=null"
-            )
-        if self.optim.optimizer == "muon" and self.optim.mup_base_width is not None:
-            raise ConfigError(
-                f"optim.mup_base_width is {self.optim.mup_base_width} with muon, whose updates do not follow Adam's "
-                "rule for width; use adamw, or leave it null"
-            )
         if self.health.on_spike == "rewind" and not (self.checkpoint.every_steps or self.checkpoint.every_minutes):
             raise ConfigError(
                 "health.on_spike is rewind, but nothing is saved to go back to: the run would begin anew; set "
                 "checkpoint.every_steps or checkpoint.every_minutes"
             )
         decay = self.optim.wsd_decay_steps
-        if (self.optim.schedule == "wsd") != (decay is not None):
-            raise ConfigError(
-                f"optim.wsd_decay_steps is {decay} with optim.schedule {self.optim.schedule}; wsd needs it, "
-                "the other schedules have none"
-            )
         if decay is not None and decay > self.train.steps - self.optim.warmup_steps:
             raise ConfigError(
                 f"optim.wsd_decay_steps is {decay}, more than the {self.train.steps - self.optim.warmup_steps} steps "
                 "after warm-up; lower it"
             )
-        if self.optim.min_lr > self.optim.lr:
-            raise ConfigError(f"optim.min_lr is {self.optim.min_lr}, above optim.lr ({self.optim.lr}); lower it")
-        if self.model.hidden_size % self.model.num_attention_heads:
+        self._check_pondering()
+        if self.train.offload_activations and self.train.recompute == "none":
+            raise ConfigError("train.offload_activations needs a train.recompute that keeps little; none keeps all")
+        if not self.data.sources:
+            raise ConfigError("data.sources is empty; name a folder of shards: data.sources.NAME.path=FOLDER")
+
+    def _check_pondering(self) -> None:
+        pondering = self.train.pondering
+        if pondering.schedule != "fixed" and pondering.low > self.model.pondering_steps:
             raise ConfigError(
-                f"model.hidden_size is {self.model.hidden_size}; expected a multiple of "
-                f"model.num_attention_heads ({self.model.num_attention_heads})"
-            )
-        if self.train.pondering.schedule != "fixed" and self.train.pondering.low > self.model.pondering_steps:
-            raise ConfigError(
-                f"train.pondering.low is {self.train.pondering.low}, above model.pondering_steps "
+                f"train.pondering.low is {pondering.low}, above model.pondering_steps "
                 f"({self.model.pondering_steps}); lower it"
             )
-        if self.train.pondering.backward_passes is not None and self.model.residual == "replace":
+        if pondering.backward_passes is not None and self.model.residual == "replace":
             raise ConfigError(
-                f"train.pondering.backward_passes is {self.train.pondering.backward_passes} with model.residual "
+                f"train.pondering.backward_passes is {pondering.backward_passes} with model.residual "
                 "replace, where no gradient would reach the input embeddings; use accumulate or restart, or leave it "
                 "null"
             )
-        if self.train.pondering.backward_passes is not None and self.train.pass_losses != "last":
+        if pondering.backward_passes is not None and self.train.pass_losses != "last":
             raise ConfigError(
-                f"train.pondering.backward_passes is {self.train.pondering.backward_passes} with train.pass_losses "
+                f"train.pondering.backward_passes is {pondering.backward_passes} with train.pass_losses "
                 f"{self.train.pass_losses}: the losses of the passes before would have no gradient; leave one out"
             )
-        if self.train.pondering.backward_passes == 1 and self.model.feedback == "both":
+        if pondering.backward_passes == 1 and self.model.feedback == "both":
             raise ConfigError(
                 "train.pondering.backward_passes is 1 with model.feedback both, whose gate would get no gradient and "
                 "stay closed; use at least 2"
             )
-        mean = self.train.pondering.mean
+        mean = pondering.mean
         if mean is not None and mean > self.model.pondering_steps:
             raise ConfigError(
                 f"train.pondering.mean is {mean}, above model.pondering_steps ({self.model.pondering_steps}), to which "
                 "draws are clipped; lower it, or raise model.pondering_steps to about twice the mean"
             )
-        if self.train.offload_activations and self.train.recompute == "none":
-            raise ConfigError("train.offload_activations needs a train.recompute that keeps little; none keeps all")
-        if not self.data.sources:
-            raise ConfigError("data.sources is empty; name a folder of shards: data.sources.NAME.path=FOLDER")
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -236,3 +236,27 @@ class OptimConfig:
     grad_clip: float | None = knob(
         1.0, "Clip the global gradient norm to this bound. `null` disables clipping.", above=0, max=1e9
     )
+
+    def __post_init__(self) -> None:
+        if (self.optimizer == "muon") != (self.muon_lr is not None):
+            raise ConfigError(
+                f"optim.muon_lr is {self.muon_lr} with optim.optimizer {self.optimizer}; muon needs it "
+                "(0.02 is usual), adamw has none"
+            )
+        if self.optimizer == "muon" and self.grad_clip is not None:
+            raise ConfigError(
+                f"optim.grad_clip is {self.grad_clip} with muon: under ZeRO it would clip Muon's update, whose "
+                "norm is not the gradient's, and cripple learning; set optim.grad_clip=null"
+            )
+        if self.optimizer == "muon" and self.mup_base_width is not None:
+            raise ConfigError(
+                f"optim.mup_base_width is {self.mup_base_width} with muon, whose updates do not follow Adam's "
+                "rule for width; use adamw, or leave it null"
+            )
+        if (self.schedule == "wsd") != (self.wsd_decay_steps is not None):
+            raise ConfigError(
+                f"optim.wsd_decay_steps is {self.wsd_decay_steps} with optim.schedule {self.schedule}; wsd needs it, "
+                "the other schedules have none"
+            )
+        if self.min_lr > self.lr:
+            raise ConfigError(f"optim.min_lr is {self.min_lr}, above optim.lr ({self.lr}); lower it")

@@ -63,11 +63,7 @@ def pondering_embedding(
     _check_softmax(temperature, top_k)
     if top_k is not None and top_k >= head.shape[0]:
         top_k, backend = None, "auto" if backend == "top_k" else backend
-    tied = head is table
-    hidden, head, *untied = _autocast(hidden, head) if tied else _autocast(hidden, head, table)
-    # the kernels of torch and our own read rows that lie one behind the other
-    hidden, head = hidden.contiguous(), head.contiguous()
-    table = head if tied else untied[0].contiguous()
+    hidden, head, table = _laid_out(hidden, head, table)
     if backend == "auto":
         backend = choose_backend(
             hidden, head, table, temperature=temperature, top_k=top_k, statistics=labels is not None
@@ -214,6 +210,13 @@ def _check_learning(learn: bool, labels: Tensor | None, backend: str, temperatur
             f"backend 'sdpa' cannot take a loss that is learned beside a temperature of {temperature}, as its backward "
             "has one softmax; use 'auto'"
         )
+
+
+def _laid_out(hidden: Tensor, head: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In autocast's dtype, rows one behind the other, as the kernels of torch and our own read them; W = E stays so."""
+    tied = head is table
+    hidden, head, *untied = (part.contiguous() for part in _autocast(hidden, head, *(() if tied else (table,))))
+    return hidden, head, head if tied else untied[0]
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
