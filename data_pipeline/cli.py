@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: interrupted", file=sys.stderr)
         return 130
     except _Terminated:
-        print("error: ended by SIGTERM; what is done is kept: the same command goes on", file=sys.stderr)
+        print("error: ended by SIGTERM; finished work is kept, and the same command continues it", file=sys.stderr)
         return 143
     return 0
 
@@ -281,14 +281,14 @@ def _merge(options: argparse.Namespace, command: str) -> None:
     elif len(options.folders) == 1:
         manifest = before_appends(options.out, options.folders[0], options.without_last, command)
     else:
-        raise ConfigError(f"--without-last is of one set, and {len(options.folders)} are named; name one")
+        raise ConfigError(f"--without-last takes one folder of shards, but {len(options.folders)} are given; give one")
     _say_kept(kept(manifest), options.out)
 
 
 def _say_kept(counts: dict[str, tuple[int, int]], folder: Path) -> None:
     for source, (documents, tokens) in counts.items():
         print(f"{source}: {documents:,} documents, {tokens:,} tokens")
-    print(f"{folder} holds all of them; pack it again where runs read it with data.packing=best-fit")
+    print(f"{folder} holds all of them; pack it again if runs read it with data.packing=best-fit")
 
 
 def _inspect(options: argparse.Namespace, command: str) -> None:
@@ -369,7 +369,9 @@ def _to_learn_from(options: argparse.Namespace) -> BuildConfig:
             or options.pattern
         ):
             what = files[0] if files else "--field" if options.field else "--pattern"
-            raise ConfigError(f"{what} beside a recipe: its sources say what is read; give key=value to change them")
+            raise ConfigError(
+                f"{what} cannot be used with a recipe, whose sources say what to read; change them with key=value"
+            )
         more = [] if options.max_bad_fraction is None else [f"max_bad_fraction={options.max_bad_fraction}"]
         return load(BuildConfig, find_recipe(recipe, RECIPES) if recipe else None, [*unused, *inputs, *more])
     if not inputs:

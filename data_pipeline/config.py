@@ -195,15 +195,15 @@ class BuildConfig:
         for key, path in (("out", self.out), ("tokenizer", self.tokenizer)):
             if "://" in path:
                 raise ConfigError(
-                    f"{key} is {path}, a URL; expected a path of this machine; only sources are read by URL"
+                    f"{key} is {path}, a URL; expected a path on this machine, because only sources can be URLs"
                 )
         for name, source in self.sources.items():
             if not source.paths:
                 raise ConfigError(f"sources.{name}.path is an empty list; name a file, such as [a.jsonl, b.jsonl]")
             if source.url_field is not None and source.kind not in WITH_FIELDS:
                 raise ConfigError(
-                    f"sources.{name}.filters.url: files of kind={source.kind} say no URL of a document; remove it, or "
-                    f"give records with one"
+                    f"sources.{name}.filters.url: files of kind={source.kind} have no URL for a document; remove this "
+                    f"filter, or give records with a URL"
                 )
             _check_loss(name, source, self.special_tokens_in_text)
         weighted = {name: source.weight is not None for name, source in self.sources.items()}

@@ -92,7 +92,7 @@ def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_left(
     assert PLACES[place] in error(capsys, "export-reference", "folder", place)
     source = ["sources.a.kind=text", "sources.a.path=file", f"tokenizer={tiny_tokenizer}"]
     said = error(capsys, "build", *source, f"out={place}", program="ponder-data")
-    assert said.startswith("error: out is") and (PLACES[place] in said or "which exists and is no finished" in said)
+    assert said.startswith("error: out is") and (PLACES[place] in said or "which exists and is not a finished" in said)
     train = ("train-tokenizer", "file", "--vocab-size", 300, "--out", place)
     assert PLACES[place] in error(capsys, *train, program="ponder-data")
     assert sorted(here.iterdir()) == before and (here / "file").read_text() == "mine"

@@ -90,8 +90,8 @@ def _check_loss(name: str, source: SourceConfig) -> None:
         return
     if edits(source.filters):
         raise ConfigError(
-            f"sources.{name}.loss: its filters leave lines out of texts (c4) or replace in them (pii), and what "
-            f"counts would be other characters; choose other filters, or clean the texts before"
+            f"sources.{name}.loss: the filters c4 and pii change texts, so the characters that count could not be "
+            f"found again; remove these filters, or clean the texts before the build"
         )
     if source.loss.template is not None:
         try:
@@ -151,8 +151,8 @@ def _was_sealed(folder: Path, made_from: dict[str, Any], overwrite: bool) -> boo
     if other != made_from and not overwrite:
         what = f"other {_difference(other, made_from)}" if other else "other token files"
         raise ConfigError(
-            f"{folder} holds a finished build from {what}, which has not got its name yet; restore them to give it "
-            f"its name, or give overwrite=true to begin anew"
+            f"{folder} holds a finished build from {what}, which was not renamed yet; restore these to rename it, "
+            f"or give overwrite=true to build again"
         )
     return bool(other == made_from)
 
@@ -172,8 +172,8 @@ def _goes_on(folder: Path, made_from: dict[str, Any], overwrite: bool) -> bool:
         mended = (work / FAILED).is_file() and {**other, "plan": ""} == {**made_from, "plan": ""}
         if begun and not overwrite and not mended:
             raise ConfigError(
-                f"{folder} holds an unfinished build from other {_difference(other, made_from)}; restore them to "
-                f"finish it, or give overwrite=true to begin anew"
+                f"{folder} holds an unfinished build from other {_difference(other, made_from)}; restore these to "
+                f"finish it, or give overwrite=true to build again"
             )
     return False
 

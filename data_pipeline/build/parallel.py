@@ -85,14 +85,14 @@ def assemble(workers: int | None, prepare: Callable[[], bool]) -> tuple[Team, bo
         if not found:  # nothing to do, or rank 0 failed
             MPI.Finalize()
     if found is None:
-        raise ConfigError("rank 0 could not begin; its message says why")
+        raise ConfigError("rank 0 could not begin the build; see its own error message")
     return team, found
 
 
 def _ranks_announced(name: str) -> int:
     value = os.environ.get(name) or "1"
     if not value.isdecimal() or int(value) < 1:
-        raise ConfigError(f"{name} is {value!r} in the environment; expected the number of ranks; unset it, or mend it")
+        raise ConfigError(f"{name} is {value!r} in the environment; expected the number of ranks; unset or correct it")
     return int(value)
 
 
@@ -125,7 +125,9 @@ def part(team: Team, work: Path, lease_seconds: float) -> None:
         MPI.Finalize()
     elif team.rank > 0:
         if work.is_dir() and not (here / "0").exists():
-            raise ConfigError("rank 0 was lost; all units are done: the same command again seals them")
+            raise ConfigError(
+                "rank 0 was lost after all units were done; run the same command again to finish the build"
+            )
         _until(lambda: not work.is_dir(), _SEALING_SECONDS)
 
 

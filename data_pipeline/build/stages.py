@@ -124,7 +124,7 @@ def _by_an_engine_that_agrees(unit: Unit, build: Build, scratch: Path, room: Roo
         except Mismatch as error:
             yield Done(0)  # takes back the progress that was reported
             print(
-                f"warning: unit {unit.number}: {engine} {error}; the unit is done again by the reference",
+                f"warning: unit {unit.number}: {engine} {error}; the reference processes the unit again",
                 file=sys.stderr,
                 flush=True,
             )

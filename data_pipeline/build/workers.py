@@ -137,11 +137,11 @@ def _lost(tasks: Tasks, process: SpawnProcess, others: bool) -> None:
     what = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     if process.pid is not None:
         tasks.release(process.pid)
-    print(f"warning: worker {process.pid} {what}; its unit goes to another", file=sys.stderr, flush=True)
+    print(f"warning: worker {process.pid} {what}; another worker takes over its unit", file=sys.stderr, flush=True)
     if not others and tasks.unfinished():
         raise ConfigError(
-            f"all workers are gone, the last one {what}; if it was signal 9 the machine may lack memory: lower "
-            f"workers or max_document_bytes; the same command goes on from the units that are done"
+            f"all workers ended, and the last one {what}; after signal 9 the machine may lack memory, so lower "
+            f"workers or max_document_bytes; run the same command again to continue from the finished units"
         )
 
 

@@ -59,8 +59,8 @@ def evaluation_sets(paths: tuple[str, ...], field: str, n: int) -> EvaluationSet
             for record in read(piece, source, _MAX_TEXT_BYTES, xxhash.xxh3_128()):
                 if record.text is None:
                     raise ConfigError(
-                        f"decontaminate: {file.name} at {record.offset:,}: {record.reason}; an evaluation set is read "
-                        f"whole or not at all: mend it, or name the right field"
+                        f"decontaminate: {file.name} at {record.offset:,}: {record.reason}; every record of an "
+                        f"evaluation set must be readable; correct this one, or name the right field"
                     )
                 grams.append(n_gram_hashes(words_of(record.text), n))
         if not sum(map(len, grams)):
@@ -86,5 +86,5 @@ def files_of(paths: Iterable[str], filter_name: str) -> list[Piece]:
             what = f"{path}: {said or 'no such file, and no file matches it as a glob'}"
             raise ConfigError(f"{filter_name}: {what}") from error
     for line in left_out.of(NOWHERE):
-        raise ConfigError(f"{filter_name}: {line}; mend it, or name the files without it")
+        raise ConfigError(f"{filter_name}: {line}; repair the link, or name the files without it")
     return found

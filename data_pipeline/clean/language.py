@@ -28,7 +28,7 @@ def check_languages(keep: Any) -> None:
     known = sorted(set(_identifier().labels))
     for code in keep:
         if code not in known:
-            raise ConfigError(f"keep: {code!r} is no language that {PACKAGE} knows; it knows: {', '.join(known)}")
+            raise ConfigError(f"keep: {code!r} is not a language of {PACKAGE}; expected some of: {', '.join(known)}")
 
 
 @lru_cache(maxsize=1)
@@ -36,5 +36,5 @@ def _identifier() -> Any:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
-        raise ConfigError(f"{PACKAGE} is missing, which tells languages; pip install ponder-scale[filters]") from error
+        raise ConfigError(f"the language filter needs {PACKAGE}; run: pip install ponder-scale[filters]") from error
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

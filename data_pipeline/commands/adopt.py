@@ -48,7 +48,8 @@ def adopt(
     dumps = [open_dump(path, kind, dtype, tokenizer) for path in files]
     if len({dump.dtype for dump in dumps}) > 1:
         raise ShardError(
-            f"tokens of different types: {', '.join(f'{d.path} {d.dtype.name}' for d in dumps)}; adopt apart"
+            f"the files hold tokens of different types: {', '.join(f'{d.path} {d.dtype.name}' for d in dumps)}; "
+            f"adopt each type on its own"
         )
     for dump in dumps:
         _check_mask(dump)
@@ -62,8 +63,8 @@ def adopt(
     for dump in dumps:
         if kind == "raw" and not dump.marked and len(dump.lengths) == 1:
             print(
-                f"warning: {dump.path}: no end token ({tokenizer.eod_id}) in it, so it is one document; --eod-token "
-                f"names the one that it was made with",
+                f"warning: {dump.path}: it contains no end token ({tokenizer.eod_id}), so it becomes one "
+                f"document; give the end token that it was made with as --eod-token",
                 file=sys.stderr,
             )
     about = {"kind": kind, "files": [str(path.resolve()) for path in files], "eod_token": eod_token}
@@ -86,8 +87,8 @@ def _check_mask(dump: Dump) -> None:
     path, tokens = dump.path.with_suffix(".mask"), int(dump.lengths.sum())
     if path.exists() and not is_mask(path, tokens):
         raise ShardError(
-            f"{path}: beside {dump.path.name}, and no mask of its {tokens:,} tokens, a bit each; move it away to have "
-            f"every token count in the loss"
+            f"{path}: lies beside {dump.path.name}, but is not a mask with one bit for each of its {tokens:,} tokens; "
+            f"move it away if every token should count in the loss"
         )
 
 

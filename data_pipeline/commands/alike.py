@@ -50,7 +50,8 @@ def check_new(before: ShardSet, config: BuildConfig) -> None:
     if bool(weights) != bool(before.manifest.weights):
         has = "weights" if before.manifest.weights else "no weights"
         raise ConfigError(
-            f"append: the sources of {before.folder} have {has}; give the new ones the same: sources.NAME.weight"
+            f"append: the sources of {before.folder} have {has}, so the new ones need the same; "
+            f"set or remove sources.NAME.weight"
         )
     for name, weight in weights.items():
         if before.manifest.weights.get(name, weight) != weight:
@@ -65,8 +66,8 @@ def _check_deduplicate(before: ShardSet, config: BuildConfig) -> None:
     own, wanted = setting(before, "deduplicate"), config.deduplicate
     if own == wanted and own != "none" and not (before.folder / KEYS).is_file():
         raise ConfigError(
-            f"deduplicate is {wanted}, and {before.folder} has no {KEYS}, by which new documents are compared with its "
-            f"own: older builds kept none; build it again, or give deduplicate=none to take every new document"
+            f"deduplicate is {wanted}, but {before.folder} has no {KEYS} to compare new documents with, because "
+            f"older builds wrote none; build it again, or give deduplicate=none to take every new document"
         )
     if own not in ("none", wanted) and wanted != "none":
         raise ConfigError(

@@ -89,7 +89,7 @@ def _megatron(path: Path, dtype: str | None) -> Dump:
     """Use Megatron's index. A document of several sequences becomes one document."""
     index = path.with_suffix(".idx")
     if not index.is_file():
-        raise ShardError(f"{path}: no {index.name} beside it; expected Megatron's pair of files")
+        raise ShardError(f"{path}: {index.name} is missing beside it; expected Megatron's pair of .bin and .idx")
     found, lengths, documents = check_index(index, path)
     if dtype is not None and np.dtype(dtype).itemsize != found.itemsize:
         raise ShardError(f"--dtype is {dtype}; {index} says {found.name}; leave it out for --kind megatron")
@@ -98,7 +98,7 @@ def _megatron(path: Path, dtype: str | None) -> Dump:
     ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[documents]
     whole = np.diff(ends)
     if len(whole) and int(whole.max()) >= 2**31:
-        raise ShardError(f"{index}: a document of {int(whole.max()):,} tokens; an index here holds 2,147,483,647")
+        raise ShardError(f"{index}: a document has {int(whole.max()):,} tokens; expected at most 2,147,483,647")
     return Dump(path, found, whole[whole > 0])
 
 
@@ -106,7 +106,7 @@ def _datatrove(path: Path, dtype: str | None) -> Dump:
     """Use datatrove's index, whose last number gives the width of the tokens."""
     index = path.with_name(path.name + ".index")
     if not index.is_file():
-        raise ShardError(f"{path}: no {index.name} beside it; expected the ends of its documents")
+        raise ShardError(f"{path}: {index.name} is missing beside it; expected the ends of its documents")
     ends = np.fromfile(index, dtype="<u8").astype(np.int64)
     size = path.stat().st_size
     fitting = [name for name in WIDTHS if len(ends) and int(ends[-1]) * np.dtype(name).itemsize == size]
@@ -115,7 +115,7 @@ def _datatrove(path: Path, dtype: str | None) -> Dump:
         last = f"{ends[-1]:,}" if len(ends) else "none"
         raise ShardError(
             f"{index}: its last document ends at {last}; {path.name} holds {size / np.dtype(name).itemsize:,g} tokens "
-            f"of {name}; is dtype right?"
+            f"of {name}; check --dtype"
         )
     return Dump(path, np.dtype(name).newbyteorder("<"), np.diff(ends, prepend=0))
 
@@ -134,7 +134,7 @@ def _raw(path: Path, dtype: str | None) -> Dump:
     width = np.dtype(dtype).newbyteorder("<")
     size, rest = divmod(path.stat().st_size, width.itemsize)
     if rest:
-        raise ShardError(f"{path}: its size is no multiple of {width.itemsize}; are its tokens really {dtype}?")
+        raise ShardError(f"{path}: its size is not a multiple of the {width.itemsize} bytes of {dtype}; check --dtype")
     return Dump(path, width, np.array([size] if size else [], dtype=np.int64))
 
 
@@ -177,12 +177,12 @@ def _dolma_lengths(dump: Dump) -> np.ndarray:
         last_end = f"{end[-1]:,}" if len(end) else "none"
         raise ShardError(
             f"{file}: its documents do not follow one another to the end of {data.name}: the last one ends at "
-            f"{last_end}, and there are {size:,} tokens; is --dtype right? {_WITHOUT}"
+            f"{last_end}, and there are {size:,} tokens; check --dtype, or {_WITHOUT}"
         )
     return (end - begin)[end > begin]
 
 
-_WITHOUT = "move it away to have documents end at the end token"
+_WITHOUT = "move it away to split documents at the end token"
 
 
 def _last_token(dump: Dump) -> int:
@@ -210,16 +210,16 @@ def _check(dump: Dump, tokenizer: Tokenizer) -> None:
         if dump.dtype.itemsize == 2:
             low += int(((tokens & 0xFF) < 4).sum())
             high += int(((tokens >> 8) < 4).sum())
-    wider = "uint32" if dump.dtype.itemsize == 2 else "64 bits, which have to be written anew"
+    wider = "uint32 tokens" if dump.dtype.itemsize == 2 else "64-bit tokens, which you must write again as uint32"
     zeros, others = max(odd, even), min(odd, even)
     if places > 1 and zeros >= _NEARLY_ALL * places and (others <= _MANY * places or others < zeros == places):
         raise ShardError(
-            f"{dump.path}: of every two tokens of {dump.dtype.name} one is 0: they are halves of tokens of {wider}; "
+            f"{dump.path}: one of every two tokens of {dump.dtype.name} is 0, so they seem to be halves of {wider}; "
             f"{_remedy(dump, tokenizer)}"
         )
     if low > 3 * high + 0.1 * dump.lengths.sum():
         raise ShardError(
-            f"{dump.path}: its tokens look like big-endian ones, whose bytes are the other way round; write them anew: "
+            f"{dump.path}: its tokens look big-endian; write them again in little-endian order with "
             f"array.byteswap().tofile"
         )
 
@@ -238,5 +238,5 @@ def _remedy(dump: Dump, tokenizer: Tokenizer) -> str:
         if int(tokens.min()) >= 0 and int(tokens.max()) < tokenizer.vocab_size:
             if other.itemsize != dump.dtype.itemsize:
                 return f"{asked}: its first tokens fit --dtype {other.name}"
-            return f"{asked}: its bytes seem to be the other way round (big-endian); array.byteswap().tofile turns them"
+            return f"{asked}: its bytes seem to be big-endian; swap them with array.byteswap().tofile"
     return asked

@@ -65,12 +65,12 @@ def estimate(config: BuildConfig, sample_bytes: int, training_tokens: float | No
     for line in left_out:
         print(line, file=sys.stderr, flush=True)
     if not found:
-        raise ConfigError(f"sources: {', '.join(config.sources)}: nothing in them")
+        raise ConfigError(f"sources: {', '.join(config.sources)}: they are empty; check their path and pattern")
     planned = [unit for unit in found if not config.sources[unit.source].streaming]
     if not planned:
         raise ConfigError(
-            f"sources: {', '.join(config.sources)}: streamed, and nobody knows how large a stream is before it is "
-            f"read; plan with streaming=false, or build without a plan"
+            f"sources: {', '.join(config.sources)}: the size of a stream is unknown before it is read; "
+            f"plan with streaming=false, or build without a plan"
         )
     total = sum(unit.size for unit in planned)
     samples, looked_at = _samples(planned, total, config, sample_bytes)
@@ -216,6 +216,6 @@ def _tokenize(config: BuildConfig, tokenizer: Tokenizer, samples: list[_Sample])
     try:
         tokenize(engine)
     except Mismatch as error:
-        warn(f"{engine} {error}; the sample is done again by the reference")
+        warn(f"{engine} {error}; the reference processes the sample again")
         tokenize(engine := REFERENCE)
     return engine

@@ -123,7 +123,9 @@ def before_appends(out: Path, folder: Path, appends: int, command: str) -> Manif
     now = _opened(folder.resolve())
     grown = now.manifest.provenance.get("grown", [])
     if not 0 < appends <= len(grown):
-        raise ConfigError(f"merge: --without-last is {appends}; {folder} has had {len(grown)} appends; give 1 to that")
+        raise ConfigError(
+            f"merge: --without-last is {appends}; {folder} has had {len(grown)} appends; give at most that many"
+        )
     was = grown[-appends]
     manifest = replace(
         now.manifest,
@@ -147,12 +149,14 @@ def _made(out: Path, read: Sequence[ShardSet], sets: Sequence[ShardSet]) -> Mani
     """
     out = out.resolve()
     if within := next((one for one in read for place in places(out) if one.folder.is_relative_to(place)), None):
-        raise ConfigError(f"merge: {within.folder} lies in {out} or where that is made; choose another folder to make")
+        raise ConfigError(
+            f"merge: {within.folder} lies in {out} or in a folder that merge needs for it; choose another"
+        )
     if not out.exists() or not any(out.iterdir()):
         return None
     made = read_manifest(out) if (out / MANIFEST).is_file() else None
     if made is None or made.provenance.get("origin") != _origin([one.manifest for one in sets]):
-        raise ConfigError(f"merge: {out} exists; choose another folder to make")
+        raise ConfigError(f"merge: {out} exists; choose another folder to create")
     return made
 
 
@@ -170,7 +174,7 @@ def _config(folder: Path, new: Path, settings: Sequence[str]) -> BuildConfig:
     fixed = (*_OF_THE_SET, *OF_THE_SPLIT, "out")
     for given in settings:
         if (key := given.partition("=")[0].strip()) in fixed:
-            raise ConfigError(f"append: {key} is what {folder} has; leave it out")
+            raise ConfigError(f"append: {key} is fixed by {folder}; leave it out")
     if not any(given.startswith("sources") for given in settings):
         raise ConfigError("append: name the new files: sources.NAME.kind=jsonl sources.NAME.path=FILE")
     built = read_manifest(folder).provenance["origin"]["config"]
@@ -191,7 +195,7 @@ def _opened(folder: Path) -> ShardSet:
         for name in info.files:
             if (folder / name).is_symlink():
                 raise ConfigError(
-                    f"{folder} was adopted: {name} is a link to another program's file; adopt all of those in one set"
+                    f"{folder} was adopted, and {name} links to another program's file; adopt all such files in one set"
                 )
     return shards
 

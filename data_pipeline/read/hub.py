@@ -30,7 +30,7 @@ def pieces(source: str, path: str, config: SourceConfig) -> list[Piece]:
     _open.cache_clear()  # the data set may have changed since
     _files_of_stream.cache_clear()
     if config.streaming and _saved(path, config):
-        raise ConfigError(f"sources.{source}.streaming is true; {path} is stored already: set it to false")
+        raise ConfigError(f"sources.{source}.streaming is true, but {path} is stored already; set it to false")
     content = _load(source, path, config)
     columns = content.column_names or []  # a stream may not know its columns before it is read
     if content.features is not None:

@@ -242,12 +242,12 @@ def _system(url: str) -> tuple[Any, str]:
 
     protocol = _protocol(url)
     if protocol in ("file", "local"):
-        raise ConfigError(f"{url}: write the path of a file of this machine without {protocol}://")
+        raise ConfigError(f"{url}: write the path of a file on this machine without {protocol}://")
     try:
         kind = fsspec.get_filesystem_class(protocol)
     except ImportError as error:
         remedy = "pip install ponder-scale[remote]" if protocol in _IN_EXTRA else _line(error)
-        raise ConfigError(f"{url}: a library is missing that reads {protocol}://; {remedy}") from error
+        raise ConfigError(f"{url}: the library that reads {protocol}:// is missing; {remedy}") from error
     except ValueError as error:
         raise ConfigError(f"{url}: fsspec knows no {protocol}://; expected s3, gs, https, hf or the like") from error
     options = {**_options(protocol), **kind._get_kwargs_from_urls(url)}
@@ -279,7 +279,7 @@ def _stat(url: str, info: dict[str, Any]) -> Stat:
     if info.get("type") == "directory" or at.endswith("/"):
         raise ConfigError(f"{url} is a folder; name its files, such as {url.rstrip('/')}/*.jsonl")
     if info.get("size") is None:
-        raise ConfigError(f"{url}: the server does not say how large it is, so nothing says when it is whole; copy it")
+        raise ConfigError(f"{url}: the server does not give its size, so a cut-off file would go unnoticed; copy it")
     stamp = next((str(info[name]) for name in _STAMPS if info.get(name)), "")
     return Stat(url, int(info["size"]), xxhash.xxh3_64_intdigest(json.dumps(stamp).encode()) >> 1)
 

@@ -69,7 +69,7 @@ def files(
             if not named.pieces:
                 for reason, some in named.left_out.items():
                     left_out.add(source, reason, list(some))
-                raise ConfigError(f"sources.{source}: all that {path} names is left out: {', '.join(left_out)}")
+                raise ConfigError(f"sources.{source}: every file that {path} names is left out: {', '.join(left_out)}")
         if len(config.paths) > 1 or any("{" in text for text in (*config.paths, config.pattern)):
             pieces, again = _each_once(pieces)
             aside[TWICE] |= dict.fromkeys(again)
@@ -91,8 +91,8 @@ def _pieces(source: str, path: str, config: SourceConfig, apart: Iterable[Path])
     if config.kind == "dataset":
         if is_remote(path):
             raise ConfigError(
-                f"sources.{source}.path is {path}; a data set is a name on the hub or a folder; files of a URL are "
-                f"read by kind=parquet and the like"
+                f"sources.{source}.path is {path}; kind=dataset expects a name on the hub or a folder; read files "
+                f"at a URL with kind=parquet, jsonl or text"
             )
         return _Named(hub.pieces(source, path, config), {})
     if is_remote(path):
@@ -271,8 +271,8 @@ def parquet_about(file: Piece) -> tuple[Any, Any]:
 
     if not _takes_ranges(file):
         raise ConfigError(
-            f"sources.{file.source}: the server of {file.path} sends files as a whole only, and parquet is read in "
-            f"parts; copy it"
+            f"sources.{file.source}: the server of {file.path} only sends whole files, but parquet is read in "
+            f"parts; copy the file to this machine"
         )
     try:
         with open_file(file.path, LOOK_BYTES) as stream, ParquetFile(stream) as content:

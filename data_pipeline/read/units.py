@@ -105,8 +105,8 @@ def check_unchanged(piece: Piece) -> None:
         raise ConfigError(f"sources.{piece.source}: {piece.path} cannot be read: {error.strerror}") from error
     if (size, modified) != (piece.file_size, piece.modified):
         raise ConfigError(
-            f"sources.{piece.source}: {piece.path} was changed while it was read; when that is over, start the same "
-            f"command again"
+            f"sources.{piece.source}: {piece.path} was changed while it was read; when it no longer changes, run the "
+            f"same command again"
         )
 
 

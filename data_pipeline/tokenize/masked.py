@@ -77,9 +77,9 @@ def check_cuts(tokenizer: Tokenizer) -> None:
         whole, _ = tokenizer.encode_batch(["".join(pair)])
         if tokenizer.decode(pieces.tolist()) != tokenizer.decode(whole.tolist()):
             raise TokenizerError(
-                f"tokenizer {tokenizer.path}: the pieces {pair[0]!r} and {pair[1]!r} are not the text "
-                f"{''.join(pair)!r} to it ({tokenizer.decode(pieces.tolist())!r}), so no text can be cut where it "
-                f"begins to count in the loss; build sources with loss by a tokenizer that puts nothing before a text"
+                f"tokenizer {tokenizer.path}: the pieces {pair[0]!r} and {pair[1]!r} do not become the text "
+                f"{''.join(pair)!r} but {tokenizer.decode(pieces.tolist())!r}, so a text cannot be cut where it begins "
+                f"to count in the loss; for sources with loss, use a tokenizer that puts nothing before a text"
             )
 
 

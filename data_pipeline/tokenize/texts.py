@@ -52,7 +52,7 @@ def texts_to_learn(config: BuildConfig, counts: dict[str, Read]) -> Iterator[str
     """
     if capped := [f"sources.{name}.max_tokens" for name, source in config.sources.items() if source.max_tokens]:
         print(
-            f"warning: {', '.join(capped)}: no cap here, since there are no tokens yet; max_documents is one",
+            f"warning: {', '.join(capped)}: ignored, because there are no tokens yet; use max_documents",
             file=sys.stderr,
             flush=True,
         )
@@ -94,8 +94,8 @@ def check_bad(config: BuildConfig, counts: dict[str, Read]) -> None:
             nothing = "" if everything.documents else "the inputs hold no text to train on: "
             raise ConfigError(
                 f"{nothing}{one.bad:,} of {one.records:,} records{name} are bad ({reasons}), more than "
-                f"max_bad_fraction {config.max_bad_fraction:g}; the first is {one.first_bad}; mend the input, name the "
-                f"right field, or raise the bound (--max-bad-fraction, or the recipe's key)"
+                f"max_bad_fraction {config.max_bad_fraction:g}; the first is {one.first_bad}; correct the input, name "
+                f"the right field, or raise the bound (--max-bad-fraction, or the recipe's key)"
             )
 
 

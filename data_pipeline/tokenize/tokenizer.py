@@ -220,7 +220,7 @@ def _ends(path: Path, id_of: Callable[[str], int | None], usual: Sequence[str] =
             continue
         if id_of(name) is None:
             raise TokenizerError(
-                f"tokenizer {file}: eos_token is {name!r}, which {path.name} does not have; save both anew with it by "
+                f"tokenizer {file}: eos_token is {name!r}, which {path.name} does not have; save both again with "
                 f"AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW), or give eod_token=TOKEN"
             )
         return [name]

@@ -152,12 +152,12 @@ def _check(documents: int, drops: Counter[str], first_bad: list[Any] | None, con
         raise ConfigError(
             f"{bad:,} of {records:,} records are bad ({reasons}), more than {bound}; the first is {first_bad[0]} at "
             f"{first_bad[1]:,}: {first_bad[2]}; see {config.out}.partial/work/quarantine; raise the bound to finish "
-            f"without reading again, or mend the input and start the same command again"
+            f"without reading again, or correct the input and run the same command again"
         )
     if not documents:
         raise ConfigError(
-            f"sources: {', '.join(config.sources)}: no document in them, {drops[EMPTY]:,} empty ones, "
-            f"{drops.total() - drops[EMPTY]:,} left out"
+            f"sources: {', '.join(config.sources)}: they hold no document to write; {drops[EMPTY]:,} are empty, "
+            f"{drops.total() - drops[EMPTY]:,} were dropped; check field and filters"
         )
 
 

@@ -62,7 +62,7 @@ def check_places(out: Path, sources: Mapping[str, SourceConfig], tokenizer: Path
     Touches nothing. `out` is an absolute path without links.
     """
     if out.name.endswith((PARTIAL, REPLACED)):
-        raise ConfigError(f"out is {out}; names that end so are those of unfinished builds; choose another out")
+        raise ConfigError(f"out is {out}; names with this ending belong to unfinished builds; choose another out")
     for place in places(out):
         if Path.cwd().is_relative_to(place):
             raise ConfigError(f"out is {out}, where this program runs ({place}); choose another folder")
@@ -95,9 +95,9 @@ def check_replaceable(out: Path, replaces: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / MANIFEST).is_file():
-        raise ConfigError(f"out is {out}, which exists and is no finished folder of shards; choose another out")
+        raise ConfigError(f"out is {out}, which exists and is not a finished folder of shards; choose another out")
     if not _is_sealed(out):
-        raise ConfigError(f"out is {out}, whose {MANIFEST} no build has made; choose another out")
+        raise ConfigError(f"out is {out}, whose {MANIFEST} was not written by a build; choose another out")
     if replaces:
         check_ours(out, _named_by_manifest(out), _is_sealed)
         replaced = out.with_name(out.name + REPLACED)
@@ -148,7 +148,7 @@ def publish(partial: Path, out: Path) -> None:
         try:
             _delete_replaced(replaced)
         except (ConfigError, OSError) as error:  # the build has succeeded anyway
-            print(f"warning: what {out} was before is left: {error}", file=sys.stderr, flush=True)
+            print(f"warning: the folder that {out} replaced could not be deleted: {error}", file=sys.stderr, flush=True)
 
 
 def delete_set(folder: Path) -> None:

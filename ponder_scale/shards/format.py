@@ -132,8 +132,8 @@ class ShardWriter:
             )
         if int(lengths.max()) > MAX_DOCUMENT_TOKENS:
             raise ShardError(
-                f"shard {self._name}: a document of {int(lengths.max()):,} tokens; the index holds "
-                f"{MAX_DOCUMENT_TOKENS:,} at most; split the document"
+                f"shard {self._name}: a document has {int(lengths.max()):,} tokens; expected at most "
+                f"{MAX_DOCUMENT_TOKENS:,}; split the document"
             )
 
 

@@ -240,8 +240,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ShardError(f"{path.parent}: no such folder; expected a folder of token shards")
     if not path.is_file():
         raise ShardError(
-            f"{path.parent}: no {path.name}: its build did not finish, or it is no folder of token shards; "
-            f"run its build (again)"
+            f"{path.parent}: it has no {path.name}, so its build did not finish or it is not a folder of token "
+            f"shards; run its build again"
         )
     try:
         content = json.loads(path.read_bytes())

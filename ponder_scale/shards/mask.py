@@ -64,7 +64,7 @@ class Mask:
                 else f"{found:,} bytes; {self._tokens:,} tokens have {mask_bytes(self._tokens):,}"
             )
             raise ShardError(
-                f"shard {self._path.name}: {what}; without it tokens would count in the loss that are not to; restore "
+                f"shard {self._path.name}: {what}; without it, tokens would count in the loss that must not; restore "
                 f"it, or build again"
             )
 

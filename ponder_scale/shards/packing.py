@@ -106,14 +106,16 @@ def open_packing(shards: ShardSet, seq_len: int) -> Packing:
         raise ShardError(f"{shards.folder}: not packed for data.seq_len {seq_len}; {remedy}")
     content = _read_seal(folder)
     if content["shards_identity"] != shards.manifest.identity:
-        raise ShardError(f"{folder}: made for other shards than there are now; {remedy}")
+        raise ShardError(f"{folder}: was made for other shards than the folder now holds; {remedy}")
     packed = {name: PackedShard(**info) for name, info in content["shards"].items()}
     for name, info in packed.items():
         for suffix, size in (("starts", 8 * (info.bins + 1)), ("pieces", PIECE.itemsize * info.pieces)):
             path = folder / f"{name}.{suffix}"
             found = path.stat().st_size if path.is_file() else -1
             if found != size:
-                raise ShardError(f"{path}: {'missing' if found < 0 else f'{found:,} bytes'}, not {size:,}; {remedy}")
+                raise ShardError(
+                    f"{path}: {'missing' if found < 0 else f'{found:,} bytes'}; expected {size:,} bytes; {remedy}"
+                )
     return Packing(folder, content["checksum"], packed)
 
 
@@ -198,7 +200,7 @@ def verify_packings(shards: Path) -> list[str]:
             findings.append(str(error))
             continue
         if content["shards_identity"] != identity:
-            findings.append(f"{folder.name}: made for other shards than there are now")
+            findings.append(f"{folder.name}: was made for other shards than the folder now holds")
         for name, info in content["shards"].items():
             for suffix in ("starts", "pieces"):
                 path = folder / f"{name}.{suffix}"

@@ -167,7 +167,7 @@ def test_a_packing_is_needed_named_and_known_by_its_seal(shards, tmp_path, lengt
     with pytest.raises(ShardError, match=rf"not packed for data.seq_len 16; run: ponder-data pack {other.folder} --se"):
         epoch(config(other.folder))
     shutil.copytree(shards.folder / "packing-16", other.folder / "packing-16")
-    with pytest.raises(ShardError, match="made for other shards than there are now; run: ponder-data pack"):
+    with pytest.raises(ShardError, match="was made for other shards than the folder now holds; run: ponder-data pack"):
         open_packing(other, SEQ_LEN)
     pack(other, SEQ_LEN)
     open_packing(other, SEQ_LEN)

@@ -158,7 +158,7 @@ def test_uint16_is_refused_for_more_tokens_than_it_holds(large_tokenizer, tmp_pa
     assert "has 70,001 tokens, and uint16 holds ids below 65,536; give --dtype uint32" in error
     assert adopt([path], "raw", large_tokenizer, tmp_path / "out", "--dtype", "uint32") == 0
     assert open_shards(tmp_path / "out").split("train")[0].tokens.tolist() == [69999, 5, 70000, 66000, 70000]
-    assert "no end token (0) in it, so it is one document" in capsys.readouterr().err
+    assert "it contains no end token (0), so it becomes one document" in capsys.readouterr().err
     narrow = write_megatron(tmp_path / "narrow", [[1, 2], [3]])
     assert adopt([narrow], "megatron", large_tokenizer, tmp_path / "other") == 2
     assert "uint16 holds ids below 65,536" in capsys.readouterr().err
@@ -167,13 +167,13 @@ def test_uint16_is_refused_for_more_tokens_than_it_holds(large_tokenizer, tmp_pa
 @pytest.mark.parametrize(
     ("made", "read", "message"),
     [
-        ("<u4", "uint16", "halves of tokens of uint32; give the tokenizer and the dtype .* fit --dtype uint32"),
-        ("<i4", "uint16", "halves of tokens of uint32; give the tokenizer and the dtype .* fit --dtype uint32"),
+        ("<u4", "uint16", "halves of uint32 tokens; give the tokenizer and the dtype .* fit --dtype uint32"),
+        ("<i4", "uint16", "halves of uint32 tokens; give the tokenizer and the dtype .* fit --dtype uint32"),
         ("<u2", "uint32", "expected|give the tokenizer and the dtype .* its first tokens fit --dtype uint16"),
-        ("<i8", "uint16", "halves of tokens of uint32"),
-        ("<i8", "uint32", "halves of tokens of 64 bits"),
-        (">u2", "uint16", "its bytes seem to be the other way round"),
-        (">u4", "uint32", "its bytes seem to be the other way round"),
+        ("<i8", "uint16", "halves of uint32 tokens"),
+        ("<i8", "uint32", "halves of 64-bit tokens"),
+        (">u2", "uint16", "its bytes seem to be big-endian"),
+        (">u4", "uint32", "its bytes seem to be big-endian"),
         (">u4", "uint16", "give the tokenizer and the dtype"),
         ("<f4", "uint32", "give the tokenizer and the dtype"),
         ("u1", "uint16", "give the tokenizer and the dtype"),
@@ -201,7 +201,7 @@ def test_big_endian_tokens_that_are_all_in_the_vocabulary_are_refused(tmp_path, 
     tokens = generator.choice(2**16, 20_000, p=frequencies / frequencies.sum())
     path = write(tmp_path / "x.bin", tokens, ">u2")
     assert adopt([path], "raw", tmp_path / "tokenizer.json", tmp_path / "out", "--dtype", "uint16") == 2
-    assert "look like big-endian ones" in capsys.readouterr().err
+    assert "its tokens look big-endian" in capsys.readouterr().err
     for name, right in (("natural", tokens), ("uniform", generator.integers(0, 65_536, 20_000))):
         path = write(tmp_path / f"{name}.bin", right, "<u2")
         assert adopt([path], "raw", tmp_path / "tokenizer.json", tmp_path / name, "--dtype", "uint16") == 0
@@ -268,7 +268,7 @@ def test_dolmas_own_boundaries_are_the_documents(tiny_tokenizer, tmp_path, docum
         boundaries.write_bytes(content)
         assert adopt([path], "raw", tiny_tokenizer, tmp_path / f"bad{number}", "--dtype", "uint16") == 2
         error = capsys.readouterr().err
-        assert "part-0-00000.csv.gz: " in error and "move it away to have documents end at the end token" in error
+        assert "part-0-00000.csv.gz: " in error and "move it away to split documents at the end token" in error
         assert not (tmp_path / f"bad{number}").exists()
 
 
@@ -300,7 +300,7 @@ def test_the_index_of_datatrove_says_how_wide_its_tokens_are(tiny_tokenizer, tmp
     assert adopt([path], "datatrove", tiny_tokenizer, tmp_path / "out") == 0
     assert open_shards(tmp_path / "out").split("train")[0].tokens.tolist() == flat(documents)
     assert adopt([path], "datatrove", tiny_tokenizer, tmp_path / "other", "--dtype", "uint16") == 2
-    assert "is dtype right?" in capsys.readouterr().err
+    assert "check --dtype" in capsys.readouterr().err
     narrow = write_megatron(tmp_path / "narrow", documents)
     assert adopt([narrow], "megatron", tiny_tokenizer, tmp_path / "other", "--dtype", "uint32") == 2
     assert "--dtype is uint32; " in capsys.readouterr().err
@@ -323,7 +323,7 @@ def damaged(tmp_path, documents, what):
     ("what", "message"),
     [
         ("truncated", "its index says"),
-        ("no index", "no bad.idx beside it"),
+        ("no index", "bad.idx is missing beside it"),
         ("gap", "its sequences do not follow one another"),
     ],
 )
@@ -342,7 +342,7 @@ def test_tokens_of_another_tokenizer_or_type_are_refused(tiny_tokenizer, tmp_pat
     raw.write_bytes(np.array(flat(documents), "<u2").tobytes())
     assert adopt([raw], "raw", tiny_tokenizer, tmp_path / "out", "--dtype", "uint32") == 2
     error = capsys.readouterr().err
-    assert "give the tokenizer and the dtype" in error or "is no multiple of 4" in error
+    assert "give the tokenizer and the dtype" in error or "is not a multiple of the 4 bytes" in error
     wide = tmp_path / "x.ds"
     wide.write_bytes(raw.read_bytes())
     np.array([7], "<u8").tofile(tmp_path / "x.ds.index")

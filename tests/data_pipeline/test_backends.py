@@ -107,7 +107,7 @@ def test_a_difference_during_a_build_does_the_unit_again_by_the_reference(
     monkeypatch.setattr("data_pipeline.tokenize.backends.SAMPLE_EVERY", 3)
     drift(monkeypatch, 333)
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "fast", *same)) == 0
-    assert "the unit is done again by the reference" in capsys.readouterr().err
+    assert "the reference processes the unit again" in capsys.readouterr().err
     engines = read_manifest(tmp_path / "fast").provenance["engines"]
     assert engines["reference"] == 1 and engines["gigatoken"] >= 2
     assert read_manifest(tmp_path / "fast").identity == read_manifest(tmp_path / "reference").identity
@@ -122,7 +122,7 @@ def test_an_engine_that_fails_during_a_build_is_replaced_by_the_reference(
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "reference", *same, "backend=reference")) == 0
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "fast", *same, "backend=tiktoken")) == 0
     assert "tiktoken failed (ValueError: " in (said := capsys.readouterr().err)
-    assert "the unit is done again by the reference" in said
+    assert "the reference processes the unit again" in said
     engines = read_manifest(tmp_path / "fast").provenance["engines"]
     assert engines["reference"] == 1 and engines["tiktoken"] >= 1
     assert read_manifest(tmp_path / "fast").identity == read_manifest(tmp_path / "reference").identity

@@ -215,7 +215,7 @@ def test_nothing_that_no_build_made_is_ever_deleted(corpus, tiny_tokenizer, tmp_
     out.mkdir()
     (out / "chapter1.txt").write_text("years of work")
     assert main(arguments(corpus, tiny_tokenizer, out, "overwrite=true")) == 2
-    assert "exists and is no finished folder of shards" in capsys.readouterr().err
+    assert "exists and is not a finished folder of shards" in capsys.readouterr().err
     assert (out / "chapter1.txt").read_text() == "years of work"
 
 

@@ -158,7 +158,7 @@ def test_the_tokenizer_learns_from_capped_sources(
     assert main(["train-tokenizer", *source, "sources.web.max_documents=50", *out]) == 0
     said = capsys.readouterr()
     assert "learned from web: 50 documents" in said.out and f"{COUNT - 50} behind the cap" in said.out
-    assert "warning: sources.web.max_tokens: no cap here" in said.err
+    assert "warning: sources.web.max_tokens: ignored" in said.err
 
 
 def test_where_a_cap_lies_by_the_journals_of_units() -> None:

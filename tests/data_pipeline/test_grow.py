@@ -100,8 +100,8 @@ def test_what_cannot_be_one_set_is_refused(
     assert "is in" in refused(capsys, *added(out, tmp_path / "link.jsonl"))
     assert "name the new files" in refused(capsys, "append", out)
     for setting in ("heldout_fraction=0.2", "tokenizer=x", "seed=3", "eod_token=a", "out=y"):
-        assert f"append: {setting.partition('=')[0]} is what" in refused(capsys, *added(out, two, setting))
-    assert "give the new ones the same" in refused(capsys, *added(out, two, "sources.web.weight=2"))
+        assert f"append: {setting.partition('=')[0]} is fixed by" in refused(capsys, *added(out, two, setting))
+    assert "so the new ones need the same" in refused(capsys, *added(out, two, "sources.web.weight=2"))
     assert contents(out) == made and not list(tmp_path.glob("out.*"))
 
     def merged(*sets: Path) -> str:

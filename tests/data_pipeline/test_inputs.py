@@ -71,7 +71,7 @@ def test_when_the_input_is_mended_the_same_command_goes_on(tiny_tokenizer, tmp_p
     size = max((tmp_path / f"{i}.jsonl").stat().st_size for i in range(3))
     same = arguments(tmp_path / "*.jsonl", tiny_tokenizer, tmp_path / "out", f"shard_bytes={size // 2}", *more)
     assert main(same) == 2
-    assert "mend the input and start the same command again" in capsys.readouterr().err
+    assert "correct the input and run the same command again" in capsys.readouterr().err
     done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.bin")}
     write_jsonl(tmp_path / "1.jsonl", texts[100:200])
     assert main([*same, "seed=1"]) == 2  # other settings are another matter

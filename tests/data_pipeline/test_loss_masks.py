@@ -239,7 +239,7 @@ def test_a_mask_beside_adopted_tokens_is_taken_along_and_one_that_is_none_is_ref
         stream.write(b"\0")
     capsys.readouterr()
     assert adopt([tmp_path / "other" / "train-00000.bin"], kind, tiny_tokenizer, tmp_path / "refused", *more) == 2
-    assert "train-00000.mask: beside train-00000.bin, and no mask of its" in capsys.readouterr().err
+    assert "train-00000.mask: lies beside train-00000.bin, but is not a mask" in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
 
 
@@ -274,7 +274,7 @@ def test_a_tokenizer_that_puts_something_before_each_piece_is_refused(make, tmp_
     path = write(tmp_path / "a.jsonl", pairs(30))
     assert build(path, make(tmp_path / "tokenizer"), tmp_path / "out", *PAIR) == 2
     error = capsys.readouterr().err
-    assert "are not the text" in error and "no text can be cut where it begins to count in the loss" in error
+    assert "do not become the text" in error and "a text cannot be cut where it begins to count in the loss" in error
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 

@@ -194,10 +194,10 @@ def test_evaluation_sets_and_texts_to_learn_from_are_read_compressed_in_every_wa
         ("{SETS, n: 30}", "no text of .*quiz.jsonl has 30 words; lower n or leave it out"),
         ("{SETS, n: 0}", "n is 0; expected at least 1 word"),
         ("{SETS, n: 1.5}", "n is 1.5; expected at least 1 word, and a whole number"),
-        ("{against: ['FOLDER/*.jsonl'], field: question}", "links that lead nowhere, the first is .*lost.jsonl; mend"),
+        ("{against: ['FOLDER/*.jsonl'], field: question}", "links that lead nowhere, the first is .*lost.jsonl; rep"),
         (
             "{SETS, field: text}",
-            "quiz.jsonl at 0: field is not a string; an evaluation set is read whole or not at all",
+            "quiz.jsonl at 0: field is not a string; every record of an evaluation set must be readable",
         ),
     ],
 )

@@ -104,7 +104,7 @@ def empty_jsonl(settings):
         ({"sources.web.path": "nowhere.jsonl"}, None, "sources.web.path is nowhere.jsonl; no such file"),
         ({"sources.web.field": "body"}, None, "50 of 50 records are bad (50 field missing)"),
         ({}, truncated_jsonl, "1 of 51 records are bad (1 malformed JSON), more than max_bad_fraction 0.001"),
-        ({}, empty_jsonl, "no document in them, 2 empty ones"),
+        ({}, empty_jsonl, "they hold no document to write; 2 are empty"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_leaves_nothing(settings, tmp_path, capsys, changes, before, message):
@@ -181,7 +181,7 @@ def test_bad_input_to_training_is_one_clear_line(settings, tmp_path, monkeypatch
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_a_folder_that_is_no_finished_build_is_refused(tmp_path, capsys, command):
     assert main([command, str(tmp_path)]) == 2
-    assert "no manifest.json: its build did not finish" in capsys.readouterr().err
+    assert "it has no manifest.json, so its build did not finish" in capsys.readouterr().err
 
 
 def test_the_command_runs_as_a_program_and_never_imports_torch():

@@ -314,7 +314,7 @@ def test_what_the_library_caches_beside_a_data_set_is_no_change(tmp_path):
 def test_a_data_set_that_cannot_be_used_is_one_clear_line(dataset, tmp_path):
     with pytest.raises(ConfigError, match=r"sources.it.field is 'body'; the columns of .* are: text"):
         files({"it": SourceConfig(kind="dataset", path=str(dataset / "saved"), field="body")})
-    with pytest.raises(ConfigError, match=r"sources.it.streaming is true; .*saved is stored already: set it to false"):
+    with pytest.raises(ConfigError, match=r"streaming is true, but .*saved is stored already; set it to false"):
         files({"it": SourceConfig(kind="dataset", path=str(dataset / "saved"), streaming=True)})
     with pytest.raises(ConfigError, match=r"sources.it: data set .*nowhere, split train, cannot be loaded") as error:
         files({"it": SourceConfig(kind="dataset", path=str(tmp_path / "nowhere"))})

@@ -104,7 +104,7 @@ def test_parquet_of_a_url_is_read_in_parts_of_it(store):
     local = SourceConfig(kind="parquet", path=str(folder / "a.parquet"), field="data.text")
     distant = replace(local, path=f"{url}/a.parquet")
     if "http" in url and not remote.takes_ranges(distant.path):
-        with pytest.raises(ConfigError, match="sends files as a whole only, and parquet is read in parts; copy it"):
+        with pytest.raises(ConfigError, match="only sends whole files, but parquet is read in parts; copy the file"):
             records(distant)
         return
     for size in (2**60, 700_000):
@@ -161,17 +161,17 @@ def test_urls_that_name_no_file_are_refused_in_one_line(store):
         files({"it": SourceConfig(kind="folder", path=f"{url}/in", pattern="*.py")})
     for path, message in (
         ("nothing://x/y.jsonl", "fsspec knows no nothing://; expected s3, gs, https, hf or the like"),
-        (f"file://{folder}/in/a.txt", "write the path of a file of this machine without file://"),
+        (f"file://{folder}/in/a.txt", "write the path of a file on this machine without file://"),
     ):
         with pytest.raises(ConfigError, match=message):
             files({"it": SourceConfig(kind="text", path=path)})
-    with pytest.raises(ConfigError, match="a data set is a name on the hub or a folder; files of a URL are read by"):
+    with pytest.raises(ConfigError, match="kind=dataset expects a name on the hub or a folder; read files at a URL"):
         files({"it": SourceConfig(kind="dataset", path=url)})
 
 
 def test_a_library_that_is_missing_is_named_with_what_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(ConfigError, match=r"library is missing that reads s3://; pip install ponder-scale\[remote\]"):
+    with pytest.raises(ConfigError, match=r"library that reads s3:// is missing; pip install ponder-scale\[remote\]"):
         files({"it": SourceConfig(kind="text", path="s3://bucket/a.txt")})
 
 
@@ -343,5 +343,5 @@ def test_a_url_whose_content_changes_while_it_is_read_is_noticed(four):
         (file,) = files({"web": config})
         list(read(file, config, 2**16, xxhash.xxh3_128()))
         (folder / "0.jsonl").write_bytes((folder / "0.jsonl").read_bytes().replace(b"0: ", b"9: "))
-        with pytest.raises(ConfigError, match=r"0.jsonl was changed while it was read; when that is over, start"):
+        with pytest.raises(ConfigError, match=r"0.jsonl was changed while it was read; when it no longer changes, run"):
             check_unchanged(file)

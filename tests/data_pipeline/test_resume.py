@@ -164,7 +164,7 @@ def test_a_killed_worker_is_reported_and_its_unit_goes_to_another(corpus, tiny_t
     os.kill(int(workers[0]), signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    assert f"worker {workers[0]} was killed by signal 9; its unit goes to another" in output
+    assert f"worker {workers[0]} was killed by signal 9; another worker takes over its unit" in output
     assert comparable(out) == expected
 
 

@@ -47,7 +47,7 @@ def test_records_that_a_field_leaves_out_end_the_training(inputs, tmp_path, caps
     assert re.search(
         r"30 of 30 records of .*b.jsonl are bad \(30 field missing\), more than max_bad_fraction 0.01", error
     )
-    assert re.search(r"the first is .*b.jsonl at 0: field missing; mend the input, name the right field", error)
+    assert re.search(r"the first is .*b.jsonl at 0: field missing; correct the input, name the right field", error)
     assert not (tmp_path / "out").exists()
     pq.write_table(pa.table({"content": make_texts(5000)}), inputs[0])  # and if they are less than the bound of all
     assert train(tmp_path / "out", *inputs, "--field", "content") == 2
@@ -133,8 +133,8 @@ def test_a_whole_training_on_a_recipe_gives_a_tokenizer(inputs, tmp_path):
     ("arguments", "message"),
     [
         ([], "nothing to learn from: give files and folders, or a recipe by --recipe"),
-        (["recipe.yaml", "b.jsonl"], "b.jsonl beside a recipe: its sources say what is read"),
-        (["recipe.yaml", "--field", "x"], "--field beside a recipe: its sources say what is read"),
+        (["recipe.yaml", "b.jsonl"], "b.jsonl cannot be used with a recipe, whose sources say what to read"),
+        (["recipe.yaml", "--field", "x"], "--field cannot be used with a recipe, whose sources say what to read"),
         (["nothing.yaml"], "recipe nothing.yaml: no such file"),
         (["b.jsonl", "--max-bad-fraction", "2"], "--max-bad-fraction is 2; expected 0 to 1"),
     ],

@@ -62,7 +62,7 @@ def test_texts_in_other_languages_are_dropped_and_counted_by_language(tiny_token
     for thresholds, message in (
         ("{}", r"language: keep is None; expected a list of languages, such as \[en, de\]"),
         ("{keep: en}", "language: keep is 'en'; expected a list of languages"),
-        ("{keep: [english]}", "language: keep: 'english' is no language that py3langid knows; it knows: ace, af"),
+        ("{keep: [english]}", "language: keep: 'english' is not a language of py3langid; expected some of: ace, af"),
         ("{keep: [en], min_score: high}", "language.min_score is 'high'; expected a number, at least 0"),
     ):
         capsys.readouterr()
@@ -82,7 +82,7 @@ def test_the_library_that_tells_languages_is_named_where_it_is_missing(tiny_toke
     settings = "sources.web.filters={language: {keep: [en]}}"
     assert main(arguments(corpus, tiny_tokenizer, tmp_path / "out", settings, "workers=1")) == 2
     error = capsys.readouterr().err
-    assert "sources.web.filters.language: py3langid is missing, which tells languages; pip install" in error
+    assert "sources.web.filters.language: the language filter needs py3langid; run: pip install" in error
     assert "ponder-scale[filters]" in error and error.count("\n") == 1
 
 
@@ -188,7 +188,11 @@ def test_a_blocked_url_takes_no_duplicate_with_it(tiny_tokenizer, tmp_path, work
         ("{block: [nothing]}", "jsonl", "url: nothing: no such file"),
         ("{block: [LIST], field: 3}", "jsonl", "sources.web.filters.url.field is 3; expected text"),
         ("{block: [LIST], deny: x}", "jsonl", "url.deny: unknown threshold; expected one of: field, block"),
-        ("{block: [LIST]}", "text", "files of kind=text say no URL of a document; remove it, or give records with one"),
+        (
+            "{block: [LIST]}",
+            "text",
+            "files of kind=text have no URL for a document; remove this filter",
+        ),
         ("{block: [WRONG]}", "jsonl", "wrong, line 2 is '||bad.example^'; expected a domain, or an address and path"),
     ],
 )

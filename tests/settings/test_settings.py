@@ -551,8 +551,8 @@ def test_a_key_of_text_or_a_list_takes_either(
         (["sources.a.path=[a, b]", "sources.a.path.2=c"], "sources.a.path has 2 entries, counted from 0"),
         (["sources.a.path=a", "sources.a.path.0=c"], "sources.a.path has 0 entries, counted from 0"),
         (["sources.a.path.b=c"], "unknown key sources.a.path.b"),
-        (["out=s3://bucket/shards"], "out is s3://bucket/shards, a URL; expected a path of this machine"),
-        (["tokenizer=hf://gpt2"], "tokenizer is hf://gpt2, a URL; expected a path of this machine"),
+        (["out=s3://bucket/shards"], "out is s3://bucket/shards, a URL; expected a path on this machine"),
+        (["tokenizer=hf://gpt2"], "tokenizer is hf://gpt2, a URL; expected a path on this machine"),
     ],
 )
 def test_a_list_of_paths_that_is_wrong_is_refused_with_its_entry(
