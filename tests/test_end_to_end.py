@@ -88,7 +88,8 @@ def test_training_says_what_it_does(trained: tuple[Path, str]) -> None:
     assert "S = 2, ZeRO-3 on 2 ranks (cpu), recompute pass, steps 1 to 4" in printed
     assert re.search(r"step 4/4  loss \d\.\d{4}  passes (\d\.\d{3} ?){3} .*tok/s .*left 0s", printed)
     assert re.search(
-        r"held-out perplexity of \w+ over \d+ tokens: pass 0 [\d.]+  pass 1 [\d.]+  pass 2 [\d.]+", printed
+        r"held-out perplexity of \w+ over \d+ tokens:\s+[\d:]+\s+pass 0 [\d.]+  pass 1 [\d.]+  pass 2 [\d.]+  bits per",
+        printed,
     )
     assert "warning" not in printed.lower()
     date, *lines = printed.splitlines()

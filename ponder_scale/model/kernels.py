@@ -254,7 +254,9 @@ def _gradients(
     d_head = torch.empty_like(head) if needed[1] else None
     d_table = torch.empty_like(table) if needed[2] else None
     unit = learned is not None and temperature != 1.0
-    shape = plan.unit if unit else plan.tied if tied else plan.gradient
+    shape = plan.tied if tied else plan.gradient
+    if learned is not None:
+        shape = plan.learned
     leaks = torch.zeros_like(deltas)
     labels = slopes = unit_logs = None
     if learned is not None:

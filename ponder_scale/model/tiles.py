@@ -48,7 +48,7 @@ class DeviceTiles(NamedTuple):
     add: Tiles  # dz with the head, onto d_hidden
     gradient: Tiles  # p and dz, from two products
     tied: Tiles  # the same where head and table are one, which is loaded once
-    unit: Tiles  # of both, where losses learn beside another temperature than 1, and dz has two softmaxes in it
+    learned: Tiles  # of both, where losses learn and dz has more in it, which takes registers
     few_exp: Tiles  # the first two for few tokens
     few_mix: Tiles
 
@@ -69,7 +69,7 @@ _AMPERE = DeviceTiles(
     add=Tiles(128, 128, 64, 8, 3),
     gradient=Tiles(128, 64, 64, 8, 3),
     tied=Tiles(128, 128, 64, 8, 3),
-    unit=Tiles(128, 64, 64, 8, 3),
+    learned=Tiles(128, 64, 64, 8, 3),
     few_exp=Tiles(64, 128, 64, 4, 4),
     few_mix=Tiles(64, 128, 64, 4, 4),
 )
@@ -87,7 +87,7 @@ _FP32 = DeviceTiles(
     add=Tiles(64, 128, 32, 8, 3),
     gradient=Tiles(64, 64, 32, 8, 3),
     tied=Tiles(64, 64, 32, 8, 3),
-    unit=Tiles(64, 64, 32, 8, 3),
+    learned=Tiles(64, 64, 32, 8, 3),
     few_exp=Tiles(64, 128, 32, 8, 3),
     few_mix=Tiles(64, 128, 32, 8, 3),
 )

@@ -113,12 +113,12 @@ def launched(dtype: str, capability: tuple[int, int]) -> dict[str, tuple[Any, ti
     for name, shape, tied in (
         ("gradient", row.gradient, False),
         ("tied", row.tied, True),
-        ("unit", row.unit, False),
-        ("unit, tied", row.unit, True),
+        ("learned", row.learned, False),
+        ("learned, tied", row.learned, True),
     ):
         loads = (2 * shape.m + shape.n) / 2 if tied else plain(shape)
-        unit = name.startswith("unit")
-        add(name, products.gradient_products, shape, loads, EVEN=True, TIED=tied, LEARN=True, UNIT=unit)
+        learn = name.startswith("learned")
+        add(name, products.gradient_products, shape, loads, EVEN=True, TIED=tied, LEARN=learn, UNIT=learn)
     if size == 2:
         for name, kernel in (("picked_dots", sparse.picked_dots), ("picking_sums", sparse.picking_sums)):
             shape = sparse.DOT_TILES if kernel is sparse.picked_dots else sparse.SUM_TILES

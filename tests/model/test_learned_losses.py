@@ -14,7 +14,7 @@ from ponder_scale.model import backends as module
 from ponder_scale.model import operators
 from ponder_scale.model.pondering_embedding import choose_backend, pondering_embedding
 from tests.model.inside import Inside
-from tests.model.test_pondering_embedding import CASES, TOKENS, VOCABULARY, WIDTH, by_loops, operands
+from tests.model.mixtures import CASES, TOKENS, VOCABULARY, WIDTH, by_loops, operands
 
 LABELS = torch.randint(0, VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(1))
 LABELS[::4] = -100

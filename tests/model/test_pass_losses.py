@@ -12,9 +12,9 @@ from torch import nn
 
 from ponder_scale.model.pondering_embedding import pondering_embedding
 from ponder_scale.model.readout import Ops
+from tests.model.adapters import LowRank, adapt
 from tests.model.architectures import TINY, VOCABULARY, make, make_confident
 from tests.model.equations import by_the_equations
-from tests.model.test_readout import LowRank, adapt
 
 STEPS = 3
 WEIGHTS = (0.1, 0.0, 0.4, 0.5)

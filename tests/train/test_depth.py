@@ -16,9 +16,9 @@ from ponder_scale.planning.depth import mean_steps
 from ponder_scale.settings import load
 from ponder_scale.train.schedules import Depth, pondering_steps, step_depth
 from tests.ranks import run_ranks
+from tests.train.plain import check_against_plain_torch
 from tests.train.resumes import check_resume
 from tests.train.runs import overrides, records, train_on_a_rank
-from tests.train.test_fuzz import check_against_plain_torch
 
 RUN = ["run_dir=unused", "data.sources.any.path=unused", "train.steps=100", "train.global_batch=4"]
 
