@@ -26,7 +26,7 @@ from ponder_scale.train.launch import RANK_VARIABLES, free_port
 REPOSITORY = Path(__file__).parents[1]
 DONE = "the job has ended\n"
 KILLED = {"error": "exit code -9"}
-PEERS_SECONDS = 10.0  # for the other ranks to end after one has failed; some would wait for it for ever
+PEERS_SECONDS = 30.0  # for the other ranks to end after one has failed; some would wait for it for ever
 PLAIN = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 FIXED = {**PLAIN, "PYTHONPATH": str(REPOSITORY)}
 HEAVY = (  # what a rank that trains imports in any case, or an engine by itself

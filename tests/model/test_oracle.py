@@ -49,7 +49,9 @@ def test_logits_loss_and_gradients_are_those_of_the_published_code(name: str) ->
     model = oracle_model(case["family"], case["settings"])
     output = model(inputs[case["input"]], labels=inputs[case["labels"]])
     output.loss.backward()
-    torch.testing.assert_close(output.logits, tensors[f"{name}/logits"], atol=1e-5, rtol=0)
+    # logits are as large as 10, and the dumped ones themselves are up to 1.3e-5 from those of float64; where in between
+    # ours are depends on the width of the CPU's vectors
+    torch.testing.assert_close(output.logits, tensors[f"{name}/logits"], atol=2e-5, rtol=0)
     assert output.loss.item() == pytest.approx(case["loss"], abs=1e-6, rel=2e-7)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name not in case["grad_l2"]:  # the published name of the head of GPT-NeoX

@@ -34,7 +34,7 @@ def train_to_a_phase(case: dict[str, Any]) -> int:
 
     torch.set_num_threads(1)
     signals.install()
-    watchdog.GRACE_SECONDS = 8.0  # on a busy machine the other rank finds out so much later
+    watchdog.GRACE_SECONDS = 12.0  # on a busy machine the other rank finds out so much later
     if "phase" in case and os.environ["RANK"] == "1":
         happen, enter = _once(case["what"]), watchdog.Watch.enter
 
@@ -82,9 +82,9 @@ def injured(what: str, phases: tuple[str, ...], folder: Path, shards: Any, *more
         case = {"overrides": overrides(folder / phase, shards, *SETTINGS)}
         if phase == "load":  # of a run that has something to load
             run_ranks(train_to_a_phase, [{**case, "phase": "backward", "what": "kill"}])
-        slow = ["health.slow_seconds=8"] if phase in LATE and what == "hang" else []
+        slow = ["health.slow_seconds=12"] if phase in LATE and what == "hang" else []
         cases += [{"overrides": [*case["overrides"], *more, *slow], "phase": phase, "what": what}, case]
-    results = run_ranks(train_to_a_phase, cases, lanes=len(phases) // 2)
+    results = run_ranks(train_to_a_phase, cases, lanes=2 if what == "hang" else len(phases) // 2)
     for phase, resumed in zip(phases, results[1::2], strict=True):
         assert resumed == [0, 0], (phase, resumed)
     return dict(zip(phases, results[::2], strict=True))
@@ -127,7 +127,7 @@ def test_a_rank_told_to_end_in_any_phase_ends_all_at_one_step(
 
 def test_a_rank_that_hangs_in_any_phase_ends_all(shards: Any, whole: Path, tmp_path: Path, fault: Fault, capfd) -> None:
     phases = tuple(phase for phase in PHASES if phase not in ("start", "load"))  # where the limit is that of a start
-    for phase, ranks in injured("hang", phases, tmp_path, shards, "health.hang_seconds=8").items():
+    for phase, ranks in injured("hang", phases, tmp_path, shards, "health.hang_seconds=12").items():
         assert ranks == [{"error": f"exit code {HUNG}"}] * 2, (phase, ranks)
         assert_same_run(tmp_path / phase, whole)
         assert last_start(tmp_path / phase) == whole_step(phase), phase
