@@ -42,7 +42,7 @@ def train(config: RunConfig) -> int:
         try:
             return _train(run)
         except Exception:
-            run.watch.enter("save")
+            run.watch.failing()
             run.state.abandon()  # a save that is still being written in the background must not be lost
             raise
 

@@ -71,6 +71,7 @@ class Watch:
         self._closed = threading.Event()
         self._pause = heartbeat_seconds(int(os.environ.get("WORLD_SIZE", "1")))
         self._leaving = False
+        self._broken = False  # by a rank that hung and left first
         self._looked, self._suspended = self._since, 0.0
         self._check_owned = check_owned
         self._threads = [threading.Thread(target=self._beat, name="heartbeat", daemon=True)]
@@ -93,6 +94,11 @@ class Watch:
         """Note progress in the phase that was entered last."""
         self.enter(self._where[0])
 
+    def failing(self) -> None:
+        """Note that the main thread ends with an error. If this rank is leaving as hung, the error is no progress."""
+        self._broken = self._leaving
+        self.enter("save")
+
     def clock(self) -> float:
         """Monotonic seconds without those in which this process was stopped. Needs the watchdog to know them."""
         suspended, unseen = self._suspended, time.monotonic() - self._looked
@@ -111,6 +117,11 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        if kind is not None and self._broken:
+            # Another rank left as hung while this one was about to, and that broke a collective here.
+            print(f"rank {self._rank}: leaves as hung, with its peers: {error}", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(HUNG)
         if kind is not None and self._leaving:
             # A rank that left first has broken a collective here. Wait, so that this rank still leaves with HUNG.
             time.sleep(2 * GRACE_SECONDS)
