@@ -200,7 +200,7 @@ def test_a_run_and_a_packing_notice_that_their_set_has_grown_and_how_to_go_on(
     assert main(again) == 0  # done already
     assert main(["inspect", str(was)]) == 0 and main(added(was, three, name="late")) == 0
     assert "3 appends" not in refused(capsys, "merge", tmp_path / "no", out, "--without-last", 3)
-    assert "name one" in refused(capsys, "merge", tmp_path / "no", out, was, "--without-last", 1)
+    assert "but 2 are given; give one" in refused(capsys, "merge", tmp_path / "no", out, was, "--without-last", 1)
     other = loader(code)
     with pytest.raises(ConfigError, match="those it began with"):  # another set is no grown one
         other.restore(state)

@@ -130,7 +130,7 @@ def test_inputs_that_change_under_a_build_that_did_not_fail_are_not_taken_for_me
         assert main(same) == 130
     write_jsonl(corpus, make_texts(100))
     assert main(same) == 2
-    assert "holds an unfinished build from other inputs; restore them" in capsys.readouterr().err
+    assert "holds an unfinished build from other inputs; restore these" in capsys.readouterr().err
 
 
 def test_a_page_of_parquet_that_fails_its_checksum_is_refused(tiny_tokenizer, tmp_path, capsys):

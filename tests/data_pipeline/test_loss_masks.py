@@ -291,8 +291,8 @@ def test_a_tokenizer_that_puts_something_before_each_piece_is_refused(make, tmp_
         (["sources.chat.loss={}"], "jsonl", "expected {prompt: FIELD"),
         (["sources.chat.loss={span: a}"], "jsonl", "did you mean sources.chat.loss.spans?"),
         (SPANS, "text", "sources.chat.loss: kind text has no fields that could say what counts"),
-        ([*SPANS, "sources.chat.filters={c4: {}}"], "jsonl", "sources.chat.loss: its filters leave lines out of texts"),
-        ([*SPANS, "sources.chat.filters={pii: {}}"], "jsonl", "or replace in them (pii), and what counts would be"),
+        ([*SPANS, "sources.chat.filters={c4: {}}"], "jsonl", "sources.chat.loss: the filters c4 and pii change texts"),
+        ([*SPANS, "sources.chat.filters={pii: {}}"], "jsonl", "so the characters that count could not be found again"),
         (
             ["sources.chat.loss={prompt: prompt, completion: answer}"],
             "parquet",

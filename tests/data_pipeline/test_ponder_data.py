@@ -287,7 +287,7 @@ def test_plan_does_not_guess_how_large_a_stream_is(settings, capsys):
     assert " kB; 1 streamed units, of unknown size, not counted" in capsys.readouterr().out
     alone = {key: value for key, value in settings.items() if not key.startswith("sources")}
     assert run("plan", {**alone, **stream}) == 2
-    assert "nobody knows how large a stream is" in capsys.readouterr().err
+    assert "the size of a stream is unknown before it is read" in capsys.readouterr().err
 
 
 def test_plan_goes_on_by_the_reference_where_the_engine_fails(settings, capsys):

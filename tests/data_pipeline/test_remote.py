@@ -329,7 +329,7 @@ def test_a_killed_build_notices_a_url_whose_content_has_changed_since(tiny_token
         (folder / "0.jsonl").write_bytes(old.replace(b"0: ", b"9: "))  # of the same size
         capsys.readouterr()
         assert main(build) == 2
-        assert "out.partial holds an unfinished build from other inputs; restore them" in capsys.readouterr().err
+        assert "out.partial holds an unfinished build from other inputs; restore these" in capsys.readouterr().err
         (folder / "0.jsonl").write_bytes(old)
         server.requests.clear()
         assert main(build) == 0

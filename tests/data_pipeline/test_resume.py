@@ -224,7 +224,7 @@ def test_an_unfinished_build_of_something_else_is_not_thrown_away(corpus, tiny_t
     assert main(bad) == 2
     assert "2 of 20,003 records are bad (1 field is not a string, 1 malformed JSON)" in capsys.readouterr().err
     assert main([*bad, "seed=3", "append_eod=false"]) == 2
-    assert "unfinished build from other settings (append_eod, seed); restore them" in capsys.readouterr().err
+    assert "unfinished build from other settings (append_eod, seed); restore these" in capsys.readouterr().err
     assert main([*bad, "max_bad_fraction=0.01"]) == 0  # nothing is read again
     assert verify(out) == []
     shutil.rmtree(out)

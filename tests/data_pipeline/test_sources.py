@@ -127,7 +127,7 @@ def test_hidden_files_are_left_out_counted_and_named(tmp_path):
     hidden = SourceConfig(kind="jsonl", path=str(tmp_path / ".git" / "x" / "*.jsonl"))
     assert found(hidden) == ([str(tmp_path / ".git/x/deep.jsonl")], [])
     assert found(replace(folder, exclude=["._*", ".git", ".ipynb*"])) == (["a.jsonl", "in/b.jsonl"], [])
-    with pytest.raises(ConfigError, match=r"all that .* names is left out: left out of it: 1 hidden files"):
+    with pytest.raises(ConfigError, match=r"every file that .* names is left out: left out of it: 1 hidden files"):
         found(SourceConfig(kind="jsonl", path=str(tmp_path / "*_a.jsonl")))
 
 
