@@ -48,6 +48,7 @@ def rewritten(markdown: str, source: str) -> str:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Add the pages whose files lie outside docs/."""
     from mkdocs.structure.files import File
 
     for source, page in OUTSIDE.items():
@@ -55,5 +56,6 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """The page's text, with its links as the site has them."""
     sources = {made: source for source, made in OUTSIDE.items()}
     return rewritten(markdown, sources.get(page.file.src_uri, f"docs/{page.file.src_uri}"))

@@ -31,10 +31,8 @@ from .compat import (
     parameters,
     warn_of_untested_version,
 )
-from .ponder import ponder
+from .ponder import Feedback, RunPass, ponder
 from .readout import Ops, Readout
-
-PassFunction = Callable[[Tensor, int], Tensor]  # of a tensor (B, T, D) and the number of its pass
 
 
 class Checkpointing:
@@ -199,7 +197,7 @@ class Watch:
                 f"pass_weights is {list(self.weights)}; expected at least 0 for each pass, and more for the last: what "
                 "comes after the last pass with a weight would be computed for nothing, so take fewer pondering_steps"
             )
-        if any(self.weights[: max(0, first_differentiated)]):
+        if any(self.weights[:first_differentiated]):
             raise ValueError(
                 f"pass_weights is {list(self.weights)} with backward_passes, so the losses of the first "
                 f"{first_differentiated} passes would have no gradient; give these passes the weight 0"
@@ -242,7 +240,7 @@ class _Passes:
         self.watch, self.model, self.config = watch, watch.causal, watch.causal.config
         self.config.check_pondering()
         self.steps = self.config.pondering_steps if steps is None else checked_steps(steps)
-        self.first_differentiated = 0 if backward_passes is None else self.steps + 1 - backward_passes
+        self.first_differentiated = 0 if backward_passes is None else max(0, self.steps + 1 - backward_passes)
         watch.check_weights(self.steps, self.first_differentiated)
         self.cache, self.exit_kl = cache, exit_kl
         self.layers = self.model.num_layers
@@ -273,13 +271,13 @@ class _Passes:
                 self.watch.tracker.saw(e, self.output.last_hidden_state)
             return self.output.last_hidden_state
 
-        run_pass: PassFunction = one_pass
+        run_pass: RunPass = one_pass
         settled = None
         if self.exit_kl is not None and self.cache is not None:
             # a prompt is pondered to the end: what it leaves in the caches is read by every later token
             decoding = embeds.shape[1] == 1 and self.cache.get_seq_length() > 0
             settled = self._settled(self.cache, self.exit_kl) if decoding else None
-        feedback: PassFunction = self.watch.feedback
+        feedback: Feedback = self.watch.feedback
         if self.first_differentiated > 0:  # what the passes before it feed back is a constant
             run_pass, feedback = (constant_before(self.first_differentiated, part) for part in (run_pass, feedback))
         ponder(run_pass, feedback, embeds, self.steps, self.config.residual, settled, sequence_steps)
@@ -347,7 +345,7 @@ def checked_steps(steps: Any) -> int:
     return steps
 
 
-def constant_before(first: int, function: PassFunction) -> PassFunction:
+def constant_before(first: int, function: RunPass) -> RunPass:
     """`function` of a tensor and the number of a pass, without gradient for the passes before `first`."""
 
     def run(tensor: Tensor, index: int) -> Tensor:
