@@ -19,8 +19,8 @@ This page lists every key of a training run (`ponder-scale train RECIPE key=valu
 (`ponder-data build`). `python docs/make_configuration.py` makes it from the code, and a test keeps it current.
 
 A recipe is a YAML file with these keys, nested at the dots. Overrides `key=value` win over the recipe, and later ones
-over earlier ones. If you mistype a key, the error names the nearest right one. `null` switches a key off or does what its
-description says.
+over earlier ones. If you mistype a key, the error names the nearest right one. `null` switches a key off or does what
+its description says.
 
 - **Base.** A recipe may begin with `base: other.yaml`. We look for that file in the folder of the recipe. What your
   recipe says wins over it, by the rules for overrides below.
