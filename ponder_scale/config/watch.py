@@ -126,7 +126,7 @@ class HealthConfig:
     )
     spike_window: int = knob(
         128,
-        "Steps over which the mean of `spike_sigma` is taken. The check begins when half of them are recorded.",
+        "Steps over which `spike_sigma` takes mean and deviation. The check begins when half of them are recorded.",
         unit="steps",
         min=4,
         max=10**6,
