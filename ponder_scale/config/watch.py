@@ -138,7 +138,7 @@ class HealthConfig:
     )
     rewind_skip_steps: int = knob(
         100,
-        "A rewind leaves out the data of up to this many steps before the spike, as far back as the checkpoint.",
+        "A rewind leaves out the data of up to this many steps, the spike and those before it, back to the checkpoint.",
         unit="steps",
         min=1,
         max=MOST_STEPS,
