@@ -12,7 +12,7 @@
 # make lock         the locks, made again from pyproject.toml and from what they hold; needs `uv`
 # make gpu          what is to be known of the GPU at hand, in ten minutes: its tests, its ceilings, every bench;
 #                   by .venv's Python where there is one, else $(PYTHON); FLAGS=--train trains for 20 minutes too
-# All but `docs`, `lock` and `gpu` make .venv and install the locked versions first.
+# All but `test-vllm`, `docs`, `lock`, `gpu` and `clean` make .venv and install the locked versions first.
 
 VENV := .venv
 BIN := $(VENV)/bin

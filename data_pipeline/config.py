@@ -169,10 +169,10 @@ class BuildConfig:
         min=1,
         max=2**31 - 1,
     )
-    max_bad_fraction: float = knob(0.001, "Fail the build when a larger share of the records is bad.", min=0, max=1)
+    max_bad_fraction: float = knob(0.001, "Fail the build when more than this share of records is bad.", min=0, max=1)
     max_damaged_files: int = knob(
         0,
-        "Fail the build when more compressed files are cut off, damaged, empty or followed by something else.",
+        "Fail the build when more compressed files than this are cut off, damaged, empty or followed by other bytes.",
         min=0,
         max=10**9,
     )
@@ -187,7 +187,7 @@ class BuildConfig:
         max=10**7,
     )
     overwrite: bool = knob(
-        False, "Build again: replace the finished folder at `out`, and forget an unfinished build of another kind."
+        False, "Build again: replace the finished folder at `out`, and forget an unfinished build of other inputs."
     )
 
     def __post_init__(self) -> None:

@@ -23,7 +23,11 @@ class PonderingSchedule:
     )
     low: int = knob(1, "Fewest pondering steps that uniform, ramp and lognormal-poisson use.", min=0, max=64)
     ramp_steps: int = knob(
-        0, "Step at which the ramp reaches `model.pondering_steps`.", unit="steps", min=0, max=MOST_STEPS
+        0,
+        "Step at which the ramp reaches `model.pondering_steps`. With 0 there is no ramp.",
+        unit="steps",
+        min=0,
+        max=MOST_STEPS,
     )
     mean: float | None = knob(
         None, "Mean of lognormal-poisson before it is clipped. Only this schedule has one.", above=0, max=64

@@ -126,7 +126,7 @@ class HealthConfig:
     )
     spike_window: int = knob(
         128,
-        "Steps over which the mean of `spike_sigma` is taken. The check begins when half of them are recorded.",
+        "Steps over which `spike_sigma` takes mean and deviation. The check begins when half of them are recorded.",
         unit="steps",
         min=4,
         max=10**6,
@@ -138,7 +138,7 @@ class HealthConfig:
     )
     rewind_skip_steps: int = knob(
         100,
-        "A rewind leaves out the data of up to this many steps before the spike, as far back as the checkpoint.",
+        "A rewind leaves out the data of up to this many steps, the spike and those before it, back to the checkpoint.",
         unit="steps",
         min=1,
         max=MOST_STEPS,
