@@ -38,6 +38,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "hidden": ("hidden states are added to the input instead of pondering embeddings", ("model.feedback=hidden",)),
     "both": ("hidden states are fed back beside pondering embeddings, by a learned gate", ("model.feedback=both",)),
+    "halting": ("pondering in which each token halts by a learned gate", ("model.halting=gate",)),
     "vanilla-unscaled": (
         "vanilla without the factor sqrt(D) on its embeddings",
         (

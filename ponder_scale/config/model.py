@@ -70,6 +70,13 @@ class ModelConfig:
         min=1,
         max=MOST_VOCABULARY,
     )
+    halting: Literal["none", "gate"] = knob(
+        "none",
+        "Let each token stop pondering by itself. gate: when a learned gate of its pondering step says so.",
+    )
+    halting_threshold: float = knob(
+        1e-4, "A token halts when its gate is below this. A higher value saves more.", min=0, max=1
+    )
     init_by_passes: bool | None = knob(
         None,
         "Also divide the initial output projections by sqrt(S + 1). `null` follows the published code of "

@@ -61,6 +61,19 @@ class PonderingSchedule:
 
 
 @dataclass(frozen=True)
+class HaltingLoss:
+    """The loss that teaches the gates of `model.halting` to close: the mean of the smallest of them."""
+
+    weight: float = knob(0.1, "Weight of the mean of the smallest gates in the loss.", min=0, max=1e6)
+    share: float = knob(
+        0.1, "Share of the gates in that mean. Training halts about this share of the pondering.", min=0, max=1
+    )
+    warmup_steps: int = knob(
+        1000, "Steps over which the share rises from 0 to its value.", unit="optimizer steps", min=0, max=MOST_STEPS
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How much is trained, in what precision and pieces."""
 
@@ -124,6 +137,7 @@ class TrainConfig:
         "Passes whose losses are trained. last: the last pass alone. uniform: all alike. linear: pass s in proportion "
         "to s + 1. random: half the last, half one of the others, drawn anew for each step.",
     )
+    halting: HaltingLoss = field(default_factory=HaltingLoss)
     deepspeed: str = knob(
         "zero3",
         "How to shard the run: the name of a file in deepspeed_configs/, or a path. auto: the stage that takes the "

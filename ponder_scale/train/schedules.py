@@ -55,6 +55,17 @@ def pass_weights(step: int, steps: int, pass_losses: str, seed: int) -> tuple[fl
     return tuple(share / sum(shares) for share in shares)
 
 
+def halting_loss(step: int, config: RunConfig) -> tuple[float, float] | None:
+    """The weight and the share of the loss of the gates in optimizer step `step`, counted from 1; None without gates.
+
+    The share rises linearly and is reached at `warmup_steps`.
+    """
+    if config.model.halting == "none":
+        return None
+    loss = config.train.halting
+    return loss.weight, loss.share * min(1.0, step / max(1, loss.warmup_steps))
+
+
 def pondering_steps(step: int, highest: int, schedule: PonderingSchedule, seed: int) -> int:
     """The pondering steps of optimizer step `step`, counted from 1; at most `highest`, the model's.
 
