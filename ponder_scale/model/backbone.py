@@ -147,8 +147,11 @@ class PonderBackbone(Checkpointing):
             refuse_with_halting(self, exit_kl, sequence_steps, backward_passes, options)
         passes = Passes(watch, pondering_steps, found, exit_kl, backward_passes)
         output = passes.run(inputs_embeds, sequence_steps, **options)
-        # the whole one, where the pass has put its view of it
-        setattr(output, "cache" if hasattr(output, "cache") else "past_key_values", found)
+        name = "cache" if hasattr(output, "cache") else "past_key_values"
+        if found is not None:  # the whole one, where the pass has put its view of it
+            setattr(output, name, found)
+        elif output.get(name) is not None:  # that of one forward alone
+            output = type(output)(**{key: value for key, value in output.items() if key != name})
         plain = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
         return output if plain else output.to_tuple()
 

@@ -328,7 +328,7 @@ def _loss(
     if weights is not None:
         total = sum(watch.learned, weights[-1] * total)
         z_term = None if z_term is None else weights[-1] * z_term
-    found = {"pass_losses": losses, "pass_entropies": entropies, "z_loss": z_term}
+    found: dict[str, Any] = {"pass_losses": losses, "pass_entropies": entropies, "z_loss": z_term}
     if watch.halting is not None:
         added, further = _halting(watch.halting, counted.view(targets.shape), count, halting_loss)
         total, found = total + added, found | further

@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,7 +48,7 @@ def rehearse(engine: Engine, config: RunConfig, vocab_size: int) -> None:
     positions = torch.arange(length).expand(len(tokens), -1).contiguous() if config.data.document_mask else None
     batch, norms = MicroBatch(tokens, tokens[:, 1:], positions), list[float]()
     steps = config.model.pondering_steps
-    learned = {
+    learned: dict[str, Any] = {
         "pass_weights": pass_weights(1, steps, config.train.pass_losses, config.seed),
         "halting_loss": halting_loss(1, config),
     }
