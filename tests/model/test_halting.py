@@ -132,7 +132,7 @@ def test_a_cache_that_is_filled_in_pieces_gives_what_the_whole_text_does(
             logits.append(output.logits)
         whole = model(tokens).logits
     torch.testing.assert_close(torch.cat(logits, 1), whole, atol=1e-12, rtol=1e-12)
-        assert model(tokens).past_key_values is None and len(model.base_model(tokens, return_dict=False)) == 1
+    assert model(tokens).past_key_values is None and len(model.base_model(tokens, return_dict=False)) == 1
     assert len(cache.layers) == (STEPS + 1) * model.num_layers
     assert {layer.get_seq_length() for layer in cache.layers} == {12}
 
