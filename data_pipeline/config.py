@@ -117,7 +117,7 @@ class BuildConfig:
     tokenizer: str = knob(
         MISSING, "A folder with tokenizer.json, that file itself, or a SentencePiece .model file.", path=True
     )
-    sources: dict[str, SourceConfig] = knob({}, "The inputs by name, read in this order.")
+    sources: dict[str, SourceConfig] = knob({}, "The inputs by name. They are read in this order.")
     backend: Literal["auto", "reference", "tiktoken", "gigatoken"] = knob(
         "auto",
         "Tokenizer engine. Every engine must give the tokens of the tokenizer's own library, which is "
@@ -133,10 +133,11 @@ class BuildConfig:
         False, "Write each text that filters and deduplication drop to dropped.jsonl, with the reason."
     )
     deduplicate: Literal["none", "exact", "minhash"] = knob(
-        "none", "Keep only the first of equal (exact) or nearly equal (minhash) documents, over all sources."
+        "none", "Keep only the first of equal (exact) or nearly equal (minhash) documents of all sources."
     )
     shuffle: bool = knob(
-        False, "Put documents in a random order over all shards. Needs twice the size of the tokens on disk."
+        False,
+        "Put documents in a random order over all shards of their source. Needs twice the size of the tokens on disk.",
     )
     heldout_fraction: float = knob(
         0.005,
@@ -147,8 +148,8 @@ class BuildConfig:
     )
     split_by: Literal["stripped", "text"] = knob(
         "stripped",
-        "Text that the hash is taken of. stripped ignores white space around it, so copies that differ "
-        "only there stay on one side. text keeps it, as builds from before this key did.",
+        "Text whose hash decides what is held out. stripped ignores white space around it, so copies that differ only "
+        "there are all held out, or none is. text keeps that white space, as builds from before this key did.",
     )
     seed: int = knob(0, "Seed of the held-out choice and of the shuffle.", min=0, max=2**31 - 1)
     shard_bytes: int | None = knob(

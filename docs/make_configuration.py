@@ -19,11 +19,11 @@ This page lists every key of a training run (`ponder-scale train RECIPE key=valu
 (`ponder-data build`). `python docs/make_configuration.py` makes it from the code, and a test keeps it current.
 
 A recipe is a YAML file with these keys, nested at the dots. Overrides `key=value` win over the recipe, and later ones
-over earlier ones. If you mistype a key, it is refused, and you get the nearest right one. `null` switches a key off or
-does what its description says.
+over earlier ones. If you mistype a key, the error names the nearest right one. `null` switches a key off or does what
+its description says.
 
 - **Base.** A recipe may begin with `base: other.yaml`. We look for that file in the folder of the recipe. What your
-  recipe says comes on top, by the rules for overrides below.
+  recipe says wins over it, by the rules for overrides below.
 - **Text.** Text and choices are taken as you type them. `run_dir=0123`, `run_dir="exp #2"` and `log.wandb=off` mean
   these very words, in overrides and in recipes. In a recipe, ` #` begins a comment and quotes are not part of the text.
 - **Paths.** `~` becomes your home folder. `$NAME` and `${NAME}` become the environment variable. A variable that is
@@ -31,7 +31,7 @@ does what its description says.
 - **Lists and mappings.** An override sets a list or a mapping as a whole. `data.sources={web: {path: DIR}}` replaces
   all sources, and `model.extra={}` empties a mapping. Name one entry with dots: `data.sources.web.weight=2` or
   `data.phases.0.tokens=1e9`.
-- **Groups.** Of a group of keys, such as `train={steps: 9}`, you set only the keys that you name.
+- **Groups.** An override of a group of keys, such as `train={steps: 9}`, sets only the keys that it names.
 - **Numbers.** Every number is finite and within the bounds of the table, also in lists and mappings.
 """
 

@@ -14,7 +14,7 @@ OTHERS = {  # folders without a docstring
     "deepspeed_configs": "How to shard, nothing else.",
     "slurm": "Templates for sbatch.",
     "docs": "The guide.",
-    "examples": "The quick start as a script; instruction tuning of an exported folder.",
+    "examples": "The quick start as a script; composed facts; instruction tuning of an exported folder.",
     "tests": "Mirrors the packages.",
 }
 RECIPES = {"ponder_scale": "The quick start and the sizes of the papers.", "data_pipeline": "Corpora to start from."}

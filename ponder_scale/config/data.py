@@ -63,7 +63,7 @@ class DataConfig:
     packing: Literal["concat", "best-fit"] = knob(
         "concat",
         "concat: join documents and cut wherever a sequence ends. best-fit: never cut a document that "
-        "fits into a sequence, by the bins that `ponder-data pack` made.",
+        "fits into a sequence. It needs the bins that `ponder-data pack` makes.",
     )
     document_mask: bool = knob(False, "Keep attention within each document and start its positions at 0.")
 

@@ -57,7 +57,7 @@ class ModelConfig:
     pondering_temperature: float = knob(1.0, "Temperature tau of the pondering softmax.", min=1e-3, max=1e3)
     feedback: Literal["embedding", "hidden", "both"] = knob(
         "embedding",
-        "What a pass feeds back (T): the pondering embedding, its hidden states, or both by a gate.",
+        "What a pass feeds back (T): the pondering embedding, its hidden states, or both through a learned gate.",
     )
     residual: Literal["accumulate", "restart", "replace"] = knob(
         "accumulate",

@@ -30,13 +30,13 @@ class PonderingSchedule:
     )
     per: Literal["step", "sequence"] = knob(
         "step",
-        "What uniform and lognormal-poisson draw for. step: all sequences of an optimizer step take as many pondering "
-        "steps. sequence: each takes its own, at the cost of the most that one takes.",
+        "What uniform and lognormal-poisson draw for. step: one number for all sequences of an optimizer step. "
+        "sequence: a number for each sequence, while all cost as much as the one with the most steps.",
     )
     backward_passes: int | None = knob(
         None,
-        "Let gradients flow through the last so many passes only, which saves memory and time. `null` uses all. "
-        "Published runs lost by it: a pass was worth less (phi 0.38 instead of 0.46, arXiv 2604.21106).",
+        "Let gradients flow only through this many passes, the last ones. This saves memory and time. `null` uses all. "
+        "In published runs each pass was then worth less (phi 0.38 instead of 0.46, arXiv 2604.21106).",
         unit="passes",
         min=1,
         max=65,
@@ -98,7 +98,7 @@ class TrainConfig:
     )
     micro_batch: int | Literal["auto"] = knob(
         1,
-        "Sequences in one forward of one rank. auto: those that take the least time, fit and divide the batch.",
+        "Sequences in one forward of one rank. auto: the number that fits, divides the batch and takes the least time.",
         unit="sequences",
         min=1,
         max=MOST_SEQUENCES,
@@ -109,11 +109,11 @@ class TrainConfig:
     recompute: Literal["none", "selective", "layer", "pass", "pass+layer", "auto"] = knob(
         "pass",
         "What backward computes again. selective: layers without their attention. layer: whole layers. "
-        "pass: whole passes from their inputs. pass+layer: both. auto: what takes the least time and fits.",
+        "pass: whole passes from their inputs. pass+layer: both. auto: what fits and takes the least time.",
     )
     memory_gib: float | None = knob(
         None,
-        "Device memory that `auto` and the limits of ZeRO-3 may plan with. `null` uses all of the device.",
+        "Device memory that `auto` and the choice of ZeRO-3's limits may plan with. `null` uses all of the device.",
         unit="GiB",
         above=0,
         max=2**20,
@@ -123,7 +123,7 @@ class TrainConfig:
         "File that `ponder-scale plan --calibrate` wrote. `auto` uses its times. `null` uses the planner's table.",
         path=True,
     )
-    offload_activations: bool = knob(False, "Keep the activations that recomputation saves in host memory.")
+    offload_activations: bool = knob(False, "Move the activations that are kept for backward to host memory.")
     attention: Literal["auto", "sdpa", "flash_attention_2"] = knob(
         "auto", "Attention implementation. auto uses flash-attn where it is installed, and sdpa elsewhere."
     )
@@ -134,14 +134,14 @@ class TrainConfig:
     pondering: PonderingSchedule = field(default_factory=PonderingSchedule)
     pass_losses: Literal["last", "uniform", "linear", "random"] = knob(
         "last",
-        "Passes whose losses are trained. last: the last pass alone. uniform: all alike. linear: pass s in proportion "
-        "to s + 1. random: half the last, half one of the others, drawn anew for each step.",
+        "Passes whose losses are trained. last: the last pass alone. uniform: all with equal weight. linear: pass s in "
+        "proportion to s + 1. random: one half the last pass, one half another, drawn anew for each step.",
     )
     halting: HaltingLoss = field(default_factory=HaltingLoss)
     deepspeed: str = knob(
         "zero3",
-        "How to shard the run: the name of a file in deepspeed_configs/, or a path. auto: the stage that takes the "
-        "least time.",
+        "How to shard the run: the name of a file in deepspeed_configs/, or a path. auto: the ZeRO stage that fits and "
+        "takes the least time.",
         path=True,
     )
     sanity_step: bool = knob(
@@ -149,8 +149,8 @@ class TrainConfig:
     )
     time_limit: str | None = knob(
         "slurm",
-        "Wall-clock limit for this attempt, as seconds or HH:MM:SS. Training saves a checkpoint and exits "
-        "with 85 before it is reached. `slurm` uses the limit of the job. `null` disables it.",
+        "Wall-clock limit for this attempt, as seconds or HH:MM:SS. Before it is reached, training saves a checkpoint "
+        "and exits with 85. `slurm` uses the limit of the job. `null` disables it.",
     )
 
     def __post_init__(self) -> None:
@@ -217,8 +217,8 @@ class OptimConfig:
     lr: float = knob(3e-4, "Peak learning rate.", above=0, max=1000)
     mup_base_width: int | None = knob(
         None,
-        "`model.hidden_size` that `lr` was tuned at. At other widths rates, initial weights and decay follow by muP. "
-        "`null` takes `lr` as it is.",
+        "`model.hidden_size` that `lr` was tuned at. At other widths muP adapts learning rates, initial weights and "
+        "weight decay. `null` takes `lr` as it is.",
         min=1,
         max=MOST_WIDTH,
     )

@@ -105,15 +105,15 @@ class HealthConfig:
     )
     slow_seconds: float = knob(
         3600.0,
-        "The same limit during start-up, the first step, saves and evaluations.",
+        "The limit in place of `hang_seconds` during start-up, the first step, saves and evaluations.",
         unit="seconds",
         above=0,
         max=MOST_SECONDS,
     )
     max_skips: int = knob(
         8,
-        "Skip at most this many steps in a row because they are not finite or spike. The next one ends "
-        "the run with exit code 87.",
+        "Skip at most this many steps in a row that are not finite or are spikes. The next one ends the run with exit "
+        "code 87.",
         min=0,
         max=10**6,
     )
@@ -126,7 +126,7 @@ class HealthConfig:
     )
     spike_window: int = knob(
         128,
-        "Steps over which that mean is taken. The check begins when half of them are recorded.",
+        "Steps over which the mean of `spike_sigma` is taken. The check begins when half of them are recorded.",
         unit="steps",
         min=4,
         max=10**6,
@@ -134,7 +134,7 @@ class HealthConfig:
     on_spike: Literal["warn", "skip", "rewind"] = knob(
         "warn",
         "What to do about a spike. warn: record it. skip: drop the update. rewind: go back to the last "
-        "checkpoint and leave out the data around the spike.",
+        "checkpoint and leave out the data that led to the spike.",
     )
     rewind_skip_steps: int = knob(
         100,
@@ -185,7 +185,7 @@ class LogConfig:
     profile_ranks: list[int] = knob([0], "Ranks that are traced.", min=0, max=10**6)
     track_tokens: int = knob(
         64,
-        "Tokens of a micro-batch to examine for what each pass changes, on logged steps.",
+        "Tokens of each micro-batch in which to measure what each pass changes, on logged steps.",
         unit="tokens",
         min=1,
         max=MOST_POSITIONS,
