@@ -3,6 +3,7 @@
 # make test         lint, types, layers and all tests but those of a cluster
 # make test-slurm   the templates on a real Slurm of twenty nodes, on this machine; Slurm has to be installed
 # make test-vllm    exported folders in vLLM against transformers, in an environment of its own that is kept
+# make evidence     where pondering pays: five worlds of facts, the pondering model and every baseline, in about an hour
 # make faults       the tests that injure a run, and the table of what they did and what was left
 # make mutants      slips put into the arithmetic, one at a time: the tests have to notice each
 # make wheel        the tests of what `pip install` gives: the wheel in an environment of its own, outside the clone
@@ -30,7 +31,7 @@ VLLM ?= $(HOME)/.cache/ponder-scale-vllm
 # the environment of mkdocs
 DOCS := .venv-docs
 
-.PHONY: quickstart test test-fast test-slurm test-vllm faults mutants gpu wheel docs dist lock install lint clean
+.PHONY: quickstart evidence test test-fast test-slurm test-vllm faults mutants gpu wheel docs dist lock install lint clean
 
 install: $(VENV)/installed
 
@@ -46,6 +47,9 @@ $(VENV)/installed: requirements-dev.lock requirements-torch.txt requirements-tri
 
 quickstart: install
 	@PATH="$(abspath $(BIN)):$$PATH" sh examples/quickstart.sh "$(RUN)" "$(STDLIB)" $(RANKS)
+
+evidence: install
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python examples/composition/evidence.py runs/evidence
 
 lint: install
 	$(BIN)/ruff check .

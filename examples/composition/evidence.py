@@ -111,21 +111,32 @@ def mechanism(out: Path, seeds: Sequence[int]) -> None:
 
 
 def tune(out: Path, jobs: int) -> None:
-    """For each model, print the mean share of the goal with each setting, and the best setting."""
+    """For each model, print the mean share of the goal with each setting, and the best setting.
+
+    Every setting is tried on the first seed. The two that are best there are tried on the other seeds too.
+    """
     places = {(rate, decay): out / f"tune/lr{rate}-wd{decay}" for rate, decay in itertools.product(RATES, DECAYS)}
-    commands = []
-    for (rate, decay), place in places.items():
-        settings = [f"run_dir={place}", f"optim.lr={rate}", f"optim.weight_decay={decay}"]
-        for model, seed in itertools.product(FIRST, TUNING_SEEDS):
-            commands.append(comparison(out, TUNING_SEEDS, *settings, "--only", f"{model}/seed-{seed}"))
-    together(commands, jobs)
-    for model in FIRST:
-        shares = {}
+
+    def shares(model: str, seeds: Sequence[int]) -> dict[tuple[str, str], float]:
+        found = {}
         for setting, place in places.items():
-            found = [json.loads((place / model / f"seed-{seed}/answers.json").read_text()) for seed in TUNING_SEEDS]
-            shares[setting] = statistics.fmean(max(each["groups"][GOAL]["share"].values()) for each in found)
-        best = max(shares, key=lambda setting: shares[setting])
-        print(f"{model}: best {best}; " + ", ".join(f"{key} {share:.3f}" for key, share in shares.items()))
+            files = [place / model / f"seed-{seed}/answers.json" for seed in seeds]
+            if all(file.is_file() for file in files):
+                goals = [json.loads(file.read_text())["groups"][GOAL]["share"] for file in files]
+                found[setting] = statistics.fmean(max(goal.values()) for goal in goals)
+        return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+    def tried(model: str, setting: tuple[str, str], seed: int) -> list[str]:
+        settings = [f"run_dir={places[setting]}", f"optim.lr={setting[0]}", f"optim.weight_decay={setting[1]}"]
+        return comparison(out, TUNING_SEEDS, *settings, "--only", f"{model}/seed-{seed}")
+
+    first, *others = TUNING_SEEDS
+    together([tried(model, setting, first) for model in FIRST for setting in places], jobs)
+    best = [(model, setting) for model in FIRST for setting in list(shares(model, [first]))[:2]]
+    together([tried(model, setting, seed) for model, setting in best for seed in others], jobs)
+    for model in FIRST:
+        for name, seeds in (("first seed", [first]), ("all seeds", TUNING_SEEDS)):
+            print(f"{model}, {name}: " + ", ".join(f"{key} {share:.3f}" for key, share in shares(model, seeds).items()))
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from ponder_scale.cli import _parser
+from ponder_scale.compare.answers import Answers
+from ponder_scale.compare.answers import chart as answers_chart
 from ponder_scale.compare.findings import Result, Verdict, half_width, read_result, time_ratio, verdicts
 from ponder_scale.compare.grid import fit_runs
 from ponder_scale.compare.members import EXTRAS, Member, Run, plan_runs
@@ -320,6 +322,24 @@ def test_runs_are_asked_where_nothing_is_held_out_and_each_seed_has_data_of_its_
     assert asked.stat().st_mtime_ns == before  # what was asked is not asked again
     refused = run_command("ponder-scale", "compare", recipe, *settings, "--list")
     assert refused.returncode == 2 and "{seed} stands in an override; say by --seeds for which" in refused.stderr
+
+
+def test_the_bars_show_each_model_at_its_best_number_of_steps_in_each_group() -> None:
+    def answers(model: str, seed: int, two: list[float], three: list[float]) -> Answers:
+        groups = {
+            name: {"items": 8, "share": {str(steps): share for steps, share in enumerate(shares)}}
+            for name, shares in (("two", two), ("three", three))
+        }
+        return Answers(planned(seeds=(1, 2))[f"{model}/seed-{seed}"], groups)
+
+    found = [
+        answers("pondering-2", 1, [0.0, 1.0, 0.5], [0.0, 0.25, 0.75]),
+        answers("pondering-2", 2, [0.0, 0.5, 0.75], [0.0, 0.0, 1.0]),
+        *(answers("vanilla", seed, [0.25, 0.0, 0.0], [0.0, 0.0, 0.0]) for seed in (1, 2)),
+    ]
+    bars = ET.fromstring(answers_chart(found)).findall("{http://www.w3.org/2000/svg}rect")[1:]
+    whole = float(bars[0].get("height", "0")) / 0.75
+    assert [round(float(bar.get("height", "0")) / whole, 3) for bar in bars] == [0.75, 0.875, 0.25, 0.0]
 
 
 def test_every_ablation_is_a_run_of_its_own() -> None:
