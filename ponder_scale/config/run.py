@@ -60,6 +60,15 @@ class RunConfig:
             raise ConfigError("data.sources is empty; name a folder of shards: data.sources.NAME.path=FOLDER")
 
     def _check_halting(self) -> None:
+        if (self.train.pass_losses == "exit") != (self.model.halting == "exit"):
+            raise ConfigError(
+                f"train.pass_losses is {self.train.pass_losses} with model.halting {self.model.halting}; the gates of "
+                "exit learn by that loss alone, so set both to exit, or neither"
+            )
+        if self.model.halting == "exit" and self.optim.z_loss:
+            raise ConfigError(
+                f"optim.z_loss is {self.optim.z_loss} with model.halting exit, whose loss has no z-loss; set it to 0"
+            )
         if self.model.halting == "none":
             return
         pondering = self.train.pondering

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Olmo2Config
 
 RESIDUALS = ("accumulate", "restart", "replace")
 FEEDBACKS = ("embedding", "hidden", "both")
-HALTINGS = ("none", "gate")
+HALTINGS = ("none", "gate", "exit")
 PONDERING_FIELDS = (
     *("pondering_steps", "scale_embeds", "initial_scale", "pondering_temperature", "feedback", "residual"),
     *("pondering_top_k", "init_by_passes", "halting", "halting_threshold"),
@@ -33,8 +33,10 @@ class PonderingFields:
         pondering_top_k: keep only the K most probable tokens, renormalised; None keeps the vocabulary.
         init_by_passes: initial output projections are divided by sqrt(S + 1) too; None is as the published code of
             the architecture does it: GPT-NeoX divides, the others do not.
-        halting: "gate" lets each token stop to ponder by a learned gate, see `halting.py`; "none" ponders S steps.
-        halting_threshold: a token halts when its gate is below this. A higher one saves more, after training too.
+        halting: "gate" and "exit" let each token stop pondering by learned gates, see `halting.py`; "none" ponders S
+            steps.
+        halting_threshold: a token halts when what its gates leave is below this. A higher one saves more, after
+            training too.
 
     Raises:
         ValueError: a field is out of its range.

@@ -1,17 +1,20 @@
-"""Learned halting: each token stops to ponder when its own gate says so (AdaPonderLM, arXiv 2603.01914).
+"""Learned halting: each token stops to ponder when its own gate says so.
 
-With m_0 = 1, and one gate for each pondering step s = 1..S:
+Each pondering step s = 1..S has a gate g_s = sigmoid(MLP_s(h_{s-1})). With r_0 = m_0 = 1:
 
-    g_s = sigmoid(MLP_s(h_{s-1}))
-    m_s = m_{s-1} [g_s >= threshold]
-    T_s is weighted by m_s g_s before it enters e_s
+    "gate"   r_s = m_{s-1} g_s                     T_s is weighted by m_s g_s before it enters e_s
+    "exit"   r_s = r_{s-1} g_s                     T_s enters e_s as it is; in training all m_s are 1
+    m_s = m_{s-1} [r_s >= threshold]
     h_s, and the keys and values of each layer in pass s, are those of pass s - 1 where m_s = 0
 
 A token that has halted never continues, and later tokens read what it left when it halted. So a cache that was filled
 token by token holds the same as a forward over the whole text.
 
-The equations are known from notes of third parties on the paper, whose code is not public. The width of the MLP (D / 4)
-and its bias at the start are ours. The loss is the paper's: the mean of the smallest gates, see `smallest_gates`.
+"gate" is AdaPonderLM's (arXiv 2603.01914), whose loss is the mean of the smallest gates, see `smallest_gates`. "exit"
+is Ouro's (arXiv 2510.25741): p_s = r_s - r_{s+1} is the probability that pass s is the last, and the loss is the
+expected one, see `expected_loss`. Its rule, to stop once the probabilities add up to q, is a threshold of 1 - q. We
+know the equations of both from notes of third parties. The width of the MLP (D / 4), one MLP for each step, and the
+first bias are ours.
 
 B batch, T tokens, D hidden size, S pondering steps, L layers.
 """
@@ -127,27 +130,30 @@ class Halting:
     """The halting of one forward: which tokens are active, and what the others keep.
 
     Args:
-        threshold: a token halts when its gate is below this.
+        config: of the model.
         steps: pondering steps of this forward.
-        cache: of all passes; see `KeptView`.
+        cache: of all passes; see `KeptView`. None where no token halts: in the training of "exit".
         may_stop: end the forward once every token has halted. The caches of the passes that are left out get a copy.
 
     Attributes:
-        gates: m_{s-1} g_s of each pondering step, (B, T) each, with gradient.
+        remaining: r of each pondering step, (B, T) each, with gradient.
         active: m of each pass, (B, T) each.
     """
 
     def __init__(
-        self, modules: HaltingGates, threshold: float, steps: int, cache: Cache, layers: int, *, may_stop: bool
+        self, modules: HaltingGates, config: Any, steps: int, cache: Cache | None, layers: int, *, may_stop: bool
     ) -> None:
-        self._modules, self._threshold, self._steps = modules, threshold, steps
+        self._modules, self._threshold, self._steps = modules, config.halting_threshold, steps
         self._cache, self._layers, self._may_stop = cache, layers, may_stop
         self._hidden: Tensor | None = None
-        self.gates: list[Tensor] = []
+        self.by_exit = config.halting == "exit"
+        self.remaining: list[Tensor] = []
         self.active: list[Tensor] = []
 
-    def view(self, index: int) -> KeptView:
+    def view(self, index: int) -> KeptView | None:
         """The view of pass `index`, which is about to run."""
+        if self._cache is None:
+            return None
         return KeptView(self._cache, index, self._layers, self.active[-1] if index else None, self._hidden)
 
     def decide(self, hidden: Tensor, index: int) -> bool:
@@ -156,22 +162,26 @@ class Halting:
         if index == 0:
             self.active.append(torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device))
         gate = self._modules.of(hidden, index)
-        self.gates.append(torch.where(self.active[-1], gate, 0.0))
-        self.active.append(self.active[-1] & (gate >= self._threshold))
-        if not self._may_stop or self.active[-1].any():
+        if not self.by_exit:
+            left = torch.where(self.active[-1], gate, 0.0)
+        else:
+            left = self.remaining[-1] * gate if self.remaining else gate
+        self.remaining.append(left)
+        self.active.append(self.active[-1] if self._cache is None else self.active[-1] & (left >= self._threshold))
+        if self._cache is None or not self._may_stop or self.active[-1].any():
             return False
         copy_newest(self._cache, hidden.shape[1], index, self._steps + 1, self._layers)
         return True
 
     def weighting(self, feedback: Feedback) -> Feedback:
-        """A feedback that gives m g T, (B, T, D)."""
+        """A feedback that gives m g T, (B, T, D); of "exit" T alone."""
 
         def weighted(hidden: Tensor, index: int) -> Tensor:
             fed_back = feedback(hidden, index)
-            weight = torch.where(self.active[-1], self.gates[-1], 0.0)
+            weight = torch.where(self.active[-1], self.remaining[-1], 0.0)
             return fed_back * weight.unsqueeze(-1).to(fed_back.dtype)
 
-        return weighted
+        return feedback if self.by_exit else weighted
 
 
 def touch(gates: Iterable[Gate], embeds: Tensor) -> Tensor:
@@ -200,6 +210,25 @@ def smallest_gates(gates: Sequence[Tensor], counted: Tensor, share: float) -> Te
     return torch.where(chosen, ordered, 0.0).sum() / number.clamp(min=1)
 
 
+def expected_loss(
+    losses: Sequence[Tensor], remaining: Sequence[Tensor], counted: Tensor, entropy_weight: float
+) -> Tensor:
+    """sum_s p_s CE_s - entropy_weight * H(p), summed over the tokens that count, with p_s = r_s - r_{s+1}.
+
+    The entropy keeps the gates from settling on one pass before they know better.
+
+    Args:
+        losses: of each of the S + 1 passes, (N,), 0 where there is no label.
+        remaining: r of each pondering step, (N,).
+        counted: (N,), which tokens have a label that counts.
+    """
+    one, none = torch.ones_like(remaining[0]), torch.zeros_like(remaining[0])
+    p = torch.stack([one, *remaining]) - torch.stack([*remaining, none])  # (S + 1, N)
+    expected = (p * torch.stack(list(losses))).sum()
+    log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log()  # p is 0 where a gate is 1 to its last bit
+    return expected + entropy_weight * (p * log_p * counted).sum()
+
+
 def packing_mask(position_ids: Tensor | None, embeds: Tensor, config: Any) -> Tensor | None:
     """The attention mask (B, 1, T, T) of rows that hold several documents; None where no row does.
 
@@ -225,6 +254,11 @@ def packing_mask(position_ids: Tensor | None, embeds: Tensor, config: Any) -> Te
     return torch.zeros_like(seen, dtype=embeds.dtype).masked_fill(~seen, torch.finfo(embeds.dtype).min)
 
 
+def halts_nothing(model: Any) -> bool:
+    """Whether every token runs every pass, because "exit" is being trained."""
+    return model.config.halting == "exit" and model.training
+
+
 def refuse_with_halting(
     backbone: Any, exit_kl: float | None, sequence_steps: Any, backward_passes: int | None, options: Mapping[str, Any]
 ) -> None:
@@ -235,7 +269,9 @@ def refuse_with_halting(
         ("backward_passes", backward_passes),
     ):
         if value is not None:
-            raise ValueError(f"{name} with halting 'gate': each decides how deep a token goes; leave {name} out")
+            raise ValueError(f"{name} with learned halting: each decides how deep a token goes; leave {name} out")
+    if halts_nothing(backbone):
+        return
     for name in ("output_hidden_states", "output_attentions"):
         if options.get(name) or (options.get(name) is None and getattr(backbone.config, name, False)):
             raise ValueError(f"{name} would show states that halted tokens do not keep; leave it out with halting")

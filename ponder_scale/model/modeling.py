@@ -48,7 +48,7 @@ from .changes import PassChanges
 from .compat import by_position, cache_name, one_cache
 from .configuration import PonderGPT2Config, PonderGPTNeoXConfig, PonderLlamaConfig, PonderOlmo2Config
 from .gate import HiddenGate
-from .halting import Halting, HaltingGates, KeptView, Opening, smallest_gates
+from .halting import HaltingGates, KeptView, Opening, expected_loss, smallest_gates
 from .passes import Watch, checked_steps
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Ponder(Checkpointing):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.feedback == "both" and config.pondering_steps > 0:
             self.hidden_gate = HiddenGate(config.hidden_size)
-        if config.halting == "gate" and config.pondering_steps > 0:
+        if config.halting != "none" and config.pondering_steps > 0:
             self.halting_gates = HaltingGates(config.hidden_size, config.pondering_steps)
         self.post_init()
 
@@ -187,16 +187,18 @@ class Ponder(Checkpointing):
                 back counts as a constant, and they keep nothing for backward. e_0 keeps its gradient.
             z_loss: adds so much of the mean squared log-sum-exp of the last pass's logits to the loss.
             pass_weights: w_0 to w_S; the loss is sum_s w_s CE_s of the passes. Default: that of the last pass alone.
-            halting_loss: (weight, share) adds weight times the mean of the smallest share of the gates to the loss, so
-                that about this share of the pondering is saved; see `halting.smallest_gates`.
+            halting_loss: (weight, share). With halting "gate" it adds weight times the mean of the smallest share of
+                the gates to the loss, so that about this share of the pondering is saved; see
+                `halting.smallest_gates`. With "exit" the loss becomes the expected one over the exits, minus weight
+                times their entropy; see `halting.expected_loss`.
             track: look at so many of the tokens for what each pass changes, see `changes`.
             ops: other code for the pondering embedding and the loss, see `readout`.
 
         Raises as `PonderBackbone.forward`.
         """
         watch = Watch(self, _targets(labels, shift_labels), track, ops, pass_weights)
-        if halting_loss is not None and self.config.halting == "none":  # type: ignore[attr-defined]
-            raise ValueError("halting_loss needs a model with halting 'gate'; this one has none")
+        _check_halting_loss(halting_loss, self.config.halting, z_loss, pass_weights)  # type: ignore[attr-defined]
+        watch.exits = halting_loss is not None and self.config.halting == "exit"  # type: ignore[attr-defined]
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"past_key_values": one_cache(past_key_values, cache), "use_cache": use_cache}
         kwargs |= {"pondering_steps": pondering_steps, "exit_kl": exit_kl, "sequence_steps": sequence_steps}
@@ -317,7 +319,11 @@ def _loss(
     weights = watch.weights
     if weights is not None:
         z_loss = z_loss / weights[-1]  # by which it is multiplied with the rest
-    total, last = watch.readout.cross_entropy(hidden, targets, z_loss)
+    if watch.exits:
+        last = watch.readout.token_losses(hidden, targets)
+        total = last.loss.sum()
+    else:
+        total, last = watch.readout.cross_entropy(hidden, targets, z_loss)
     passes: list[Any] = [*watch.statistics, last]
     counted = (targets != IGNORE_INDEX).reshape(-1)
     count = counted.sum().clamp(min=1)
@@ -330,22 +336,47 @@ def _loss(
         z_term = None if z_term is None else weights[-1] * z_term
     found: dict[str, Any] = {"pass_losses": losses, "pass_entropies": entropies, "z_loss": z_term}
     if watch.halting is not None:
-        added, further = _halting(watch.halting, counted.view(targets.shape), count, halting_loss)
-        total, found = total + added, found | further
+        total, further = _halting(watch, total, last.loss, counted, halting_loss)
+        found |= further
     return {"loss": total / (count if num_items is None else num_items), **found}
 
 
 def _halting(
-    halting: Halting, counted: Tensor, count: Tensor, halting_loss: tuple[float, float] | None
-) -> tuple[Tensor | float, dict[str, Tensor]]:
-    """What is added to the summed loss, and the further fields of the output."""
+    watch: Watch, total: Tensor, last: Tensor, counted: Tensor, halting_loss: tuple[float, float] | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The summed loss with that of the gates, and the further fields of the output.
+
+    Args:
+        total: the summed loss without it.
+        last: loss of each token in the last pass, (N,).
+        counted: (N,), which tokens have a label that counts.
+    """
+    halting, count = watch.halting, counted.sum().clamp(min=1)
+    assert halting is not None
+    shares = [torch.ones_like(last), *halting.remaining] if halting.by_exit else halting.active
     with torch.no_grad():
-        seen = {"pass_shares": torch.stack([(active & counted).sum() for active in halting.active]) / count}
+        seen = {"pass_shares": torch.stack([(share.flatten() * counted).sum() for share in shares]) / count}
     if halting_loss is None:
-        return 0.0, seen
+        return total, seen
     weight, share = halting_loss
-    term = weight * smallest_gates(halting.gates, counted, share)
-    return term * count, seen | {"halting_loss": term.detach()}
+    if halting.by_exit:
+        remaining = [each.flatten() for each in halting.remaining]
+        trained = expected_loss([*watch.token_losses, last], remaining, counted, weight)
+    else:
+        gates = [each.flatten() for each in halting.remaining]
+        trained = total + count * (weight * smallest_gates(gates, counted, share))
+    return trained, seen | {"halting_loss": (trained - total).detach() / count}
+
+
+def _check_halting_loss(
+    halting_loss: tuple[float, float] | None, halting: str, z_loss: float, pass_weights: Sequence[float] | None
+) -> None:
+    if halting_loss is None:
+        return
+    if halting == "none":
+        raise ValueError("halting_loss needs a model with halting 'gate' or 'exit'; this one has none")
+    if halting == "exit" and (z_loss or pass_weights is not None):
+        raise ValueError("halting 'exit' weighs the losses of the passes itself; leave out z_loss and pass_weights")
 
 
 class PonderLlamaModel(PonderBackbone, LlamaModel):

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from .backends import Statistics
 from .cache import PassView, check_growing, copy_newest, grow
 from .changes import ChangeTracker, PassChanges
-from .halting import Halting, packing_mask, touch
+from .halting import Halting, halts_nothing, packing_mask, touch
 from .ponder import Feedback, RunPass, ponder
 from .readout import Ops, Readout
 
@@ -36,9 +36,12 @@ class Watch:
         statistics: of the pondering softmax of each pass but the last.
         learned: the weighted sums of the losses of those passes but the last that have a weight.
         halting: which tokens are active in each pass, where the model has gates and ponders.
+        exits: learn the expected loss over the exits, which needs the loss of each token with its gradient.
+        token_losses: these, of each pass but the last, (N,).
     """
 
     halting: Halting | None = None
+    exits = False
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class Watch:
     ) -> None:
         self.causal, self.targets, self.weights = causal, targets, weights
         self.learned: list[Tensor] = []
+        self.token_losses: list[Tensor] = []
         self.readout = Readout(causal, ops)
         self.tracker = None if track is None else ChangeTracker(track)
         self.statistics: list[Statistics | None] = []
@@ -76,19 +80,25 @@ class Watch:
     def feedback(self, hidden: Tensor, index: int) -> Tensor:
         """What pass `index` feeds back, from its hidden states (B, T, D); its statistics and its loss are noted."""
         weight = 0.0 if self.weights is None or self.targets is None else self.weights[index]
-        learn, total = weight > 0 and torch.is_grad_enabled(), None
+        targets = self.targets
+        exits = self.exits and targets is not None
+        learn, total = (weight > 0 or exits) and torch.is_grad_enabled(), None
         if self.causal.config.feedback == "hidden":
             fed_back, seen = hidden, None
-            if self.targets is not None:  # no product with the vocabulary belongs to this feedback, so these cost one
+            if exits and targets is not None:
+                seen = self.readout.token_losses(hidden, targets)
+            elif targets is not None:  # no product with the vocabulary belongs to this feedback, so these cost one
                 with nullcontext() if learn else torch.no_grad():
-                    total, seen = self.readout.cross_entropy(hidden, self.targets)
+                    total, seen = self.readout.cross_entropy(hidden, targets)
         else:
-            fed_back, seen = self.readout.pondering_embedding(hidden, self.targets, learn=learn)
+            fed_back, seen = self.readout.pondering_embedding(hidden, targets, learn=learn)
             if self.causal.config.feedback == "both":
                 fed_back = self.causal.hidden_gate(fed_back, hidden)
         self.statistics.append(seen)
         if weight > 0 and seen is not None:
             self.learned.append(weight * (seen.loss.sum() if total is None else total))
+        if exits and seen is not None:
+            self.token_losses.append(seen.loss)
         return fed_back
 
     def changes(self) -> PassChanges | None:
@@ -131,15 +141,17 @@ class Passes:
     def _begin_halting(self) -> Halting:
         if self.gates is None:
             raise ValueError(
-                "halting is 'gate', but this model was made without gates; set it, and pondering_steps, when you make "
-                "or load the model"
+                f"halting is {self.config.halting!r}, but this model was made without gates; set it, and "
+                "pondering_steps, when you make or load the model"
             )
-        if self.cache is None:
-            self.cache, self.own_cache = DynamicCache(), True
-        check_growing(self.cache, "halting")
+        if halts_nothing(self.model):
+            kept = None
+        else:
+            kept, self.own_cache = (DynamicCache(), True) if self.cache is None else (self.cache, False)
+            check_growing(kept, "halting")
+            self.cache = kept
         may_stop = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self.watch.targets is None
-        threshold = self.config.halting_threshold
-        self.watch.halting = Halting(self.gates, threshold, self.steps, self.cache, self.layers, may_stop=may_stop)
+        self.watch.halting = Halting(self.gates, self.config, self.steps, kept, self.layers, may_stop=may_stop)
         return self.watch.halting
 
     def run(self, embeds: Tensor, sequence_steps: Tensor | None = None, **options: Any) -> Any:
@@ -177,8 +189,8 @@ class Passes:
         return self.output
 
     def _view(self, index: int) -> PassView | None:
-        if self.halting is not None:
-            return self.halting.view(index)
+        if self.halting is not None and (view := self.halting.view(index)) is not None:
+            return view
         return None if self.cache is None else PassView(self.cache, index, self.layers)
 
     def _settled(self, cache: Cache, exit_kl: float) -> Callable[[Tensor, int], bool]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ponder_scale.model.halting import OPEN, smallest_gates
 from ponder_scale.setup.recompute import apply_recompute
 from tests.model.architectures import TINY, VOCABULARY, make
-from tests.model.equations import halting_by_the_equations
+from tests.model.equations import exits_by_the_equations, halting_by_the_equations
 
 ARCHITECTURES = pytest.mark.parametrize("architecture", TINY)
 STEPS = 3
@@ -24,10 +24,10 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-def halting(architecture: str = "llama", **fields: Any) -> Any:
+def halting(architecture: str = "llama", kind: str = "gate", **fields: Any) -> Any:
     """A model in fp64 whose gates differ from token to token, so that some halt in each pass."""
     fields = {"pondering_steps": STEPS, "halting_threshold": 0.5, "scale_embeds": True, **fields}
-    model = make(architecture, halting="gate", **fields).double()
+    model = make(architecture, halting=kind, **fields).double()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for gate in model.halting_gates:
@@ -67,6 +67,68 @@ def test_logits_losses_and_gradients_are_those_of_loops_over_what_is_active(
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(got[name], expected, atol=1e-10, rtol=1e-8, msg=name)
     assert all(got[f"halting_gates.{step}.up.weight"].abs().max() > 0 for step in range(STEPS))
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"residual": "restart", "pondering_temperature": 0.8, "pondering_top_k": 9}, {"feedback": "hidden"}],
+    ids=str,
+)
+def test_the_loss_of_exits_is_the_expected_one_of_dense_passes(
+    architecture: str, fields: dict[str, Any], tokens: torch.Tensor
+) -> None:
+    """In training every token runs every pass, whatever its gates say."""
+    model = halting(architecture, "exit", **fields).train()
+    with torch.no_grad():
+        for gate in model.halting_gates:
+            gate.down.weight.mul_(0.1)
+    labels = tokens.clone()
+    labels[0, 3:6] = -100
+    output = model(tokens, labels=labels, skip_logits=False, halting_loss=(0.2, 0.0))
+    output.loss.backward()
+    got = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    logits, p = exits_by_the_equations(model, tokens)
+    assert p.min() > 1e-3 and p.max() < 0.99, "nothing to see"
+    torch.testing.assert_close(p.sum(0), torch.ones_like(p[0]))
+    torch.testing.assert_close(output.logits, logits[-1], atol=1e-12, rtol=1e-10)
+    counted = labels[:, 1:] != -100
+    wanted = tokens[:, 1:].repeat(STEPS + 1, 1, 1).flatten()
+    losses = F.cross_entropy(logits[:, :, :-1].flatten(0, 2), wanted, reduction="none")
+    losses, p = losses.view(STEPS + 1, 2, -1)[:, counted], p[:, :, :-1][:, counted]
+    loss = ((p * losses).sum(0) + 0.2 * (p * p.log()).sum(0)).mean()
+    torch.testing.assert_close(output.loss, loss, atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(output.pass_losses.double(), losses.mean(1))
+    torch.testing.assert_close(output.halting_loss, (loss - losses[-1].mean()).detach(), atol=1e-12, rtol=1e-8)
+    torch.testing.assert_close(output.pass_shares.double(), p.flip(0).cumsum(0).flip(0).mean(1))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        # norms and rotations are in fp32, and the passes of the equations go through them one by one
+        torch.testing.assert_close(got[name], parameter.grad, atol=2e-7, rtol=1e-6, msg=name)
+
+
+@ARCHITECTURES
+def test_exits_halt_after_training_by_what_their_gates_leave(architecture: str, tokens: torch.Tensor) -> None:
+    model = halting(architecture, "exit", halting_threshold=0.35).eval()
+    with torch.no_grad():
+        logits, _, active = halting_by_the_equations(model, tokens)
+        torch.testing.assert_close(model(tokens).logits, logits, atol=1e-10, rtol=1e-10)
+        shares = active.double().mean((1, 2))
+        assert 0 < shares[2] < shares[1] < 1, f"nothing to see with {shares}"
+        model.config.halting_threshold = 0.0
+        plain = model.train()(tokens, labels=tokens, skip_logits=False)
+        torch.testing.assert_close(model.eval()(tokens).logits, plain.logits, atol=1e-12, rtol=1e-12)
+
+
+def test_a_gate_that_is_surely_open_has_a_finite_gradient(tokens: torch.Tensor) -> None:
+    """The probability of an exit is 0 then, of which the entropy takes the logarithm."""
+    model = halting(kind="exit").float()
+    with torch.no_grad():
+        model.halting_gates[0].down.bias.fill_(200.0)
+        model.halting_gates[1].down.bias.fill_(-200.0)
+    model(tokens, labels=tokens, halting_loss=(0.2, 0.0)).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 @ARCHITECTURES
@@ -120,11 +182,12 @@ def test_documents_in_one_row_do_not_see_each_other(architecture: str, attention
 
 
 @ARCHITECTURES
+@pytest.mark.parametrize("kind", ["gate", "exit"])
 @pytest.mark.parametrize("pieces", [[1] * 12, [7, 5], [7, 1, 1, 3]], ids=str)
 def test_a_cache_that_is_filled_in_pieces_gives_what_the_whole_text_does(
-    architecture: str, pieces: list[int], tokens: torch.Tensor
+    architecture: str, pieces: list[int], kind: str, tokens: torch.Tensor
 ) -> None:
-    model, cache, logits = halting(architecture).eval(), None, []
+    model, cache, logits = halting(architecture, kind).eval(), None, []
     with torch.no_grad():
         for piece in tokens.split(pieces, 1):
             output = model(piece, past_key_values=cache, use_cache=True)
@@ -230,9 +293,9 @@ def test_gates_that_a_step_does_not_use_get_a_gradient_of_zero(tokens: torch.Ten
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"exit_kl": 0.1, "use_cache": True}, "exit_kl with halting 'gate': each decides how deep a token goes"),
-        ({"sequence_steps": torch.tensor([1, 2])}, "sequence_steps with halting"),
-        ({"backward_passes": 1}, "backward_passes with halting"),
+        ({"exit_kl": 0.1, "use_cache": True}, "exit_kl with learned halting: each decides how deep a token goes"),
+        ({"sequence_steps": torch.tensor([1, 2])}, "sequence_steps with learned halting"),
+        ({"backward_passes": 1}, "backward_passes with learned halting"),
         ({"output_hidden_states": True}, "output_hidden_states would show states that halted tokens do not keep"),
         ({"output_attentions": True}, "output_attentions would show"),
     ],
@@ -252,8 +315,12 @@ def test_ways_that_would_lose_what_halted_tokens_keep_are_refused(tokens: torch.
     with pytest.raises(ValueError, match="halting needs a cache of DynamicLayer, found StaticLayer"):
         model.eval().generate(tokens, cache_implementation="static", max_new_tokens=2)
     plain = make(pondering_steps=2)
-    with pytest.raises(ValueError, match="halting_loss needs a model with halting 'gate'"):
+    with pytest.raises(ValueError, match="halting_loss needs a model with halting 'gate' or"):
         plain(tokens, labels=tokens, halting_loss=(0.1, 0.1))
+    exits = halting(kind="exit")
+    for more in ({"z_loss": 1e-4}, {"pass_weights": [0.25] * 4}):
+        with pytest.raises(ValueError, match="halting 'exit' weighs the losses of the passes itself; leave out z_loss"):
+            exits(tokens, labels=tokens, halting_loss=(0.1, 0.1), **more)
     plain.config.halting = "gate"
     with pytest.raises(ValueError, match="halting is 'gate', but this model was made without gates"):
         plain(tokens)
@@ -262,7 +329,7 @@ def test_ways_that_would_lose_what_halted_tokens_keep_are_refused(tokens: torch.
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"halting": "exit"}, "halting is 'exit'; expected one of none, gate"),
+        ({"halting": "soft"}, "halting is 'soft'; expected one of none, gate, exit"),
         ({"halting_threshold": 1.5}, "halting_threshold is 1.5; expected a number from 0 to 1"),
         ({"halting_threshold": True}, "halting_threshold is True"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.train.resumes import check_resume
 from tests.train.runs import overrides, records, train_on_a_rank
 
 GATE = ["model.halting=gate", "train.halting.warmup_steps=0"]
+EXIT = ["model.halting=exit", "train.pass_losses=exit"]
 
 
 def test_the_share_rises_linearly_to_its_value(shards: Any, tmp_path: Path) -> None:
@@ -44,7 +46,19 @@ def test_a_run_learns_to_halt_the_share_that_it_is_asked_for(shards: Any, tmp_pa
 
 def test_a_run_with_gates_is_resumed_bit_for_bit(shards: Any, tmp_path: Path) -> None:
     case = {"deepspeed": "zero3", "precision": "bf16", "recompute": "pass", "schedule": "uniform"}
-    check_resume(shards, tmp_path, [{**case, "more": GATE}])
+    check_resume(shards, tmp_path, [{**case, "more": more} for more in (GATE, EXIT)])
+
+
+def test_a_run_with_exits_trains_the_expected_loss_and_is_evaluated_as_it_halts(shards: Any, tmp_path: Path) -> None:
+    settings = overrides(tmp_path, shards, *EXIT, "model.halting_threshold=0.999", "evaluate.every_steps=2")
+    assert run_ranks(train_on_a_rank, [{"overrides": settings}], 1) == [["done"]]
+    lines = records(tmp_path)
+    step = next(line for line in lines if line["event"] == "step")
+    steps = step["pondering_steps"]
+    assert step["pass_shares"] == pytest.approx([(1 / (1 + math.exp(-4.0))) ** index for index in range(steps + 1)])
+    assert step["halting_loss"] != 0
+    evaluated = next(line for line in lines if line["event"] == "evaluation")["losses"]
+    assert len(set(evaluated)) == 1, "every token halts at once, so each pass has the loss of the first"
 
 
 def test_muon_leaves_the_gates_to_adam(shards: Any, tmp_path: Path) -> None:
@@ -64,6 +78,8 @@ def test_muon_leaves_the_gates_to_adam(shards: Any, tmp_path: Path) -> None:
         ("train.pondering.backward_passes=1", "train.pondering.backward_passes is 1 with model.halting gate"),
         ("train.compile=true", "train.compile is true with model.halting gate, whose layers are not compiled"),
         ("model.halting_threshold=2", "model.halting_threshold"),
+        ("model.halting=exit", "train.pass_losses is last with model.halting exit; the gates of exit learn by that"),
+        ("train.pass_losses=exit", "train.pass_losses is exit with model.halting gate"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused(setting: str, said: str, shards: Any, tmp_path: Path) -> None:

@@ -220,9 +220,11 @@ def test_gates_that_learn_to_halt_are_right_under_every_policy(stage: int, tmp_p
     shares = make_model(config)(sequences(0, config), labels=sequences(0, config)).pass_shares
     assert 0 < shares[2] < shares[1] < 1, "nothing to see"
     ways = [("none", False), ("selective", False), ("layer", True), ("pass", True), ("pass+layer", False)]
+    exits = ["model.halting=exit", "train.pass_losses=exit", *overrides[-3:]]
     check(
         [
-            {"deepspeed": small_buckets(tmp_path, stage), "policy": policy, "tied": tied, "overrides": overrides}
-            for policy, tied in ways
-        ]
+            {"deepspeed": small_buckets(tmp_path, stage), "policy": policy, "tied": tied, "overrides": chosen}
+            for policy, tied, chosen in (*((*way, overrides) for way in ways), *((*way, exits) for way in ways[1:4]))
+        ],
+        timeout=240,
     )
