@@ -97,7 +97,7 @@ def model_card(
         "pondering steps S": str(configuration.pondering_steps),
         "feedback, residual, embedding scale": f"{configuration.feedback}, {configuration.residual}, "
         f"{'sqrt(D)' if configuration.scale_embeds else '1'} x {configuration.initial_scale:g} at the start",
-        **({"halting": f"a learned gate, below {configuration.halting_threshold:g}"} if _halts(configuration) else {}),
+        **({"halting": f"{configuration.halting}, below {configuration.halting_threshold:g}"} if _halts(configuration) else {}),
         **facts,
         "licence": licence or "not stated",
     }
