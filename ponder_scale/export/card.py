@@ -81,8 +81,10 @@ _FEEDBACK = {
 }
 
 
-def _halts(configuration: Any) -> bool:
-    return configuration.halting != "none" and configuration.pondering_steps > 0
+def _halting(configuration: Any) -> dict[str, str]:
+    if configuration.halting == "none" or configuration.pondering_steps == 0:
+        return {}
+    return {"halting": f"{configuration.halting}, below {configuration.halting_threshold:g}"}
 
 
 def model_card(
@@ -97,7 +99,7 @@ def model_card(
         "pondering steps S": str(configuration.pondering_steps),
         "feedback, residual, embedding scale": f"{configuration.feedback}, {configuration.residual}, "
         f"{'sqrt(D)' if configuration.scale_embeds else '1'} x {configuration.initial_scale:g} at the start",
-        **({"halting": f"{configuration.halting}, below {configuration.halting_threshold:g}"} if _halts(configuration) else {}),
+        **_halting(configuration),
         **facts,
         "licence": licence or "not stated",
     }
