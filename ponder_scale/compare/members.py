@@ -38,6 +38,11 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "hidden": ("hidden states are added to the input instead of pondering embeddings", ("model.feedback=hidden",)),
     "both": ("hidden states are fed back beside pondering embeddings, by a learned gate", ("model.feedback=both",)),
+    "halting": ("pondering in which each token halts by a learned gate", ("model.halting=gate",)),
+    "exits": (
+        "pondering that learns by the expected loss over the exits of each token",
+        ("model.halting=exit", "train.pass_losses=exit"),
+    ),
     "vanilla-unscaled": (
         "vanilla without the factor sqrt(D) on its embeddings",
         (

@@ -70,6 +70,18 @@ class ModelConfig:
         min=1,
         max=MOST_VOCABULARY,
     )
+    halting: Literal["none", "gate", "exit"] = knob(
+        "none",
+        "Let each token stop pondering by learned gates. gate: it halts in training too. exit: training weighs the "
+        "losses of all passes by the gates, and the token halts after training.",
+    )
+    halting_threshold: float = knob(
+        1e-4,
+        "A token halts when its gate (gate) or the product of its gates (exit) is below this. A higher value saves "
+        "more.",
+        min=0,
+        max=1,
+    )
     init_by_passes: bool | None = knob(
         None,
         "Also divide the initial output projections by sqrt(S + 1). `null` follows the published code of "

@@ -53,10 +53,36 @@ class RunConfig:
                 "after warm-up; lower it"
             )
         self._check_pondering()
+        self._check_halting()
         if self.train.offload_activations and self.train.recompute == "none":
             raise ConfigError("train.offload_activations needs a train.recompute that keeps little; none keeps all")
         if not self.data.sources:
             raise ConfigError("data.sources is empty; name a folder of shards: data.sources.NAME.path=FOLDER")
+
+    def _check_halting(self) -> None:
+        if (self.train.pass_losses == "exit") != (self.model.halting == "exit"):
+            raise ConfigError(
+                f"train.pass_losses is {self.train.pass_losses} with model.halting {self.model.halting}; the gates of "
+                "exit learn by that loss alone, so set both to exit, or neither"
+            )
+        if self.model.halting == "exit" and self.optim.z_loss:
+            raise ConfigError(
+                f"optim.z_loss is {self.optim.z_loss} with model.halting exit, whose loss has no z-loss; set it to 0"
+            )
+        if self.model.halting == "none":
+            return
+        pondering = self.train.pondering
+        for name, value in (("per", pondering.per), ("backward_passes", pondering.backward_passes)):
+            if value not in (None, "step"):
+                raise ConfigError(
+                    f"train.pondering.{name} is {value} with model.halting {self.model.halting}: each decides how deep "
+                    f"a token goes; leave train.pondering.{name} at its default"
+                )
+        if self.train.compile:
+            raise ConfigError(
+                f"train.compile is true with model.halting {self.model.halting}, whose layers are not compiled: the "
+                "keys and values that halted tokens keep change from pass to pass; set train.compile=false"
+            )
 
     def _check_pondering(self) -> None:
         pondering = self.train.pondering

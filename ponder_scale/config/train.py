@@ -65,6 +65,28 @@ class PonderingSchedule:
 
 
 @dataclass(frozen=True)
+class HaltingLoss:
+    """The loss that teaches the gates of `model.halting`."""
+
+    weight: float = knob(
+        0.1,
+        "gate: weight of the mean of the smallest gates in the loss. exit: weight of the entropy of the exits.",
+        min=0,
+        max=1e6,
+    )
+    share: float = knob(
+        0.1, "gate: share of the gates in that mean. Training halts about this share of the pondering.", min=0, max=1
+    )
+    warmup_steps: int = knob(
+        1000,
+        "gate: steps over which the share rises from 0 to its value.",
+        unit="optimizer steps",
+        min=0,
+        max=MOST_STEPS,
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How much is trained, in what precision and pieces."""
 
@@ -123,11 +145,13 @@ class TrainConfig:
     )
     compile: bool = knob(False, "Compile the layers with torch.compile.")
     pondering: PonderingSchedule = field(default_factory=PonderingSchedule)
-    pass_losses: Literal["last", "uniform", "linear", "random"] = knob(
+    pass_losses: Literal["last", "uniform", "linear", "random", "exit"] = knob(
         "last",
         "Passes whose losses are trained. last: the last pass alone. uniform: all with equal weight. linear: pass s in "
-        "proportion to s + 1. random: one half the last pass, one half another, drawn anew for each step.",
+        "proportion to s + 1. random: one half the last pass, one half another, drawn anew for each step. exit: "
+        "every token's by its own gates, for `model.halting=exit`.",
     )
+    halting: HaltingLoss = field(default_factory=HaltingLoss)
     deepspeed: str = knob(
         "zero3",
         "How to shard the run: the name of a file in deepspeed_configs/, or a path. auto: the ZeRO stage that fits and "

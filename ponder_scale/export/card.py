@@ -81,6 +81,12 @@ _FEEDBACK = {
 }
 
 
+def _halting(configuration: Any) -> dict[str, str]:
+    if configuration.halting == "none" or configuration.pondering_steps == 0:
+        return {}
+    return {"halting": f"{configuration.halting}, below {configuration.halting_threshold:g}"}
+
+
 def model_card(
     name: str, configuration: Any, parameters: int, facts: Mapping[str, str], licence: str | None = None
 ) -> str:
@@ -93,6 +99,7 @@ def model_card(
         "pondering steps S": str(configuration.pondering_steps),
         "feedback, residual, embedding scale": f"{configuration.feedback}, {configuration.residual}, "
         f"{'sqrt(D)' if configuration.scale_embeds else '1'} x {configuration.initial_scale:g} at the start",
+        **_halting(configuration),
         **facts,
         "licence": licence or "not stated",
     }

@@ -128,6 +128,7 @@ def published_keys(architecture: str, configuration: Any) -> dict[str, Any]:
         "initial_scale": scale not in (1.0, float(steps)),
         "pondering_temperature": architecture == "gpt_neox" and configuration.pondering_temperature != 1.0,
         "feedback": configuration.feedback != "embedding",
+        "halting": configuration.halting != "none",
         "residual": configuration.residual == "replace"
         or (configuration.residual == "restart" and (architecture != "llama" or scale != 1.0)),
     }

@@ -9,9 +9,10 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Olmo2Config
 
 RESIDUALS = ("accumulate", "restart", "replace")
 FEEDBACKS = ("embedding", "hidden", "both")
+HALTINGS = ("none", "gate", "exit")
 PONDERING_FIELDS = (
     *("pondering_steps", "scale_embeds", "initial_scale", "pondering_temperature", "feedback", "residual"),
-    *("pondering_top_k", "init_by_passes"),
+    *("pondering_top_k", "init_by_passes", "halting", "halting_threshold"),
 )
 
 
@@ -32,6 +33,10 @@ class PonderingFields:
         pondering_top_k: keep only the K most probable tokens, renormalised; None keeps the vocabulary.
         init_by_passes: initial output projections are divided by sqrt(S + 1) too; None is as the published code of
             the architecture does it: GPT-NeoX divides, the others do not.
+        halting: "gate" and "exit" let each token stop pondering by learned gates, see `halting.py`; "none" ponders S
+            steps.
+        halting_threshold: a token halts when what its gates leave is below this. A higher one saves more, after
+            training too.
 
     Raises:
         ValueError: a field is out of its range.
@@ -49,6 +54,8 @@ class PonderingFields:
         residual: str = "accumulate",
         pondering_top_k: int | None = None,
         init_by_passes: bool | None = None,
+        halting: str = "none",
+        halting_threshold: float = 1e-4,
         **kwargs: Any,
     ) -> None:
         self.pondering_steps = pondering_steps
@@ -59,6 +66,8 @@ class PonderingFields:
         self.residual = residual
         self.pondering_top_k = pondering_top_k
         self.init_by_passes = self.published_init_by_passes if init_by_passes is None else init_by_passes
+        self.halting = halting
+        self.halting_threshold = halting_threshold
         self.check_pondering()
         if kwargs.get("dtype") is not None:
             kwargs.pop("torch_dtype", None)  # written beside "dtype", for older readers
@@ -79,6 +88,11 @@ class PonderingFields:
             raise ValueError(f"residual is {self.residual!r}; expected one of {', '.join(RESIDUALS)}")
         if self.feedback not in FEEDBACKS:
             raise ValueError(f"feedback is {self.feedback!r}; expected one of {', '.join(FEEDBACKS)}")
+        if self.halting not in HALTINGS:
+            raise ValueError(f"halting is {self.halting!r}; expected one of {', '.join(HALTINGS)}")
+        threshold = self.halting_threshold
+        if not isinstance(threshold, (int, float)) or isinstance(threshold, bool) or not 0 <= threshold <= 1:
+            raise ValueError(f"halting_threshold is {threshold!r}; expected a number from 0 to 1")
         if self.feedback == "hidden" and (self.pondering_top_k is not None or self.pondering_temperature != 1.0):
             raise ValueError(
                 "pondering_top_k and pondering_temperature are of the pondering softmax, which the feedback 'hidden' "

@@ -41,13 +41,15 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
-from .backbone import Checkpointing, PonderBackbone, Watch, checked_steps
+from .backbone import Checkpointing, PonderBackbone
 from .backends import IGNORE_INDEX
 from .cache import PassView
 from .changes import PassChanges
 from .compat import by_position, cache_name, one_cache
 from .configuration import PonderGPT2Config, PonderGPTNeoXConfig, PonderLlamaConfig, PonderOlmo2Config
 from .gate import HiddenGate
+from .halting import HaltingGates, KeptView, Opening, expected_loss, smallest_gates
+from .passes import Watch, checked_steps
 
 if TYPE_CHECKING:
     # not imported, only named: transformers up to 5.0 caches the modules that this file names, and no further ones
@@ -78,12 +80,16 @@ class PonderOutput(CausalLMOutputWithPast):
         pass_entropies: mean entropy in nats, fp32 (S + 1,): of the pondering softmax of the first S passes where
             there is one, else of the prediction.
         z_loss: mean over the labels that count of what the z-loss adds to `loss`, where it is on; without gradient.
+        pass_shares: share of the labels that count whose token is active in each pass, fp32 (S + 1,), with halting.
+        halting_loss: what `halting_loss` adds to `loss`, where it was given; without gradient.
         changes: what each pass changed, where `track` asked for it.
     """
 
     pass_losses: Tensor | None = None
     pass_entropies: Tensor | None = None
     z_loss: Tensor | None = None
+    pass_shares: Tensor | None = None
+    halting_loss: Tensor | None = None
     changes: PassChanges | None = None
 
 
@@ -105,6 +111,8 @@ class Ponder(Checkpointing):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.feedback == "both" and config.pondering_steps > 0:
             self.hidden_gate = HiddenGate(config.hidden_size)
+        if config.halting != "none" and config.pondering_steps > 0:
+            self.halting_gates = HaltingGates(config.hidden_size, config.pondering_steps)
         self.post_init()
 
     def run_pass(self, embeds: Tensor, index: int, view: PassView | None, **kwargs: Any) -> Any:
@@ -115,7 +123,10 @@ class Ponder(Checkpointing):
         return run(embeds, index, view, **kwargs)
 
     def _one_pass(self, embeds: Tensor, index: int, view: PassView | None, **kwargs: Any) -> Any:
-        return self.base_model.one_pass(embeds, view, **kwargs)  # type: ignore[attr-defined]
+        output = self.base_model.one_pass(embeds, view, **kwargs)  # type: ignore[attr-defined]
+        if isinstance(view, KeptView):
+            output.last_hidden_state = view.keep(output.last_hidden_state)
+        return output
 
     @property
     def stock_forward(self) -> Any:
@@ -155,6 +166,7 @@ class Ponder(Checkpointing):
         backward_passes: int | None = None,
         z_loss: float = 0.0,
         pass_weights: Sequence[float] | None = None,
+        halting_loss: tuple[float, float] | None = None,
         track: int | None = None,
         ops: Ops | None = None,
         **kwargs: Any,
@@ -175,12 +187,18 @@ class Ponder(Checkpointing):
                 back counts as a constant, and they keep nothing for backward. e_0 keeps its gradient.
             z_loss: adds so much of the mean squared log-sum-exp of the last pass's logits to the loss.
             pass_weights: w_0 to w_S; the loss is sum_s w_s CE_s of the passes. Default: that of the last pass alone.
+            halting_loss: (weight, share). With halting "gate" it adds weight times the mean of the smallest share of
+                the gates to the loss, so that about this share of the pondering is saved; see
+                `halting.smallest_gates`. With "exit" the loss becomes the expected one over the exits, minus weight
+                times their entropy; see `halting.expected_loss`.
             track: look at so many of the tokens for what each pass changes, see `changes`.
             ops: other code for the pondering embedding and the loss, see `readout`.
 
         Raises as `PonderBackbone.forward`.
         """
         watch = Watch(self, _targets(labels, shift_labels), track, ops, pass_weights)
+        _check_halting_loss(halting_loss, self.config.halting, z_loss, pass_weights)  # type: ignore[attr-defined]
+        watch.exits = halting_loss is not None and self.config.halting == "exit"  # type: ignore[attr-defined]
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"past_key_values": one_cache(past_key_values, cache), "use_cache": use_cache}
         kwargs |= {"pondering_steps": pondering_steps, "exit_kl": exit_kl, "sequence_steps": sequence_steps}
@@ -188,7 +206,8 @@ class Ponder(Checkpointing):
         inner = self.base_model(  # type: ignore[attr-defined]
             input_ids, inputs_embeds=inputs_embeds, return_dict=True, watch=watch, **kwargs
         )
-        seen = {} if watch.targets is None else _loss(watch, inner.last_hidden_state, z_loss, num_items_in_batch)
+        wanted = (z_loss, halting_loss, num_items_in_batch)
+        seen = {} if watch.targets is None else _loss(watch, inner.last_hidden_state, *wanted)
         if skip_logits is None:
             skip_logits = self.training and watch.targets is not None  # type: ignore[attr-defined]
         logits = None if skip_logits else self._logits(inner.last_hidden_state, logits_to_keep)
@@ -238,6 +257,8 @@ class Ponder(Checkpointing):
         """Initialize a module whose weights a folder does not have."""
         if isinstance(module, HiddenGate):
             module.close()
+        elif isinstance(module, Opening):
+            module.open()
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
@@ -263,6 +284,9 @@ class Ponder(Checkpointing):
             if not isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) or id(module.weight) in done:
                 continue
             done.add(id(module.weight))
+            if isinstance(module, Opening):
+                module.open()
+                continue
             std = base
             if name.endswith(self.output_projections):
                 std = base / math.sqrt(2.0 * config.num_hidden_layers * passes)
@@ -277,7 +301,13 @@ def _targets(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | Non
     return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]  # (B, T)
 
 
-def _loss(watch: Watch, hidden: Tensor, z_loss: float, num_items: Tensor | int | None) -> dict[str, Any]:
+def _loss(
+    watch: Watch,
+    hidden: Tensor,
+    z_loss: float,
+    halting_loss: tuple[float, float] | None,
+    num_items: Tensor | int | None,
+) -> dict[str, Any]:
     """The loss of hidden states (B, T, D), summed and divided by `num_items`, and the further fields of the output."""
     targets = watch.targets
     assert targets is not None
@@ -289,7 +319,11 @@ def _loss(watch: Watch, hidden: Tensor, z_loss: float, num_items: Tensor | int |
     weights = watch.weights
     if weights is not None:
         z_loss = z_loss / weights[-1]  # by which it is multiplied with the rest
-    total, last = watch.readout.cross_entropy(hidden, targets, z_loss)
+    if watch.exits:
+        last = watch.readout.token_losses(hidden, targets)
+        total = last.loss.sum()
+    else:
+        total, last = watch.readout.cross_entropy(hidden, targets, z_loss)
     passes: list[Any] = [*watch.statistics, last]
     counted = (targets != IGNORE_INDEX).reshape(-1)
     count = counted.sum().clamp(min=1)
@@ -300,8 +334,49 @@ def _loss(watch: Watch, hidden: Tensor, z_loss: float, num_items: Tensor | int |
     if weights is not None:
         total = sum(watch.learned, weights[-1] * total)
         z_term = None if z_term is None else weights[-1] * z_term
-    loss = total / (count if num_items is None else num_items)
-    return {"loss": loss, "pass_losses": losses, "pass_entropies": entropies, "z_loss": z_term}
+    found: dict[str, Any] = {"pass_losses": losses, "pass_entropies": entropies, "z_loss": z_term}
+    if watch.halting is not None:
+        total, further = _halting(watch, total, last.loss, counted, halting_loss)
+        found |= further
+    return {"loss": total / (count if num_items is None else num_items), **found}
+
+
+def _halting(
+    watch: Watch, total: Tensor, last: Tensor, counted: Tensor, halting_loss: tuple[float, float] | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The summed loss with that of the gates, and the further fields of the output.
+
+    Args:
+        total: the summed loss without it.
+        last: loss of each token in the last pass, (N,).
+        counted: (N,), which tokens have a label that counts.
+    """
+    halting, count = watch.halting, counted.sum().clamp(min=1)
+    assert halting is not None
+    shares = [torch.ones_like(last), *halting.remaining] if halting.by_exit else halting.active
+    with torch.no_grad():
+        seen = {"pass_shares": torch.stack([(share.flatten() * counted).sum() for share in shares]) / count}
+    if halting_loss is None:
+        return total, seen
+    weight, share = halting_loss
+    if halting.by_exit:
+        remaining = [each.flatten() for each in halting.remaining]
+        trained = expected_loss([*watch.token_losses, last], remaining, counted, weight)
+    else:
+        gates = [each.flatten() for each in halting.remaining]
+        trained = total + count * (weight * smallest_gates(gates, counted, share))
+    return trained, seen | {"halting_loss": (trained - total).detach() / count}
+
+
+def _check_halting_loss(
+    halting_loss: tuple[float, float] | None, halting: str, z_loss: float, pass_weights: Sequence[float] | None
+) -> None:
+    if halting_loss is None:
+        return
+    if halting == "none":
+        raise ValueError("halting_loss needs a model with halting 'gate' or 'exit'; this one has none")
+    if halting == "exit" and (z_loss or pass_weights is not None):
+        raise ValueError("halting 'exit' weighs the losses of the passes itself; leave out z_loss and pass_weights")
 
 
 class PonderLlamaModel(PonderBackbone, LlamaModel):

@@ -93,6 +93,11 @@ class Readout:
             "top_k": self._config.pondering_top_k,
         }
         options |= {"learn": True} if learn else {}  # so that other ops need not know of it
+        return self._mixture(hidden, labels, options)
+
+    def _mixture(
+        self, hidden: Tensor, labels: Tensor | None, options: dict[str, Any]
+    ) -> tuple[Tensor, Statistics | None]:
         if self._plain_head:
             weights = self._head.weight, self._table_rows(hidden)
             return self._ops.pondering_embedding(hidden, *weights, labels=labels, **options)
@@ -106,6 +111,16 @@ class Readout:
         mixed, loss, entropy = _in_blocks(block, hidden, labels, rows.shape[0])
         mixed = mixed.view(hidden.shape).to(hidden)
         return mixed, None if labels is None else Statistics(loss, entropy)
+
+    def token_losses(self, hidden: Tensor, labels: Tensor) -> Statistics:
+        """The statistics of each token's prediction, whose losses are differentiable; `cross_entropy` has the sum's.
+
+        By the op of the pondering embedding, at temperature 1 over the whole vocabulary: four products more.
+        """
+        options: dict[str, Any] = {"temperature": 1.0, "scale": 1.0, "top_k": None, "learn": torch.is_grad_enabled()}
+        seen = self._mixture(hidden, labels, options)[1]
+        assert seen is not None
+        return seen
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Statistics]:
         """As `pondering_embedding.cross_entropy`."""

@@ -5,7 +5,7 @@ A product of (m, k) and (k, n) counts 2 m k n. With G = 2 V D for one product of
     a pass, forward            2 P_block + 2 L D (T + 1)      matrices of the layers, causal attention
     pondering embedding        2 G forward, 4 G backward      z = h W^T and p E; dp, dE, dh, dW
     the same by K tokens       1 G + 2 K D, 8 K D             z over all of the vocabulary, the rest over K rows
-    last pass's loss           1 G forward, 2 G backward
+    last pass's loss           1 G forward, 2 G backward; with `exit` that of a pondering embedding
     an earlier pass's loss     nothing                        the mixture makes z, dh and dW already
     the same beside K tokens   2 G backward                   dh and dW over all of the vocabulary
     the same, hidden feedback  1 G forward, 2 G backward      as for the last pass
@@ -112,10 +112,16 @@ def flops_per_token(
     elif shape.top_k is not None and shape.top_k < shape.vocabulary:
         rows = 2.0 * shape.top_k * shape.hidden
         mixture, gradient, losses, scores = product + rows, 4.0 * rows, 2.0 * learned, learned
+    last = 3.0 * product
+    if pass_losses == "exit":  # the op of the pondering embedding has the losses of single tokens
+        read = 1.0
+        if shape.feedback == "hidden":
+            read, losses, scores = steps + 1.0, 0.0, 0.0
+        last, scores = read * 6.0 * product, scores + read * product
     return Flops(
         passes=(steps + 1 + 2.0 * backward) * forward,
         pondering=steps * mixture + (backward - 1) * gradient,
-        loss=3.0 * product + losses,
+        loss=last + losses,
         recomputed=RECOMPUTED_FORWARDS[recompute] * backward * again + scores,
     )
 

@@ -24,7 +24,7 @@ from ponder_scale.shards.manifest import tokenizer_identity
 
 logger = logging.getLogger(__name__)
 
-GATE = ("hidden_gate.weight",)  # of the feedback "both"
+GATES = ("hidden_gate.", "halting_gates.")  # of the feedback "both", and of halting
 
 PUBLISHED_KEYS = (
     *("ponderinglm", "recurrent_model", "pondering_steps", "scale_embeds", "mutiply_pondering_steps"),
@@ -63,8 +63,10 @@ def warm_start(model: Any, folder: Path, *, tokenizer: str | None = None) -> Non
                 "set it as there (in the recipe's model section, or under model.extra)"
             )
     parameters = dict(model.named_parameters())
-    # the gate is closed at first, so the run begins with what the folder computes
-    optional = () if theirs["feedback"] == "both" else GATE
+    # New gates change little at first. That of "both" is closed, so the run begins with what the folder computes.
+    asked = (theirs["feedback"] == "both", theirs["halting"] == "gate")
+    missing = tuple(name for name, there in zip(GATES, asked, strict=True) if not there)
+    optional = [name for name in parameters if name.startswith(missing)] if missing else []
     for name, tensor in model_weights(model, folder, optional=optional):
         parameters[name].copy_(tensor)
     if tokenizer is not None and tokenizer_identity(folder) not in (None, tokenizer):

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ponder_scale.config import OptimConfig
+from ponder_scale.model.halting import HaltingGates
 from ponder_scale.setup.width import learning_rate_scales
 
 
@@ -16,18 +17,21 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     """Groups of parameters with and without weight decay, each in the order of the model.
 
     `decay: matrices` leaves norms, biases and embedding tables without decay. A tied head counts as its embedding
-    table. With muon, the first groups are those that Muon updates: the matrices of the layers, without tables and head.
+    table. With muon, the first groups are those that Muon updates: the matrices of the layers alone.
     `lr_scale` of a group is its learning rate relative to `lr`. `mup_base_width` sets it by the shape of the weight.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = id(model.get_output_embeddings().weight) if optim.optimizer == "muon" else None  # type: ignore[operator]
+    outside = {id(model.get_output_embeddings().weight)}  # type: ignore[operator]  # of the layers
+    outside |= {
+        id(weight) for module in model.modules() if isinstance(module, HaltingGates) for weight in module.parameters()
+    }
     transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     of_muon: dict[float, list[nn.Parameter]] = {}  # key: the factor on their updates
     of_adam: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}  # key: decayed, scale
     scales = learning_rate_scales(model, optim.mup_base_width)
     for parameter in model.parameters():
         matrix = parameter.ndim >= 2 and id(parameter) not in tables
-        if optim.optimizer == "muon" and matrix and id(parameter) != head:
+        if optim.optimizer == "muon" and matrix and id(parameter) not in outside:
             factor = transposed_factor(parameter) if id(parameter) in transposed else 1.0
             of_muon.setdefault(factor, []).append(parameter)
         else:

@@ -37,14 +37,14 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
 
 
 def pass_weights(step: int, steps: int, pass_losses: str, seed: int) -> tuple[float, ...] | None:
-    """The weights of the losses of passes 0 to `steps` in optimizer step `step`. They sum to 1. None: the last alone.
+    """The weights of the losses of passes 0 to `steps` in optimizer step `step`. They sum to 1.
 
-    random draws one of the passes before the last, by seed and step alone, so it is the same on every rank. The drawn
-    pass and the last count half each, as in the progressive loss of arXiv 2202.05826 with alpha 1/2. If the drawn pass
-    counted alone, the passes after it would be computed for nothing. That would be `pondering.schedule=uniform`, which
-    does not compute them.
+    None stands for the last alone, and for exit. random draws one of the passes before the last, by seed and step
+    alone, so it is the same on every rank. The drawn pass and the last count half each, as in the progressive loss of
+    arXiv 2202.05826 with alpha 1/2. If the drawn pass counted alone, the passes after it would be computed for nothing.
+    That would be `pondering.schedule=uniform`, which does not compute them.
     """
-    if pass_losses == "last":
+    if pass_losses in ("last", "exit"):  # the gates of exit weigh each token's losses
         return None
     if pass_losses == "random":
         weights = [0.0] * steps + [0.5 if steps else 1.0]
@@ -53,6 +53,17 @@ def pass_weights(step: int, steps: int, pass_losses: str, seed: int) -> tuple[fl
         return tuple(weights)
     shares = [index + 1 if pass_losses == "linear" else 1 for index in range(steps + 1)]
     return tuple(share / sum(shares) for share in shares)
+
+
+def halting_loss(step: int, config: RunConfig) -> tuple[float, float] | None:
+    """The weight and the share of the loss of the gates in optimizer step `step`, counted from 1; None without gates.
+
+    The share rises linearly and is reached at `warmup_steps`.
+    """
+    if config.model.halting == "none":
+        return None
+    loss = config.train.halting
+    return loss.weight, loss.share * min(1.0, step / max(1, loss.warmup_steps))
 
 
 def pondering_steps(step: int, highest: int, schedule: PonderingSchedule, seed: int) -> int:

@@ -71,6 +71,17 @@ def test_a_mixture_of_k_tokens_counts_its_scores_and_k_rows() -> None:
     assert flops_per_token(replace(SHAPE, top_k=50), "none") == flops_per_token(SHAPE, "none")
 
 
+def test_exits_read_the_last_pass_by_the_op_of_the_mixture() -> None:
+    """6 products in place of 3 and the scores once more; with hidden feedback for each of the four passes."""
+    plain, exits = (flops_per_token(SHAPE, "none", pass_losses=losses) for losses in ("last", "exit"))
+    assert (exits.passes, exits.pondering) == (plain.passes, plain.pondering)
+    assert (exits.loss, exits.recomputed) == (6 * 800, plain.recomputed + 800)
+    hidden = flops_per_token(replace(SHAPE, feedback="hidden"), "none", pass_losses="exit")
+    assert (hidden.pondering, hidden.loss, hidden.recomputed) == (0, 4 * 6 * 800, 4 * 800)
+    top_k = flops_per_token(replace(SHAPE, top_k=5), "none", pass_losses="exit")
+    assert (top_k.loss, top_k.recomputed) == (6 * 800 + 3 * 2 * 800, 3 * 800 + 800)
+
+
 def test_losses_of_earlier_passes_cost_products_only_where_no_mixture_makes_them() -> None:
     """Of three: 2 more with K tokens and their scores once more, 3 with hidden states, in place of that
     for statistics; of one pass if one is drawn."""

@@ -62,6 +62,9 @@ class StepTally:
         named = {"pass_losses": output.pass_losses, "pass_entropies": output.pass_entropies}
         if output.z_loss is not None:
             named["z_loss"] = output.z_loss.reshape(1)
+        for name in ("pass_shares", "halting_loss"):
+            if getattr(output, name) is not None:
+                named[name] = getattr(output, name).reshape(-1)
         if output.changes is not None:
             named |= output.changes._asdict()
         self._sizes = {name: values.numel() for name, values in named.items()}
@@ -151,7 +154,7 @@ class Metrics:
             "pondering_steps": len(means.pass_losses) - 1,
             "loss": means.loss,
             **self._trained_loss(step, means.pass_losses),
-            **{name: mean[0] if name == "z_loss" else mean for name, mean in means.by_name.items()},
+            **{name: mean[0] if name in ("z_loss", "halting_loss") else mean for name, mean in means.by_name.items()},
             "labels": means.labels,
             "grad_norm": grad_norm,
             "lr": lr,

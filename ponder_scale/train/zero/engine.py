@@ -191,6 +191,7 @@ class Engine:
         track: int | None = None,
         label_count: Tensor | None = None,
         pass_weights: Sequence[float] | None = None,
+        halting_loss: tuple[float, float] | None = None,
         enter: Callable[[str], None] = lambda phase: None,
     ) -> Any:
         """Run forward and backward of a micro-batch and add its gradients to the step. Returns the model's output.
@@ -201,11 +202,13 @@ class Engine:
             track: number of tokens for which to measure what each pass changes.
             label_count: divides the summed loss. The default is the number of labels that count in this micro-batch.
             pass_weights: weights of the passes' losses, the same on all ranks. The default trains the last pass alone.
+            halting_loss: weight and share of the loss of the gates. None trains no gate to close.
             enter: called with "forward" and "backward" as each begins.
         """
         enter("forward")
         tokens, labels, position_ids = batch
         asked: dict[str, Any] = {"sequence_steps": sequence_steps, "pass_weights": pass_weights}
+        asked["halting_loss"] = halting_loss
         asked |= {"track": track, "num_items_in_batch": label_count}
         output = self._forward(tokens[:, :-1], labels, position_ids, pondering_steps, **asked)
         enter("backward")

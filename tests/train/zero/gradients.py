@@ -14,7 +14,7 @@ from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.settings import load
 from ponder_scale.setup.build import build_model, model_configuration
 from ponder_scale.train.optim import parameter_groups
-from ponder_scale.train.schedules import learning_rate, pass_weights, step_depth
+from ponder_scale.train.schedules import halting_loss, learning_rate, pass_weights, step_depth
 from tests.ranks import run_ranks
 
 VOCABULARY, SEQ_LEN, SEQUENCES, STEPS, PONDERING_STEPS = 96, 24, 4, 2, 2
@@ -50,7 +50,11 @@ def run_config(case: dict[str, Any], folder: str = "unused") -> RunConfig:
 
 def make_model(config: RunConfig) -> Any:
     configuration = model_configuration(config.model, vocab_size=VOCABULARY, seq_len=SEQ_LEN, eod_id=0)
-    return build_model(configuration, seed=3)
+    model = build_model(configuration, seed=3)
+    for gate in getattr(model, "halting_gates", ()):  # new ones are open and alike
+        torch.nn.init.normal_(gate.down.weight, std=20.0, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.constant_(gate.down.bias, 0.0)
+    return model
 
 
 def steps_of(step: int, config: RunConfig) -> int:
@@ -93,7 +97,8 @@ def on_a_rank(case: dict[str, Any]) -> dict[str, Any]:
             sequence = batch[row : row + 1]
             own = depth.of(micro, 1, rank=engine.rank, ranks=engine.world_size)
             rows, weights = MicroBatch(sequence, sequence[:, 1:], None), weights_of(step, config)
-            loss = engine.micro_step(rows, ponder, own, pass_weights=weights).loss
+            gates = halting_loss(step + 1, config)
+            loss = engine.micro_step(rows, ponder, own, pass_weights=weights, halting_loss=gates).loss
             total += loss.detach() / engine.micro_steps
             if step == 0 and micro == engine.micro_steps - 1:
                 for name, parameter in engine.module.named_parameters():
@@ -134,15 +139,23 @@ def in_plain_torch(case: dict[str, Any]) -> dict[str, Any]:
 def loss_of(model: Any, batch: torch.Tensor, step: int, config: RunConfig) -> torch.Tensor:
     """The mean loss of a step's sequences; where each takes its own number of steps, each runs alone.
 
-    Weighted losses of passes are those of as many forwards, each of the model that ponders less.
+    So does each where gates learn, because a rank and a micro-batch have smallest gates of their own. Weighted losses
+    of passes are those of as many forwards, each of the model that ponders less.
     """
     depth = step_depth(step + 1, config)
-    rows = [batch] if depth.by_sequence is None else batch.split(1)
-    steps, passes = depth.by_sequence or [depth.most], config.train.pondering.backward_passes
+    gates = halting_loss(step + 1, config)
+    rows = [batch] if depth.by_sequence is None and gates is None else batch.split(1)
+    steps, passes = depth.by_sequence or [depth.most] * len(rows), config.train.pondering.backward_passes
     weights = weights_of(step, config) or (*[0.0] * depth.most, 1.0)
     losses = [
         weight
-        * model(input_ids=row[:, :-1], shift_labels=row[:, 1:], pondering_steps=taken, backward_passes=passes).loss
+        * model(
+            input_ids=row[:, :-1],
+            shift_labels=row[:, 1:],
+            pondering_steps=taken,
+            backward_passes=passes,
+            halting_loss=gates,
+        ).loss
         for row, number in zip(rows, steps, strict=True)
         for taken, weight in ((min(index, number), weight) for index, weight in enumerate(weights))
         if weight > 0

@@ -206,3 +206,25 @@ def test_losses_of_all_passes_give_the_gradients_of_plain_torch(stage: int, tmp_
             for policy, tied, losses, overrides in ways
         ]
     )
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gates_that_learn_to_halt_are_right_under_every_policy(stage: int, tmp_path: Path) -> None:
+    """Also with random pondering steps, of which some use no gate, or not all of them."""
+    overrides = [
+        *("model.halting=gate", "model.halting_threshold=0.4", "train.halting.share=0.9"),
+        *("train.halting.warmup_steps=0", "train.pondering.schedule=uniform", "train.pondering.low=0", "train.steps=4"),
+    ]
+    config = run_config({**RANDOM, "overrides": overrides})
+    assert {steps_of(step, config) for step in range(4)} == {0, 1, 2}
+    shares = make_model(config)(sequences(0, config), labels=sequences(0, config)).pass_shares
+    assert 0 < shares[2] < shares[1] < 1, "nothing to see"
+    ways = [("none", False), ("selective", False), ("layer", True), ("pass", True), ("pass+layer", False)]
+    exits = ["model.halting=exit", "train.pass_losses=exit", *overrides[-3:]]
+    check(
+        [
+            {"deepspeed": small_buckets(tmp_path, stage), "policy": policy, "tied": tied, "overrides": chosen}
+            for policy, tied, chosen in (*((*way, overrides) for way in ways), *((*way, exits) for way in ways[1:4]))
+        ],
+        timeout=240,
+    )
