@@ -27,6 +27,7 @@ class Belief:
         kl_to_last: KL(last pass || this pass), in nats.
         change: change of the embedding that the pass was given, |e_s - e_{s-1}| / |e_{s-1}|. It is 0 in the first pass.
         loss: -log p of the token that follows, in nats. None after the last token.
+        halted: the token had halted before the pass, so this is what it predicted then.
     """
 
     top: list[tuple[str, float]]
@@ -34,6 +35,7 @@ class Belief:
     kl_to_last: float
     change: float
     loss: float | None
+    halted: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,16 @@ def trace_tokens(model: Any, tokenizer: Any, ids: Tensor, steps: int | None = No
     change[1:] = (embeds[1:] - embeds[:-1]).norm(dim=-1) / embeds[:-1].norm(dim=-1)
     losses = -log_p[:, :-1].gather(-1, ids[0, 1:].view(1, -1, 1).expand(len(log_p), -1, -1)).squeeze(-1)
     best = log_p.topk(min(TOP, log_p.shape[-1]), dim=-1)
+    halted = torch.zeros_like(entropy, dtype=torch.bool)
+    if getattr(model.config, "halting", "none") != "none":
+        halted[1:] = (log_p[1:] == log_p[:-1]).all(-1)
 
     def belief(index: int, token: int) -> Belief:
         names = [tokenizer.decode([number]) for number in best.indices[index, token].tolist()]
         top = list(zip(names, best.values[index, token].exp().tolist(), strict=True))
         loss = losses[index, token].item() if token + 1 < ids.shape[1] else None
         entropy_, kl_, change_ = (values[index, token].item() for values in (entropy, kl, change))
-        return Belief(top, entropy_, kl_, change_, loss)
+        return Belief(top, entropy_, kl_, change_, loss, bool(halted[index, token]))
 
     tokens = [tokenizer.decode([number]) for number in ids[0].tolist()]
     return Trace(tokens, [[belief(i, t) for i in range(len(log_p))] for t in range(len(tokens))])
@@ -113,7 +118,7 @@ def as_text(trace: Trace) -> str:
     lines = [f"{'token':{width}}  pass  entropy  KL to last  change  loss    most probable next"]
     for token, beliefs in zip(trace.tokens, trace.beliefs, strict=True):
         for index, belief in enumerate(beliefs):
-            top = "  ".join(f"{name!r} {p:.2f}" for name, p in belief.top[:3])
+            top = "halted" if belief.halted else "  ".join(f"{name!r} {p:.2f}" for name, p in belief.top[:3])
             loss = "-" if belief.loss is None else f"{belief.loss:.3f}"
             name = repr(token) if index == 0 else ""
             numbers = f"{belief.entropy:7.3f}  {belief.kl_to_last:10.4f}  {belief.change:6.3f}  {loss:6}"

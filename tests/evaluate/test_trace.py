@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from ponder_scale.errors import ConfigError
-from ponder_scale.evaluate.trace import trace_folder
+from ponder_scale.evaluate.trace import as_text, trace_folder, trace_tokens
+from tests.model.architectures import make
 
 TEXT = "The quick </script> dog é"
 
@@ -42,6 +43,26 @@ def test_beliefs_are_those_of_forwards_of_fewer_steps(
         assert beliefs[0].change == 0 and beliefs[1].change > 0 and beliefs[2].kl_to_last == 0
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 + 3 * len(trace.tokens) and repr(trace.tokens[0]) in printed
+
+
+def test_a_token_that_has_halted_is_marked_in_the_passes_after(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    model = make("llama", vocab_size=len(tokenizer), pondering_steps=2, halting="gate", halting_threshold=0.5).eval()
+    with torch.no_grad():
+        for gate in model.halting_gates:
+            gate.up.weight.normal_(generator=torch.Generator().manual_seed(4))
+            gate.down.weight.normal_(std=20.0, generator=torch.Generator().manual_seed(4))
+            gate.down.bias.zero_()
+        runs = model(ids, labels=torch.cat([ids[:, :1], ids], 1)[:, : ids.shape[1]], skip_logits=True).pass_shares
+    trace = trace_tokens(model, tokenizer, ids)
+    halted = torch.tensor([[belief.halted for belief in beliefs] for beliefs in trace.beliefs])
+    assert not halted[:, 0].any() and 0 < halted[:, 1].sum() < len(halted)
+    assert (halted[:, 2] >= halted[:, 1]).all()
+    assert (~halted[:-1, 1]).float().mean().item() == pytest.approx(runs[1].item())
+    assert as_text(trace).count("  halted") == halted.sum()
 
 
 def test_a_text_that_does_not_fit_is_answered(folder: Path) -> None:
