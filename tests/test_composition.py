@@ -92,11 +92,29 @@ def test_a_word_is_a_token_and_the_prompt_ends_before_its_answer(out: Path) -> N
 
 def test_the_evidence_asks_for_what_the_items_have_on_other_seeds_than_it_was_tuned_on() -> None:
     evidence = runpy.run_path(str(REPOSITORY / "examples/composition/evidence.py"), run_name="evidence")
-    assert evidence["GOAL"] in GROUPS and not set(evidence["SEEDS"]) & set(evidence["TUNING_SEEDS"])
+    assert evidence["GOAL"] in {*GROUPS, "all"} and not set(evidence["SEEDS"]) & set(evidence["TUNING_SEEDS"])
     command = evidence["comparison"](Path("out"), [3, 4], "run_dir=out", "--only", "looped/seed-3")
     options = parse(_parser(), command[1:], RunConfig, "overrides")
     assert command[0] == "ponder-scale" and "run_dir=out" in options.overrides and options.only == "looped/seed-3"
     assert options.answer_steps == list(range(7)) and options.seeds == [3, 4]
+
+
+def test_every_model_of_the_evidence_has_settings_that_were_tried_and_tuning_uses_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evidence = runpy.run_path(str(REPOSITORY / "examples/composition/evidence.py"), run_name="evidence")
+    members = {*evidence["FIRST"], *evidence["LATER"]}
+    assert evidence["BEST"].keys() == members and not {*evidence["EXTRAS"]} - members
+    assert all(rate in evidence["RATES"] and decay in evidence["DECAYS"] for rate, decay in evidence["BEST"].values())
+    names = members - {"vanilla-time"}  # whose length is known once the others have trained
+    asked: list[Any] = []
+    monkeypatch.setitem(evidence["tune"].__globals__, "together", lambda commands, jobs: asked.extend(commands))
+    evidence["tune"](tmp_path, 1)
+    tried = [parse(_parser(), command[1:], RunConfig, "overrides") for command in asked]
+    assert not any(options.own for options in tried)
+    assert len({(options.only, *options.overrides) for options in tried}) == len(tried) == 6 * 6
+    report = evidence["comparison"](Path("out"), [3], "run_dir=out", "--list")
+    assert {name for name in names if f"--for {name} " in " ".join(report)} == names
 
 
 @pytest.mark.parametrize("scaled", [True, False])

@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,12 +69,12 @@ def make_data(folder: Path, seed: int) -> None:
         run("ponder-data", "pack", folder / source, "--seq-len", "64")
 
 
-def comparison(out: Path, seeds: Sequence[int], *more: str) -> list[str]:
-    """The command that compares all models on the worlds of these seeds."""
+def comparison(out: Path, seeds: Sequence[int], *more: str, best: Mapping[str, tuple[str, str]] = BEST) -> list[str]:
+    """The command that compares all models on the worlds of these seeds, each with its own rate and decay."""
     data = out / "data/{seed}"
     own = [
         word
-        for model, (rate, decay) in BEST.items()
+        for model, (rate, decay) in best.items()
         for word in ("--for", model, f"optim.lr={rate}", f"optim.weight_decay={decay}")
     ]
     sources = [f"data.sources.{name}.path={data / name}" for name in ("facts", "compositions")]
@@ -138,7 +138,7 @@ def tune(out: Path, jobs: int) -> None:
 
     def tried(model: str, setting: tuple[str, str], seed: int) -> list[str]:
         settings = [f"run_dir={places[setting]}", f"optim.lr={setting[0]}", f"optim.weight_decay={setting[1]}"]
-        return comparison(out, TUNING_SEEDS, *settings, "--only", f"{model}/seed-{seed}")
+        return comparison(out, TUNING_SEEDS, *settings, "--only", f"{model}/seed-{seed}", best={})
 
     first, *others = TUNING_SEEDS
     together([tried(model, setting, first) for model in FIRST for setting in places], jobs)
