@@ -6,6 +6,7 @@ Each run is measured once. The result is kept in its folder.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -75,7 +76,8 @@ def measure(run: Run, items: str, steps: Sequence[int]) -> Answers:
 def table(found: Sequence[Answers]) -> list[list[str]]:
     """The rows of a table, the first one its heads. There is a row for each model and number of steps.
 
-    Each cell has the share of right answers of a group: the mean, and the share of every seed.
+    Each cell has the share of right answers of a group: the mean, and the share of every seed. The head of a group has
+    its number of items, and half of the widest 95% interval that a share of so many items has (binomial, at 1/2).
     """
     names = _groups(found)
     rows = [["model", "asked with", *(f"{name} ({_items(found, name)})" for name in names)]]
@@ -110,7 +112,8 @@ def _groups(found: Sequence[Answers]) -> list[str]:
 
 def _items(found: Sequence[Answers], name: str) -> str:
     counts = sorted({answers.groups[name]["items"] for answers in found})
-    return f"{counts[0]:,} items" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,} items"
+    said = f"{counts[0]:,} items" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,} items"
+    return f"{said}, +- {0.98 / math.sqrt(counts[0]):.3f}"
 
 
 def _members(found: Sequence[Answers]) -> list[Member]:

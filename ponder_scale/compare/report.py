@@ -54,6 +54,7 @@ def write_report(out: Path, results: Sequence[Result], missing: Sequence[str], a
         }
     if answers:
         tables["Answers: share that is right, the mean and every seed"] = answers_table(answers)
+        notes += " Beside the items of a group stands half of the widest 95% interval of one seed's share (binomial)."
         charts["compare-answers"] = answers_chart(answers)
     sections = [f"## {name}\n\n{_markdown(rows)}" for name, rows in tables.items()]
     text = "\n\n".join([f"# {title}", *sections, notes, "\n".join(f"- {verdict}" for verdict in found)]).rstrip() + "\n"

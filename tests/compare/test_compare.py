@@ -307,7 +307,7 @@ def test_runs_are_asked_where_nothing_is_held_out_and_each_seed_has_data_of_its_
         r"^\| (pondering-2|vanilla) \| S = ([03]) \| \d\.\d{3} \(\d\.\d\d \d\.\d\d\)", printed, re.MULTILINE
     )
     assert rows == [(name, steps) for name in ("pondering-2", "vanilla") for steps in "03"]
-    assert "facts (2 items)" in printed and "all (2 to 3 items)" not in printed
+    assert "facts (2 items, +- 0.693)" in printed and "all (2 to 3 items)" not in printed
     for name in ("pondering-2", "vanilla"):
         runs = [load(RunConfig, out / name / f"seed-{seed}/config.yaml") for seed in (1, 2)]
         assert [run.data.sources["tiny"].path for run in runs] == [f"{tmp_path}/data-{seed}" for seed in (1, 2)]
