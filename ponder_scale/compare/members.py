@@ -138,7 +138,7 @@ def plan_runs(
     if unknown:
         raise ConfigError(f"--with {unknown[0]}: expected one of {', '.join(EXTRAS)}")
     if min(steps) < 1:
-        raise ConfigError(f"--steps has {min(steps)}; expected at least 1: vanilla, which is 0, is always trained")
+        raise ConfigError(f"--steps has {min(steps)}; expected at least 1; vanilla, with 0 steps, is always trained")
     members = _Maker(load, recipe, vocab_size, own or {}, time_ratio).members(steps, extras)
     names = [each.name for each in members]
     if strange := [name for name in own or () if name not in (*names, *extras)]:

@@ -137,7 +137,7 @@ def tuned_card(
     text = before.replace(f"# {source}\n", f"# {name}\n").replace(
         f'from_pretrained("{source}"', f'from_pretrained("{name}"'
     )
-    said = "What is said above of data, losses and pondering steps is of the model before."
+    said = "The data, losses and pondering steps above describe the model that this one was tuned from."
     return f"{text.rstrip()}\n\n## Tuned from {source}\n\n{said}\n\n| | |\n|---|---|\n{_table(facts)}\n"
 
 
@@ -176,10 +176,10 @@ def trained_card(
         )
         bits = held_out.get("bits_per_byte")
         if bits and bits[-1] is not None:
-            losses += f"; of the last {bits[-1]:.4f} bits per byte"
+            losses += f"; the last is {bits[-1]:.4f} bits per byte"
         losses += f", at step {held_out['step']:,}"
         if average:
-            losses += ", of the weights of that step, not of their average"
+            losses += ", with the weights of that step and not their average"
     kind = "of the last step"
     if average:
         first = average_since(state)

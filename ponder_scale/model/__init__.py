@@ -1,1 +1,1 @@
-"""The model, which ships with its weights: torch and transformers only."""
+"""The model. Its code ships with its weights, so it needs only torch and transformers."""

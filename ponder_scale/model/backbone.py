@@ -1,7 +1,7 @@
 """A backbone of transformers that ponders when it is called.
 
-Other people's code calls the backbone and then the head: fused losses, value heads, embedders. So the recurrence runs
-here, and `modeling.py` adds head and loss. One plain pass of the stock backbone is `one_pass`.
+Other code, such as fused losses, value heads and embedders, calls the backbone and then the head. So the recurrence
+runs here, and `modeling.py` adds the head and the loss. `one_pass` is one plain pass of the stock backbone.
 
 B batch, T tokens, D hidden size, L layers, S pondering steps.
 """
@@ -36,12 +36,12 @@ from .readout import Ops, Readout
 
 
 class Checkpointing:
-    """Mixin over a model of transformers: gradient checkpointing of the kind that shared passes survive."""
+    """Mixin over a model of transformers, whose gradient checkpointing it makes safe for passes that share weights."""
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Recompute each layer of each pass in backward, by the non-reentrant form.
+        """Recompute each layer of each pass in backward, with the non-reentrant form.
 
         Raises:
             ValueError: `use_reentrant=True` was asked for.
@@ -52,42 +52,41 @@ class Checkpointing:
             super().gradient_checkpointing_enable(chosen, **options)  # type: ignore[misc]
 
     def _set_gradient_checkpointing(self, *arguments: Any, **options: Any) -> None:
-        # every way of transformers to switch it on ends here
+        # every way to switch it on in transformers ends here
         function = options.get("gradient_checkpointing_func", arguments[1] if len(arguments) > 1 else None)
         enabled = options.get("enable", arguments[0] if arguments else True)
         if enabled and getattr(function, "keywords", {}).get("use_reentrant", True):
             raise ValueError(
-                "use_reentrant=True loses the gradients of all but one pass under ZeRO-3, without a word, because the "
-                "passes share their weights; leave it out, or give gradient_checkpointing_kwargs={'use_reentrant': "
-                "False}"
+                "use_reentrant=True silently loses the gradients of all but one pass under ZeRO-3, because the passes "
+                "share their weights; leave it out, or give gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         super()._set_gradient_checkpointing(*arguments, **options)  # type: ignore[misc]
 
 
 class PonderBackbone(Checkpointing):
-    """Mixin over a backbone, `LlamaModel` and others. Its head and its configuration are those of its causal model."""
+    """Mixin over a backbone such as `LlamaModel`. It uses the head and the configuration of its causal model."""
 
     def __init__(self, config: Any, *, within: Any = None) -> None:
         """A backbone of the causal model `within`.
 
         Raises:
-            ValueError: there is none. The head is needed in every pass, and a server that builds the bare backbone
-                would give each layer one key-value slot, where S + 1 passes need their own.
+            ValueError: `within` is missing. Every pass needs the head. A server that built the bare backbone would also
+                give each layer one key-value slot, but each of the S + 1 passes needs its own.
         """
         if within is None:
             raise ValueError(
-                f"{type(self).__name__} ponders with the head of its causal model, so it is not built alone (AutoModel "
-                "would do that); load the folder by AutoModelForCausalLM and take its base_model"
+                f"{type(self).__name__} ponders with the head of its causal model, so it cannot be built alone, as "
+                "AutoModel would do; load the folder with AutoModelForCausalLM and take its base_model"
             )
         super().__init__(config)  # type: ignore[call-arg]
-        self._within = (within,)  # in a tuple: as a module of its own it would be saved and moved twice
+        self._within = (within,)  # in a tuple, because as a submodule it would be saved and moved twice
         self._cache_name = cache_name(parameters(self.stock_forward))
         self._known = known_arguments(self.stock_forward)
         warn_of_untested_version()
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: it is initialized by the stock class, which transformers 5 would cut short in other people's code."""
+        """False, so that the stock class initializes it. transformers 5 would skip a part of that for custom code."""
         return False
 
     @property
@@ -97,12 +96,12 @@ class PonderBackbone(Checkpointing):
 
     @property
     def stock_forward(self) -> Any:
-        """One plain pass, as transformers has it."""
+        """The stock forward of transformers, which is one plain pass."""
         return super().forward  # type: ignore[misc]
 
     def one_pass(self, embeds: Tensor, view: PassView | None = None, **options: Any) -> Any:
-        """The output of the stock backbone, once, on embeddings (B, T, D); nothing is scaled or fed back."""
-        # use_cache only makes the backbone create a cache where it got none; ours is always passed in
+        """The output of one stock pass on embeddings (B, T, D), which are not scaled. Nothing is fed back."""
+        # use_cache would only make the backbone create a cache if it got none, and we pass ours
         options |= {"use_cache": False, "return_dict": True, self._cache_name: view}
         return super().forward(inputs_embeds=embeds, **options)  # type: ignore[misc]
 
@@ -123,17 +122,17 @@ class PonderBackbone(Checkpointing):
         watch: Watch | None = None,
         **options: Any,
     ) -> Any:
-        """The stock output, of the last of the S + 1 passes: the hidden states (B, T, D) that the head reads.
+        """The stock output of the last of the S + 1 passes, with the hidden states (B, T, D) that the head reads.
 
         Args:
             pondering_steps, exit_kl, sequence_steps, backward_passes: see `Ponder.forward`.
-            watch: shown what each pass leaves.
-            options: of the stock backbone, for each pass.
+            watch: records the statistics, losses and changes of each pass.
+            options: arguments of the stock backbone, for each pass.
 
         Raises:
-            TypeError: an argument that the stock backbone does not know.
-            ValueError: arguments that exclude each other, a field of the configuration that is out of its range, a
-                cache that another setting filled, documents in one row that attention would not keep apart.
+            TypeError: the stock backbone does not know an argument.
+            ValueError: arguments exclude each other, a field of the configuration is out of its range, the cache was
+                filled with another setting, or attention would not separate the documents of a row.
         """
         options = only_known(options, self._known)
         if (input_ids is None) == (inputs_embeds is None):
@@ -143,31 +142,33 @@ class PonderBackbone(Checkpointing):
         if use_cache and found is None:
             found = DynamicCache()
         check_documents(found, **options)
-        options.pop("seq_idx", None)  # for layers that these architectures do not have
+        options.pop("seq_idx", None)  # it is for layers that these architectures do not have
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         sequence_steps = checked_sequence_steps(sequence_steps, inputs_embeds, backward_passes)
         passes = _Passes(watch, pondering_steps, found, exit_kl, backward_passes)
         output = passes.run(inputs_embeds, sequence_steps, **options)
-        if found is not None:  # the whole one, where the pass has put its view of it
+        if found is not None:  # return the whole cache instead of the view that the pass returned
             setattr(output, "cache" if hasattr(output, "cache") else "past_key_values", found)
         plain = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
         return output if plain else output.to_tuple()
 
 
 class Watch:
-    """What one forward leaves besides its output. A plain class: what moves tensors to devices leaves it alone.
+    """Records the statistics, losses and changes of the passes of one forward.
+
+    It is a plain class, because code that moves tensors to devices leaves plain classes alone.
 
     Args:
-        causal: the model whose head and configuration count.
-        targets: next tokens (B, T), -100 where there is none; asks for the statistics of each pass.
-        track: look at so many of the tokens for what each pass changes.
+        causal: the model whose head and configuration are used.
+        targets: next tokens (B, T), -100 where there is none. If given, the statistics of each pass are computed.
+        track: number of tokens on which to measure what each pass changes.
         ops: see `Readout`.
-        weights: of the losses of the S + 1 passes; None: 1 of the last alone.
+        weights: weights of the losses of the S + 1 passes. None means 1 for the last and 0 for the others.
 
     Attributes:
-        statistics: of the pondering softmax of each pass but the last.
-        learned: the weighted sums of the losses of those passes but the last that have a weight.
+        statistics: those of the pondering softmax of each pass except the last.
+        learned: the weighted sums of the losses of the passes that have a weight, except the last pass.
     """
 
     def __init__(
@@ -185,7 +186,7 @@ class Watch:
         self.statistics: list[Statistics | None] = []
 
     def check_weights(self, steps: int, first_differentiated: int) -> None:
-        """Raise ValueError for weights of another number of pondering steps, or of which some would train nothing."""
+        """Raise ValueError if the weights are for another number of pondering steps, or if some would train nothing."""
         if self.weights is None:
             return
         if len(self.weights) != steps + 1:
@@ -194,8 +195,8 @@ class Watch:
             )
         if not all(weight >= 0 for weight in self.weights) or self.weights[-1] == 0:
             raise ValueError(
-                f"pass_weights is {list(self.weights)}; expected at least 0 for each pass, and more for the last: what "
-                "comes after the last pass with a weight would be computed for nothing, so take fewer pondering_steps"
+                f"pass_weights is {list(self.weights)}; expected at least 0 for each pass and more for the last; "
+                "instead of last passes without weight, use fewer pondering_steps"
             )
         if any(self.weights[:first_differentiated]):
             raise ValueError(
@@ -204,12 +205,12 @@ class Watch:
             )
 
     def feedback(self, hidden: Tensor, index: int) -> Tensor:
-        """What pass `index` feeds back, from its hidden states (B, T, D); its statistics and its loss are noted."""
+        """The feedback of pass `index`, from its hidden states (B, T, D). Records its statistics and its loss."""
         weight = 0.0 if self.weights is None or self.targets is None else self.weights[index]
         learn, total = weight > 0 and torch.is_grad_enabled(), None
         if self.causal.config.feedback == "hidden":
             fed_back, seen = hidden, None
-            if self.targets is not None:  # no product with the vocabulary belongs to this feedback, so these cost one
+            if self.targets is not None:  # they cost a product with the vocabulary, because this feedback has none
                 with nullcontext() if learn else torch.no_grad():
                     total, seen = self.readout.cross_entropy(hidden, self.targets)
         else:
@@ -222,12 +223,12 @@ class Watch:
         return fed_back
 
     def changes(self) -> PassChanges | None:
-        """What each pass changed, where that was asked for."""
+        """What each pass changed. None if `track` was not given."""
         return None if self.tracker is None else self.tracker.changes(self.readout.logits)
 
 
 class _Passes:
-    """The passes of one forward: the recurrence, with the caches that it reads and fills."""
+    """The passes of one forward: the recurrence and the caches that it reads and fills."""
 
     def __init__(
         self,
@@ -247,8 +248,8 @@ class _Passes:
         self.gate = getattr(self.model, "hidden_gate", None)
         if self.config.feedback == "both" and self.steps > 0 and self.gate is None:
             raise ValueError(
-                "feedback is 'both', but this model was made without a gate; set it, and pondering_steps, when you "
-                "make or load the model"
+                "feedback is 'both', but this model was made without a gate; set feedback and pondering_steps when you "
+                "create or load the model"
             )
         self.output: Any = None
         if exit_kl is not None:
@@ -257,12 +258,12 @@ class _Passes:
             grow(cache, self.steps + 1, self.layers)
 
     def run(self, embeds: Tensor, sequence_steps: Tensor | None = None, **options: Any) -> Any:
-        """The backbone's output of the last pass on token embeddings (B, T, D); `options` go to every pass."""
+        """The backbone's output in the last pass on token embeddings (B, T, D). `options` go to every pass."""
         scale = self.watch.readout.scale * self.config.initial_scale
         if scale != 1.0:
             embeds = embeds * scale
         if self.gate is not None and self.steps == 0 and torch.is_grad_enabled():
-            # A weight that a step does not use keeps the gradient of the step before under ZeRO-3. This one gets 0.
+            # Under ZeRO-3 a weight that a step does not use keeps the gradient of the step before. So this gate gets 0.
             embeds = self.gate(embeds, torch.zeros_like(embeds))
 
         def one_pass(e: Tensor, index: int) -> Tensor:
@@ -274,11 +275,11 @@ class _Passes:
         run_pass: RunPass = one_pass
         settled = None
         if self.exit_kl is not None and self.cache is not None:
-            # a prompt is pondered to the end: what it leaves in the caches is read by every later token
+            # A prompt takes all passes, because every later token reads its keys and values in the caches.
             decoding = embeds.shape[1] == 1 and self.cache.get_seq_length() > 0
             settled = self._settled(self.cache, self.exit_kl) if decoding else None
         feedback: Feedback = self.watch.feedback
-        if self.first_differentiated > 0:  # what the passes before it feed back is a constant
+        if self.first_differentiated > 0:  # the feedback of earlier passes is a constant
             run_pass, feedback = (constant_before(self.first_differentiated, part) for part in (run_pass, feedback))
         ponder(run_pass, feedback, embeds, self.steps, self.config.residual, settled, sequence_steps)
         return self.output
@@ -287,7 +288,10 @@ class _Passes:
         return None if self.cache is None else PassView(self.cache, index, self.layers)
 
     def _settled(self, cache: Cache, exit_kl: float) -> Callable[[Tensor, int], bool]:
-        """Whether a pass changed no row's prediction by `exit_kl` or more. Fills the caches of the passes left out."""
+        """A function that tells whether a pass changed the prediction of every row by less than `exit_kl`.
+
+        If so, it fills the caches of the passes that are left out.
+        """
         before: list[Tensor] = []
 
         def settled(hidden: Tensor, index: int) -> bool:
@@ -305,18 +309,18 @@ class _Passes:
 def check_documents(
     cache: Cache | None, attention_mask: Any = None, position_ids: Tensor | None = None, **options: Any
 ) -> None:
-    """Raise ValueError where a row holds several documents, and transformers would let them see each other.
+    """Raise ValueError if a row holds several documents and transformers would let them see each other.
 
     Compiled code raises RuntimeError.
 
-    It tells them apart by positions (B, T) that start again, and only without a mask (B, T) and without a cache.
+    transformers separates documents by positions (B, T) that start again, and only without a mask (B, T) and a cache.
     """
     if position_ids is None:
         said = sorted(name for name in DOCUMENT_BOUNDS & options.keys() if options[name] is not None)
         if said:
             raise ValueError(
-                f"{said[0]} without position_ids is obeyed by flash attention alone, elsewhere the documents would "
-                "see each other; give position_ids that start at 0 with each document"
+                f"only flash attention obeys {said[0]} without position_ids, and elsewhere the documents would see "
+                "each other; give position_ids that start at 0 in each document"
             )
         return
     masked = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
@@ -324,29 +328,29 @@ def check_documents(
     if not (masked or unseen) or position_ids.shape[-1] < 2 or is_fake(position_ids):
         return
     starts = position_ids.diff(dim=-1) <= 0  # (B, T - 1)
-    if masked:  # what is masked has any positions
+    if masked:  # masked tokens may have any positions
         seen = attention_mask[:, -position_ids.shape[-1] :].bool()
         starts = starts & seen[:, 1:] & seen[:, :-1]
     given = "an attention_mask of (B, T)" if masked else "a cache"
     message = (
-        f"position_ids start again within a row, so it holds several documents, which {given} hides from "
-        "transformers: they would see each other; leave it out"
+        f"position_ids start again within a row, so the row holds several documents, but with {given} transformers "
+        f"does not separate them, and they would see each other; leave {given} out"
     )
-    if torch.compiler.is_compiling():  # a graph has no branches
+    if torch.compiler.is_compiling():  # a compiled graph cannot branch
         torch._assert_async(~starts.any(), message)
     elif starts.any():
         raise ValueError(message)
 
 
 def checked_steps(steps: Any) -> int:
-    """The number of pondering steps, or a ValueError."""
+    """The number of pondering steps. Raises ValueError if it is not one."""
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"pondering_steps is {steps!r}; expected an integer of at least 0")
     return steps
 
 
 def constant_before(first: int, function: RunPass) -> RunPass:
-    """`function` of a tensor and the number of a pass, without gradient for the passes before `first`."""
+    """Wrap a function of a tensor and a pass number, so that the passes before `first` get no gradient."""
 
     def run(tensor: Tensor, index: int) -> Tensor:
         if index >= first:
@@ -358,14 +362,14 @@ def constant_before(first: int, function: RunPass) -> RunPass:
 
 
 def checked_sequence_steps(steps: Tensor | None, embeds: Tensor, backward_passes: int | None) -> Tensor | None:
-    """The pondering steps of each sequence of embeddings (B, T, D), (B,), where they are; or a ValueError."""
+    """The pondering steps of each sequence, (B,), on the device of `embeds` (B, T, D). Raises ValueError if wrong."""
     if backward_passes is not None:
         if not isinstance(backward_passes, int) or isinstance(backward_passes, bool) or backward_passes < 1:
             raise ValueError(f"backward_passes is {backward_passes!r}; expected an integer of at least 1, or None")
         if steps is not None:
             raise ValueError(
-                "backward_passes with sequence_steps would cut the gradient of a sequence that is done early before "
-                "its own last passes; leave one of them out"
+                "backward_passes and sequence_steps exclude each other, because a sequence that ends early would get "
+                "no gradient through its own last passes; leave one of them out"
             )
     if steps is None:
         return None

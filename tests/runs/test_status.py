@@ -228,4 +228,4 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
 
 def test_a_run_that_waits_in_the_queue_says_so(tmp_path: Path) -> None:
     (tmp_path / "job").write_text("77\n")
-    assert status(tmp_path) == [f"run       {tmp_path}: submitted as job 77, not begun; squeue --jobs=77 says why"]
+    assert status(tmp_path) == [f"run       {tmp_path}: submitted as job 77, not begun yet; squeue --jobs=77 says why"]

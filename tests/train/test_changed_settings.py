@@ -127,7 +127,7 @@ def test_muon_is_not_gone_on_with_as_adamw(shards: Any, tmp_path: Path) -> None:
     cases = [{"overrides": [*base, *muon]}, {"overrides": [*base, "train.deepspeed=zero0", "train.steps=2"]}]
     (done,), (refused,) = run_ranks(uncompiled_training, cases, world_size=1)
     assert done == "done"
-    assert "saved with optimizer MuonWithAuxAdam, this run has AdamW; use the same" in refused["error"]
+    assert "was saved with optimizer MuonWithAuxAdam, but this run has AdamW; use MuonWithAuxAdam" in refused["error"]
 
 
 def uncompiled_training(case: dict[str, Any]) -> str:

@@ -71,7 +71,7 @@ def test_a_finished_run_is_told_to_be_finished_also_after_a_start_that_is_refuse
     run, ranks = (next(text for text in refused["status"] if text.startswith(name)) for name in ("run", "ranks"))
     assert ": ended (done) " in run and "; a start " in run and "was refused: checkpoint " in run
     assert "stale" not in ranks
-    assert "the run is finished: 2 steps are trained, train.steps is 2; raise it to go on" in again["log"]
+    assert "the run is finished: 2 steps are trained, train.steps is 2; raise train.steps to continue" in again["log"]
     assert not any("steps 3 to 2" in text for text in again["log"])
     assert "ended (done)" in again["status"][0] and "refused" not in again["status"][0]
 
