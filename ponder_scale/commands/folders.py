@@ -137,7 +137,7 @@ def _export(options: argparse.Namespace, _: list[str]) -> None:
     source, out, like = options.source, options.out, options.like
     if is_universal(source) != (like is not None):
         said = (
-            "--like is only for universal checkpoints, which this is not; leave it out"
+            "--like is only for universal checkpoints, which this is not; give one, or leave --like out"
             if like
             else "a universal checkpoint needs --like; give a folder with the model's config.json and tokenizer"
         )

@@ -1,1 +1,1 @@
-"""The model. Its code ships with its weights, so it needs only torch and transformers."""
+"""The model, whose code ships with its weights and needs only torch and transformers."""
