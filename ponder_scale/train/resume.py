@@ -51,7 +51,7 @@ def resume(run_dir: Path, contents: Contents, ranks: Ranks, attempt: Attempt) ->
     if ranks.rank == 0:
         for folder in set_aside(run_dir, resumed.step):
             logger.warning(
-                "put aside %s, which is later than where the run continues; look at it, then delete it", folder
+                "put aside %s, because the run continues from an earlier step; look at it, then delete it", folder
             )
     return resumed
 
