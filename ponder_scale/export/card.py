@@ -47,8 +47,8 @@ Raises an error, because it would be silently wrong:
 
 {refused}
 
-Cannot be noticed, so do not do it: a stock class named in place of the model's own, by `LlamaForCausalLM` and its like
-or by an override of `architectures` (as vLLM's `--hf-overrides`), reads the same weights and never ponders.
+No error can tell you of the following, so do not do it. If you load the folder with a stock class, such as
+`LlamaForCausalLM`, or override `architectures` (as vLLM's `--hf-overrides` can), the same weights never ponder.
 """
 
 # The versions that the tests run with. tests/export/test_finetuning.py compares them with those that really ran.
@@ -65,8 +65,8 @@ _TESTED_FOR = {
     "accelerate": " (offloading)",
 }
 REFUSED = (
-    "`AutoModel`, and servers that build the bare backbone: one key-value slot a layer is too few",
-    "a cache that this model did not fill with as many pondering steps; so prefix tuning, too",
+    "`AutoModel`, and servers that build the bare backbone, because one key-value slot for each layer is too few",
+    "a cache that was filled with another number of pondering steps, as in prefix tuning",
     "an argument that neither this model nor its backbone knows",
     "`use_reentrant=True` in gradient checkpointing: under ZeRO-3 it loses the gradients of all but one pass",
     "several documents in one row with a cache or an `attention_mask`, or without `position_ids` that start again",
