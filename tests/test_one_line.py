@@ -138,7 +138,7 @@ def test_a_folder_that_can_be_made_is_let_pass_and_not_made(here: Path) -> None:
 
 
 def test_an_export_that_fails_on_the_way_says_so_and_leaves_nothing(here: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"out: cannot be made: .*No space left"), making(here / "out"):
+    with pytest.raises(CheckpointError, match=r"out: cannot be created: .*No space left"), making(here / "out"):
         Path("/dev/full").write_text("x")
     with pytest.raises(ConfigError, match="is a link to"), making(here / "dangling"):
         pass
