@@ -38,21 +38,25 @@ def _parser() -> Parser:
     op.add_argument("--vocab", dest="vocabulary", metavar="VOCAB", type=whole(1), default=32000)
     op.add_argument("--runs", type=whole(1), default=5)
     op.set_defaults(run=_bench_op)
-    step = bench.add_parser("step", help="time and memory of a training step by recomputation policy, against it")
+    step = bench.add_parser("step", help="time and memory of a training step by recomputation policy")
     step.add_argument("--runs", type=whole(1), default=3)
-    step.add_argument("--largest", action="store_true", help="on a GPU: each way by the largest batch that it can hold")
+    step.add_argument(
+        "--largest", action="store_true", help="on a GPU: measure each way with the largest batch that fits"
+    )
     step.set_defaults(run=_bench_step)
-    memory = bench.add_parser("memory", help="peak memory of a step as the pondering steps grow, by policy, against it")
+    memory = bench.add_parser("memory", help="peak memory of a step by policy, as the pondering steps grow")
     memory.add_argument("--steps", type=whole(0), nargs="+", default=[0, 1, 3, 7], help="numbers of pondering steps")
     memory.set_defaults(run=_bench_memory)
     comm = bench.add_parser("comm", help="all-gathers of a micro-step under ZeRO-3, by regime and recomputation policy")
     comm.add_argument(
-        "--regimes", nargs="+", help="files of deepspeed_configs/; default: the two that are for any device"
+        "--regimes", nargs="+", help="files of deepspeed_configs/ (default: the two that run on any device)"
     )
     comm.add_argument("--pondering-steps", type=whole(0), default=3)
-    comm.add_argument("overrides", nargs="*", metavar="key=value", help="of the small model that runs")
+    comm.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the small model that runs")
     comm.set_defaults(run=_bench_comm)
-    decode = bench.add_parser("decode", help="a token from the key-value caches, against running the prefix again")
+    decode = bench.add_parser(
+        "decode", help="time to decode a token from the key-value caches, against running the prefix again"
+    )
     decode.add_argument(
         "--context",
         dest="contexts",
@@ -60,7 +64,7 @@ def _parser() -> Parser:
         type=whole(1),
         nargs="+",
         default=[128, 512],
-        help="tokens before it",
+        help="tokens before the token that is decoded",
     )
     decode.add_argument("--runs", type=whole(1), default=5)
     decode.add_argument(
@@ -68,7 +72,7 @@ def _parser() -> Parser:
         dest="compiled",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also a step that torch compiles, in a minute",
+        help="also measure a compiled step; compiling takes a minute",
     )
     decode.set_defaults(run=_bench_decode)
     _share_flags(op, step, memory, comm, decode)
@@ -79,9 +83,7 @@ def _parser() -> Parser:
 
 def _add_others(bench: Any) -> None:
     """Add the benchmarks whose flags do not include the shape of a model."""
-    scale = bench.add_parser(
-        "scale", help="what a start, a step and a save cost as ranks and shard files grow: counted"
-    )
+    scale = bench.add_parser("scale", help="count what a start, a step and a save cost as ranks and shard files grow")
     scale.add_argument(
         "--ranks",
         dest="worlds",
@@ -89,7 +91,7 @@ def _add_others(bench: Any) -> None:
         type=int,
         nargs="+",
         default=[2, 4, 8, 16, 32],
-        help="forked ranks of this machine",
+        help="numbers of ranks to fork on this machine",
     )
     scale.add_argument(
         "--shards",
@@ -98,12 +100,12 @@ def _add_others(bench: Any) -> None:
         type=int,
         nargs="+",
         default=[1, 10, 100],
-        help="training shards, on the fewest ranks",
+        help="numbers of training shards to read with the fewest ranks",
     )
-    scale.add_argument("--stage", type=int, choices=range(4), default=3, help="of ZeRO")
+    scale.add_argument("--stage", type=int, choices=range(4), default=3, help="stage of ZeRO")
     scale.set_defaults(run=_bench_scale)
-    serve = bench.add_parser("serve", help="generation by transformers against vLLM, where that is installed")
-    serve.add_argument("folder", nargs="?", type=path, help="an exported folder; default: a model of width 256")
+    serve = bench.add_parser("serve", help="generation by transformers against vLLM, if vLLM is installed")
+    serve.add_argument("folder", nargs="?", type=path, help="an exported folder (default: a model of width 256)")
     serve.add_argument(
         "--batch",
         dest="batches",
@@ -116,8 +118,10 @@ def _add_others(bench: Any) -> None:
     serve.add_argument("--prompt-tokens", dest="prompt", metavar="PROMPT_TOKENS", type=whole(1), default=64)
     serve.add_argument("--new-tokens", dest="new", metavar="NEW_TOKENS", type=whole(1), default=64)
     serve.add_argument("--runs", type=whole(1), default=3)
-    serve.add_argument("--threads", type=whole(1), default=1, help="of torch, on a CPU")
-    serve.add_argument("--eager", action="store_true", help="vLLM without compilation, which takes minutes on a CPU")
+    serve.add_argument("--threads", type=whole(1), default=1, help="threads of torch on a CPU")
+    serve.add_argument(
+        "--eager", action="store_true", help="run vLLM without compilation, which takes minutes on a CPU"
+    )
     serve.set_defaults(run=_bench_serve)
     data = bench.add_parser("data", help="tokenization and loading, against what others do")
     data.add_argument("corpus", type=path, help="a .jsonl file; some 50 MB or more give steady numbers")
@@ -128,20 +132,22 @@ def _add_others(bench: Any) -> None:
 
 def _add_runs(bench: Any) -> None:
     """Add the benchmarks that measure other processes only."""
-    start = bench.add_parser("start", help="processor time to the first step, and of a step, against transformers")
+    start = bench.add_parser("start", help="processor time to the first step and for each step, against transformers")
     start.add_argument("--runs", type=whole(1), default=3)
     start.add_argument("--steps", type=whole(3), default=6)
-    start.add_argument("--stage", type=int, choices=range(4), default=3, help="of ZeRO")
-    start.add_argument("--plain", action="store_true", help="also a run of ours without the rehearsal before step 1")
+    start.add_argument("--stage", type=int, choices=range(4), default=3, help="stage of ZeRO")
+    start.add_argument("--plain", action="store_true", help="also measure our run without the rehearsal before step 1")
     start.add_argument("--hidden", type=whole(8), default=256, help="width D")
     start.add_argument("--layers", type=whole(1), default=8)
     start.add_argument("--vocab", type=whole(2), default=32000)
     start.add_argument("--seq-len", type=whole(2), default=512)
     start.set_defaults(run=_bench_start)
-    gpu = bench.add_parser("gpu", help="all that is to be known of a GPU, in ten minutes: tests, ceilings, each bench")
-    gpu.add_argument("--out", type=new_folder, default=Path("runs/gpu"), help="folder of gpu.json, gpu.md and gpu.log")
-    gpu.add_argument("--toy", action="store_true", help="shapes of no consequence, also without a GPU: a rehearsal")
-    gpu.add_argument("--minutes", type=number(above=0), default=10.0, help="for all but the training")
+    gpu = bench.add_parser("gpu", help="measure a GPU in ten minutes: tests, ceilings and every benchmark")
+    gpu.add_argument("--out", type=new_folder, default=Path("runs/gpu"), help="folder for gpu.json, gpu.md and gpu.log")
+    gpu.add_argument("--toy", action="store_true", help="rehearse with tiny shapes, with or without a GPU")
+    gpu.add_argument(
+        "--minutes", type=number(above=0), default=10.0, help="minutes for everything except the training (default: 10)"
+    )
     gpu.add_argument(
         "--train",
         dest="train_minutes",
@@ -149,7 +155,7 @@ def _add_runs(bench: Any) -> None:
         nargs="?",
         const=20.0,
         metavar="MINUTES",
-        help="also train pondering and vanilla models alike, for so long (default: 20)",
+        help="also train pondering and vanilla models for this many minutes (default: 20)",
     )
     gpu.set_defaults(run=_bench_gpu)
 
@@ -159,16 +165,18 @@ def _share_flags(op: Any, step: Any, memory: Any, comm: Any, decode: Any) -> Non
     for kind in (op, step, memory, decode):
         kind.add_argument("--hidden", type=whole(1), default=256, help="width D")
         kind.add_argument("--dtype", default="float32")
-        kind.add_argument("--threads", type=whole(1), default=1, help="of torch, on a CPU")
+        kind.add_argument("--threads", type=whole(1), default=1, help="threads of torch on a CPU")
     for kind in (step, memory, decode):
-        kind.add_argument("--recipe", help="its model and sequence length, in place of the shape given here")
+        kind.add_argument(
+            "--recipe", help="take model and sequence length from this recipe instead of the shape given here"
+        )
         kind.add_argument("--vocab", type=whole(1), default=32000)
         kind.add_argument("--layers", type=whole(1), default=8)
         kind.add_argument("--pondering-steps", type=whole(0), default=3)
     for kind in (step, memory, comm):
-        kind.add_argument("--policies", nargs="+", choices=POLICIES, help="of train.recompute; default: all")
+        kind.add_argument("--policies", nargs="+", choices=POLICIES, help="policies of train.recompute (default: all)")
     for kind in (step, memory):
-        kind.add_argument("--batch", type=whole(1), default=4, help="sequences of a micro-batch")
+        kind.add_argument("--batch", type=whole(1), default=4, help="sequences in a micro-batch")
         kind.add_argument("--seq-len", type=whole(1), default=512)
 
 
@@ -181,7 +189,7 @@ def _bench_start(options: argparse.Namespace) -> None:
 
 def _bench_gpu(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("torch") is None:
-        raise ConfigError(f"no torch in this Python ({sys.executable}); call one that has it: make gpu PYTHON=...")
+        raise ConfigError(f"this Python ({sys.executable}) has no torch; name one that has it: make gpu PYTHON=...")
     from benchmarks.gpu import run
 
     return run(**flags(options))

@@ -78,7 +78,7 @@ def _table(runs: dict[str, Runs], small: float, whole: float) -> Iterator[str]:
         start, memory = statistics.median(runs[name].one), statistics.median(runs[name].memory)
         yield f"{name:<24}{speed:>10.2f}{speed / speeds[REFERENCE]:>8.1f}{start:>16.2f}{memory:>9,.0f}"
         if (engines := runs[name].engines) and engines != {name.partition(", ")[2]}:
-            yield f"  done by {' and '.join(sorted(engines))}, as the engine does not give this tokenizer's tokens"
+            yield f"  done by {' and '.join(sorted(engines))}, as the engine gives other tokens than this tokenizer"
     yield f"corpus: {whole:,.1f} MB of text; medians of {len(runs[REFERENCE].whole)} interleaved rounds"
 
 

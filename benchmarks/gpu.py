@@ -70,7 +70,7 @@ def run(out: Path, *, toy: bool, minutes: float, train_minutes: float | None = N
     import torch
 
     if not torch.cuda.is_available() and not toy:
-        raise ConfigError("no GPU here that torch can use: nothing to measure; --toy rehearses it on this processor")
+        raise ConfigError("torch finds no GPU to measure; use --toy to rehearse the measurement on this processor")
     place = Place("cuda" if torch.cuda.is_available() else "cpu", toy, train_minutes)
     stages = _stages(place)
     out.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,10 @@ def _run(stage: Stage, place: Place, out: Path, seconds: float) -> Outcome:
     rows = [line for line in lines if "status" not in line]
     ended: dict[str, str] = next((line for line in lines if "status" in line), {})
     if hung:
-        ended = {"status": "failed", "reason": f"it had not ended {GRACE_SECONDS:g} s after its {seconds:.0f} s"}
+        ended = {
+            "status": "failed",
+            "reason": f"it was still running {GRACE_SECONDS:g} s after its limit of {seconds:.0f} s",
+        }
     elif not ended:
         ended = {"status": "failed", "reason": f"its process ended with exit code {process.exitcode}"}
     return Outcome(stage.name, stage.title, ended["status"], ended["reason"], time.monotonic() - began, rows)
@@ -181,7 +184,7 @@ def _in_a_process(stage: Stage, place: Place, path: Path, log: Path, seconds: fl
                     write_line(asdict(row))
                     failures += [row.error if row.what == "warning" else row.what] if row.error else []
                 if time.monotonic() > deadline:
-                    write_line({"status": "cut short", "reason": f"its {seconds:.0f} s were over"})
+                    write_line({"status": "cut short", "reason": f"it reached its limit of {seconds:.0f} s"})
                     break
             else:
                 wrong = {"status": "failed", "reason": "; ".join(failures)}

@@ -191,7 +191,7 @@ def _run(folder: Path, ranks: int, world: int, stage: int, leg: str) -> dict[str
         pids.append(pid)
     ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     if any(ends):
-        raise ConfigError(f"bench scale: of {ranks} ranks {sum(map(bool, ends))} failed; what they said is above")
+        raise ConfigError(f"bench scale: {sum(map(bool, ends))} of {ranks} ranks failed; their messages are above")
     found = [json.loads((folder / f"counts-{rank}").read_text()) for rank in range(ranks)]
     names = {name for counts in found for name in counts}
     return {

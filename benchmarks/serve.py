@@ -90,7 +90,7 @@ def _measure(
     for key, work in works.items():
         (slow, texts), (fast, said) = theirs[key], ours[key]
         if key[1] == "equal" and dtype == torch.float32 and device == "cpu" and texts != said:
-            raise RuntimeError(f"transformers and vLLM do not say the same to a batch of {key[0]}")
+            raise RuntimeError(f"transformers and vLLM answer a batch of {key[0]} differently")
         ratio = statistics.median(one / other for one, other in zip(slow, fast, strict=True))
         tokens_s = sum(count for _, count in work) / statistics.median(fast)
         rows.append({"batch": key[0], "lengths": key[1], "ratio": ratio, "tokens_s": tokens_s})

@@ -284,7 +284,7 @@ def _decoded(place: Place, context: int, *, compiled: bool) -> Iterator[Row]:
 def engine(place: Place) -> Iterator[Row]:
     """Run `ponder-scale train` under DeepSpeed, with steps, an evaluation and a checkpoint."""
     if _version("deepspeed") is None:
-        raise ConfigError("a run needs DeepSpeed, which is not installed here: pip install deepspeed")
+        raise ConfigError("a run needs DeepSpeed, which is not installed here; run: pip install deepspeed")
     from benchmarks.start import tiny_run
     from ponder_scale.runs.records import METRICS, read
     from ponder_scale.train.loop import train

@@ -47,7 +47,9 @@ def run(
     """
     check_numbers(runs=runs, threads=threads)
     if largest and work.device != "cuda":
-        raise ConfigError("--largest needs a GPU: it raises the micro-batch until memory is out; give --batch here")
+        raise ConfigError(
+            "--largest needs a GPU, where it raises the micro-batch until memory is full; use --batch here"
+        )
     torch.set_num_threads(threads)
     steps = work.model.pondering_steps
     training = Training(work)
@@ -76,7 +78,7 @@ def memory(
     peaks = {
         name: [peak(work, name, number, threads) for number in steps] for name in (PUBLISHED, *(policies or POLICIES))
     }
-    print(f"peak memory of a step, MiB (ratio to {PUBLISHED}): weights, gradients and AdamW's moments in it;")
+    print(f"peak memory of a step, MiB (ratio to {PUBLISHED}): with weights, gradients and AdamW's moments;")
     print(f"{work.line()}; {device_name(work.device, threads)}")
     print(f"{'':11s}" + "".join(f"{f'S = {number}':>15s}" for number in steps))
     for name, row in peaks.items():
@@ -142,7 +144,7 @@ def check_losses(training: Training, pondering_steps: int) -> None:
     # Tolerant for narrow dtypes, in which the published way sums T. The backends sum it in fp32.
     tolerance = 1e-5 if training.work.dtype == "float32" else 2e-2
     if abs(losses["none"] - losses[PUBLISHED]) > tolerance * losses[PUBLISHED]:
-        raise RuntimeError(f"what is compared is not the same model: losses {losses}")
+        raise RuntimeError(f"the ways to compare give different losses, so they are not the same model: {losses}")
 
 
 def _table(work: Workload, rows: list[dict[str, Any]], runs: int, threads: int) -> str:

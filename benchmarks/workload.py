@@ -113,8 +113,8 @@ def workload(
         config = load_recipe(recipe)
         if config.model.feedback != "embedding" or config.model.residual == "replace":
             raise ConfigError(
-                f"--recipe: its model has feedback {config.model.feedback} and residual {config.model.residual}; the "
-                "published way to compare with has the pondering embedding and accumulates or restarts"
+                f"--recipe: its model has feedback {config.model.feedback} and residual {config.model.residual}; "
+                "expected feedback embedding and residual accumulate or restart, as the published way has"
             )
         model = replace(config.model, vocab_size=config.model.vocab_size or vocab)
         return Workload(model, batch, config.data.seq_len, dtype, device)

@@ -12,7 +12,7 @@ INTERRUPTED = 130  # saved for Ctrl-C
 
 
 class UserError(Exception):
-    """Something the user can mend. The message names the file or key, the value, what was expected, the remedy."""
+    """Something the user can correct. The message names the file or key, the value, what was expected, the remedy."""
 
     exit_code = USER_ERROR
 

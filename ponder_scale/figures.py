@@ -28,7 +28,7 @@ def perplexity(loss: float | None) -> float:
 
 
 def bits_per_byte(loss: float, tokens: int, size: int | None) -> float | None:
-    """Of a mean loss in nats over so many tokens, which stand for `size` bytes; None where these are not known."""
+    """Bits per byte of a mean loss in nats over `tokens` tokens of `size` bytes. None if the bytes are not known."""
     return loss * tokens / (size * math.log(2)) if size else None
 
 

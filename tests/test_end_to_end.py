@@ -226,7 +226,7 @@ def test_export_evaluate_and_generate_refuse_what_they_cannot_use(
     settings = ["sources.texts.kind=jsonl", f"sources.texts.path={corpus / 'texts.jsonl'}", "heldout_fraction=0.5"]
     run("ponder-data", "build", *settings, f"tokenizer={tmp_path / 'other'}", f"out={tmp_path / 'shards'}")
     message = error_of("ponder-scale", "evaluate", "ppl", exported[0], "--data", tmp_path / "shards")
-    assert "evaluate on shards of its own tokenizer" in message
+    assert "evaluate on shards that were made with the model's own tokenizer" in message
     assert not (tmp_path / "out").exists()
 
 

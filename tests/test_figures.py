@@ -62,7 +62,7 @@ def test_a_card_tells_a_loss_that_has_no_perplexity(monkeypatch: pytest.MonkeyPa
     trained_card("name", state, {"losses": [800.0, None], "step": 1}, 5, None)
     assert rows["held-out loss (perplexity)"] == "pass 0: 800.0000 (inf), pass 1: not finite, at step 1"
     trained_card("name", state, {"losses": [2.0], "bits_per_byte": [1.25], "step": 1}, 5, None)
-    assert rows["held-out loss (perplexity)"] == "pass 0: 2.0000 (7.39); of the last 1.2500 bits per byte, at step 1"
+    assert rows["held-out loss (perplexity)"] == "pass 0: 2.0000 (7.39); the last is 1.2500 bits per byte, at step 1"
 
 
 @pytest.mark.parametrize(

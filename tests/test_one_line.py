@@ -138,7 +138,7 @@ def test_a_folder_that_can_be_made_is_let_pass_and_not_made(here: Path) -> None:
 
 
 def test_an_export_that_fails_on_the_way_says_so_and_leaves_nothing(here: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"out: cannot be made: .*No space left"), making(here / "out"):
+    with pytest.raises(CheckpointError, match=r"out: cannot be created: .*No space left"), making(here / "out"):
         Path("/dev/full").write_text("x")
     with pytest.raises(ConfigError, match="is a link to"), making(here / "dangling"):
         pass
@@ -187,7 +187,7 @@ def test_a_small_file_is_whole_or_as_it_was(here: Path, monkeypatch: pytest.Monk
         ("plan quickstart --gpus 0", "--gpus is 0; expected at least 1"),
         ("plan quickstart --gpus 8,0", "--gpus is 0; expected at least 1"),
         ("plan quickstart --gpus 8,x", "--gpus is 'x'; expected a whole number"),
-        ("plan quickstart --gpus 8,16 --failures", "--failures with --gpus 8,16; expected one number of devices"),
+        ("plan quickstart --gpus 8,16 --failures", "--gpus is 8,16 with --failures; give one number of devices"),
         ("plan quickstart --hardware nowhere.json", "nowhere.json: cannot be read as a hardware file"),
         ("plan --gpus 8", "the following arguments are required: recipe"),
         ("plan quickstart --gpus-per-node 0", "--gpus-per-node is 0; expected at least 1"),
@@ -276,7 +276,7 @@ def try_model(*overrides: str) -> None:
         ("model.extra={attention_dropout: 2}", "model.extra.attention_dropout is 2; expected a share"),
         ("model.extra={rope_parameters: {rope_type: yarn}}", "factor"),
         ("model.extra={rope_parameters: 3}", "rope_parameters"),
-        ("model.extra={pad_token_id: 99}", "model: it cannot be made"),
+        ("model.extra={pad_token_id: 99}", "model: it cannot be built"),
         ("model.architecture=gpt2 model.extra={activation_function: x}", "transformers has no 'x'"),
     ],
 )
@@ -310,12 +310,12 @@ def test_a_wrong_packing_or_data_are_told_in_words(tmp_path: Path, tiny_shards: 
 
     state = loader().state()
     for saved, said in (
-        ({**state, "packing": "0123abcd"}, "data.packing: packing of the checkpoint: best-fit, of this run: concat;"),
         (
-            {**state, "shards": "0123abcd"},
-            "data.sources: shards of the checkpoint: those it began with, of this run: others",
+            {**state, "packing": "0123abcd"},
+            "data.packing: the checkpoint has packing best-fit, but this run has concat, so",
         ),
-        ({**state, "weights": "0123abcd"}, "data.sources: weights of the checkpoint: those it began with"),
+        ({**state, "shards": "0123abcd"}, "data.sources: this run has other shards than the checkpoint, so"),
+        ({**state, "weights": "0123abcd"}, "data.sources: this run has other weights than the checkpoint, so"),
     ):
         with pytest.raises(ConfigError) as refused:
             loader().restore(saved)

@@ -63,11 +63,11 @@ def newest_whole(run_dir: Path, ranks: Ranks = Ranks()) -> Path | None:
             return folder
         problems.append(f"checkpoint {folder} is damaged ({findings[0]})")
         if ranks.rank == 0:
-            logger.warning("%s; trying the one before", problems[-1])
+            logger.warning("%s; trying the previous checkpoint", problems[-1])
     if problems:
         raise CheckpointError(
-            f"{run_dir}: no whole checkpoint in it; {'; '.join(problems)}; "
-            f"put one back from a copy, or move {CHECKPOINTS}/ away to begin anew"
+            f"{run_dir}: it has no whole checkpoint; {'; '.join(problems)}; "
+            f"put one back from a copy, or move {CHECKPOINTS}/ away to start again from step 1"
         )
     return None
 
@@ -102,7 +102,7 @@ def verify(folder: Path, ranks: Ranks = Ranks()) -> list[str]:
     for name, (size, digest) in shares:
         ranks.alive()
         findings += [finding] if (finding := _finding(folder / name, name, size, digest)) else []
-    return findings + [f"{name} is not in {INDEX}: it was put there after the save; move it away" for name in added]
+    return findings + [f"{name} is not in {INDEX}, so it was added after the save; move it away" for name in added]
 
 
 def _finding(path: Path, name: str, size: int, digest: str) -> str | None:
@@ -110,7 +110,7 @@ def _finding(path: Path, name: str, size: int, digest: str) -> str | None:
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes, {size:,} were saved"
+            return f"{name} has {path.stat().st_size:,} bytes, but {size:,} were saved"
         return None if hash_file(path) == digest else f"{name}: its hash differs from the saved one"
     except OSError as error:
         return f"{name}: {error}"
@@ -129,7 +129,7 @@ def find(path: Path) -> Path:
         newest = newest_whole(path)
         if newest is not None:
             return newest
-        raise CheckpointError(f"{path}: no whole checkpoint in it; none was saved yet")
+        raise CheckpointError(f"{path}: no checkpoint has been saved in it yet")
     raise CheckpointError(f"{path}: expected a run folder (with {CHECKPOINTS}/) or a checkpoint (with {INDEX})")
 
 
@@ -153,7 +153,7 @@ def read_state(folder: Path, *keys: str) -> dict[str, Any]:
     missing = list(keys) if not isinstance(state, dict) else [key for key in keys if key not in state]
     if missing or not isinstance(state, dict):
         raise CheckpointError(
-            f"{path}: no {', '.join(missing) or 'keys'} in it; the checkpoint is of another program or version"
+            f"{path}: it has no {', '.join(missing) or 'keys'}; another program or version saved the checkpoint"
         )
     return state
 

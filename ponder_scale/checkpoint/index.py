@@ -59,16 +59,18 @@ def read_index(folder: Path) -> Index:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {content['format']!r}, this version reads {FORMAT}")
+            raise CheckpointError(f"{path}: its format is {content['format']!r}; this version reads format {FORMAT}")
         files = content["files"]
         if content["checksum"] != checksum(files):
-            raise CheckpointError(f"{path}: its checksum differs")
+            raise CheckpointError(f"{path}: its checksum does not match its list of files")
         index = {name: (size, digest) for name, (size, digest) in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error!r}") from error
     for name, (size, digest) in index.items():
         if not _is_inside(name) or type(size) is not int or type(digest) is not str:
-            raise CheckpointError(f"{path}: lists {name!r}: expected a file in the folder, its size and its hash")
+            raise CheckpointError(
+                f"{path}: its entry for {name!r} is wrong; expected a file in the folder, its size and hash"
+            )
     return index
 
 
@@ -76,7 +78,9 @@ def part_files(folder: Path) -> list[str]:
     """The names of a checkpoint's parts. Raises CheckpointError if it has none."""
     names = [name for name in read_index(folder) if is_part(name)]
     if not names:
-        raise CheckpointError(f"checkpoint {folder}: no part of a rank in {INDEX}; it is of another program or version")
+        raise CheckpointError(
+            f"checkpoint {folder}: {INDEX} lists no file of a rank; another program or version saved the checkpoint"
+        )
     return sorted(names)
 
 

@@ -128,8 +128,8 @@ class Parts:
                 position = stop
         if position < end:
             raise CheckpointError(
-                f"checkpoint {self.folder}: no {kind} for elements {position:,} to {end:,} of {name}; "
-                "it is of another model or another optimizer"
+                f"checkpoint {self.folder}: it has no {kind} for elements {position:,} to {end:,} of {name}; "
+                "it was saved with another model or another optimizer"
             )
 
     def _stream(self, file: str) -> BinaryIO:
@@ -162,7 +162,7 @@ def merged(folder: Path, tables: Iterable[Table]) -> Table:
             if one.begin + one.length > other.begin:
                 raise CheckpointError(
                     f"checkpoint {folder}: {one.file} and {other.file} both hold element {other.begin:,} of "
-                    f"{_shown(key)}; they are not of one save"
+                    f"{_shown(key)}; they come from different saves"
                 )
     return whole
 
@@ -223,7 +223,9 @@ def _stretches(path: Path, stream: BinaryIO) -> Iterator[tuple[str, Stretch]]:
         expected = 0
         for first, end, key, _ in sorted(places):
             if first != expected:
-                raise ValueError(f"{_shown(key)} begins at byte {first:,}, expected {expected:,}, where another ends")
+                raise ValueError(
+                    f"{_shown(key)} begins at byte {first:,}; expected {expected:,}, where the tensor before it ends"
+                )
             expected = end
         if expected != size:
             raise ValueError(f"its tensors end at byte {expected:,} of {size:,}")
@@ -237,18 +239,21 @@ def _checked(key: str, tensor: Any, size: int) -> tuple[int, int, int]:
     """The number of elements, the first byte and the end of a tensor. Raises ValueError if they do not fit together."""
     kind, slash, name = key.partition("/")
     if not (kind and slash and name) or not isinstance(tensor, dict) or tensor.keys() != _KEYS:
-        raise ValueError(f"{_shown(key)} is described by {_shown(tensor)}")
+        raise ValueError(f"{_shown(key)} is {_shown(tensor)}; expected KIND/NAME with {', '.join(sorted(_KEYS))}")
     dtype, shape, offsets = (tensor[field] for field in ("dtype", "shape", "data_offsets"))
     if type(dtype) is not str or dtype not in DTYPES:
-        raise ValueError(f"{_shown(key)} has dtype {_shown(dtype)}, expected one of {', '.join(DTYPES)}")
+        raise ValueError(f"{_shown(key)} has dtype {_shown(dtype)}; expected one of {', '.join(DTYPES)}")
     for values, count in ((shape, 1), (offsets, 2)):
         if type(values) is not list or len(values) != count or not all(_is_count(value) for value in values):
-            raise ValueError(f"{_shown(key)} has shape {_shown(shape)} and data_offsets {_shown(offsets)}")
+            raise ValueError(
+                f"{_shown(key)} has shape {_shown(shape)} and data_offsets {_shown(offsets)}; expected one length and "
+                "two offsets"
+            )
     (length,), (first, end) = shape, offsets
     if end > size or end - first != length * DTYPES[dtype].itemsize:
         raise ValueError(
-            f"{_shown(key)} has {_shown(length)} elements of {dtype} in bytes {_shown(first)} to {_shown(end)} of "
-            f"{size:,}"
+            f"{_shown(key)} has {_shown(length)} elements of {dtype}, which do not fit bytes {_shown(first)} to "
+            f"{_shown(end)} of {size:,}"
         )
     return length, first, end
 
@@ -259,7 +264,7 @@ def _parse(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Any]
         size, head = path.stat().st_size, stream.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"not a safetensors file: of {size:,} bytes its header would be {length:,}")
+            raise ValueError(f"it is not a safetensors file: its header would take {length:,} of {size:,} bytes")
         tensors = _json(stream.read(length))
         texts = tensors.pop("__metadata__")
         metadata = {name: _json(value) for name, value in texts.items()}
@@ -274,11 +279,11 @@ def _json(text: str | bytes) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            raise ValueError("a name comes twice")
+            raise ValueError("a name is given twice")
         return values
 
     def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no number")
+        raise ValueError(f"{constant} is not a valid number")
 
     return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
 
@@ -294,8 +299,8 @@ def _shown(value: Any) -> str:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = f"no {_shown(error.args[0])} in its header" if isinstance(error, KeyError) else str(error)
-    return CheckpointError(f"{path}: cannot be read: {reason}; nothing else is tried with such a file")
+    reason = f"its header has no {_shown(error.args[0])}" if isinstance(error, KeyError) else str(error)
+    return CheckpointError(f"{path}: cannot be read: {reason}; put it back from a copy")
 
 
 def _read(stream: BinaryIO, stretch: Stretch, begin: int, out: Tensor) -> None:

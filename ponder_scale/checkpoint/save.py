@@ -201,10 +201,10 @@ def _remedy(error: Exception, run_dir: Path) -> str:
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"free space on the disk of {run_dir} or lower checkpoint.keep"
     if number in (errno.EACCES, errno.EPERM):
-        return f"space is not the cause: give the user of the run, number {os.geteuid()}, permission for that"
+        return f"space is not the cause; give the user of the run (uid {os.geteuid()}) that permission"
     if number == errno.EROFS:
-        return f"space is not the cause: {run_dir} is on a read-only file system; have it mounted for writing"
-    return f"see to that; look at the disk of {run_dir}"
+        return f"space is not the cause; have the read-only file system of {run_dir} mounted for writing"
+    return f"check the disk of {run_dir}"
 
 
 def _index_shared(saving: Path) -> Index:
@@ -234,7 +234,7 @@ def _delete_older(run_dir: Path, retention: Retention) -> None:
         try:
             check_ours(folder, made(folder), proven=lambda _: True)
         except ConfigError as error:
-            logger.warning("a checkpoint is kept that checkpoint.keep would delete: %s", error)
+            logger.warning("checkpoint.keep would delete a checkpoint, but it is kept: %s", error)
             continue
         folder.rename(doomed)
         _sweep(doomed)
@@ -247,7 +247,7 @@ def _sweep(folder: Path) -> None:
     except FileNotFoundError:
         pass
     except (ConfigError, OSError) as error:
-        logger.warning("a folder that a save has left stays: %s", error)
+        logger.warning("the remains of a save were not deleted: %s", error)
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -31,11 +31,13 @@ def read_weights(folder: Path, *, average: bool = False) -> Iterator[tuple[str, 
     kind = AVERAGE if average else WEIGHT
     kept = average_since(read_state(folder)) is not None and AVERAGE in parts.kinds(next(iter(shapes)))
     if average and not kept:
-        raise CheckpointError(f"{folder}: it holds no average of the weights; train with optim.ema, or export without")
+        raise CheckpointError(
+            f"{folder}: it holds no average of the weights; train with optim.ema, or export without --ema"
+        )
     for name, shape in shapes.items():
         count = math.prod(shape)
         if not parts.has(kind, name, 0, count):  # checked before memory is allocated
-            raise CheckpointError(f"checkpoint {folder}: not all of the {count:,} elements of {name} are in its parts")
+            raise CheckpointError(f"checkpoint {folder}: its files lack some of the {count:,} elements of {name}")
         weight = torch.empty(shape)
         parts.read(kind, name, 0, weight.view(-1))
         yield name, weight
@@ -48,7 +50,9 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
         raise CheckpointError(f"{folder / STATE}: parameters: expected names and shapes")
     for name, shape in shapes.items():
         if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-            raise CheckpointError(f"{folder / STATE}: parameters: {name!r} has shape {ascii(shape)[:80]}")
+            raise CheckpointError(
+                f"{folder / STATE}: parameters: {name!r} has shape {ascii(shape)[:80]}; expected whole numbers"
+            )
     return shapes
 
 
@@ -96,9 +100,11 @@ def _indexed(index: Path) -> list[Path]:
         raise CheckpointError(f"{index}: cannot be read: {error!r}; download or export it again") from error
     for name in names:
         if type(name) is not str or Path(name).name != name:
-            raise CheckpointError(f"{index}: names {name!r}, expected files of the folder")
+            raise CheckpointError(f"{index}: names {name!r}; expected the name of a file in its folder")
         if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index.parent / name}: missing, {index.name} names it; download or export it again")
+            raise CheckpointError(
+                f"{index.parent / name}: missing, although {index.name} names it; download or export it again"
+            )
     return [index.parent / name for name in names]
 
 
@@ -149,18 +155,20 @@ def model_weights(model: Any, folder: Path, *, optional: Collection[str] = ()) -
         if shape != tensor.shape:
             wanted = "no such parameter" if shape is None else f"shape {tuple(shape)}"
             raise CheckpointError(
-                f"{folder}: {stored} has shape {tuple(tensor.shape)}, the model has {wanted}; "
+                f"{folder}: {stored} has shape {tuple(tensor.shape)}, but the model has {wanted}; "
                 "use weights of the same architecture and size"
             )
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(
-                f"{folder}: {stored} is of {tensor.dtype}, expected floating-point weights of 16 bits or more; "
+                f"{folder}: {stored} has dtype {tensor.dtype}; expected floating-point weights of 16 bits or more; "
                 "convert the folder first"
             )
         yield name, tensor
     expected = {name: shape for name, shape in expected.items() if name not in optional}
     if expected:
-        raise CheckpointError(f"{folder}: no weight for {', '.join(sorted(expected)[:5])}; it is of another model")
+        raise CheckpointError(
+            f"{folder}: it has no weight for {', '.join(sorted(expected)[:5])}; it belongs to another model"
+        )
 
 
 def _load(path: Path) -> Any:

@@ -80,7 +80,7 @@ def add_commands(commands: Any) -> None:
 
 def _compare(options: argparse.Namespace, _: list[str]) -> int:
     if not options.seeds and any("{seed}" in override for override in options.overrides):
-        raise ConfigError("{seed} stands in an override; say by --seeds for which")
+        raise ConfigError("an override contains {seed}; give the seeds with --seeds")
 
     def configure(more: Sequence[str]) -> RunConfig:
         first = str(options.seeds[0]) if options.seeds else ""
@@ -89,7 +89,10 @@ def _compare(options: argparse.Namespace, _: list[str]) -> int:
 
     config = configure(())
     if "RANK" in os.environ:
-        raise ConfigError("RANK is set: compare starts the ranks itself; under a launcher train each line of --list")
+        raise ConfigError(
+            "RANK is set, but compare starts the ranks itself; run it without a launcher, or train each line of --list "
+            "under the launcher"
+        )
     from ponder_scale.compare.findings import read_result, time_ratio
     from ponder_scale.compare.members import TIME, plan_runs
     from ponder_scale.compare.report import write_report

@@ -136,8 +136,12 @@ def _export(options: argparse.Namespace, _: list[str]) -> None:
 
     source, out, like = options.source, options.out, options.like
     if is_universal(source) != (like is not None):
-        said = "expected a universal checkpoint with --like" if like else "a universal checkpoint, which needs --like"
-        raise ConfigError(f"{source}: {said}, a folder with the model's config.json and tokenizer")
+        said = (
+            "--like is only for universal checkpoints, which this is not; give one, or leave --like out"
+            if like
+            else "a universal checkpoint needs --like; give a folder with the model's config.json and tokenizer"
+        )
+        raise ConfigError(f"{source}: {said}")
     kept: dict[str, Any] = {"dtype": options.dtype, "licence": options.licence}
     if like is None:
         export(source, out, average=options.ema, **kept)

@@ -183,7 +183,7 @@ def _plan(options: argparse.Namespace, _: list[str]) -> None:
     if len(options.gpus) > 1:
         if options.failures is not None:
             raise ConfigError(
-                f"--failures with --gpus {','.join(map(str, options.gpus))}; expected one number of devices"
+                f"--gpus is {','.join(map(str, options.gpus))} with --failures; give one number of devices"
             )
         print_scaling(config, options.gpus, per_node=per_node, hardware=hardware)
     else:
@@ -266,7 +266,7 @@ def calibration_lines(hardware: Hardware) -> list[str]:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in hardware.vocabulary_share.items())
     rates = ", ".join(f"{kind} {stored(each)}/s" for kind, each in link.bytes_per_second.items())
     return [
-        f"products       {product / 1e12:,.3g} TFLOP/s large ones, as if {hardware.product_edge:.0f} longer each side",
+        f"products       {product / 1e12:,.3g} TFLOP/s; each side counts as {hardware.product_edge:.0f} longer",
         f"vocabulary     of that peak: {shares}; attention {hardware.attention_share:.0%}",
         f"memory         {stored(hardware.memory_bytes_per_second)}/s, optimizer "
         f"{stored(hardware.optimizer_bytes_per_second)}/s, {span(hardware.call_seconds)} a call",
@@ -279,7 +279,9 @@ def _devices(ranks: int, per_node: int, hardware: Hardware) -> Any:
 
     in_a_node = min(per_node, ranks)
     if in_a_node < 1 or ranks % in_a_node:
-        raise ConfigError(f"--gpus is {ranks}; expected a multiple of the {per_node} of a node (--gpus-per-node)")
+        raise ConfigError(
+            f"--gpus is {ranks}; expected a multiple of the {per_node} devices of a node (--gpus-per-node)"
+        )
     return Devices(ranks, round(hardware.memory_bytes), in_a_node, hardware.asynchronous, hardware)
 
 
@@ -289,7 +291,7 @@ def _epochs(config: RunConfig) -> list[str]:
 
     for name, source in config.data.sources.items():
         if not (Path(source.path) / MANIFEST).is_file():
-            return [f"epochs         unknown: data.sources.{name}.path is {source.path}, where no shards are"]
+            return [f"epochs         unknown: data.sources.{name}.path is {source.path}, which holds no shards"]
     return epoch_lines(config, open_data(config))
 
 
@@ -322,10 +324,10 @@ def _check_run_dir(run_dir: Path) -> None:
     """Raise ConfigError if the run's folder, or a file that an earlier run left in it, cannot be written."""
     check_folder(run_dir, "run_dir")
     for name in ("checkpoints", "heartbeat"):
-        check_folder(run_dir / name, f"run_dir is {run_dir}: {name} in it")
+        check_folder(run_dir / name, f"run_dir is {run_dir}: its {name}")
     for name in ("attempt", "attempts.jsonl", "config.yaml", "latest", "metrics.jsonl"):
         if os.path.lexists(run_dir / name):
-            check_file(run_dir / name, f"run_dir is {run_dir}: {name} in it")
+            check_file(run_dir / name, f"run_dir is {run_dir}: its {name}")
 
 
 def _check_data(config: RunConfig) -> None:

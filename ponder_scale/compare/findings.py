@@ -69,11 +69,13 @@ class Verdict:
     def __str__(self) -> str:
         mean = statistics.fmean(self.differences)
         if not math.isfinite(mean):
-            return f"{self.pondering} against {self.baseline}: a held-out loss is not finite, so nothing is claimed"
+            return (
+                f"{self.pondering} against {self.baseline}: no difference is claimed, as a held-out loss is not finite"
+            )
         way = "lower" if mean >= 0 else "higher"
         found = f"{self.pondering} against {self.baseline}: loss {way} by {abs(mean):+.4f} nats"
         if self.half_width is None:
-            return f"{found} in one seed: nothing is claimed, train at least 3 seeds"
+            return f"{found} in one seed, so no difference is claimed; train at least 3 seeds"
         found += f" +- {self.half_width:.4f} (95% interval over {len(self.differences)} seeds)"
         if abs(mean) <= self.half_width:
             return f"{found}: the interval holds 0, so no difference is claimed"

@@ -49,18 +49,19 @@ def fit_runs(folders: Sequence[Path], json_file: Path | None = None) -> dict[str
     runs = [run for place in _run_dirs(folders) if (run := read_run(place)) is not None]
     if not runs:
         raise ConfigError(
-            f"{', '.join(map(str, folders))}: no finished run with a held-out loss and its last checkpoint"
+            f"{', '.join(map(str, folders))}: expected finished runs with a held-out loss and their last checkpoint"
         )
     for run in runs:
         if run.data != runs[0].data:
             raise ConfigError(
                 f"{run.run_dir}: its held-out loss is over other data than that of {runs[0].run_dir} "
-                f"({_words(run.data)}; {_words(runs[0].data)}), so the two cannot be compared; fit them apart"
+                f"({_words(run.data)}; {_words(runs[0].data)}), so the two cannot be compared; fit them separately"
             )
     kinds = sorted({run.kind for run in runs if run.kind})
     if not kinds:
         raise ConfigError(
-            "none of the runs ponders (model.pondering_steps is 0), so nothing tells what a pass is worth"
+            "none of the runs ponders, so they do not show what a pass is worth; add runs with model.pondering_steps "
+            "of at least 1"
         )
     fits: dict[str, Fit] = {}
     for kind in kinds:
@@ -104,7 +105,7 @@ def read_run(run_dir: Path) -> Trained | None:
     evaluations = [each for each in records.read(run_dir / records.METRICS) if each["event"] == "evaluation"]
     last = evaluations[-1] if evaluations else None
     if last is None or last["step"] != config.train.steps or last["losses"][-1] is None:
-        logger.info("%s is left out: no finite held-out loss of its last step (%d)", run_dir, config.train.steps)
+        logger.info("%s is left out: its last step (%d) has no finite held-out loss", run_dir, config.train.steps)
         return None
     try:
         state = read_state(step_folder(run_dir, last["step"]), "model", "loader")

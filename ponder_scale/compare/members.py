@@ -30,7 +30,7 @@ FIXED = ("train.pondering.schedule=fixed", "train.pondering.mean=null", "train.p
 PLAIN = ("model.pondering_steps=0", "model.initial_scale=1", *FIXED)
 # Baselines that you can add by name. They take as many pondering steps as the first pondering model.
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
-    TIME: ("equal parameters and training time: more tokens", PLAIN),
+    TIME: ("equal parameters and training time, so more tokens", PLAIN),
     LONG: (f"equal parameters, {LONGER} times the steps", PLAIN),
     "looped": (
         "the same passes, each on the hidden states of the one before (a looped transformer)",
@@ -143,7 +143,7 @@ def plan_runs(
     if unknown:
         raise ConfigError(f"--with {unknown[0]}: expected one of {', '.join(EXTRAS)}")
     if min(steps) < 1:
-        raise ConfigError(f"--steps has {min(steps)}; expected at least 1: vanilla, which is 0, is always trained")
+        raise ConfigError(f"--steps has {min(steps)}; expected at least 1; vanilla, with 0 steps, is always trained")
     members = _Maker(load, recipe, vocab_size, own or {}, time_ratio).members(steps, extras)
     names = [each.name for each in members]
     if strange := [name for name in own or () if name not in (*names, *extras)]:
@@ -171,7 +171,7 @@ class _Maker:
         twice = self.member(TWICE, "about twice the parameters, equal tokens", *PLAIN, *wider)
         further = train.sequences_until(train.steps) * (pondering[0].flops / vanilla.flops - 1)
         longer = train.steps + round(further / train.global_batch)
-        about = f"equal parameters and the training FLOPs of {pondering[0].name}: more tokens"
+        about = f"equal parameters and the training FLOPs of {pondering[0].name}, so more tokens"
         flops = self.member(FLOPS, about, *PLAIN, f"train.steps={longer}")
         more = [
             self.member(name, EXTRAS[name][0], f"model.pondering_steps={steps[0]}", *EXTRAS[name][1])

@@ -89,24 +89,24 @@ def _check(points: Sequence[Point]) -> None:
     sizes = sorted({(point.once, point.recurrent) for point in points})
     tokens = {point.tokens for point in points}
     if not points or not all(np.isfinite(point.loss) and point.loss > 0 for point in points):
-        raise ConfigError("phi is fitted to finite losses; there is a run without one, or no run at all")
+        raise ConfigError("phi is fitted to finite losses, but a run has none, or there are no runs")
     if len(passes) < 2:
         raise ConfigError(
-            f"all {len(points)} runs have S = {passes[0] - 1}, so nothing tells what a pass is worth; add runs of "
-            "another model.pondering_steps, 0 among them"
+            f"all {len(points)} runs have S = {passes[0] - 1}, so they do not show what a pass is worth; add runs with "
+            "another model.pondering_steps, such as 0"
         )
     if len(sizes) < 2:
         once, recurrent = sizes[0]
         raise ConfigError(
-            f"all {len(points)} runs have {once + recurrent:,.0f} parameters, so nothing tells what parameters are "
-            "worth, and phi compares passes with them; add runs of another width or depth"
+            f"all {len(points)} runs have {once + recurrent:,.0f} parameters, so they do not show what parameters are "
+            "worth, with which phi compares passes; add runs of another width or depth"
         )
     needed = 1 + (_OF_TOKENS if len(tokens) == 1 else len(_LEAST))
     cells = len({point[:4] for point in points})
     if cells < needed:
         raise ConfigError(
-            f"{cells} different runs cannot fix the {needed - 1} constants of the law; train at least {needed} of "
-            "different sizes, steps S and tokens"
+            f"{cells} different runs cannot determine the {needed - 1} constants of the law; train at least {needed} "
+            "with different sizes, steps S and tokens"
         )
 
 

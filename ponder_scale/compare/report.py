@@ -83,7 +83,7 @@ def _notes(results: Sequence[Result], unfinished: Sequence[str]) -> str:
     bits = (
         "Bits per byte are all bits of these tokens over the bytes of their text."
         if any(result.bits_per_byte is not None for result in results)
-        else "There are no bits per byte: what bytes the tokens stand for was not known, and the runs' logs say why."
+        else "There are no bits per byte, because the bytes of the tokens are not known; the runs' logs say why."
     )
     loss = (
         f"Loss in nats of the last pass over {held_out_tokens:,} held-out tokens, mean over seeds +- half of its 95% "
@@ -92,7 +92,7 @@ def _notes(results: Sequence[Result], unfinished: Sequence[str]) -> str:
         else "Nothing is held out, so there is no held-out loss."
     )
     return (
-        f"{loss} FLOPs are those the model needs, recomputation not counted; time is that of training steps alone. "
+        f"{loss} FLOPs are those that the model needs, without recomputation. Time is that of training steps alone. "
         f"Not finished: {', '.join(unfinished) or 'none'}."
     )
 

@@ -63,6 +63,6 @@ def _check_same(run: Run, config: RunConfig) -> None:
     for key in sorted(saved.keys() | wanted.keys()):
         if saved.get(key) != wanted.get(key) and not key.startswith(("log.", "checkpoint.")):
             raise ConfigError(
-                f"{run.run_dir}: was trained with {key} {saved.get(key)}, this comparison has {wanted.get(key)}; "
-                "give it another run_dir, or the same settings"
+                f"{run.run_dir}: was trained with {key} {saved.get(key)}, but this comparison has {wanted.get(key)}; "
+                "give the comparison another run_dir, or the same settings"
             )

@@ -1,4 +1,4 @@
-"""The knobs of what a run reads."""
+"""The knobs of the data that a run reads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """A stretch of training with its own mixture: a curriculum, or an annealing at the end."""
+    """A part of training with its own mixture, for a curriculum or for annealing at the end."""
 
     tokens: float | None = knob(
         None,
@@ -44,7 +44,7 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read, and in what pieces."""
+    """The data to read, and the pieces to read it in."""
 
     sources: dict[str, SourceConfig] = knob({}, "The mixture: a name for each folder of shards.")
     seq_len: int = knob(
@@ -71,8 +71,8 @@ class DataConfig:
         for name in self.sources:
             if not name or "/" in name or not name.isprintable():
                 raise ConfigError(
-                    f"data.sources has {name!r}; a / stands between the name of a folder and that of a source in it, "
-                    f"and a name is one line: use letters, digits, - and _"
+                    f"data.sources has the name {name!r}; expected one line without /, which separates the name of a "
+                    f"folder from that of a source in it; use letters, digits, - and _"
                 )
         for number, phase in enumerate(self.phases[:-1]):
             if phase.tokens is None:

@@ -1,4 +1,4 @@
-"""A whole run: every group of knobs, and what has to hold between them."""
+"""A whole run: every group of knobs, and the conditions between the groups."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class RunConfig:
             )
         if self.health.on_spike == "rewind" and not (self.checkpoint.every_steps or self.checkpoint.every_minutes):
             raise ConfigError(
-                "health.on_spike is rewind, but nothing is saved to go back to: the run would begin anew; set "
-                "checkpoint.every_steps or checkpoint.every_minutes"
+                "health.on_spike is rewind, but the run saves no checkpoint to go back to; set checkpoint.every_steps "
+                "or checkpoint.every_minutes"
             )
         decay = self.optim.wsd_decay_steps
         if decay is not None and decay > self.train.steps - self.optim.warmup_steps:
@@ -55,7 +55,10 @@ class RunConfig:
         self._check_pondering()
         self._check_halting()
         if self.train.offload_activations and self.train.recompute == "none":
-            raise ConfigError("train.offload_activations needs a train.recompute that keeps little; none keeps all")
+            raise ConfigError(
+                "train.offload_activations is true, but train.recompute is none, which keeps every activation; use "
+                "another train.recompute"
+            )
         if not self.data.sources:
             raise ConfigError("data.sources is empty; name a folder of shards: data.sources.NAME.path=FOLDER")
 
@@ -93,34 +96,35 @@ class RunConfig:
             )
         if pondering.backward_passes is not None and self.model.residual == "replace":
             raise ConfigError(
-                f"train.pondering.backward_passes is {pondering.backward_passes} with model.residual "
-                "replace, where no gradient would reach the input embeddings; use accumulate or restart, or leave it "
-                "null"
+                f"train.pondering.backward_passes is {pondering.backward_passes} with model.residual replace, so no "
+                "gradient would reach the input embeddings; set model.residual to accumulate or restart, or "
+                "backward_passes to null"
             )
         if pondering.backward_passes is not None and self.train.pass_losses != "last":
             raise ConfigError(
                 f"train.pondering.backward_passes is {pondering.backward_passes} with train.pass_losses "
-                f"{self.train.pass_losses}: the losses of the passes before would have no gradient; leave one out"
+                f"{self.train.pass_losses}, so the losses of earlier passes would have no gradient; set "
+                "backward_passes to null or pass_losses to last"
             )
         if pondering.backward_passes == 1 and self.model.feedback == "both":
             raise ConfigError(
-                "train.pondering.backward_passes is 1 with model.feedback both, whose gate would get no gradient and "
+                "train.pondering.backward_passes is 1 with model.feedback both, so the gate would get no gradient and "
                 "stay closed; use at least 2"
             )
         mean = pondering.mean
         if mean is not None and mean > self.model.pondering_steps:
             raise ConfigError(
-                f"train.pondering.mean is {mean}, above model.pondering_steps ({self.model.pondering_steps}), to which "
-                "draws are clipped; lower it, or raise model.pondering_steps to about twice the mean"
+                f"train.pondering.mean is {mean}, above model.pondering_steps ({self.model.pondering_steps}), which no "
+                "draw may exceed; lower the mean, or raise model.pondering_steps to about twice the mean"
             )
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A run as a recipe and `key=value` overrides describe it.
+    """The run that a recipe and `key=value` overrides describe.
 
     Args:
         name: a YAML file, or the name of a shipped recipe.
 
-    Raises ConfigError as `settings.load` does, and where there is no such recipe.
+    Raises ConfigError as `settings.load` does, and if there is no such recipe.
     """
     return load(RunConfig, find_recipe(name, RECIPES), overrides)

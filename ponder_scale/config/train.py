@@ -50,17 +50,18 @@ class PonderingSchedule:
         if (self.schedule == "lognormal-poisson") != (self.mean is not None):
             raise ConfigError(
                 f"train.pondering.mean is {self.mean} with train.pondering.schedule {self.schedule}; lognormal-poisson "
-                "needs it, the other schedules have none"
+                "needs a mean, and the other schedules must leave it null"
             )
         if self.per == "sequence" and self.schedule in ("fixed", "ramp"):
             raise ConfigError(
-                f"train.pondering.per is sequence with train.pondering.schedule {self.schedule}, by which all "
-                "sequences of a step take as many; use uniform or lognormal-poisson"
+                f"train.pondering.per is sequence, but train.pondering.schedule {self.schedule} gives all sequences "
+                "of a step the same number; use uniform or lognormal-poisson"
             )
         if self.per == "sequence" and self.backward_passes is not None:
             raise ConfigError(
-                f"train.pondering.backward_passes is {self.backward_passes} with train.pondering.per sequence: the "
-                "gradient of a sequence that is done early would be cut before its own last passes; leave one out"
+                f"train.pondering.backward_passes is {self.backward_passes} with train.pondering.per sequence, so a "
+                "sequence that ends early would get no gradient through its own last passes; set backward_passes to "
+                "null or per to step"
             )
 
 
@@ -88,7 +89,7 @@ class HaltingLoss:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How much is trained, in what precision and pieces."""
+    """The length, precision and batches of the training, and how it uses memory."""
 
     steps: int = knob(MISSING, "Number of optimizer steps.", unit="steps", min=1, max=MOST_STEPS)
     global_batch: int = knob(
@@ -171,7 +172,7 @@ class TrainConfig:
         first, steps = self.batch_ramp_from, self.batch_ramp_steps
         if (first is None) != (steps is None):
             raise ConfigError(
-                f"train.batch_ramp_from is {first} with train.batch_ramp_steps {steps}; a ramp needs both, else neither"
+                f"train.batch_ramp_from is {first} with train.batch_ramp_steps {steps}; set both or neither"
             )
         if first is not None and self.global_batch % max(1, first):
             raise ConfigError(
@@ -182,14 +183,15 @@ class TrainConfig:
 
     @property
     def batch_unit(self) -> int:
-        """Sequences that every step has a multiple of, so this is what has to divide over micro-batches and ranks."""
+        """The number of sequences that every step has a multiple of. It must divide over micro-batches and ranks."""
         return self.batch_ramp_from or self.global_batch
 
     def batch_at(self, step: int) -> int:
         """Sequences of optimizer step `step`, counted from 1.
 
-        With a ramp the n sizes, n = global_batch / batch_ramp_from, take equal shares of the steps before
-        `batch_ramp_steps`, as far as whole steps allow; Megatron-LM's --rampup-batch-size does so by sequences.
+        A ramp has n = global_batch / batch_ramp_from sizes. Each size takes an equal share of the steps before
+        `batch_ramp_steps`, as far as whole steps allow. Megatron-LM's --rampup-batch-size gives each size an equal
+        share of the sequences instead.
         """
         if self.batch_ramp_steps is None:
             return self.global_batch
@@ -201,13 +203,13 @@ class TrainConfig:
         if self.batch_ramp_steps is None:
             return step * self.global_batch
         rises, last = self.global_batch // self.batch_unit - 1, self.batch_ramp_steps - 1
-        # rise number k comes after the first ceil(k last / rises) steps
+        # The batch rises for the k-th time after the first ceil(k last / rises) steps.
         larger = sum(max(0, step + (-k * last) // rises) for k in range(1, rises + 1))
         return self.batch_unit * (step + larger)
 
     @property
     def micro_batch_sequences(self) -> int:
-        """`micro_batch` once it is a number: `auto` is replaced when a run starts."""
+        """`micro_batch` as a number. When a run starts, it replaces `auto` by a number."""
         assert isinstance(self.micro_batch, int), "train.micro_batch is still auto"
         return self.micro_batch
 
@@ -269,12 +271,12 @@ class OptimConfig:
         if (self.optimizer == "muon") != (self.muon_lr is not None):
             raise ConfigError(
                 f"optim.muon_lr is {self.muon_lr} with optim.optimizer {self.optimizer}; muon needs it "
-                "(0.02 is usual), adamw has none"
+                "(0.02 is usual), and adamw must leave it null"
             )
         if self.optimizer == "muon" and self.grad_clip is not None:
             raise ConfigError(
-                f"optim.grad_clip is {self.grad_clip} with muon: under ZeRO it would clip Muon's update, whose "
-                "norm is not the gradient's, and cripple learning; set optim.grad_clip=null"
+                f"optim.grad_clip is {self.grad_clip} with muon; under ZeRO it would clip the update of Muon instead "
+                "of the gradient, and learning would be crippled; set optim.grad_clip=null"
             )
         if self.optimizer == "muon" and self.mup_base_width is not None:
             raise ConfigError(
@@ -284,7 +286,7 @@ class OptimConfig:
         if (self.schedule == "wsd") != (self.wsd_decay_steps is not None):
             raise ConfigError(
                 f"optim.wsd_decay_steps is {self.wsd_decay_steps} with optim.schedule {self.schedule}; wsd needs it, "
-                "the other schedules have none"
+                "and the other schedules must leave it null"
             )
         if self.min_lr > self.lr:
             raise ConfigError(f"optim.min_lr is {self.min_lr}, above optim.lr ({self.lr}); lower it")

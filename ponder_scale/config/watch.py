@@ -1,4 +1,4 @@
-"""The knobs of what a run keeps, measures, guards against and reports."""
+"""The knobs of checkpoints, evaluation, health checks and logs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .bounds import MOST_POSITIONS, MOST_SECONDS, MOST_SEQUENCES, MOST_STEPS
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and what is kept. The last step is always saved."""
+    """When to save checkpoints, and which ones to keep. The last step is always saved."""
 
     every_steps: int | None = knob(
         None,
@@ -93,7 +93,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class HealthConfig:
-    """What is watched while training, and what is done about it. docs/recovery.md says more."""
+    """What a run watches while it trains, and how it reacts. docs/recovery.md says more."""
 
     hang_seconds: float | None = knob(
         600.0,
@@ -165,7 +165,7 @@ class HealthConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """metrics.jsonl is always written; the rest is asked for."""
+    """What a run logs besides metrics.jsonl, which it always writes."""
 
     every_steps: int = knob(
         10, "Write a line of metrics at every multiple of this step.", unit="steps", min=1, max=MOST_STEPS

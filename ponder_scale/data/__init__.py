@@ -1,1 +1,1 @@
-"""From shards to micro-batches, in an order that step and seed give."""
+"""Read micro-batches from shards, in an order that follows from the step and the seed."""

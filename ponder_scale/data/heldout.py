@@ -1,4 +1,4 @@
-"""Held-out loss of every pass: the same code during training and after it."""
+"""The held-out loss of every pass. Training and the evaluation after it use the same code."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class HeldOut:
     """Mean cross-entropy in nats of each of the S + 1 passes.
 
     Args:
-        tokens: predicted tokens that the losses are means over.
-        bytes: of text, that these stand for; None: not known exactly.
+        tokens: number of predicted tokens that the losses are means over.
+        bytes: size of the text that these tokens stand for. None if it is not known exactly.
     """
 
     losses: list[float]
@@ -30,12 +30,12 @@ class HeldOut:
 
     @property
     def perplexities(self) -> list[float]:
-        """exp of the losses; inf where that is more than a float holds."""
+        """exp of the losses, or inf if a float cannot hold it."""
         return [perplexity(loss) for loss in self.losses]
 
     @property
     def bits_per_byte(self) -> list[float] | None:
-        """Of each pass: all bits of these tokens over all their bytes; None where bytes are not known."""
+        """For each pass, all bits of these tokens over all their bytes. None if the bytes are not known."""
         found = [bits_per_byte(loss, self.tokens, self.bytes) for loss in self.losses]
         return None if None in found else found  # type: ignore[return-value]
 
@@ -46,13 +46,13 @@ def heldout_losses(
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
     sizes: TextBytes | None = None,
 ) -> HeldOut | None:
-    """The held-out losses over all ranks, or None where there are no batches, or no label in them counts.
+    """The held-out losses over all ranks. None if there are no batches, or if no label in them counts.
 
     Args:
-        predict: the model's output for tokens, labels and positions, (B, T) each, as in `MicroBatch`.
-        batches: those of `heldout_batches`.
-        total: adds a tensor up over the ranks.
-        sizes: bytes of the tokens, where they are known.
+        predict: gives the model's output for tokens, labels and positions, (B, T) each, as in `MicroBatch`.
+        batches: the batches of `heldout_batches`.
+        total: sums a tensor over the ranks.
+        sizes: bytes of the tokens. None if they are not known.
     """
     sums = loss_sums(predict, batches, sizes=sizes)
     return None if sums is None else of_sums(total(sums))
@@ -65,7 +65,8 @@ def loss_sums(
     *,
     sizes: TextBytes | None = None,
 ) -> Tensor | None:
-    """The sums of this rank, (S + 4,): losses of each pass, their count, bytes, and labels whose bytes are not known.
+    """The sums of this rank, (S + 4,): the losses of each pass, the labels that count, their bytes if these are known,
+    and the number of labels whose bytes are not known.
 
     `alive` is called for each batch.
     """
@@ -81,7 +82,7 @@ def loss_sums(
 
 
 def of_sums(sums: Tensor) -> HeldOut | None:
-    """The means of `loss_sums`, those of all ranks added up; None where no label counts."""
+    """The means that follow from `loss_sums`, summed over all ranks. None if no label counts."""
     *losses, count, known, unknown = sums.tolist()
     if not count:
         return None

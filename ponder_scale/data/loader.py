@@ -1,9 +1,9 @@
 """The micro-batches of one rank, read from memory-mapped shards in the order of `order.py`.
 
-What a sequence holds is said in `sequences.py`. A step takes the next `global_batch` sequences of the run, or as many
-as it is asked for, and deals them out: micro-batch m of rank r gets numbers m * world_size * micro_batch +
-r * micro_batch and following. So what a step trains on does not depend on ranks or micro-batches, and the loader's
-whole state is the number of sequences consumed.
+`sequences.py` says what a sequence holds. A step takes the next `global_batch` sequences of the run, or another number
+if it asks for one, and distributes them: micro-batch m of rank r gets the sequences from number
+m * world_size * micro_batch + r * micro_batch on. So the data of a step does not depend on ranks or micro-batches, and
+the whole state of the loader is the number of sequences that were consumed.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ from ponder_scale.shards.format import ShardSet, open_all
 from ponder_scale.shards.manifest import Manifest
 from ponder_scale.shards.packing import Packing, open_packing
 
-_HISTORIES = 10_000  # of sets that were appended to, tried to explain a difference
-_Ahead = tuple[int, Future[tuple[list[MicroBatch], int]]]  # the sequences of a step, and what will be read of it
+_HISTORIES = 10_000  # most histories of appends that are tried to explain a difference
+_Ahead = tuple[int, Future[tuple[list[MicroBatch], int]]]  # the sequences of a step, and its data when it has been read
 
 
 def open_sources(data: DataConfig, key: str = "data.sources.{}.path", *, check: bool = True) -> dict[str, ShardSet]:
-    """The shards of each source of the mixture, by name, in alphabetical order; `key` names what gave their paths,
-    `check` is that of `open_shards`.
+    """The shards of each source of the mixture, by name, in alphabetical order.
 
-    Raises ShardError for damaged or unfinished shards, TokenizerError for sources of different tokenizers.
+    `key` names the setting that gave the paths, for messages. `check` is that of `open_shards`.
+
+    Raises ShardError for damaged or unfinished shards, and TokenizerError for sources of different tokenizers.
     """
     return open_all({name: source.path for name, source in data.sources.items()}, key, check=check)
 
 
 def damaged_shard(sources: Mapping[str, ShardSet], rank: int, world_size: int) -> str | None:
-    """What is wrong with the first of this rank's share of the shards that is not as its manifest says, or None."""
+    """What is wrong with the first shard of this rank's share that differs from its manifest, or None."""
     shards = [(name, shard) for name in sorted(sources) for shard in sources[name].every()]
     for name, shard in shards[rank::world_size]:
         try:
@@ -54,7 +55,7 @@ def damaged_shard(sources: Mapping[str, ShardSet], rank: int, world_size: int) -
 
 
 class Loader:
-    """Micro-batches of the training split, step after step; the next step is read on one background thread."""
+    """Micro-batches of the training split, step after step. One background thread reads the next step."""
 
     def __init__(
         self,
@@ -69,8 +70,8 @@ class Loader:
     ) -> None:
         """`sources` are those of `open_sources(data)`.
 
-        Raises ConfigError when the batch cannot be dealt out evenly and when a source has no whole sequence,
-        ShardError when data.packing is best-fit and a source is not packed.
+        Raises ConfigError if the batch does not divide evenly, or if a source has no whole sequence. Raises ShardError
+        if data.packing is best-fit and a source is not packed.
         """
         self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
         self._global_batch = global_batch
@@ -96,16 +97,16 @@ class Loader:
         self._histories = {name: _histories(shards.manifest) for name, shards in sorted(sources.items())}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead: _Ahead | None = None
-        self.wait_seconds = 0.0  # that `next_batches` has waited for data in all
+        self.wait_seconds = 0.0  # how long `next_batches` has waited for data in all
 
     def next_batches(self, sequences: int | None = None, ahead: int | None = None) -> list[MicroBatch]:
         """The micro-batches of the next step.
 
         Args:
-            sequences: that the step takes, over all ranks; default: the global batch.
-            ahead: that the step after it will take, which is read meanwhile; default: as many as this one.
+            sequences: number of sequences that the step takes over all ranks. The default is the global batch.
+            ahead: number that the next step will take. They are read meanwhile. The default is that of this step.
 
-        Raises ConfigError when every source has reached its max_epochs.
+        Raises ConfigError if every source has reached its max_epochs.
         """
         sequences = sequences or self._global_batch
         ahead = ahead or sequences
@@ -119,12 +120,12 @@ class Loader:
 
     @property
     def consumed(self) -> int:
-        """Sequences of the run's order that are behind `next_batches`, those left out included."""
+        """The number of sequences of the run's order that `next_batches` has passed, including those left out."""
         return self._consumed
 
     @property
     def taken(self) -> int:
-        """Those of them that were read, going by what is left out now."""
+        """The number of consumed sequences that were read, if always those were left out that are left out now."""
         position = left_out = 0
         for first, end in self._skip:
             first, end = max(first, position), min(end, self._consumed)
@@ -132,39 +133,39 @@ class Loader:
         return self._consumed - left_out
 
     def leave_out(self, first: int, end: int) -> None:
-        """From the next step on, pass over the sequences [first, end) of the run's order, as those of data.skip."""
+        """From the next step on, leave out the sequences [first, end) of the run's order, as data.skip does."""
         self._skip = sorted([*self._skip, (first, end)])
         self._ahead = None
 
     def state(self) -> dict[str, Any]:
-        """All that a checkpoint needs to go on: what is read in what order, and how far `next_batches` has come.
+        """All that a checkpoint needs to continue: the data and its order, and how far `next_batches` has come.
 
-        `consumed` counts sequences of the run's order, those that were skipped included.
+        `consumed` counts sequences of the run's order, including those that were left out.
         """
         return {**self._identity, "consumed": self._consumed}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where the loader of `state` stood; ranks, micro-batch, global batch and data.skip may be others.
+        """Continue where the loader of `state` was. Ranks, micro-batch, global batch and data.skip may differ.
 
-        Raises ConfigError when the order of sequences would be another one.
+        Raises ConfigError if the order of the sequences would differ.
         """
         keys = {"seq_len": "data.seq_len", "seed": "seed", "shards": "data.sources", "weights": "data.sources"}
         keys["packing"] = "data.packing"
         for name, key in keys.items():
-            saved = state.get(name, "concat")  # the only packing there was when states did not name it
+            saved = state.get(name, "concat")  # older states name no packing, because this was the only one
             own = self._identity[name]
             if saved != own:
                 if name == "shards" and (grown := self._grown_since(saved)):
                     raise ConfigError(grown)
                 raise ConfigError(
-                    f"{key}: {name} of the checkpoint: {', of this run: '.join(_in_words(name, saved, own))}; "
-                    f"the data would come in another order; use what the checkpoint used, or start a new run"
+                    f"{key}: {_difference(name, saved, own)}, so the data would come in another order; "
+                    f"use what the checkpoint used, or start a new run"
                 )
         self._consumed = state["consumed"]
         self._ahead = None
 
     def _grown_since(self, saved: str) -> str:
-        """What to do where the sources are those of a checkpoint, and were appended to since; else nothing."""
+        """What to do if the sources are those of the checkpoint but have grown since. Empty if they are not."""
         for some in islice(product(*(range(len(history)) for history in self._histories.values())), _HISTORIES):
             appends = dict(zip(self._histories, some, strict=True))
             if _hash_of_shards({name: self._histories[name][count] for name, count in appends.items()}) == saved:
@@ -172,8 +173,8 @@ class Loader:
                 path = self._folders[name]
                 return (
                     f"data.sources.{name}.path is {path}, which has grown since the checkpoint ({count} x ponder-data "
-                    f"append), so the data would come in another order; make the set as it was: ponder-data merge NEW "
-                    f"{path} --without-last {count}, and give data.sources.{name}.path=NEW; or start a new run"
+                    f"append), so the data would come in another order; make the earlier folder by ponder-data merge "
+                    f"NEW {path} --without-last {count} and give data.sources.{name}.path=NEW, or start a new run"
                 )
         return ""
 
@@ -185,7 +186,7 @@ class Loader:
         return sequences, self._thread.submit(self._read_step, self._consumed, sequences)
 
     def _mine(self, sequences: int) -> NDArray[np.int64]:
-        """(micro-batches, micro_batch) offsets from the first sequence of a step to those of this rank."""
+        """The offsets of this rank's sequences from the first sequence of a step, (micro-batches, micro_batch)."""
         if sequences % (self._micro_batch * self._world_size):
             raise ConfigError(
                 f"train.global_batch is {sequences}; expected a multiple of train.micro_batch ({self._micro_batch}) "
@@ -194,12 +195,12 @@ class Loader:
         return np.arange(sequences).reshape(-1, self._world_size, self._micro_batch)[:, self._rank]
 
     def _read_step(self, first: int, sequences: int) -> tuple[list[MicroBatch], int]:
-        """This rank's micro-batches of the step that begins at sequence `first`, and where the next one begins."""
+        """This rank's micro-batches of the step that begins at sequence `first`, and where the next step begins."""
         mine = self._mine(sequences)
         windows, after = not_skipped(first, sequences, self._skip)
         if after > self._order.end:
             raise ConfigError(
-                f"data: {self._order.end:,} sequences are all there are under max_epochs and phases; the step at "
+                f"data: max_epochs and phases allow {self._order.end:,} sequences; the step that begins at sequence "
                 f"{first:,} needs {after - self._order.end:,} more; lower train.steps or raise max_epochs"
             )
         parts = [self._order.locate(begin, count) for begin, count in windows]
@@ -217,11 +218,11 @@ def heldout_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[MicroBatch]:
-    """The same at most `sequences` held-out sequences each time, shared out over the ranks.
+    """Yield the held-out batches of this rank. Every call reads the same sequences, at most `sequences` over all ranks.
 
-    Every rank gets as many batches of the same shape, as collective operations need; rows that fill them up have no
-    label that counts. The sequences are a sample spread over all sources by their held-out size, packed and masked
-    as `data` says. Yields nothing where there are none.
+    Every rank gets the same number of batches of the same shape, because collective operations need that. In rows that
+    fill up a batch, no label counts. The sequences are a sample over all sources in proportion to their held-out size,
+    and `data` says how they are packed and masked. Yields nothing if nothing is held out.
     """
     packings = open_packings(data, sources)
     held_out = {
@@ -232,7 +233,7 @@ def heldout_batches(
     if not held_out:
         return
     counts = [len(some) for some in held_out.values()]
-    # keyed by what the shards hold, so that the sample does not depend on what a recipe calls them
+    # keyed by the content of the shards, so that the sample does not depend on their names in a recipe
     order = Order([sources[name].manifest.identity for name in held_out], counts, counts, seed=0)
     reader = Reader(list(held_out.values()), data, _filler(sources))
     total, width = min(sequences, sum(counts)), world_size * micro_batch
@@ -243,28 +244,31 @@ def heldout_batches(
         yield batch._replace(labels=torch.where(real, batch.labels, IGNORE_INDEX))
 
 
-def _in_words(name: str, saved: Any, own: Any) -> tuple[str, str]:
-    """Two different values of the loader's state, of the checkpoint and of this run; nobody can look at a hash."""
+def _difference(name: str, saved: Any, own: Any) -> str:
+    """A value of the loader's state that differs, in words. The hashes in the state would tell a reader nothing."""
+    if name in ("shards", "weights"):
+        return f"this run has other {name} than the checkpoint"
     if name == "packing":
-        first, second = ("concat" if value == "concat" else "best-fit" for value in (saved, own))
-        return first, second if first != second else f"{second} by other bins, of another `ponder-data pack`"
-    return ("those it began with", "others") if name in ("shards", "weights") else (str(saved), str(own))
+        saved, own = ("concat" if value == "concat" else "best-fit" for value in (saved, own))
+        if saved == own:
+            return "this run has the bins of another `ponder-data pack` than the checkpoint"
+    return f"the checkpoint has {name} {saved}, but this run has {own}"
 
 
 def open_packings(data: DataConfig, sources: Mapping[str, ShardSet]) -> dict[str, Packing]:
-    """By source; none for concat. Raises ShardError where a source is not packed."""
+    """The packing of each source. Empty for concat. Raises ShardError if a source is not packed."""
     if data.packing == "concat":
         return {}
     return {name: open_packing(sources[name], data.seq_len) for name in sorted(sources)}
 
 
 def _filler(sources: Mapping[str, ShardSet]) -> int:
-    """The token that fills up what no document reaches; no label counts there."""
+    """The token that fills the end of a sequence after its last document. No label counts there."""
     return next(iter(sources.values())).manifest.eod_id or 0
 
 
 def _histories(manifest: Manifest) -> list[str]:
-    """The identity of a set, and those it had before each append, the last one first."""
+    """The identity of a set, and its identity before each append, newest first."""
     return [manifest.identity, *(was["identity"] for was in reversed(manifest.provenance.get("grown", [])))]
 
 

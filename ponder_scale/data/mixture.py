@@ -1,4 +1,4 @@
-"""From the recipe's data section to the order of a run: which streams are mixed, in what shares, when, how often."""
+"""Turn the recipe's data section into the order of a run: which streams are mixed, when, how often, in what shares."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ponder_scale.shards.format import Shard, ShardSet
 
 
 class Stream(NamedTuple):
-    """What is shuffled on its own: a folder of shards, or one source of a build that gave its sources weights."""
+    """Shards that are shuffled together: a folder of shards, or one source of a build that gave its sources weights."""
 
-    name: str  # of the source, or source/part
+    name: str  # the name of the source, or source/part
     source: str  # its name in the run's recipe
     shards: list[Shard]
     weight: float
@@ -24,7 +24,7 @@ class Stream(NamedTuple):
 
 
 def mixture(data: DataConfig, sources: Mapping[str, ShardSet]) -> list[Stream]:
-    """The streams of all sources, by name; the weights of a build share out the weight of its folder."""
+    """The streams of all sources, by name. The weights of a build divide the weight of its folder."""
     streams = []
     for name in sorted(sources):
         config, manifest, shards = data.sources[name], sources[name].manifest, sources[name].split("train")
@@ -38,9 +38,9 @@ def mixture(data: DataConfig, sources: Mapping[str, ShardSet]) -> list[Stream]:
 
 
 def run_order(data: DataConfig, streams: Sequence[Stream], counts: Sequence[int], seed: int) -> Order:
-    """The order of the run over streams of `counts` sequences.
+    """The order of the run over streams that have `counts` sequences.
 
-    Raises ConfigError for a stream without a whole sequence and for a phase that names an unknown one.
+    Raises ConfigError for a stream without a whole sequence, and for a phase that names an unknown stream.
     """
     for stream, count in zip(streams, counts, strict=True):
         if not count:
@@ -59,15 +59,17 @@ def run_order(data: DataConfig, streams: Sequence[Stream], counts: Sequence[int]
 
 
 def describe(data: DataConfig, streams: Sequence[Stream]) -> list[Any]:
-    """What decides the order besides the shards and the seed, as plain values."""
+    """The settings that decide the order, besides the shards and the seed, as plain values."""
     total = math.fsum(stream.weight for stream in streams)
     shares = [[stream.name, stream.weight / total, stream.max_epochs] for stream in streams]
     return [shares, [[phase.tokens, sorted(phase.weights.items())] for phase in data.phases]]
 
 
 def not_skipped(first: int, count: int, skip: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], int]:
-    """The next `count` sequences from `first` on that no range of `skip` holds: windows (first, count), and where
-    the search ended. `skip` is sorted."""
+    """The next `count` sequences from `first` on that are in no range of `skip`, which is sorted.
+
+    Returns them as windows (first, count), and the number of the sequence after the last one.
+    """
     windows = []
     while count:
         before = bisect_right(skip, (first, math.inf))

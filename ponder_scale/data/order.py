@@ -1,14 +1,14 @@
-"""Which sequence is number n of a run: a pure function of (sources, weights, seed), O(1) in corpus size.
+"""Find sequence number n of a run, as a pure function of (sources, weights, seed), in O(1) of the corpus size.
 
-Two steps, neither of which builds or stores an index:
+There are two steps. Neither builds or stores an index:
 
-1. The mixture, by stride scheduling. Source i of share w_i serves its k-th sequence at the virtual time
+1. The mixture, by stride scheduling. Source i with the share w_i serves its k-th sequence at the virtual time
    (k + phase_i) / w_i, with 0 < phase_i < 1. Number n of the run is the n-th sequence in the order of
-   (time, i). Since about tau sequences are served before time tau, a window starts without counting up to it.
-2. The shuffle. Sequence k of a source of N sequences is number pi(k mod N) in it, where pi is a pseudo-random
-   permutation that depends on (seed, source name, epoch k // N), computed as a cipher for one k at a time.
+   (time, i). About tau sequences are served before time tau, so a window starts without counting up to it.
+2. The shuffle. Sequence k of a source of N sequences is number pi(k mod N) of the source. pi is a pseudo-random
+   permutation that depends on (seed, source name, epoch k // N). A cipher computes it for one k at a time.
 
-Adding a source or changing weights leaves the shuffle of every other source as it was.
+If you add a source or change weights, the shuffle of every other source stays the same.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
 
 
 class Places(NamedTuple):
-    """Where a window of sequences lies: arrays of its length, int64."""
+    """The places of the sequences of a window, as int64 arrays of its length."""
 
     source: np.ndarray
-    epoch: np.ndarray  # how many times the source was read through before
+    epoch: np.ndarray  # how often the source has been read completely before
     sequence: np.ndarray  # its number in its source
 
 
 class Phase(NamedTuple):
     """A stretch of the run with its own mixture."""
 
-    sequences: int | None  # its length; None: for ever
-    weights: Sequence[float]  # of the sources; 0: rests
+    sequences: int | None  # its length; None if it never ends
+    weights: Sequence[float]  # of the sources; a source with 0 is not read
 
 
 class Mixture:
-    """The interleaving of sources by share; step 1 of the order."""
+    """Interleaves the sources by their shares. This is step 1 of the order."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.sources = np.flatnonzero(np.array(weights) > 0)
@@ -54,8 +54,9 @@ class Mixture:
         self._phases = np.array([math.fmod(0.5 + int(i) * (math.sqrt(5) - 1) / 2, 1.0) for i in self.sources])
 
     def mix(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, number of the sequence within its source), each (count,)."""
-        # Before time tau, source i has served tau w_i sequences up to less than one: all, tau up to n_sources.
+        """The source of each sequence, and its number within the source, (count,) each."""
+        # Before time tau, source i has served tau w_i sequences, off by less than one. So all together have served tau,
+        # off by less than the number of sources.
         margin = len(self._shares) + 1
         begin = self._served(float(max(0, first - margin)))
         end = self._served(float(first + count + margin))
@@ -69,7 +70,7 @@ class Mixture:
 
     def served(self, count: int, sources: int) -> np.ndarray:
         """How many of the first `count` sequences come from each of all `sources`, (sources,) int64."""
-        before = self._served(float(max(0, count - len(self._shares) - 1)))  # less than `count` together
+        before = self._served(float(max(0, count - len(self._shares) - 1)))  # fewer than `count` together
         known = int(before.sum())
         source, _ = self.mix(known, count - known)
         found = np.bincount(source, minlength=sources)
@@ -79,7 +80,7 @@ class Mixture:
     def _served(self, tau: float) -> np.ndarray:
         """How many sequences each source serves before time `tau`.
 
-        Decided by comparing `_time` itself, so windows that touch agree to the last bit.
+        It compares the values of `_time` themselves, so that neighbouring windows agree to the last bit.
         """
         every = np.arange(len(self._shares))
         served = np.maximum(np.ceil(tau * self._shares - self._phases), 0).astype(np.int64)
@@ -102,9 +103,10 @@ class _Stretch(NamedTuple):
 class Order:
     """The order of all sequences of a run.
 
-    names, counts, weights: of the sources; counts are their sequences, weights are relative.
-    limits: how many sequences each source may serve, None for any number; when one has, the others fill its share.
-    phases: mixtures that follow each other, in place of `weights`; every source goes on where it was.
+    Args:
+        names, counts, weights: for each source its name, its number of sequences and its relative weight.
+        limits: how many sequences each source may serve. None sets no limit. After that, the others fill its share.
+        phases: mixtures that follow each other and replace `weights`. Every source continues where it was.
     """
 
     def __init__(
@@ -117,7 +119,7 @@ class Order:
         phases: Sequence[Phase] = (),
     ) -> None:
         if not len(names) == len(counts) == len(weights) > 0 or min(counts) < 1 or not min(weights) > 0:
-            raise ValueError(f"sources {names}, counts {counts}, weights {weights}: all positive, of one length")
+            raise ValueError(f"sources {names}, counts {counts}, weights {weights}; expected as many positive numbers")
         self._counts = np.array(counts, dtype=np.int64)
         self._keys = np.array([_source_key(seed, name) for name in names], dtype=np.uint64)
         most = [_ENDLESS if limit is None else limit for limit in limits or [None] * len(names)]
@@ -125,13 +127,13 @@ class Order:
         self._firsts = [stretch.first for stretch in self._stretches]
 
     def served(self, count: int) -> list[int]:
-        """How many of the first `count` sequences of the run come from each source; at most `end`."""
+        """How many of the first `count` sequences of the run come from each source. `count` is cut to `end`."""
         count = min(count, self.end)
         stretch = self._stretches[bisect_right(self._firsts, max(0, count - 1)) - 1]
         return (stretch.before + stretch.mixture.served(count - stretch.first, len(self._counts))).tolist()
 
     def locate(self, first: int, count: int) -> Places:
-        """The places of sequences [first, first + count) of the run; those from `end` on do not exist."""
+        """The places of the sequences [first, first + count) of the run. There are none from `end` on."""
         assert first + count <= self.end
         parts = []
         number = bisect_right(self._firsts, first) - 1
@@ -150,7 +152,7 @@ class Order:
 
 
 def _stretches(phases: Sequence[Phase], limits: np.ndarray) -> tuple[list[_Stretch], int]:
-    """The phases, cut where a source reaches its limit, and the number of sequences there are in all."""
+    """The phases, split where a source reaches its limit, and the number of sequences in all."""
     found, first, before = [], 0, np.zeros(len(limits), dtype=np.int64)
     for phase in phases:
         left = _ENDLESS if phase.sequences is None else phase.sequences
@@ -168,7 +170,7 @@ def _stretches(phases: Sequence[Phase], limits: np.ndarray) -> tuple[list[_Stret
 
 
 def _within(mixture: Mixture, length: int, limits: np.ndarray) -> int:
-    """The most sequences, up to `length`, of which no source serves more than its limit."""
+    """The largest number of sequences, up to `length`, for which no source serves more than its limit."""
     if (limits[mixture.sources] >= _ENDLESS // 2).all():
         return length
     low, high = 0, min(length, int(np.minimum(limits, 2**50)[mixture.sources].sum()) + 1)
@@ -182,10 +184,11 @@ def _within(mixture: Mixture, length: int, limits: np.ndarray) -> int:
 
 
 def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """pi(index), where pi is the pseudo-random permutation of [0, size) that `key` selects; all (n,), int64 out.
+    """pi(index), (n,) int64, where pi is the pseudo-random permutation of [0, size) that `key` selects.
 
-    A Feistel network over pairs (left, right) of [0, rows) x [0, columns), the smallest near-square that holds
-    `size` values; a value outside [0, size) is sent through again until it falls inside.
+    All arguments are (n,). A Feistel network permutes the pairs (left, right) of [0, rows) x [0, columns), which is the
+    smallest near-square with at least `size` values. It is applied again to a value outside [0, size) until the value
+    falls inside.
     """
     size, key = size.astype(np.uint64), key.astype(np.uint64)
     columns = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.uint64)
@@ -199,7 +202,7 @@ def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def epoch_key(source_key: np.ndarray, epoch: np.ndarray) -> np.ndarray:
-    """The key of one reading of a source, (n,) uint64."""
+    """The key of one epoch of a source, (n,) uint64."""
     return mix64(source_key + epoch.astype(np.uint64) * np.uint64(_GOLDEN))
 
 

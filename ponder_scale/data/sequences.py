@@ -1,14 +1,14 @@
-"""What a sequence holds, by `data.packing`, and reading many of them from memory-mapped shards.
+"""The content of a sequence, by `data.packing`, and a reader that reads sequences from memory-mapped shards.
 
-concat: sequence j of a shard is its tokens [j L, j L + L], L = seq_len: neighbours share one token, so that each
+concat: sequence j of a shard is its tokens [j L, j L + L], with L = seq_len. Neighbours share one token, so that each
 token is predicted exactly once. Documents are cut wherever a sequence ends.
 
-best-fit: sequence j of a shard is bin j of its packing (`ponder_scale/shards/packing.py`): whole documents, or what is
-left of long ones. No label counts where the next token is not what follows in the text: at the first token of such
-a rest, and in what no document fills at the end of a bin. A whole document's first token is predicted from the end
-of the one before it, as under concat.
+best-fit: sequence j of a shard is bin j of its packing (`ponder_scale/shards/packing.py`). A bin holds whole documents,
+or the rest of a long one. A label counts only if it is the token that follows in the text. So it does not count at the
+first token of a rest, nor at the end of a bin that no document fills. The first token of a whole document is predicted
+from the end of the document before it, as under concat.
 
-Of a shard with a mask, no label counts that is a token which does not count, wherever in a sequence it lies.
+If a shard has a mask, a label that the mask excludes does not count, wherever it lies in a sequence.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ IGNORE_INDEX = -100
 
 
 class MicroBatch(NamedTuple):
-    """What one forward takes: B sequences of T = seq_len predicted tokens."""
+    """The input of one forward: B sequences of T = seq_len predicted tokens."""
 
     tokens: torch.Tensor  # (B, T + 1) int64; the model reads the first T
     labels: torch.Tensor  # (B, T) int64, the token that follows each; IGNORE_INDEX where it does not count
-    position_ids: torch.Tensor | None  # (B, T) int64, from 0 in each document; None: not asked for
+    position_ids: torch.Tensor | None  # (B, T) int64, from 0 in each document; None if not needed
 
     def split(self, rows: int) -> list[MicroBatch]:
-        """Micro-batches of so many rows each."""
+        """Split this into micro-batches of `rows` rows each."""
         positions = [None] * len(self.tokens) if self.position_ids is None else self.position_ids.split(rows)
         triples = zip(self.tokens.split(rows), self.labels.split(rows), positions, strict=False)
         return [MicroBatch(*triple) for triple in triples]
@@ -48,11 +48,11 @@ class Piece(NamedTuple):
 
     begin: int
     tokens: int
-    continues: bool  # a document that was cut before it: no label counts at its first token
+    continues: bool  # its document was cut before it, so its first token does not count as a label
 
 
 class Row(NamedTuple):
-    """The pieces of one sequence, one after another from its beginning on."""
+    """The pieces of one sequence, in their order."""
 
     shard: Shard
     pieces: list[Piece]
@@ -69,14 +69,14 @@ class Sequences:
         return self._begins[-1]
 
     def row(self, number: int) -> Row:
-        """What sequence `number` holds."""
+        """The content of sequence `number`."""
         shard = bisect_right(self._begins, number) - 1
         first = (number - self._begins[shard]) * self._seq_len
         return Row(self._shards[shard], [Piece(first, self._seq_len + 1, False)])
 
 
 class PackedSequences:
-    """The same under best-fit."""
+    """The sequences of some shards under best-fit, one shard after another."""
 
     def __init__(self, shards: list[Shard], packing: Packing) -> None:
         self._shards, self._bins = shards, [packing.of(shard) for shard in shards]
@@ -86,21 +86,22 @@ class PackedSequences:
         return self._begins[-1]
 
     def row(self, number: int) -> Row:
-        """What sequence `number` holds."""
+        """The content of sequence `number`."""
         shard = bisect_right(self._begins, number) - 1
         bins: Bins = self._bins[shard]
         return Row(self._shards[shard], [Piece(*piece) for piece in bins.pieces(number - self._begins[shard])])
 
 
 def sequences_of(shards: list[Shard], seq_len: int, packing: Packing | None) -> Sequences | PackedSequences:
-    """The sequences of some shards, packed where there is a packing, else cut off one another."""
+    """The sequences of some shards: best-fit if there is a packing, else concat."""
     return Sequences(shards, seq_len) if packing is None else PackedSequences(shards, packing)
 
 
 class Reader:
     """Reads sequences of several sources in any order.
 
-    filler: the token in what no document reaches.
+    Args:
+        filler: the token that fills a sequence after its last document.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Reader:
         """The sequences at `places[wanted]` as one batch; `places.source` indexes the sources."""
         pairs = zip(places.source[wanted].tolist(), places.sequence[wanted].tolist(), strict=True)
         rows = [self._sources[source].row(sequence) for source, sequence in pairs]
-        # All are asked for before the first is read: cold random reads then overlap instead of waiting in turn.
+        # Announce all reads before the first, so that random reads from a cold disk overlap.
         for row in rows:
             for piece in row.pieces:
                 row.shard.will_need(piece.begin, piece.tokens)
@@ -152,13 +153,13 @@ class Reader:
                     into[end - 1] = IGNORE_INDEX
                 if shard.mask is not None:
                     hidden = np.flatnonzero(~shard.mask.read(piece.begin, piece.tokens)) + end
-                    into[hidden[hidden > 0] - 1] = IGNORE_INDEX  # a token is the label of the place before it
+                    into[hidden[hidden > 0] - 1] = IGNORE_INDEX  # a token is the label of the position before it
                 end += piece.tokens
             into[end - 1 :] = IGNORE_INDEX
         return labels
 
     def _positions(self, rows: list[Row]) -> torch.Tensor:
-        """The position of each token read in its document's part of the sequence."""
+        """The position of each token within its document's part of the sequence."""
         positions = self._empty(len(rows), self._seq_len)
         every = np.arange(self._seq_len)
         for into, (shard, pieces) in zip(positions.numpy(), rows, strict=True):
@@ -169,7 +170,7 @@ class Reader:
         return positions
 
     def _packed_positions(self, rows: list[Row]) -> torch.Tensor:
-        """The same in bins; what is filled up counts as a document of its own, which no other sees."""
+        """The same for bins. The filled end counts as a document of its own, which no other document sees."""
         positions = self._empty(len(rows), self._seq_len)
         every = np.arange(self._seq_len)
         for into, (_, pieces) in zip(positions.numpy(), rows, strict=True):

@@ -1,8 +1,8 @@
-"""How many bytes of text each token stands for: what makes losses of different tokenizers comparable.
+"""The number of bytes of text that each token stands for. It makes losses of different tokenizers comparable.
 
-The bytes are those of the text that the tokens decode to, in UTF-8. A special token, and one that begins or ends a
-document, stands for none; its loss counts all the same, since where a text ends has to be said too. Only tokenizers
-whose text is that of their tokens one after another have such a table. The others are refused, never estimated.
+The bytes are those of the decoded text in UTF-8. A special token, and a token that begins or ends a document, stands
+for no bytes. Its loss counts all the same, because the end of a text has to be predicted, too. A table exists only for
+tokenizers whose text is the texts of their tokens one after another. Other tokenizers are refused, never estimated.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from ponder_scale.errors import TokenizerError
 from ponder_scale.shards.format import ShardSet
 
 SPACE = "\u2581"  # how SentencePiece and its like write a space
-UNKNOWN = -1  # bytes of a token that stands for text which it does not tell
+UNKNOWN = -1  # stands for the bytes of a token whose text is not known
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-# which tokens a decoder puts a byte of text for, one after another; others join words by rules of their own
+# Decoders that give the texts of the tokens one after another. Others join words by rules of their own.
 _DECODERS = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 
 
 @dataclass(frozen=True)
 class TextBytes:
-    """Of the V token ids of a tokenizer.
+    """The bytes of the V tokens of a tokenizer.
 
     Args:
-        sizes: (V,) int64, bytes that each stands for; `UNKNOWN` where it does not tell.
-        spaced: (V,) bool, it begins with a space, which the tokenizer puts before a text that has none.
-        begins: (V,) bool, such a text may follow it.
+        sizes: (V,) int64, the bytes that each token stands for, or `UNKNOWN`.
+        spaced: (V,) bool, whether it begins with a space. The tokenizer also puts this space before a text without one.
+        begins: (V,) bool, whether a new text may follow it.
     """
 
     sizes: Tensor
@@ -43,11 +43,11 @@ class TextBytes:
     begins: Tensor
 
     def of(self, before: Tensor, labels: Tensor) -> tuple[int, int]:
-        """Bytes of the labels that count, and how many of these do not tell theirs.
+        """The bytes of the labels that count, and the number of labels among them whose bytes are not known.
 
         Args:
             before: (B, T) int64, the token before each label.
-            labels: (B, T) int64, `IGNORE_INDEX` where one does not count.
+            labels: (B, T) int64, with `IGNORE_INDEX` for labels that do not count.
         """
         counts = labels != IGNORE_INDEX
         before, labels = before[counts], labels[counts]
@@ -61,10 +61,10 @@ def text_bytes(sources: Iterable[ShardSet], tokenizer: Path | None = None) -> Te
     """The table of the one tokenizer that all these shards were made with.
 
     Args:
-        tokenizer: folder with its files; default: that of the first source.
+        tokenizer: folder with its files. The default is that of the first source.
 
     Raises:
-        TokenizerError: says why bytes are not known exactly.
+        TokenizerError: the bytes are not known exactly. The message says why.
     """
     sources = list(sources)
     folder = tokenizer or sources[0].tokenizer_folder
@@ -79,7 +79,7 @@ def text_bytes(sources: Iterable[ShardSet], tokenizer: Path | None = None) -> Te
         raise TokenizerError(f"{folder}: no tokenizer.json or SentencePiece .model in it, so bytes are not known")
     if table.spaced.any() and not table.begins.any():
         raise TokenizerError(
-            f"{folder}: the tokenizer puts a space before each text, and no token of the shards marks where one begins"
+            f"{folder}: the tokenizer puts a space before each text, but the shards do not mark where a text begins"
         )
     return table
 
@@ -100,25 +100,25 @@ def _of_json(path: Path, vocabulary: int, ends: set[int]) -> TextBytes:
     strange = [kind for kind in kinds if kind not in _DECODERS] or ([] if kinds else ["no decoder"])
     if strange or model.get("type") not in ("BPE", "Unigram"):
         raise TokenizerError(
-            f"{path}: a {model.get('type')} model with {strange[0] if strange else 'a decoder'}; what text its tokens "
-            "stand for is known of BPE and Unigram whose decoder is byte-level or SentencePiece's"
+            f"{path}: a {model.get('type')} model with {strange[0] if strange else 'a decoder'}; bytes are known only "
+            "for BPE and Unigram with the decoder of byte-level BPE or SentencePiece"
         )
     texts = {i: _decoded(token, steps) for i, token in tokens.items()}
     for each in added:
-        # it stands for its own letters; one that takes the white space around with it does not tell how much
+        # It stands for its own letters. If it also takes the white space around it, the size of that is not known.
         takes = each.get("lstrip") or each.get("rstrip")
         texts[int(each["id"])] = None if takes and not each["special"] else str(each["content"]).encode()
     for i in special | ends:
         texts[i] = b""
     unknown = _unknown(model, tokens)
-    if unknown is not None and "ByteLevel" not in kinds:  # where every byte has a token, nothing is unknown
+    if unknown is not None and "ByteLevel" not in kinds:  # if every byte has a token, no text is unknown
         texts[unknown] = None
     begins = ends if prefix == "first" else ends | {int(each["id"]) for each in added}
     return _table(texts, vocabulary, begins if prefix else set(), prefix is not None)
 
 
 def _steps(decoder: Any) -> list[dict[str, Any]]:
-    """The parts of a decoder, one after another."""
+    """The parts of a decoder, in their order."""
     if decoder is None:
         return []
     return (
@@ -127,8 +127,9 @@ def _steps(decoder: Any) -> list[dict[str, Any]]:
 
 
 def _prefix(content: dict[str, Any]) -> str | None:
-    """Where the tokenizer puts a space that its decoder takes away again: before the `first` piece of a text, before
-    each piece between added tokens (`always`), or nowhere."""
+    """Where the tokenizer adds a space that its decoder removes: before the `first` piece of a text, before each piece
+    between added tokens (`always`), or nowhere.
+    """
     parts = [part for key in ("pre_tokenizer", "decoder") for part in _parts(content.get(key))]
     for part in parts:
         if part["type"] == "Metaspace":
@@ -148,11 +149,11 @@ def _parts(value: Any) -> list[dict[str, Any]]:
 
 
 def _decoded(token: str, steps: list[dict[str, Any]]) -> bytes | None:
-    """The bytes of a token as it stands within a text; None where it does not tell them."""
+    """The bytes of a token within a text. None if they are not known."""
     for step in steps:
         kind = step["type"]
         if kind == "ByteLevel":
-            # one letter for each byte; a letter beyond these stands for nothing that can be decoded
+            # Each byte has one letter. Other letters cannot be decoded.
             return bytes(len(token)) if all(letter in _LETTERS for letter in token) else None
         if kind == "Replace":
             old = step["pattern"].get("String")
@@ -169,7 +170,7 @@ def _decoded(token: str, steps: list[dict[str, Any]]) -> bytes | None:
 
 
 def _letters() -> set[str]:
-    """Those that byte-level tokenizers write bytes with (GPT-2): what can be seen is itself, the rest 256 on."""
+    """The letters that byte-level tokenizers (GPT-2) write bytes with: visible bytes as they are, others from 256."""
     seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     return {chr(i) for i in seen} | {chr(256 + i) for i in range(256 - len(seen))}
 
@@ -178,7 +179,7 @@ _LETTERS = _letters()
 
 
 def _unknown(model: dict[str, Any], tokens: dict[int, str]) -> int | None:
-    """The id of the token that stands for whatever has none."""
+    """The id of the token that stands for text without a token."""
     if model.get("unk_id") is not None:
         return int(model["unk_id"])
     name = model.get("unk_token")

@@ -77,7 +77,7 @@ def read_items(path: Path) -> list[Item]:
     return items
 
 
-_EXPECTED = 'expected {"prompt": text, "answer": text} in each line, and "group": text where there are several'
+_EXPECTED = 'expected {"prompt": text, "answer": text} in each line, and "group": text if there are several groups'
 
 
 def score(model: Any, tokenizer: Any, items: Sequence[Item], steps: Sequence[int]) -> dict[str, Score]:
@@ -158,8 +158,8 @@ def _encode(tokenizer: Any, item: Item, most: int) -> tuple[list[int], int]:
     said = f"the item {item.prompt!r} with the answer {item.answer!r}"
     if not prompt or whole[: len(prompt)] != prompt or len(whole) == len(prompt):
         raise ConfigError(
-            f"{said}: its answer begins within a token of the prompt, or there is no token before it; let the answer "
-            "begin with the space that stands before it"
+            f"{said}: the answer begins within a token of the prompt, or no token comes before it; if a space "
+            "separates the two, move it to the beginning of the answer"
         )
     if len(whole) - 1 > most:
         raise ConfigError(f"{said[:200]} has {len(whole):,} tokens; the model has {most:,} positions")

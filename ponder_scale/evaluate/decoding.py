@@ -67,7 +67,7 @@ def measure(
         ShardError, TokenizerError: the shards hold nothing out, or were made with another tokenizer.
     """
     if len(data) > 1:
-        raise ConfigError(f"--data names {len(data)} folders; decoding is measured on one")
+        raise ConfigError(f"--data names {len(data)} folders; decoding is measured on one, so give one")
     model, _ = load_folder(folder, trust_remote_code=trust_remote_code)
     length, most = prompt_tokens + new_tokens, model.config.max_position_embeddings
     if not (prompt_tokens >= 1 and new_tokens >= 2 and length <= most):

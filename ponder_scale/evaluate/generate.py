@@ -53,7 +53,7 @@ def load_folder(folder: Path | str, *, trust_remote_code: bool = False) -> tuple
         raise CheckpointError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if not hasattr(model, "run_pass"):
         raise CheckpointError(
-            f"{folder}: its model ({type(model).__name__}) does not ponder; import-reference makes one"
+            f"{folder}: its model ({type(model).__name__}) does not ponder; convert one that does by import-reference"
         )
     return model.to(default_device()).eval(), tokenizer
 
@@ -160,11 +160,11 @@ def generate(
 
 def _check(*, exit_kl: float | None, draft_steps: int | None, pondering_steps: int | None, compiled: bool) -> None:
     if exit_kl is not None and draft_steps is not None:
-        raise ConfigError("--exit-kl and --draft-steps exclude each other: a draft is checked by whole forwards")
+        raise ConfigError("--exit-kl and --draft-steps exclude each other, because all passes check a draft; give one")
     if compiled and (exit_kl is not None or draft_steps is not None):
         raise ConfigError(
-            "--compile makes one graph of all passes of a token, which --exit-kl would cut short and --draft-steps "
-            "feed several tokens; give one of the three"
+            "--compile makes one graph of all passes of one token, but --exit-kl leaves passes out and --draft-steps "
+            "feeds several tokens; give one of the three"
         )
     for name, value in (("--exit-kl", exit_kl), ("--draft-steps", draft_steps), ("--pondering-steps", pondering_steps)):
         if value is not None and value < 0:

@@ -126,7 +126,7 @@ def trajectory(
         for name, held_out in found.sources.items():
             losses = "  ".join(f"{loss:.4f}" for loss in held_out.losses)
             bits = held_out.bits_per_byte
-            last = "" if bits is None else f"; of the last {bits[-1]:.4f} bits per byte"
+            last = "" if bits is None else f"; the last is {bits[-1]:.4f} bits per byte"
             print(f"step {step:,}  {name}  losses of 0 to {len(held_out.losses) - 1} pondering steps: {losses}{last}")
     _print_no_bytes(found)
     if json_file is not None:
@@ -189,7 +189,7 @@ def sweep(
             )
         found[name] = held_out
         if sizes is not None and held_out.bits_per_byte is None:
-            no_bytes = f"{folder}: held-out tokens of which it is not known what bytes they stand for"
+            no_bytes = f"{folder}: the bytes of some held-out tokens are not known"
     return Sweep(trained, found if len(found) == 1 else {**found, ALL: mean_over(found.values())}, no_bytes)
 
 
@@ -198,8 +198,8 @@ def check_tokenizer(shards: ShardSet, folder: Path, tokenizer: Path) -> None:
     made_with, own = shards.manifest.tokenizer, tokenizer_identity(tokenizer) or "none"
     if own != made_with:
         raise TokenizerError(
-            f"{folder}: made with tokenizer {made_with[:12]}, {tokenizer} has {own[:12]}; "
-            "evaluate on shards of its own tokenizer"
+            f"{folder}: was made with tokenizer {made_with[:12]}, but {tokenizer} has {own[:12]}; "
+            "evaluate on shards that were made with the model's own tokenizer"
         )
 
 

@@ -82,13 +82,13 @@ def _check_engine(engine: str, trust_remote_code: bool) -> None:
         return
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "--engine vllm needs vLLM, which is not installed here; it pins versions of its own, so give it an "
-            "environment and `pip install --no-deps ponder-scale` there (docs/serving.md), or leave --engine out"
+            "--engine vllm needs vLLM, which is not installed here; give vLLM an environment of its own, since it pins "
+            "versions, and run `pip install --no-deps ponder-scale` there (docs/serving.md), or leave --engine out"
         )
     if trust_remote_code:
         raise ConfigError(
-            "--engine vllm runs the plugin and no code of a folder, so --trust-remote-code says nothing there; leave "
-            "one of the two out"
+            "--trust-remote-code has no effect with --engine vllm, which runs the plugin and no code of a folder; "
+            "leave one of the two out"
         )
 
 

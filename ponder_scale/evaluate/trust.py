@@ -26,8 +26,8 @@ def installed_configuration(folder: Path) -> Any:
     reason = _stranger(folder, values)
     if reason is not None:
         raise CheckpointError(
-            f"{folder}: {reason}, so it is not known to be made by this version of ponder-scale; loading it would run "
-            f"its code with your rights: read that, then add {FLAG}, or use import-reference, which runs none"
+            f"{folder}: {reason}, so this version of ponder-scale may not have made it; loading it would run its code "
+            f"with your rights; read the code, then add {FLAG}, or use import-reference, which runs none of it"
         )
     try:
         return configuration_from_dict(values)
@@ -46,10 +46,10 @@ def _stranger(folder: Path, values: dict[str, Any]) -> str | None:
     code, present = model_code(), sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
     missing, added = sorted(code.keys() - present), sorted(set(present) - code.keys())
     if missing or added:
-        return f"{(added or missing)[0]} is {'there besides' if added else 'missing from'} the code that it came with"
+        return f"{added[0]} was added to its code" if added else f"{missing[0]} is missing from its code"
     changed = [file for file in present if (folder / file).read_bytes() != code[file]]
     if changed:
-        return f"{changed[0]} in it is not that of this installation"
+        return f"its {changed[0]} differs from that of this installation"
     if "auto_map" in _read(folder / "tokenizer_config.json"):
         return "its tokenizer_config.json has an auto_map"
     if (folder / "adapter_config.json").exists():

@@ -47,8 +47,8 @@ Raises an error, because it would be silently wrong:
 
 {refused}
 
-Cannot be noticed, so do not do it: a stock class named in place of the model's own, by `LlamaForCausalLM` and its like
-or by an override of `architectures` (as vLLM's `--hf-overrides`), reads the same weights and never ponders.
+No error can tell you of the following, so do not do it. If you load the folder with a stock class, such as
+`LlamaForCausalLM`, or override `architectures` (as vLLM's `--hf-overrides` can), the same weights never ponder.
 """
 
 # The versions that the tests run with. tests/export/test_finetuning.py compares them with those that really ran.
@@ -65,8 +65,8 @@ _TESTED_FOR = {
     "accelerate": " (offloading)",
 }
 REFUSED = (
-    "`AutoModel`, and servers that build the bare backbone: one key-value slot a layer is too few",
-    "a cache that this model did not fill with as many pondering steps; so prefix tuning, too",
+    "`AutoModel`, and servers that build the bare backbone, because one key-value slot for each layer is too few",
+    "a cache that was filled with another number of pondering steps, as in prefix tuning",
     "an argument that neither this model nor its backbone knows",
     "`use_reentrant=True` in gradient checkpointing: under ZeRO-3 it loses the gradients of all but one pass",
     "several documents in one row with a cache or an `attention_mask`, or without `position_ids` that start again",
@@ -144,7 +144,7 @@ def tuned_card(
     text = before.replace(f"# {source}\n", f"# {name}\n").replace(
         f'from_pretrained("{source}"', f'from_pretrained("{name}"'
     )
-    said = "What is said above of data, losses and pondering steps is of the model before."
+    said = "The data, losses and pondering steps above describe the model that this one was tuned from."
     return f"{text.rstrip()}\n\n## Tuned from {source}\n\n{said}\n\n| | |\n|---|---|\n{_table(facts)}\n"
 
 
@@ -183,10 +183,10 @@ def trained_card(
         )
         bits = held_out.get("bits_per_byte")
         if bits and bits[-1] is not None:
-            losses += f"; of the last {bits[-1]:.4f} bits per byte"
+            losses += f"; the last is {bits[-1]:.4f} bits per byte"
         losses += f", at step {held_out['step']:,}"
         if average:
-            losses += ", of the weights of that step, not of their average"
+            losses += ", with the weights of that step and not their average"
     kind = "of the last step"
     if average:
         first = average_since(state)

@@ -57,7 +57,9 @@ def making(out: Path) -> Iterator[Path]:
             if hidden.is_dir():
                 delete_contents(hidden, _named_by_export)
             if isinstance(error, OSError):  # for example, the disk is full
-                raise CheckpointError(f"{out}: cannot be made: {error}; nothing of it is left") from error
+                raise CheckpointError(
+                    f"{out}: cannot be created: {error}; the unfinished files were deleted"
+                ) from error
             raise
 
 

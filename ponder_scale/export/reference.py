@@ -45,8 +45,8 @@ def import_reference(source: Path, out: Path, *, dtype: str = "float32", licence
     architecture = values.get("model_type")
     if architecture not in (*CLASSES, *(each.configuration.model_type for each in ARCHITECTURES.values())):
         raise CheckpointError(
-            f"{source / 'config.json'}: model_type is {architecture!r}; expected one of {', '.join(CLASSES)}, or a "
-            "folder of ours"
+            f"{source / 'config.json'}: model_type is {architecture!r}; expected one of {', '.join(CLASSES)}, or that "
+            "of a folder that ponder-scale exported"
         )
     configuration = folder_configuration(source)
     has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)
@@ -67,7 +67,7 @@ def import_reference(source: Path, out: Path, *, dtype: str = "float32", licence
         out,
     )
     if not has_tokenizer:
-        logger.info("no tokenizer in %s: add tokenizer.json and tokenizer_config.json to %s", source, out)
+        logger.info("%s has no tokenizer; add tokenizer.json and tokenizer_config.json to %s", source, out)
     return out
 
 
@@ -138,7 +138,10 @@ def published_keys(architecture: str, configuration: Any) -> dict[str, Any]:
             raise CheckpointError(f"{field} is {value!r}, which the published {architecture} cannot express")
     if configuration.residual == "restart":
         if configuration.pondering_temperature != 1.0:
-            raise CheckpointError("pondering_temperature: the follow-up's variant has none; it must be 1.0")
+            raise CheckpointError(
+                f"pondering_temperature is {configuration.pondering_temperature}; expected 1.0, because the published "
+                "code has no temperature for residual 'restart'"
+            )
         switches = {"recurrent_model": True, "num_latent_thoughts": steps, "residual_interpolated_embeds": False}
         return {**switches, "scale_embeds": configuration.scale_embeds}
     return {

@@ -86,7 +86,9 @@ def read_json(source: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(resolved(source, path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: cannot be read: {error}; remove it or put the tokenizer's own there") from error
+        raise TokenizerError(
+            f"{path}: cannot be read: {error}; remove it, or put back the tokenizer's own file"
+        ) from error
     if not isinstance(content, dict):
         raise TokenizerError(f"{path}: expected keys and values")
     return content
@@ -139,6 +141,6 @@ def _check_sentencepiece(out: Path) -> None:
         expected = ours.encode(text)
         if got != expected:
             raise TokenizerError(
-                f"{out / SENTENCEPIECE}: transformers encodes {text!r} as {got}, SentencePiece as {expected}; "
+                f"{out / SENTENCEPIECE}: transformers encodes {text!r} as {got}, but SentencePiece as {expected}; "
                 "convert the model to a tokenizer.json that agrees and build the shards with it"
             )

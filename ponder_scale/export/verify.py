@@ -52,8 +52,8 @@ def verify_in_fresh_process(
         logits = torch.stack([model(tokens, pondering_steps=steps).logits for steps in range(len(pass_losses))])
     if not logits.isfinite().all():
         raise CheckpointError(
-            f"{folder}: not every logit is finite with the weights of {source} in {dtype}; if the run is well, they "
-            "overflow there: export as bfloat16 or float32"
+            f"{folder}: some logits are not finite with the weights of {source} in {dtype}; if the run had finite "
+            "losses, they overflow in this dtype, so export as bfloat16 or float32"
         )
     with tempfile.TemporaryDirectory() as temporary:
         expected = Path(temporary, "expected.safetensors")
@@ -70,7 +70,7 @@ def verify_in_fresh_process(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     close = report["logits"] <= TOLERANCE and report["pass_losses"] <= TOLERANCE  # False for nan
     if not close or report["parameters"] != parameters:
-        raise CheckpointError(f"{folder}: computes something else than checkpoint {source}: {report}")
+        raise CheckpointError(f"{folder}: its outputs differ from those of checkpoint {source}: {report}")
     if not report["cached_equals_uncached"]:
         raise CheckpointError(f"{folder}: decoding with the cache gives other tokens than without")
     logger.info(

@@ -33,8 +33,8 @@ def write_safetensors(
     waiting = set(shapes)
     for name, weight in weights:
         if name not in waiting or weight.shape != shapes[name]:
-            wanted = tuple(shapes[name]) if name in shapes else "none of this name"
-            raise CheckpointError(f"{name}: shape {tuple(weight.shape)}, the configuration's model has {wanted}")
+            wanted = f"shape {tuple(shapes[name])}" if name in shapes else "no such weight"
+            raise CheckpointError(f"{name} has shape {tuple(weight.shape)}, but the model to write has {wanted}")
         waiting.remove(name)
         file, offset = places[name]
         with file.open("rb+") as stream:
@@ -42,7 +42,7 @@ def write_safetensors(
             weight.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().tofile(stream)
             sync(stream)
     if waiting:
-        raise CheckpointError(f"no weight for {', '.join(sorted(waiting)[:5])}")
+        raise CheckpointError(f"there is no weight for {', '.join(sorted(waiting)[:5])}")
 
 
 def _plan(folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> dict[str, tuple[Path, int]]:

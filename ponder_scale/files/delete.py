@@ -22,7 +22,7 @@ from ponder_scale.errors import ConfigError
 Ours = Callable[[str], bool]
 
 MARK = ".unfinished-ponder-scale"
-_SAYS = "This folder is not finished. The command that makes it may delete it. Put nothing of yours here.\n"
+_SAYS = "This folder is not finished. The command that makes it may delete it. Put none of your files here.\n"
 _NAMES_SHOWN = 3
 _TRIES = 4  # processes that are just ending may add files while a folder is emptied
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # for file systems mounted without locks
@@ -41,13 +41,13 @@ def mark(folder: Path) -> None:
 def check_ours(folder: Path, ours: Ours, proven: Callable[[Path], bool] = is_unfinished) -> None:
     """Raise ConfigError, with the name, for a folder that is not `proven` to be ours or that holds anything else."""
     if folder.is_symlink() or not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder that this program has made; move it, or choose another name")
+        raise ConfigError(f"{folder} is not a folder that this program has made; move it, or choose another name")
     known = proven(folder)
     strange = [name for name in _inside(folder) if not (known and ours(name))]
     if strange:
         raise ConfigError(
-            f"{folder} holds {_listed(strange)}, which this program has not made; move what is yours, or choose "
-            f"another name; nothing was deleted"
+            f"{folder} holds {_listed(strange)}, which this program has not made; nothing was deleted; move your files "
+            f"away, or choose another name"
         )
 
 
@@ -86,8 +86,8 @@ def delete_contents(folder: Path, ours: Ours, first: Collection[str] = (), keep:
         names = [name for name in _inside(folder, folders=True) if not any(one.startswith(name) for one in keep)]
         if strange := [name for name in _inside(folder) if not ours(name)]:
             raise ConfigError(
-                f"{folder} holds {_listed(strange)}, which this program has not made; move what is yours away; "
-                f"nothing was deleted"
+                f"{folder} holds {_listed(strange)}, which this program has not made; nothing was deleted; move your "
+                f"files away"
             )
         try:
             for name in first:

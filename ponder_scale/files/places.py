@@ -22,7 +22,7 @@ def check_folder(folder: Path, key: str) -> None:
             place = place.parent
         if place.is_symlink() and not place.exists():
             raise ConfigError(
-                f"{said}: {place} is a link to {place.readlink()}, which is not there; make that, or remove the link"
+                f"{said}: {place} is a link to {place.readlink()}, which does not exist; create it, or remove the link"
             )
         if not place.is_dir():
             what = "which is a file" if place == folder.absolute() else f"but {place} is a file"
@@ -51,6 +51,6 @@ def check_file(file: Path, key: str) -> None:
         if file.exists() and not os.access(file, os.W_OK):
             raise ConfigError(f"{key} is {file}, which may not be written; choose another")
     except OSError as error:
-        raise ConfigError(f"{key} is {file}: it cannot be looked at: {error.strerror}; choose another") from error
+        raise ConfigError(f"{key} is {file}: it cannot be checked: {error.strerror}; choose another") from error
     if not file.exists():
         check_folder(file.parent, key)

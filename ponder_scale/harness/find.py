@@ -19,7 +19,7 @@ def harness(what: str = "evaluate tasks") -> Any:
     try:
         import lm_eval
     except ImportError as error:
-        raise ConfigError(f"{what} needs lm-eval ({error}); pip install 'ponder-scale[eval]'") from error
+        raise ConfigError(f"{what} needs lm-eval ({error}); run: pip install 'ponder-scale[eval]'") from error
     return lm_eval
 
 
@@ -28,7 +28,7 @@ def transformers_class(what: str = "evaluate tasks") -> Any:
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:  # packages that the harness does not install itself
-        raise ConfigError(f"{what} needs {error.name} ({error}); pip install 'ponder-scale[eval]'") from error
+        raise ConfigError(f"{what} needs {error.name} ({error}); run: pip install 'ponder-scale[eval]'") from error
     return HFLM
 
 
@@ -54,9 +54,9 @@ def find_tasks(
     manager = TaskManager(include_path=path, include_defaults=needed)
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
-        known = f"{include} has {', '.join(own)}; " if include else ""
+        known = f"expected tasks of {include} ({', '.join(own)}) or" if include else "expected tasks"
         raise ConfigError(
-            f"{key}: the harness does not know {', '.join(unknown)}; {known}its own are listed by `lm_eval ls tasks`"
+            f"{key}: the harness does not know {', '.join(unknown)}; {known} of the list of `lm_eval ls tasks`"
         )
     return names, manager
 

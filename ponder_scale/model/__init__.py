@@ -1,1 +1,1 @@
-"""The model, which ships with its weights: torch and transformers only."""
+"""The model, whose code ships with its weights and needs only torch and transformers."""

@@ -15,7 +15,7 @@ from .learned import Learned
 def mix(
     hidden: Tensor, head: Tensor, table: Tensor, labels: Tensor | None, temperature: float, scale: float, keep: bool
 ) -> Mixture:
-    """As `backends.mix`."""
+    """Like `backends.mix`."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     mean, lse = attend(_one_head(hidden), _one_head(head), _one_head(table), 0.0, False, scale=1.0 / temperature)
     mean, lse = mean[0, 0], lse.flatten().to(width(hidden))
@@ -33,15 +33,15 @@ def gradients(
     scale: float,
     learned: Learned | None = None,
 ) -> tuple[Tensor, ...]:
-    """As `backends.gradients`, of all three whatever is needed; losses are learned at temperature 1 only."""
+    """Like `backends.gradients`, but always gives all three. Losses can learn only at temperature 1."""
     attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     operands, mean = [grad * scale, kept.hidden, kept.head, kept.table], kept.mean
     if learned is not None:
-        # One more column: a in g, 1 in E, 0 elsewhere. Then dp has a in it and <g, T> has not, so that dz has a p.
+        # Add a column with a in g, 1 in E and 0 elsewhere. Then dp contains a but <g, T> does not, so dz gets a p.
         columns: list[Tensor | float] = [learned.slopes.to(grad.dtype), 0.0, 0.0, 1.0]
         operands = [_with_column(matrix, values) for matrix, values in zip(operands, columns, strict=True)]
         mean = _with_column(mean, 0.0)
-    # the kernel takes for granted that a row's elements lie side by side
+    # the kernel assumes that the elements of a row lie side by side
     operands = [_one_head(tensor.contiguous()) for tensor in operands]
     lse = kept.largest.view(1, 1, -1)
     found = attend_backward(*operands, _one_head(mean), lse, 0.0, False, scale=1.0 / temperature)
@@ -69,9 +69,10 @@ def _one_head(tensor: Tensor) -> Tensor:
 def _attention_statistics(
     hidden: Tensor, head: Tensor, table: Tensor, labels: Tensor, mean: Tensor, lse: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss and entropy after attention: free at temperature 1 with W = E, where sum_v p z = h . sum_v p W_v.
+    """Loss and entropy after attention.
 
-    Elsewhere one more product with the vocabulary, in blocks of tokens.
+    They are free at temperature 1 with W = E, because sum_v p z = h . sum_v p W_v. Otherwise they take one more product
+    with the vocabulary, in blocks of tokens.
     """
     if head is table and temperature == 1.0:
         picked = (wide(hidden) * wide(F.embedding(labels.clamp(min=0), head))).sum(-1)

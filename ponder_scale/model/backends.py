@@ -1,19 +1,20 @@
-"""The pondering embedding and the loss by blocks of torch operations, with the gradients written out.
+"""The pondering embedding and the loss in blocks of torch operations, with explicit gradients.
 
 N tokens, D hidden size, V vocabulary; h (N, D) hidden states, W (V, D) head, E (V, D) embedding table (W may be E).
 With z = h W^T / tau, p = softmax(z), T = c p E and g = dL/dT:
 
     dE = c p^T g        dp = c g E^T        dz = p * (dp - <g, T>)        dh = dz W / tau        dW = dz^T h / tau
 
-<g, T> is sum_v p dp. Where the loss of a pass is learned, y = h W^T and a = dL/dloss of each token, its logits also get
+<g, T> is sum_v p dp. If the loss of a pass is learned, with y = h W^T and a = dL/dloss of each token, the logits also
+get
 
-    dy += a (softmax(y) - [v is the label])        which takes no further product: y and dh, dW are made anyway
+    dy += a (softmax(y) - [v is the label])        without a further product, because y, dh and dW are computed anyway
 
-Forward goes through blocks of tokens, so that a softmax sees its whole row. Backward knows the
-largest score of each row and its probability, so p = p_max exp(z - z_max), which is more exact than exp(z - lse) where
-lse is large, and goes through blocks of the vocabulary: each row of dW and dE is one product over all tokens, summed by
-the product itself and written once. Nothing of size (N, V) exists. Statistics and sums are in fp32 where the inputs
-are narrower. All of it gives the same bits again for the same inputs.
+Forward goes through blocks of tokens, so that a softmax sees its whole row. Backward knows the largest score of each
+row and its probability. So it uses p = p_max exp(z - z_max), which is more exact than exp(z - lse) if lse is large. It
+goes through blocks of the vocabulary, so that each row of dW and dE is one product over all tokens, which sums it and
+writes it once. Nothing of size (N, V) exists. If the inputs are narrower than fp32, statistics and sums are in fp32.
+The same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -27,45 +28,45 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .learned import Learned
 
-# scores alive at a time in one buffer, of which there are two: 16 MiB in fp32 stays below the size from which glibc's
-# allocator returns memory at every release, and GPUs want products thousands wide
+# The most scores in one buffer, of which there are two. On CPUs 16 MiB in fp32 stays below the size from which glibc's
+# allocator returns memory at every release. GPUs want products that are thousands wide.
 CPU_CHUNK_ELEMENTS = 2**22
 CUDA_CHUNK_ELEMENTS = 2**27
-WIDENED_ELEMENTS = 2**20  # of a narrow operand, whose fp32 copy exists at a time
+WIDENED_ELEMENTS = 2**20  # elements of a narrow operand that are copied to fp32 at a time
 CENTRE_ROWS = 1000
 IGNORE_INDEX = -100
 
 
 class Statistics(NamedTuple):
-    """What the logits of a pass say, per token, (N,): by-products of products that are made anyway."""
+    """Loss and entropy of each token in a pass, (N,). They are by-products of products that are computed anyway."""
 
     loss: Tensor  # cross-entropy at temperature 1 in nats, 0 where the label is ignored
     entropy: Tensor  # of the softmax at temperature tau, in nats
 
 
 def width(tensor: Tensor) -> torch.dtype:
-    """The dtype of statistics and sums: fp32, or fp64 of fp64."""
+    """The dtype of statistics and sums: fp64 for fp64, else fp32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In fp32, or as it is in fp64."""
+    """The tensor in fp32, or unchanged if it is in fp64."""
     return tensor.to(width(tensor))
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether it is one of torch's stand-ins, which have shapes and no values."""
+    """Whether this is one of torch's fake tensors, which have shapes but no values."""
     return type(tensor).__module__.startswith("torch._subclasses")
 
 
 def chunk(like: Tensor, extent: int, other: int) -> int:
-    """How many of a matrix's `extent` rows (or columns), `other` long, are made at a time on the device of `like`."""
+    """How many of a matrix's `extent` rows (or columns) of length `other` to compute at a time on `like`'s device."""
     elements = CPU_CHUNK_ELEMENTS if like.device.type == "cpu" else CUDA_CHUNK_ELEMENTS
     return max(1, min(extent, elements // max(1, other)))
 
 
 def label_loss(logits: Tensor, labels: Tensor, lse: Tensor) -> Tensor:
-    """lse - logit of the label, 0 where the label is ignored; (n,)."""
+    """lse - logit of the label, (n,), and 0 where the label is ignored."""
     picked = logits.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
     return torch.where(labels == IGNORE_INDEX, torch.zeros_like(lse), lse - picked)
 
@@ -78,22 +79,23 @@ def total_loss(loss: Tensor, squares: Tensor, labels: Tensor, z_loss: float) -> 
 
 
 def entropy_of(p: Tensor, z: Tensor, largest: Tensor, peak: Tensor) -> Tensor:
-    """-sum_v p log p, (n,), of p = peak exp(z - largest); `z` is used up.
+    """-sum_v p log p, (n,), for p = peak exp(z - largest). Overwrites `z`.
 
-    Of differences from the largest score, as both the log-sum-exp and the mean score are as large as that. Softmax adds
-    a row's terms one by one, and the p of a large vocabulary do not add up to 1; `sum` adds them in a tree.
+    It uses differences from the largest score, because both the log-sum-exp and the mean score are about that large.
+    Softmax adds the terms of a row one by one, so the p of a large vocabulary do not add up to 1. `sum` adds them in a
+    tree.
     """
     total = p.sum(-1)
     return (total / peak).log() - z.sub_(largest.unsqueeze(1)).mul_(p).sum(-1) / total
 
 
 def wide_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """left @ right into `out`, (n, m), which has the dtype of sums: a product of narrow operands is not rounded."""
+    """left @ right into `out`, (n, m), in the dtype of sums, so that a product of narrow operands is not rounded."""
     if right.dtype == out.dtype:
         return torch.mm(left, right, out=out)
     if left.is_cuda and torch.version.hip is None:
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
-    # elsewhere torch has no such product: the operands are widened, the larger one in blocks
+    # Elsewhere torch has no such product, so the operands are widened, and the larger one in blocks.
     left, (inner, columns) = left.to(out.dtype), right.shape
     if inner > columns:
         out.zero_()
@@ -121,30 +123,30 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _parts(extent: int, other: int) -> list[slice]:
-    """Slices of `extent` rows, `other` long, of which one is widened at a time."""
+    """Slices of `extent` rows of length `other`, which are widened one at a time."""
     rows = max(1, WIDENED_ELEMENTS // max(1, other))
     return [slice(start, min(start + rows, extent)) for start in range(0, extent, rows)]
 
 
 def as_dtype(gradient: Tensor | None, like: Tensor) -> Tensor | None:
-    """A gradient in the dtype of what it is of; None stays None."""
+    """A gradient in the dtype of its tensor. None stays None."""
     return None if gradient is None else gradient.to(like.dtype)
 
 
 def common_row(table: Tensor) -> Tensor:
-    """About the mean row of E, (D,): of a thousand rows, as any row that they have in common will do."""
+    """About the mean row of E, (D,), from a thousand rows. Any row that all rows have in common will do."""
     return wide(table[:: max(1, table.shape[0] // CENTRE_ROWS)]).mean(0)
 
 
 def mean_slope(grad: Tensor, mean: Tensor, centre: Tensor | None, temperature: float, scale: float) -> Tensor:
-    """<g, T> / tau, (N,), of what `Kept` has of T."""
+    """<g, T> / tau, (N,), from T as `Kept` has it."""
     if centre is None:
         return (wide(grad) * wide(mean)).sum(-1).div_(temperature)
     return (wide(grad) * (wide(mean) + centre)).sum(-1).mul_(scale / temperature)
 
 
 def shrinkage(grad: Tensor, table: Tensor, factor: float, learned: Learned | None = None) -> Tensor | None:
-    """In fp16 the power of two, a scalar, by which g is divided so that no dz overflows; None elsewhere.
+    """For fp16, the power of two (a scalar) by which to divide g so that no dz overflows. None for other dtypes.
 
     |dz| <= 2 factor |g| max |E_v| + |a|, with factor = c / tau.
     """
@@ -156,40 +158,41 @@ def shrinkage(grad: Tensor, table: Tensor, factor: float, learned: Learned | Non
 
 
 def power_above(bound: Tensor) -> Tensor:
-    """The least power of two, at least 1, that brings numbers up to `bound` into half of what fp16 holds."""
+    """The least power of two, at least 1, that as a divisor brings `bound` into half of the range of fp16."""
     return torch.exp2(torch.log2(bound / 2**15).ceil_().clamp_(min=0.0))
 
 
 def scores(hidden: Tensor, weights: Tensor, offset: Tensor, factor: float, out: Tensor) -> Tensor:
-    """factor * hidden @ weights^T - offset into `out`, (N, n); offset (N, 1)."""
+    """factor * hidden @ weights^T - offset into `out`, (N, n), with an offset (N, 1)."""
     if hidden.dtype == out.dtype:
         return torch.addmm(offset, hidden, weights.t(), beta=-1, alpha=factor, out=out)
     return wide_product(hidden, weights.t(), out).mul_(factor).sub_(offset)
 
 
 class Kept(NamedTuple):
-    """What forward leaves for backward; the same of every backend, so that backward may be another's.
+    """The tensors that forward keeps for backward. They are the same in every backend, so that another backend may run
+    the backward.
 
-    In narrow dtypes T is kept without the row that all of E have in common. Rounded with that row in it, its error
-    would be as large as all that tells tokens apart.
+    In narrow dtypes T is kept without the row that all rows of E have in common. Rounded with that row, its error would
+    be as large as the differences between tokens.
     """
 
     hidden: Tensor
     head: Tensor
     table: Tensor
-    mean: Tensor  # (N, D): T / c of attention, T in wide dtypes, else T / c - centre
+    mean: Tensor  # (N, D): T / c from attention, T in wide dtypes, else T / c - centre
     centre: Tensor | None  # (D,)
     largest: Tensor  # (N,): p = peak exp(z - largest)
     peak: Tensor  # (N,)
 
 
 class Mixture(NamedTuple):
-    """T, the statistics of each token, 0 without labels, and what `Kept` has of them."""
+    """T, the statistics of each token (0 without labels), and the tensors for `Kept`."""
 
     mixed: Tensor  # (N, D)
     loss: Tensor  # (N,)
     entropy: Tensor  # (N,)
-    mean: Tensor | None  # None where it is T, or nothing is kept
+    mean: Tensor | None  # None if it is T, or if nothing is kept
     centre: Tensor | None
     largest: Tensor
     peak: Tensor
@@ -204,7 +207,7 @@ def mix(
     scale: float,
     keep: bool,
 ) -> Mixture:
-    """The mixture of the whole vocabulary; `keep`: with what backward needs, the inputs aside."""
+    """The mixture of the whole vocabulary. With `keep`, also the tensors that backward needs besides the inputs."""
     tokens, vocabulary = hidden.shape[0], head.shape[0]
     rows = chunk(hidden, tokens, vocabulary)
     mixed = table.new_empty(tokens, table.shape[1])
@@ -237,7 +240,7 @@ def mix(
 
 
 def _mean_row(p: Tensor, table: Tensor) -> Tensor:
-    """sum_v p E / sum_v p, (n, D) in fp32, of p (n, V) as rounded: its errors cancel in the row that all E share."""
+    """sum_v p E / sum_v p, (n, D) in fp32, for rounded p (n, V). The errors cancel in the row that all of E share."""
     mean = wide_product(p, table, torch.empty(p.shape[0], table.shape[1], dtype=width(table), device=table.device))
     return mean.div_(p.sum(-1, keepdim=True, dtype=mean.dtype))
 
@@ -250,9 +253,9 @@ def gradients(
     scale: float,
     learned: Learned | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dh, dW and dE of the mixture over the whole vocabulary, each None unless `needed`, from g (N, D).
+    """dh, dW and dE of the mixture over the whole vocabulary, from g (N, D). Each is None unless `needed`.
 
-    `learned`: of the losses too.
+    If `learned` is given, they include the gradients of the losses.
     """
     hidden, head, table, mean, centre, largest, peak = kept
     tokens, vocabulary = hidden.shape[0], head.shape[0]
@@ -264,9 +267,9 @@ def gradients(
     above = grad if shrink is None else grad / shrink.to(grad.dtype)
     delta = mean_slope(above, mean, centre, temperature, scale).unsqueeze(1)  # (N, 1)
     learned = None if learned is None else learned.above(shrink)
-    by_unit = learned is not None and temperature != 1.0  # whose softmax is another one
+    by_unit = learned is not None and temperature != 1.0  # then the losses have another softmax
     if learned is not None and not by_unit:
-        delta = delta - learned.slopes.unsqueeze(1)  # a p beside p (dp - <g, T>)
+        delta = delta - learned.slopes.unsqueeze(1)  # adds a p to p (dp - <g, T>)
     columns = chunk(hidden, vocabulary, tokens)
     leaks = None if centre is None else torch.zeros_like(delta)
     buffers = [hidden.new_empty(tokens * columns, dtype=width(hidden)) for _ in range(3 if by_unit else 2)]
@@ -293,21 +296,21 @@ def gradients(
         if d_head is not None:
             torch.mm(narrow.t(), hidden, out=d_head[part])
     if d_hidden is not None and leaks is not None:
-        d_hidden.sub_(leaks * common_row(head))  # sum_v dz is 0 before dz is rounded
+        d_hidden.sub_(leaks * common_row(head))  # before rounding, sum_v dz is 0
     if d_table is not None and scale != 1.0:
         d_table.mul_(scale)
     return finished(d_hidden, shrink, hidden), finished(d_head, shrink, head), d_table
 
 
 def finished(gradient: Tensor | None, shrink: Tensor | None, like: Tensor) -> Tensor | None:
-    """A gradient at its true size, in the dtype of what it is of."""
+    """A gradient at its true size, in the dtype of its tensor."""
     if gradient is not None and shrink is not None:
         gradient.mul_(shrink.to(gradient.dtype))
     return as_dtype(gradient, like)
 
 
 class Loss(NamedTuple):
-    """The summed loss, the statistics of each token, and the gradients of the sum, None unless asked for."""
+    """The summed loss, the statistics of each token, and the gradients of the sum, which are None if not needed."""
 
     total: Tensor  # scalar
     loss: Tensor  # (N,)
@@ -317,9 +320,9 @@ class Loss(NamedTuple):
 
 
 def loss(hidden: Tensor, head: Tensor, labels: Tensor, z_loss: float, need_hidden: bool, need_head: bool) -> Loss:
-    """The summed loss, and z_loss * lse^2 on top of it, whose gradient to the logits is 2 z_loss lse p.
+    """The summed loss plus z_loss * lse^2, whose gradient to the logits is 2 z_loss lse p.
 
-    The gradient is known up to a factor in forward, so it is made there, with one product less.
+    Forward already knows the gradient up to a factor, so it computes it, which saves a product.
     """
     tokens, vocabulary = hidden.shape[0], head.shape[0]
     rows = chunk(hidden, tokens, vocabulary)
@@ -352,7 +355,7 @@ def loss(hidden: Tensor, head: Tensor, labels: Tensor, z_loss: float, need_hidde
 
 
 def times(gradient: Tensor, factor: Tensor) -> Tensor:
-    """A gradient (n, D) times a scalar. In narrow dtypes that stays wide: a loss scale of 2^16 is infinite in fp16."""
+    """A gradient (n, D) times a scalar that stays in fp32, because a loss scale of 2^16 is infinite in fp16."""
     if gradient.dtype == width(gradient):
         return gradient * factor.to(gradient.dtype)
     scaled = torch.empty_like(gradient)

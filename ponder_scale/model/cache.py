@@ -1,9 +1,9 @@
 """The key-value caches of S + 1 passes, as one `Cache` of transformers.
 
 Each pass attends to its own keys and values, so layer i of pass s keeps them at index s * L + i of one cache with
-(S + 1) * L layers. The backbone, which counts to L, sees a pass through `PassView`. Beam search, cropping and
-offloading act on the whole cache and need not know. Layers that grow do so in place (`GrowingLayer`). `copy_newest`
-stands for passes that an early exit left out.
+(S + 1) * L layers. The backbone counts L layers and sees those of one pass through `PassView`. Beam search, cropping
+and offloading act on the whole cache and need not know of passes. Layers grow in place (`GrowingLayer`). `copy_newest`
+fills the caches of passes that an early exit left out.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-ROOM = 128  # tokens; all that is cached is copied once for so many
+ROOM = 128  # tokens that are appended between two copies of all that is cached
 
 
 class GrowingLayer(DynamicLayer):
-    """As `DynamicLayer`, which copies all it has to append a token, but written into room behind the others.
+    """A `DynamicLayer` that writes new tokens into free room of its buffers, instead of copying everything each time.
 
-    `keys` and `values` are the filled part of longer buffers. After anything else that is done with them (beam search,
-    a batch that is selected from, a crop, a copy), the next token gets new buffers, so that nobody's tensors change.
+    `keys` and `values` are the filled part of longer buffers. If anything else was done with them (beam search, a
+    selection of the batch, a crop, a copy), the next token gets new buffers, so that no tensor of others changes.
     """
 
     _buffers: tuple[Tensor, Tensor] | None = None
-    _left: tuple[Tensor, Tensor] | None = None  # `keys` and `values` as the last token left them
+    _left: tuple[Tensor, Tensor] | None = None  # `keys` and `values` after the last token
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All keys and values with the new ones appended, (B, heads, T, head width) each."""
@@ -45,7 +45,7 @@ class GrowingLayer(DynamicLayer):
         return self._left
 
     def _is_room_for(self, tokens: int) -> bool:
-        """Whether the buffers hold so many, and nothing but appending was done with what they hold."""
+        """Whether the buffers have room for `tokens`, and were only appended to since the last token."""
         if self._left is None or self._buffers is None:
             return False
         if self.keys is not self._left[0] or self.values is not self._left[1]:
@@ -54,17 +54,17 @@ class GrowingLayer(DynamicLayer):
         return buffer.shape[-2] >= tokens and (torch.is_inference_mode_enabled() or not buffer.is_inference())
 
     def reset(self) -> None:
-        """Empty it."""
+        """Empty the layer."""
         self._buffers = self._left = None
         super().reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies are made of: the buffers stay with this one, or both would write into the same room."""
+        """The state for copies, without the buffers, because both layers would write into the same room."""
         return {**self.__dict__, "_buffers": None, "_left": None}
 
 
 def _roomy(old: Tensor, new: Tensor) -> Tensor:
-    """A buffer that begins with `old` and has room for `new` and more behind it."""
+    """A buffer that begins with `old`, with room for `new` and more behind it."""
     length = old.shape[-2]
     buffer = new.new_empty(*new.shape[:-2], length + new.shape[-2] + ROOM, new.shape[-1])
     buffer.narrow(-2, 0, length).copy_(old)
@@ -72,9 +72,9 @@ def _roomy(old: Tensor, new: Tensor) -> Tensor:
 
 
 class PassView(Cache):
-    """What pass `index` sees of the cache: L layers, numbered from 0.
+    """The L layers of pass `index` in the cache, numbered from 0.
 
-    A `Cache` because some backbones ask for one; it has no layers of its own, so that `Cache.__init__` is not called.
+    It is a `Cache`, because some backbones require one. It has no layers of its own, so it skips `Cache.__init__`.
     """
 
     def __init__(self, cache: Cache, index: int, layers: int) -> None:
@@ -85,7 +85,7 @@ class PassView(Cache):
         return self._cache.update(keys, values, self._first + layer_idx, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """Cached tokens of a layer in this pass."""
+        """The number of cached tokens of a layer in this pass."""
         return self._cache.get_seq_length(self._first + layer_idx)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
@@ -103,7 +103,7 @@ class PassView(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        """For each layer, whether it keeps a window only."""
+        """For each layer, whether it keeps only a window."""
         return self._cache.is_sliding[self._first : self._first + self._layers]
 
     def __getattr__(self, name: str) -> Any:
@@ -113,12 +113,12 @@ class PassView(Cache):
 
 
 def grow(cache: Cache, passes: int, layers: int) -> None:
-    """Give a cache made for L layers (as `generate` makes it) room for `passes` * L of them.
+    """Extend a cache for L layers, as `generate` creates it, to `passes` * L layers.
 
     Raises:
         ValueError: the cache was filled with another number of pondering steps.
     """
-    if not getattr(cache, "offloading", False):  # what is offloaded is other tensors at every token
+    if not getattr(cache, "offloading", False):  # offloading replaces the tensors at every token
         if cache.layer_class_to_replicate is DynamicLayer:
             cache.layer_class_to_replicate = GrowingLayer
         for layer in cache.layers:
@@ -128,14 +128,14 @@ def grow(cache: Cache, passes: int, layers: int) -> None:
         while len(cache.layers) < passes * layers:
             if cache.get_seq_length() > 0:
                 raise ValueError(
-                    f"the cache holds {len(cache.layers) // layers} passes, {passes} are needed; continue with the "
-                    "pondering_steps it was filled with, or start an empty cache (prefix tuning, which fills a cache "
-                    "for one pass, needs pondering_steps=0)"
+                    f"the cache holds {len(cache.layers) // layers} passes, but {passes} are needed; continue with "
+                    "the pondering_steps it was filled with, or start an empty cache (prefix tuning, which fills a "
+                    "cache for one pass, needs pondering_steps=0)"
                 )
-            # any of them, since they are empty and alike; there are fewer than L in a draft that exits early
+            # Any layer will do, because all are empty and alike. A draft that exits early has fewer than L.
             cache.layers.append(copy.deepcopy(cache.layers[0]))
     if torch.compiler.is_compiling():
-        return  # a static cache counts in tensors, on which compiled code cannot branch; the prompt was checked
+        return  # compiled code cannot branch on the counts of a static cache, which are tensors; the prompt was checked
     filled = [cache.get_seq_length(index * layers) for index in (0, passes - 1)]
     if filled[0] != filled[1]:
         raise ValueError(
@@ -145,15 +145,15 @@ def grow(cache: Cache, passes: int, layers: int) -> None:
 
 
 def check_growing(cache: Cache | None, option: str) -> None:
-    """Raise ValueError unless the cache is one that grows by concatenation."""
+    """Raise ValueError unless the cache grows by concatenation."""
     kind = None if cache is None else type(cache.layers[0] if cache.layers else cache.layer_class_to_replicate())
     if kind not in (DynamicLayer, GrowingLayer):
         found = "none" if kind is None else kind.__name__
-        raise ValueError(f"{option} needs a cache of DynamicLayer, found {found}; use use_cache=True and no other kind")
+        raise ValueError(f"{option} needs a cache of DynamicLayer, found {found}; give use_cache=True and no cache")
 
 
 def copy_newest(cache: Cache, tokens: int, done: int, passes: int, layers: int) -> None:
-    """Let passes `done` + 1 and on, which did not run, keep the newest keys and values of pass `done`."""
+    """Copy the newest keys and values of pass `done` to all later passes, which did not run."""
     for index in range(done + 1, passes):
         for layer in range(layers):
             source = cache.layers[done * layers + layer]

@@ -1,13 +1,13 @@
-"""What each pass changes, measured on a sample of the tokens: the signs of a pondering that has collapsed.
+"""Measure what each pass changes on a sample of the tokens. This shows whether pondering has collapsed.
 
 With e_s the input of pass s and q_s = softmax(head(f(e_s))) its prediction, over n sampled tokens:
 
     embed_norms[s]     mean |e_s|                                   s = 0..S
-    update_norms[s]    mean |e_{s+1} - e_s|                         s = 0..S-1; that of the pondering embedding
+    update_norms[s]    mean |e_{s+1} - e_s|                         s = 0..S-1; the norm of the pondering embedding
     embed_cosines[s]   mean cos(e_s, e_{s+1})                       s = 0..S-1
-    pass_kls[s]        mean KL(q_{s+1} || q_s) in nats              s = 0..S-1; what `exit_kl` is compared with
+    pass_kls[s]        mean KL(q_{s+1} || q_s) in nats              s = 0..S-1; `exit_kl` is compared with it
 
-The KL divergences take one more product of the n tokens with the vocabulary a pass, which is why n is small.
+The KL divergences take one more product of the n tokens with the vocabulary in each pass, so n is small.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class PassChanges(NamedTuple):
-    """The four above, fp32 without gradient."""
+    """The four measurements above, in fp32 and without gradient."""
 
     embed_norms: Tensor  # (S + 1,)
     update_norms: Tensor  # (S,)
@@ -29,10 +29,10 @@ class PassChanges(NamedTuple):
 
 
 class ChangeTracker:
-    """Keeps the sampled rows of each pass's input and output, spread evenly over the tokens.
+    """Keeps rows of each pass's input and output, sampled evenly over the tokens.
 
     Args:
-        sample: tokens of a batch that are looked at, n; all of them where the batch has fewer.
+        sample: number n of tokens of a batch to sample. If the batch has fewer, all of them are used.
     """
 
     def __init__(self, sample: int) -> None:
@@ -51,7 +51,7 @@ class ChangeTracker:
 
     @torch.no_grad()
     def changes(self, logits: Callable[[Tensor], Tensor]) -> PassChanges:
-        """The means over what was kept. `logits` is the head: it takes (n, D), returns (n, V)."""
+        """The means over the sampled rows. `logits` is the head, which takes (n, D) and returns (n, V)."""
         norms = torch.stack([e.norm(dim=-1).mean() for e in self._embeds])
         updates, cosines, kls = [], [], []
         before = logits(self._hidden[0]).float().log_softmax(-1)  # (n, V)

@@ -1,4 +1,4 @@
-"""Configurations of pondering models: the stock one of transformers plus the fields of `PonderingFields`."""
+"""Configurations of pondering models: the stock configuration of transformers plus `PonderingFields`."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ PONDERING_FIELDS = (
 
 
 class PonderingFields:
-    """The pondering fields, mixed in before a configuration of transformers.
+    """The pondering fields, as a mixin before a configuration of transformers.
 
-    The defaults are neutral: with `pondering_steps=0` and nothing else set, the model is the stock one.
+    The defaults are neutral. With `pondering_steps=0` and the other defaults, the model is the stock model.
 
     Args:
         pondering_steps: S, how often the pondering embedding is fed back; the backbone runs S + 1 times.
         scale_embeds: multiply token and pondering embeddings by sqrt(hidden_size).
         initial_scale: factor on e_0. The published `mutiply_pondering_steps` is `initial_scale=S`.
         pondering_temperature: tau, divides the logits of the pondering softmax.
-        feedback: T, what a pass leaves for the next: its pondering "embedding", or its "hidden" states, which are
-            those after the last norm. "hidden" with the residual "replace" is a looped transformer. "both" adds the
-            hidden states to the pondering embedding through a learned gate, see `gate.py`.
+        feedback: T, what a pass passes on to the next: its pondering "embedding", or its "hidden" states after the last
+            norm. "hidden" with the residual "replace" is a looped transformer. "both" adds the hidden states to the
+            pondering embedding through a learned gate, see `gate.py`.
         residual: "accumulate" feeds e_{s-1} + T, "restart" feeds e_0 + T, "replace" feeds T.
-        pondering_top_k: keep only the K most probable tokens, renormalised; None keeps the vocabulary.
-        init_by_passes: initial output projections are divided by sqrt(S + 1) too; None is as the published code of
-            the architecture does it: GPT-NeoX divides, the others do not.
+        pondering_top_k: use only the K most probable tokens, renormalised. None uses the whole vocabulary.
+        init_by_passes: also divide the initial output projections by sqrt(S + 1). None does what the published code of
+            the architecture does: GPT-NeoX divides, the others do not.
         halting: "gate" and "exit" let each token stop pondering by learned gates, see `halting.py`; "none" ponders S
             steps.
         halting_threshold: a token halts when what its gates leave is below this. A higher one saves more, after
@@ -70,11 +70,11 @@ class PonderingFields:
         self.halting_threshold = halting_threshold
         self.check_pondering()
         if kwargs.get("dtype") is not None:
-            kwargs.pop("torch_dtype", None)  # written beside "dtype", for older readers
+            kwargs.pop("torch_dtype", None)  # it is also written, for older readers
         super().__init__(**kwargs)
 
     def check_pondering(self) -> None:
-        """Raise ValueError for a field that is out of its range; asked again by every forward."""
+        """Raise ValueError for a field that is out of its range. Every forward calls this again."""
         if not _is_integer(self.pondering_steps, 0):
             raise ValueError(f"pondering_steps is {self.pondering_steps!r}; expected an integer of at least 0")
         for field in ("pondering_temperature", "initial_scale"):
@@ -95,8 +95,8 @@ class PonderingFields:
             raise ValueError(f"halting_threshold is {threshold!r}; expected a number from 0 to 1")
         if self.feedback == "hidden" and (self.pondering_top_k is not None or self.pondering_temperature != 1.0):
             raise ValueError(
-                "pondering_top_k and pondering_temperature are of the pondering softmax, which the feedback 'hidden' "
-                "does not have; leave them at their defaults"
+                "pondering_top_k and pondering_temperature belong to the pondering softmax, which feedback 'hidden' "
+                "does not use; leave them at their defaults"
             )
         if self.pondering_top_k is not None and not _is_integer(self.pondering_top_k, 1):
             raise ValueError(f"pondering_top_k is {self.pondering_top_k!r}; expected an integer of at least 1, or None")
@@ -104,7 +104,7 @@ class PonderingFields:
     def to_dict(self) -> dict[str, Any]:
         """The stock dictionary, with the keys that transformers 4 reads under other names.
 
-        Without them it falls back to its defaults without a word: base 10000, a quarter of each head for GPT-NeoX.
+        Without them it silently uses its defaults: base 10000, and for GPT-NeoX a quarter of each head.
         """
         values = super().to_dict()  # type: ignore[misc]
         rope = values.get("rope_parameters")
@@ -115,8 +115,8 @@ class PonderingFields:
         return values
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What config.json gets: `to_dict` without defaults, and the dtype as transformers before 4.56 calls it."""
-        # not in `to_dict`, whose keys transformers looks up again, with a notice at each load that this one is old
+        """The contents of config.json: `to_dict` without defaults, and the dtype as named before transformers 4.56."""
+        # Not in `to_dict`, because transformers would look this key up at each load and warn that it is old.
         values = super().to_diff_dict()  # type: ignore[misc]
         if values.get("dtype") is not None:
             values["torch_dtype"] = values["dtype"]
@@ -127,7 +127,7 @@ def _is_integer(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-# Each has a `model_type` of its own: with the stock one, a loader that does not trust remote code would build a model
+# Each class has its own `model_type`. With the stock one, a loader that does not trust remote code would build a model
 # that never ponders. Each defines `__init__`, because transformers 5 generates one for a configuration that has none.
 
 

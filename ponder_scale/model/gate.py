@@ -1,4 +1,4 @@
-"""The learned gate of the feedback "both", by which a pass feeds back its hidden states beside its embedding."""
+"""The learned gate of the feedback "both", which also feeds back the hidden states of a pass."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class HiddenGate(nn.Module):
-    """T_s = c * sum_v p_s[v] E[v] + g * h_s, with one learned number of g for each of the D dimensions.
+    """T_s = c * sum_v p_s[v] E[v] + g * h_s, where g has a learned number for each of the D dimensions.
 
-    g is 0 at first, so training starts as the plain method, and so does a model whose weights have no gate.
+    g is 0 at first, so training starts as the method without a gate. The same holds for weights without a gate.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -17,7 +17,7 @@ class HiddenGate(nn.Module):
         self.weight = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, mixed: Tensor, hidden: Tensor) -> Tensor:
-        """T, (B, T, D), of the pondering embedding and the hidden states of the same pass, (B, T, D) each."""
+        """T, (B, T, D), from the pondering embedding and the hidden states of the same pass, (B, T, D) each."""
         return mixed + self.weight.to(hidden.dtype) * hidden
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The pondering embedding and the loss by Triton kernels: the softmax lives inside the matrix products.
+"""The pondering embedding and the loss by Triton kernels, which compute the softmax inside the matrix products.
 
 N tokens, D hidden size, V vocabulary; the equations are those of `backends`, the kernels are in `products`:
 
@@ -7,11 +7,11 @@ N tokens, D hidden size, V vocabulary; the equations are those of `backends`, th
     backward, by blocks of V        p and dz from two products in one kernel; dE = p^T g and dW = dz^T h, each one
                                     product over all tokens, written once; dh += dz W in fp32
 
-The log-sum-exp, the entropy and the label's logit fall out of the first kernel. T is divided by the sum of q as it was
-rounded, so that what is rounded cancels in the row that all of E share. Where its tiles are fewer than the processors
-of the GPU, the sum over V is split, and the parts are added in order. Same inputs, same bits.
+The first kernel also gives the log-sum-exp, the entropy and the label's logit. T is divided by the sum of the rounded
+q, so that rounding errors cancel in the row that all of E share. If there are fewer tiles than processors of the GPU,
+the sum over V is split, and the parts are added in order. The same inputs give the same bits.
 
-A GPU without a row in `tiles`, or on which a launch fails, takes `backends`. This file is imported only where it runs.
+A GPU without a row in `tiles`, or on which a launch fails, uses `backends`. This file is imported only where it runs.
 """
 
 # Triton ships no types
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-try:  # guarded for the loader of remote code, which asks for every package that a file imports
+try:  # guarded, because the loader of remote code requires every package that a file imports without a guard
     import triton
 except ImportError as error:
     raise ImportError("the triton backend needs the package triton; use backend 'auto' or 'chunked'") from error
@@ -52,24 +52,24 @@ LOG2_E = 1.0 / math.log(2.0)
 TOKEN_BLOCK = 8192  # tokens whose q exist at a time: 0.8 GB in bf16 at V = 50304
 VOCABULARY_BLOCK = 8192  # columns whose p and dz exist at a time
 SAME_ROWS = 8  # row tiles that run beside each other, so that a tile of W is read from L2
-LOSS_TILES = Tiles(16, 0, 0, 4, 3)  # as wide as the tiles of exp
+LOSS_TILES = Tiles(16, 0, 0, 4, 3)  # these are as wide as the tiles of exp
 
 
 class _Scores(NamedTuple):
-    """What the first kernel leaves of a block of n tokens, every number in powers of two."""
+    """The results of the first kernel for a block of n tokens. Exponents are those of powers of two."""
 
     q: Tensor  # (n, V), rows padded to whole cache lines
     tile: int  # columns that share an exponent
     exponents: Tensor  # (tiles, n)
     row_exponents: Tensor  # (n,), the largest of them
     sums: Tensor  # (n,), sum of q at the row's exponent
-    kept: Tensor  # (n,), the same of q as it is stored
+    kept: Tensor  # (n,), the same sum of q as stored
     loss: Tensor  # (n,) in nats, 0 without labels
     entropy: Tensor  # (n,) in nats, 0 without labels
 
 
 def launch_options(shape: Tiles) -> dict[str, Any]:
-    """Without fused multiply-add, which the compiler may place differently once a kernel makes statistics too."""
+    """No fused multiply-add, because the compiler may place it differently in a kernel that also makes statistics."""
     return {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": False}
 
 
@@ -77,7 +77,7 @@ def launch(kernel: Any, grid: tuple[int, ...], shape: Tiles, *arguments: Any, **
     """Start a kernel.
 
     Raises:
-        LaunchFailed: whatever the compiler or the driver had against it; memory that is short stays what it is.
+        LaunchFailed: the compiler or the driver failed. If memory is short, OutOfMemoryError is raised instead.
     """
     try:
         kernel[grid](*arguments, **constants, **launch_options(shape))
@@ -89,13 +89,15 @@ def launch(kernel: Any, grid: tuple[int, ...], shape: Tiles, *arguments: Any, **
 
 
 def _precision(tensor: Tensor) -> str:
-    return "ieee" if tensor.dtype == torch.float32 else "tf32"  # read for fp32 alone
+    return "ieee" if tensor.dtype == torch.float32 else "tf32"  # matters only for fp32
 
 
 def _check(*tensors: Tensor) -> None:
     kinds = {tensor.dtype for tensor in tensors}
     if len(kinds) > 1 or not kinds <= {torch.float32, torch.float16, torch.bfloat16}:
-        raise ValueError(f"backend 'triton' takes fp32, fp16 or bf16, one for all; got {', '.join(map(str, kinds))}")
+        raise ValueError(
+            f"backend 'triton' takes tensors of one dtype: fp32, fp16 or bf16; got {', '.join(map(str, kinds))}"
+        )
 
 
 def _log_sums(exponents: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,16 +108,16 @@ def _log_sums(exponents: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _buffer(like: Tensor, rows: int, columns: int) -> Tensor:
-    """(rows, columns) whose rows start at multiples of 64 elements, as vector loads and wgmma want it."""
+    """A buffer (rows, columns) whose rows start at multiples of 64 elements, as vector loads and wgmma need."""
     whole = like.new_empty(rows, (columns + 63) // 64 * 64)
-    whole[:, columns:].zero_()  # torch's product in bf16 on CPUs reads them, and multiplies them by 0
+    whole[:, columns:].zero_()  # torch's bf16 product on CPUs reads this padding and multiplies it by 0
     return whole[:, :columns]
 
 
 def _scores(hidden: Tensor, head: Tensor, labels: Tensor | None, temperature: float, plan: DeviceTiles) -> _Scores:
-    """q, log-sum-exp and statistics of a block of tokens, by one product."""
+    """q, the log-sum-exp and the statistics of a block of tokens, from one product."""
     (tokens, width), vocabulary = hidden.shape, head.shape[0]
-    # not by what is asked beside q: statistics never change the result
+    # chosen without regard to the statistics, which must never change the result
     shape = plan.few_exp if tokens <= FEW_TOKENS else plan.exp if temperature == 1.0 else plan.tempered
     tiles = triton.cdiv(vocabulary, shape.n)
     unit = labels is not None and temperature != 1.0
@@ -132,7 +134,7 @@ def _scores(hidden: Tensor, head: Tensor, labels: Tensor | None, temperature: fl
     largest, total, powers = _log_sums(exponents, sums)
     loss = entropy = torch.zeros_like(total)
     if labels is not None:
-        # of differences from the largest exponent, which both terms would have in them
+        # uses differences from the largest exponent, which both terms would contain
         mean = ((weighted + (exponents - largest) * sums) * powers).sum(0) / total
         entropy = (torch.log2(total) - mean) / LOG2_E
         lse = largest + torch.log2(total)
@@ -177,7 +179,7 @@ def _add_product(left: Tensor, right: Tensor, out: Tensor, plan: DeviceTiles) ->
 def mix(
     hidden: Tensor, head: Tensor, table: Tensor, labels: Tensor | None, temperature: float, scale: float, keep: bool
 ) -> Mixture:
-    """As `backends.mix`, by which it is done where the kernels do not start."""
+    """Like `backends.mix`, which it calls if the kernels do not start."""
     _check(hidden, head, table)
     plan = tiles_for(hidden.device, hidden.dtype)
     if plan is not None:
@@ -196,7 +198,7 @@ def gradients(
     scale: float,
     learned: Learned | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As `backends.gradients`, by which they are made where the kernels do not start."""
+    """Like `backends.gradients`, which it calls if the kernels do not start."""
     plan = tiles_for(grad.device, grad.dtype)
     if plan is not None:
         try:
@@ -242,14 +244,14 @@ def _gradients(
     learned: Learned | None,
     plan: DeviceTiles,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dh, dW and dE by the kernels."""
+    """dh, dW and dE from the kernels."""
     tied = kept.head is kept.table
     hidden, head, table, grad = (t.contiguous() for t in (kept.hidden, kept.head, kept.table, grad))
     (tokens, width), vocabulary = hidden.shape, head.shape[0]
     shrink = shrinkage(grad, table, scale / temperature, learned)
     above = grad if shrink is None else grad / shrink.to(grad.dtype)
     deltas = mean_slope(above, kept.mean, kept.centre, temperature, scale)
-    exponents = torch.round(kept.largest * LOG2_E)  # whole numbers, as the forward kernel made them
+    exponents = torch.round(kept.largest * LOG2_E)  # whole numbers, as in the forward kernel
     d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needed[0] else None
     d_head = torch.empty_like(head) if needed[1] else None
     d_table = torch.empty_like(table) if needed[2] else None
@@ -283,14 +285,14 @@ def _gradients(
             _add_product(dz, head[part], d_hidden, plan)
             leaks += leaked.sum(0)
     if d_hidden is not None:
-        d_hidden.sub_(leaks.unsqueeze(1) * common_row(head))  # sum_v dz is 0 before dz is rounded
+        d_hidden.sub_(leaks.unsqueeze(1) * common_row(head))  # before rounding, sum_v dz is 0
     if d_table is not None and scale != 1.0:
         d_table.mul_(scale)
     return finished(d_hidden, shrink, hidden), finished(d_head, shrink, head), d_table
 
 
 def loss(hidden: Tensor, head: Tensor, labels: Tensor, z_loss: float, need_hidden: bool, need_head: bool) -> Loss:
-    """As `backends.loss`: three products, and by torch's own where the kernels do not start."""
+    """Like `backends.loss`, with three products. Torch's own operations compute it if the kernels do not start."""
     _check(hidden, head)
     plan = tiles_for(hidden.device, hidden.dtype)
     if plan is not None:

@@ -1,11 +1,11 @@
-"""Losses of passes that learn beside their mixture: what their logits get in backward.
+"""Learned losses of passes that also feed back a mixture: the gradients of their logits.
 
 N tokens, D hidden size, V vocabulary; y = h W^T (N, V), and a = dL/dloss of each token, 0 where the label is ignored:
 
     dy = a (softmax(y) - [v is the label])        dh = dy W        dW = dy^T h
 
-The mixture's backward makes y, dh and dW anyway, so there the losses take no product with the vocabulary. Forward has
-the losses already. Their log-sum-exp is the loss plus the label's logit, so that nothing more is kept for them.
+The backward of the mixture computes y, dh and dW anyway, so the losses need no further product with the vocabulary.
+Forward already has the losses. The log-sum-exp is the loss plus the label's logit, so nothing more is kept for it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .backends import IGNORE_INDEX, add_product, chunk, power_above, scores, wid
 
 
 class Learned(NamedTuple):
-    """What backward needs where the loss of each token is learned, (N,) each."""
+    """The tensors that backward needs if the loss of each token is learned, (N,) each."""
 
     labels: Tensor
     lse: Tensor  # log-sum-exp of the logits at temperature 1; infinite where the label is ignored
     slopes: Tensor  # a = dL/dloss; 0 where the label is ignored
 
     def above(self, shrink: Tensor | None) -> Learned:
-        """With slopes divided by what `shrinkage` gives."""
+        """The same, with the slopes divided by the result of `shrinkage`."""
         return self if shrink is None else self._replace(slopes=self.slopes / shrink)
 
     def subtract_labels(self, dz: Tensor, start: int) -> None:
@@ -39,7 +39,7 @@ class Learned(NamedTuple):
 
 
 def learned_of(hidden: Tensor, head: Tensor, labels: Tensor, loss: Tensor, slopes: Tensor) -> Learned:
-    """What backward needs, of the losses as forward gave them: their log-sum-exp is the loss plus the label's logit."""
+    """The tensors for backward, from the losses of forward. The log-sum-exp is the loss plus the label's logit."""
     counted = labels != IGNORE_INDEX
     picked = (wide(hidden) * wide(head[labels.clamp(min=0)])).sum(-1)
     return Learned(labels, torch.where(counted, loss + picked, torch.inf), torch.where(counted, slopes, 0.0))
@@ -48,7 +48,7 @@ def learned_of(hidden: Tensor, head: Tensor, labels: Tensor, loss: Tensor, slope
 def loss_gradients(
     hidden: Tensor, head: Tensor, learned: Learned, need_hidden: bool, need_head: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dh and dW of learned losses alone, in the dtype of sums, by three products in blocks of the vocabulary."""
+    """dh and dW of only the learned losses, in the dtype of sums, by three products in blocks of the vocabulary."""
     tokens, vocabulary = hidden.shape[0], head.shape[0]
     d_hidden = torch.zeros_like(hidden, dtype=width(hidden)) if need_hidden else None
     d_head = torch.zeros_like(head, dtype=width(head)) if need_head else None

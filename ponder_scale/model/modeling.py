@@ -1,18 +1,18 @@
 """Pondering versions of transformers' causal language models.
 
-`PonderBackbone` is mixed in before a stock backbone, which then ponders when it is called; `Ponder` before its causal
-class, to which it adds head and loss. Modules and state-dict keys stay those of the stock class.
+`PonderBackbone` is a mixin before a stock backbone, which then ponders when it is called. `Ponder` is a mixin before
+its causal class, to which it adds the head and the loss. Modules and state-dict keys stay those of the stock class.
 
 B batch, T tokens, D hidden size, V vocabulary, L layers.
 
-Another decoder of transformers is added in four places, as OLMo 2 was:
+To add another decoder of transformers, change four places, as for OLMo 2:
     1. configuration.py: a class over PonderingFields and its configuration, with a `model_type` of its own;
-    2. here: a class over PonderBackbone and its backbone, and one over Ponder and its `...ForCausalLM`, with the ends
-       of the names of its two output projections and, where it does not call them `layers`, the name of its layers;
+    2. here: a class over PonderBackbone and its backbone, and a class over Ponder and its `...ForCausalLM`, with the
+       ends of the names of its two output projections, and the name of its layers if that is not `layers`;
     3. build.py: its row in ARCHITECTURES, and the name in `ModelConfig.architecture`;
     4. tests/model/architectures.py: its row, with which every test of the model and of generation runs on it.
 The backbone has to take `inputs_embeds`, `attention_mask`, `position_ids` and a cache. Attention over a window is not
-supported: the passes of a cache would need a window each.
+supported, because each pass would need a window of its own in the cache.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from .halting import HaltingGates, KeptView, Opening, expected_loss, smallest_ga
 from .passes import Watch, checked_steps
 
 if TYPE_CHECKING:
-    # not imported, only named: transformers up to 5.0 caches the modules that this file names, and no further ones
+    # Not imported, only named. transformers up to 5.0 caches the modules that this file names, and no others.
     from .attention import mix  # noqa: F401
     from .kernels import LOG2_E  # noqa: F401
     from .learned import Learned  # noqa: F401
@@ -65,24 +65,25 @@ if TYPE_CHECKING:
     from .tiles import Tiles  # noqa: F401
     from .top_k import gradients  # noqa: F401
 
-RunPass = Callable[..., Any]  # takes and returns what `Ponder.run_pass` does
+RunPass = Callable[..., Any]  # takes and returns the same as `Ponder.run_pass`
 PassWrapper = Callable[..., Any]  # takes a RunPass, then its arguments; calls it
-CACHE_NAME = cache_name([field.name for field in fields(CausalLMOutputWithPast)])  # in the outputs of this version
+CACHE_NAME = cache_name([field.name for field in fields(CausalLMOutputWithPast)])  # name in the outputs of this version
 
 
 @dataclass
 class PonderOutput(CausalLMOutputWithPast):
-    """The stock output and, when labels were given, what each pass predicted.
+    """The stock output and, if labels were given, the losses and entropies of each pass.
 
     Args:
-        pass_losses: mean cross-entropy of each pass in nats, fp32 (S + 1,), without gradient; `loss` has the last, or
-            all as `pass_weights` has them.
-        pass_entropies: mean entropy in nats, fp32 (S + 1,): of the pondering softmax of the first S passes where
-            there is one, else of the prediction.
-        z_loss: mean over the labels that count of what the z-loss adds to `loss`, where it is on; without gradient.
-        pass_shares: share of the labels that count whose token is active in each pass, fp32 (S + 1,), with halting.
-        halting_loss: what `halting_loss` adds to `loss`, where it was given; without gradient.
-        changes: what each pass changed, where `track` asked for it.
+        pass_losses: mean cross-entropy of each pass in nats, fp32 (S + 1,), without gradient. `loss` is that of the
+            last pass, or the sum of all with `pass_weights`.
+        pass_entropies: mean entropy in nats, fp32 (S + 1,), of the pondering softmax in each of the first S passes. If
+            there is none, and for the last pass, that of the prediction.
+        z_loss: the mean of what the z-loss adds to `loss`, over the labels that count, without gradient. None if off.
+        pass_shares: share of the labels that count whose token is active in each pass, fp32 (S + 1,). None without
+            halting.
+        halting_loss: `loss` minus the loss of the last pass, where `halting_loss` was given; without gradient.
+        changes: what each pass changed. None if `track` was not given.
     """
 
     pass_losses: Tensor | None = None
@@ -97,14 +98,14 @@ class Ponder(Checkpointing):
     """Mixin over a `...ForCausalLM` of transformers. Subclasses name their backbone, output projections and layers."""
 
     backbone_class: Any
-    output_projections: tuple[str, ...] = ()  # ends of the module names that write into the residual stream
-    layers_name = "layers"  # of the backbone's list of layers
-    wrappers: tuple[PassWrapper, ...] = ()  # around each pass, the last one outermost: recomputation, counts
+    output_projections: tuple[str, ...] = ()  # ends of the names of the modules that write into the residual stream
+    layers_name = "layers"  # the name of the backbone's list of layers
+    wrappers: tuple[PassWrapper, ...] = ()  # around each pass, the last one outermost; for recomputation and counts
     _initialized = False
 
     def __init__(self, config: Any) -> None:
-        config.check_pondering()  # a loader sets what its caller overrides after the configuration was made
-        # not the stock class's, which would build the stock backbone
+        config.check_pondering()  # a loader sets overrides after it has created the configuration
+        # not the stock class's __init__, which would build the stock backbone
         PreTrainedModel.__init__(self, config)
         setattr(self, self.base_model_prefix, self.backbone_class(config, within=self))  # type: ignore[attr-defined]
         self.vocab_size = config.vocab_size
@@ -140,7 +141,7 @@ class Ponder(Checkpointing):
 
     @property
     def num_layers(self) -> int:
-        """L, counted in the backbone: generation with early exit edits the configuration."""
+        """L, counted in the backbone, because generation with early exit edits the configuration."""
         return len(self.layers)
 
     @by_position
@@ -175,26 +176,27 @@ class Ponder(Checkpointing):
 
         Args:
             past_key_values: the cache, which transformers from 5.24 on calls `cache`.
-            labels: (B, T), shifted here as in the stock class, -100 is ignored; or `shift_labels`, shifted already.
+            labels: (B, T), shifted here as in the stock class; -100 is ignored. Or `shift_labels`, already shifted.
             return_dict: False gives the stock class's tuple.
             pondering_steps: overrides the configuration's S.
-            num_items_in_batch: divides the summed loss; default the number of labels that count.
-            skip_logits: leave `logits` None and never build them, (B, T, V). Default: in training with labels.
+            num_items_in_batch: divides the summed loss. The default is the number of labels that count.
+            skip_logits: leave `logits` None and never build them, (B, T, V). This is the default in training with
+                labels.
             exit_kl: in decoding, stop when a pass moved the prediction by less than this KL divergence in nats.
-            sequence_steps: (B,) integers, each at most S: how many steps a sequence takes. All S + 1 passes run; those
-                after its own last one change nothing of it, so its loss of each is that of its last.
-            backward_passes: number of the last passes that gradients flow through. What the passes before them fed
-                back counts as a constant, and they keep nothing for backward. e_0 keeps its gradient.
-            z_loss: adds so much of the mean squared log-sum-exp of the last pass's logits to the loss.
-            pass_weights: w_0 to w_S; the loss is sum_s w_s CE_s of the passes. Default: that of the last pass alone.
+            sequence_steps: (B,) integers, each at most S: how many steps a sequence takes. All S + 1 passes run, but
+                passes after a sequence's own last one do not change it, so its loss in them is that of its last.
+            backward_passes: number of the last passes that gradients flow through. The feedback of earlier passes
+                counts as a constant, and they keep nothing for backward. e_0 keeps its gradient.
+            z_loss: factor of the mean squared log-sum-exp of the last pass's logits, which is added to the loss.
+            pass_weights: w_0 to w_S. The loss is sum_s w_s CE_s over the passes. The default is that of the last pass.
             halting_loss: (weight, share). With halting "gate" it adds weight times the mean of the smallest share of
-                the gates to the loss, so that about this share of the pondering is saved; see
+                the gates to the loss, so that about this share of the pondering is saved, see
                 `halting.smallest_gates`. With "exit" the loss becomes the expected one over the exits, minus weight
-                times their entropy; see `halting.expected_loss`.
-            track: look at so many of the tokens for what each pass changes, see `changes`.
+                times their entropy, see `halting.expected_loss`.
+            track: number of tokens on which to measure what each pass changes, see `changes`.
             ops: other code for the pondering embedding and the loss, see `readout`.
 
-        Raises as `PonderBackbone.forward`.
+        Raises the errors of `PonderBackbone.forward`.
         """
         watch = Watch(self, _targets(labels, shift_labels), track, ops, pass_weights)
         _check_halting_loss(halting_loss, self.config.halting, z_loss, pass_weights)  # type: ignore[attr-defined]
@@ -218,12 +220,12 @@ class Ponder(Checkpointing):
         return PonderOutput(**stock, **seen, changes=watch.changes())
 
     def _logits(self, hidden: Tensor, kept: int | Tensor) -> Tensor:
-        """The logits (B, n, V) of hidden states (B, T, D): of the last `kept`, 0 for all, or of those it names."""
+        """The logits (B, n, V) of hidden states (B, T, D): of the last `kept` (0 for all), or of the indices in it."""
         chosen = slice(-kept, None) if isinstance(kept, int) else kept
         return self.get_output_embeddings()(hidden[:, chosen])  # type: ignore[attr-defined]
 
     def _prepare_generation_config(self, *arguments: Any, **options: Any) -> Any:
-        """Let a `GenerationConfig` say what `generate` takes by name; transformers hands on its own fields only."""
+        """Let a `GenerationConfig` set our arguments of `generate`. transformers passes on only its own fields."""
         config, model_arguments = super()._prepare_generation_config(*arguments, **options)  # type: ignore[misc]
         for name in ("pondering_steps", "exit_kl"):
             said = getattr(config, name, getattr(self.generation_config, name, None))  # type: ignore[attr-defined]
@@ -232,29 +234,29 @@ class Ponder(Checkpointing):
         return config, model_arguments
 
     def draft(self, pondering_steps: int) -> Any:
-        """This model pondering fewer steps, on the same weights: `generate(..., assistant_model=model.draft(0))`.
+        """This model with fewer pondering steps and the same weights: `generate(..., assistant_model=model.draft(0))`.
 
-        The draft proposes tokens, this model checks several of them in one forward, and the text stays its own.
+        The draft proposes tokens, and this model checks several of them in one forward. The text stays the same.
         """
         other = copy.copy(self)
         for name in ("config", "generation_config"):
             setattr(other, name, copy.deepcopy(getattr(self, name)))
         other.config.pondering_steps = checked_steps(pondering_steps)  # type: ignore[attr-defined]
-        other.generation_config.pondering_steps = None  # type: ignore[attr-defined]  # it would count for more
+        other.generation_config.pondering_steps = None  # type: ignore[attr-defined]  # it would override the configuration
         return other
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching keeps one key-value slot a layer, so the passes would overwrite each other."""
+        """Raises ValueError. Continuous batching keeps one key-value slot a layer, which the passes would overwrite."""
         raise ValueError(
-            "continuous batching is silently wrong for a pondering model: its paged cache has one slot a layer and "
-            "S + 1 passes need their own; use generate, which takes padded batches"
+            "continuous batching is silently wrong for a pondering model: its paged cache has one slot a layer, but "
+            "each of the S + 1 passes needs its own; use generate, which takes padded batches"
         )
 
-    # the other ways into it, as transformers 5 has them
+    # the other entry points of transformers 5
     init_continuous_batching = continuous_batching_context_manager = generate_batch
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize a module whose weights a folder does not have."""
+        """Initialize a module whose weights are not in the folder."""
         if isinstance(module, HiddenGate):
             module.close()
         elif isinstance(module, Opening):
@@ -265,13 +267,13 @@ class Ponder(Checkpointing):
     def post_init(self) -> None:
         """Initialize as the published code does, over transformers' own initialization."""
         super().post_init()  # type: ignore[misc]
-        if not self._initialized:  # a class derived from this one calls it again, and weights may be loaded by then
+        if not self._initialized:  # a derived class calls it again, and weights may be loaded by then
             self._init_as_published()
             self._initialized = True
 
     @torch.no_grad()
     def _init_as_published(self) -> None:
-        """Truncated normal (3 sigma) with variance 2 / (5 D); output projections / sqrt(2 L), or sqrt(2 L (S + 1)).
+        """Truncated normal (3 sigma) with variance 2 / (5 D). Output projections / sqrt(2 L) or sqrt(2 L (S + 1)).
 
         Source: LUMIA-Group/PonderingLM, `_init_weights`. Its GPT-NeoX divides by the passes too, the others do not.
         """
@@ -280,7 +282,7 @@ class Ponder(Checkpointing):
         passes = config.pondering_steps + 1 if config.init_by_passes else 1
         done: set[int] = set()
         for name, module in self.named_modules():  # type: ignore[attr-defined]
-            # a tied head is the table, whose padding row would not stay zero
+            # skip a tied head, because it is the table, whose padding row has to stay zero
             if not isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) or id(module.weight) in done:
                 continue
             done.add(id(module.weight))
@@ -308,17 +310,17 @@ def _loss(
     halting_loss: tuple[float, float] | None,
     num_items: Tensor | int | None,
 ) -> dict[str, Any]:
-    """The loss of hidden states (B, T, D), summed and divided by `num_items`, and the further fields of the output."""
+    """The loss of hidden states (B, T, D), summed and divided by `num_items`, and more fields of the output."""
     targets = watch.targets
     assert targets is not None
-    if hasattr(watch.causal, "_loss_function"):  # what transformers' setter leaves
+    if hasattr(watch.causal, "_loss_function"):  # set by transformers' setter
         raise ValueError(
-            "loss_function was set on this model, which would not call it: its loss is one op with the head; compute "
-            "yours from the logits, or give Trainer a compute_loss_func"
+            "loss_function was set on this model, which never calls it, because its loss is one op with the head; "
+            "compute your loss from the logits, or give Trainer a compute_loss_func"
         )
     weights = watch.weights
     if weights is not None:
-        z_loss = z_loss / weights[-1]  # by which it is multiplied with the rest
+        z_loss = z_loss / weights[-1]  # because the whole last loss is multiplied by it
     if watch.exits:
         last = watch.readout.token_losses(hidden, targets)
         total = last.loss.sum()
@@ -414,7 +416,7 @@ class PonderGPT2Model(PonderBackbone, GPT2Model):
 
 
 class PonderGPT2LMHeadModel(Ponder, GPT2LMHeadModel):
-    """GPT-2 that ponders. The position embedding is not pondered on: the backbone adds it anew in every pass."""
+    """GPT-2 that ponders. The backbone adds the position embedding again in every pass, so it is not accumulated."""
 
     config_class = PonderGPT2Config
     backbone_class = PonderGPT2Model
@@ -441,10 +443,10 @@ class PonderGPTNeoXForCausalLM(Ponder, GPTNeoXForCausalLM):
     )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # one name in our files, whichever version reads them: under the other it would start at random, with a warning
+        # Our files use one name for all versions. Under the other name the head would start at random, with a warning.
         super().__setattr__("lm_head" if name == "embed_out" else name, value)
 
     @property
     def embed_out(self) -> nn.Module:
-        """The head, where an older stock method looks for it."""
+        """The head, under the name that older stock methods use."""
         return self.lm_head

@@ -1,14 +1,14 @@
-"""The pondering embedding and the loss as operators of torch, with what its compiler asks of them.
+"""The pondering embedding and the loss as operators of torch, as its compiler needs them.
 
-Each is one node of a graph: its blocks are not unrolled, its kernels not looked into. Beside what it computes stand the
-shapes of its results, and its gradient, which is an operator again. Operands are contiguous and of one dtype.
+Each is one node of a graph. The compiler does not unroll its blocks or look into its kernels. Each operator comes with
+the shapes of its results and with its gradient, which is an operator, too. Operands are contiguous and of one dtype.
 
-    mixture, mixture_gradients      over the whole vocabulary, by the backend that is named
+    mixture, mixture_gradients      over the whole vocabulary, by the named backend
     top_k, top_k_gradients          over the K most probable tokens
-    loss, times                     with its gradients, which backward only scales
+    loss, times                     the loss with its gradients, which backward only scales
 
-What is None in the functions that compute is an empty tensor here, since an operator gives tensors only. `learn`: the
-losses of the tokens are differentiable, too; where it is not asked for, no call of an operator names what it needs.
+An operator can only return tensors, so an empty tensor stands for None. With `learn`, the losses of the tokens are
+differentiable, too. Without it, no call of an operator names the arguments that only `learn` needs.
 
 N tokens, D hidden size, V vocabulary.
 """
@@ -33,9 +33,10 @@ Found = tuple[Tensor, ...]
 
 
 def _free_namespace() -> str:
-    """Of this copy of the code: several may be loaded into one process, from the package and from exported folders.
+    """A free namespace for this copy of the code.
 
-    A copy that is loaded again under the same name gets a number, so that nobody's operators change under him.
+    A process may load several copies, from the package and from exported folders. A copy that is loaded again under
+    the same name gets a number, so that the operators of the first do not change.
     """
     name = re.sub(r"\W", "_", __name__)
     names = itertools.chain([name], (f"{name}_{count}" for count in itertools.count(2)))
@@ -51,7 +52,7 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
 
 @contextlib.contextmanager
 def _plainly(tensor: Tensor) -> Iterator[None]:
-    """On the device of the operands, and in their dtype whatever autocast says."""
+    """A context on the device of the operands and in their own dtype, without autocast."""
     with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
         yield
 
@@ -66,14 +67,14 @@ def _needed(found: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | N
 
 def _by(backend: str) -> Any:
     if backend == "triton":
-        from . import kernels  # needs triton, which not every machine that reads this file has
+        from . import kernels  # needs triton, which not every machine has
 
         return kernels
     return {"chunked": backends, "sdpa": attention}[backend]
 
 
 def check_labels(labels: Tensor | None, vocabulary: int) -> None:
-    """Raise ValueError for a label that is neither -100 nor a token; a GPU and compiled code assert it later."""
+    """Raise ValueError for a label that is neither -100 nor a token. GPUs and compiled code assert this later."""
     if labels is None or is_fake(labels):
         return
     outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocabulary))
@@ -82,8 +83,8 @@ def check_labels(labels: Tensor | None, vocabulary: int) -> None:
         torch._assert_async(~outside.any(), f"a label is not {expected}")
     elif outside.any():
         raise ValueError(
-            f"label {labels[outside].flatten()[0].item()} is not {expected}; where nothing is to be predicted the "
-            f"label is {IGNORE_INDEX}"
+            f"label {labels[outside].flatten()[0].item()} is not {expected}; set labels to {IGNORE_INDEX} where "
+            "nothing is to be predicted"
         )
 
 
@@ -104,7 +105,7 @@ def mixture(
     keep: bool,
     learn: bool = False,
 ) -> Found:
-    """`backends.Mixture` by a backend. `tied`: `table` is `head`. `keep`: with what backward needs."""
+    """`backends.Mixture` by a backend. `tied`: `table` is `head`. `keep`: also return what backward needs."""
     check_labels(labels, head.shape[0])
     with _plainly(hidden):
         table = head if tied else table
@@ -157,7 +158,7 @@ def mixture_gradients(
     loss: Tensor | None = None,
     slopes: Tensor | None = None,
 ) -> Found:
-    """dh, dW and dE from g (N, D) and what `Kept` has; of losses (N,) too, from their own gradient, the `slopes`."""
+    """dh, dW and dE from g (N, D) and `Kept`, and from the gradients of the losses (N,), the `slopes`, if given."""
     kept = Kept(hidden, head, head if tied else table, mean, centre if centre.numel() else None, largest, peak)
     with _plainly(hidden):
         learned = _learned(hidden, head, labels, loss, slopes)
@@ -191,14 +192,14 @@ def _keep_of_mixture(ctx: Any, inputs: Any, output: Found) -> None:
 
 
 def _keep(ctx: Any, learn: bool, output: Found, tensors: Found, labels: Tensor, loss: Tensor) -> None:
-    """For backward; the loss is the second of the outputs."""
+    """Save tensors for backward. The loss is the second of the outputs."""
     ctx.kept = len(tensors)
     ctx.save_for_backward(*tensors, *((labels, loss) if learn else ()))
     ctx.mark_non_differentiable(*output[2 if learn else 1 :])
 
 
 def _kept(ctx: Any, slopes: Any) -> tuple[Found, Found]:
-    """What backward has kept, and what it needs of losses that are learned."""
+    """The tensors kept for backward, and those that it needs of learned losses."""
     tensors = ctx.saved_tensors
     learned = tensors[ctx.kept :]
     return tensors[: ctx.kept], (*learned, slopes) if learned else ()
@@ -273,7 +274,7 @@ def top_k_gradients(
     loss: Tensor | None = None,
     slopes: Tensor | None = None,
 ) -> Found:
-    """dh, dW and dE from g (N, D) and the K tokens and their probabilities; of losses as in `mixture_gradients`."""
+    """dh, dW and dE from g (N, D), the K tokens and their probabilities, and from losses as in `mixture_gradients`."""
     with _plainly(hidden):
         learned = _learned(hidden, head, labels, loss, slopes)
         found = most_probable.gradients(hidden, head, table, index, p, grad, needed, temperature, scale, learned)

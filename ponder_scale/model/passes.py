@@ -23,18 +23,20 @@ from .readout import Ops, Readout
 
 
 class Watch:
-    """What one forward leaves besides its output. A plain class: what moves tensors to devices leaves it alone.
+    """Records the statistics, losses and changes of the passes of one forward.
+
+    It is a plain class, because code that moves tensors to devices leaves plain classes alone.
 
     Args:
-        causal: the model whose head and configuration count.
-        targets: next tokens (B, T), -100 where there is none; asks for the statistics of each pass.
-        track: look at so many of the tokens for what each pass changes.
+        causal: the model whose head and configuration are used.
+        targets: next tokens (B, T), -100 where there is none. If given, the statistics of each pass are computed.
+        track: number of tokens on which to measure what each pass changes.
         ops: see `Readout`.
-        weights: of the losses of the S + 1 passes; None: 1 of the last alone.
+        weights: weights of the losses of the S + 1 passes. None means 1 for the last and 0 for the others.
 
     Attributes:
-        statistics: of the pondering softmax of each pass but the last.
-        learned: the weighted sums of the losses of those passes but the last that have a weight.
+        statistics: those of the pondering softmax of each pass except the last.
+        learned: the weighted sums of the losses of the passes that have a weight, except the last pass.
         halting: which tokens are active in each pass, where the model has gates and ponders.
         exits: learn the expected loss over the exits, which needs the loss of each token with its gradient.
         token_losses: these, of each pass but the last, (N,).
@@ -59,7 +61,7 @@ class Watch:
         self.statistics: list[Statistics | None] = []
 
     def check_weights(self, steps: int, first_differentiated: int) -> None:
-        """Raise ValueError for weights of another number of pondering steps, or of which some would train nothing."""
+        """Raise ValueError if the weights are for another number of pondering steps, or if some would train nothing."""
         if self.weights is None:
             return
         if len(self.weights) != steps + 1:
@@ -68,8 +70,8 @@ class Watch:
             )
         if not all(weight >= 0 for weight in self.weights) or self.weights[-1] == 0:
             raise ValueError(
-                f"pass_weights is {list(self.weights)}; expected at least 0 for each pass, and more for the last: what "
-                "comes after the last pass with a weight would be computed for nothing, so take fewer pondering_steps"
+                f"pass_weights is {list(self.weights)}; expected at least 0 for each pass and more for the last; "
+                "instead of last passes without weight, use fewer pondering_steps"
             )
         if any(self.weights[:first_differentiated]):
             raise ValueError(
@@ -78,7 +80,7 @@ class Watch:
             )
 
     def feedback(self, hidden: Tensor, index: int) -> Tensor:
-        """What pass `index` feeds back, from its hidden states (B, T, D); its statistics and its loss are noted."""
+        """The feedback of pass `index`, from its hidden states (B, T, D). Records its statistics and its loss."""
         weight = 0.0 if self.weights is None or self.targets is None else self.weights[index]
         targets = self.targets
         exits = self.exits and targets is not None
@@ -87,7 +89,7 @@ class Watch:
             fed_back, seen = hidden, None
             if exits and targets is not None:
                 seen = self.readout.token_losses(hidden, targets)
-            elif targets is not None:  # no product with the vocabulary belongs to this feedback, so these cost one
+            elif targets is not None:  # they cost a product, because this feedback has none
                 with nullcontext() if learn else torch.no_grad():
                     total, seen = self.readout.cross_entropy(hidden, targets)
         else:
@@ -102,12 +104,12 @@ class Watch:
         return fed_back
 
     def changes(self) -> PassChanges | None:
-        """What each pass changed, where that was asked for."""
+        """What each pass changed. None if `track` was not given."""
         return None if self.tracker is None else self.tracker.changes(self.readout.logits)
 
 
 class Passes:
-    """The passes of one forward: the recurrence, with the caches that it reads and fills."""
+    """The passes of one forward: the recurrence and the caches that it reads and fills."""
 
     def __init__(
         self,
@@ -127,8 +129,8 @@ class Passes:
         self.gate = getattr(self.model, "hidden_gate", None)
         if self.config.feedback == "both" and self.steps > 0 and self.gate is None:
             raise ValueError(
-                "feedback is 'both', but this model was made without a gate; set it, and pondering_steps, when you "
-                "make or load the model"
+                "feedback is 'both', but this model was made without a gate; set feedback and pondering_steps when you "
+                "create or load the model"
             )
         self.gates = getattr(self.model, "halting_gates", None)
         self.output: Any = None
@@ -155,12 +157,12 @@ class Passes:
         return self.watch.halting
 
     def run(self, embeds: Tensor, sequence_steps: Tensor | None = None, **options: Any) -> Any:
-        """The backbone's output of the last pass on token embeddings (B, T, D); `options` go to every pass."""
+        """The backbone's output in the last pass on token embeddings (B, T, D). `options` go to every pass."""
         scale = self.watch.readout.scale * self.config.initial_scale
         if scale != 1.0:
             embeds = embeds * scale
         if self.gate is not None and self.steps == 0 and torch.is_grad_enabled():
-            # A weight that a step does not use keeps the gradient of the step before under ZeRO-3. This one gets 0.
+            # Under ZeRO-3 a weight that a step does not use keeps the gradient of the step before. So this gate gets 0.
             embeds = self.gate(embeds, torch.zeros_like(embeds))
         if self.gates is not None and torch.is_grad_enabled():
             embeds = touch(list(self.gates)[self.steps :], embeds)
@@ -177,13 +179,13 @@ class Passes:
         run_pass: RunPass = one_pass
         settled = None
         if self.exit_kl is not None and self.cache is not None:
-            # a prompt is pondered to the end: what it leaves in the caches is read by every later token
+            # A prompt takes all passes, because every later token reads its keys and values in the caches.
             decoding = embeds.shape[1] == 1 and self.cache.get_seq_length() > 0
             settled = self._settled(self.cache, self.exit_kl) if decoding else None
         feedback: Feedback = self.watch.feedback
         if halting is not None:
             settled, feedback = halting.decide, halting.weighting(feedback)
-        if self.first_differentiated > 0:  # what the passes before it feed back is a constant
+        if self.first_differentiated > 0:  # the feedback of earlier passes is a constant
             run_pass, feedback = (constant_before(self.first_differentiated, part) for part in (run_pass, feedback))
         ponder(run_pass, feedback, embeds, self.steps, self.config.residual, settled, sequence_steps)
         return self.output
@@ -194,7 +196,10 @@ class Passes:
         return None if self.cache is None else PassView(self.cache, index, self.layers)
 
     def _settled(self, cache: Cache, exit_kl: float) -> Callable[[Tensor, int], bool]:
-        """Whether a pass changed no row's prediction by `exit_kl` or more. Fills the caches of the passes left out."""
+        """A function that tells whether a pass changed the prediction of every row by less than `exit_kl`.
+
+        If so, it fills the caches of the passes that are left out.
+        """
         before: list[Tensor] = []
 
         def settled(hidden: Tensor, index: int) -> bool:
@@ -210,14 +215,14 @@ class Passes:
 
 
 def checked_steps(steps: Any) -> int:
-    """The number of pondering steps, or a ValueError."""
+    """The number of pondering steps. Raises ValueError if it is not one."""
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"pondering_steps is {steps!r}; expected an integer of at least 0")
     return steps
 
 
 def constant_before(first: int, function: RunPass) -> RunPass:
-    """`function` of a tensor and the number of a pass, without gradient for the passes before `first`."""
+    """Wrap a function of a tensor and a pass number, so that the passes before `first` get no gradient."""
 
     def run(tensor: Tensor, index: int) -> Tensor:
         if index >= first:
@@ -229,14 +234,14 @@ def constant_before(first: int, function: RunPass) -> RunPass:
 
 
 def checked_sequence_steps(steps: Tensor | None, embeds: Tensor, backward_passes: int | None) -> Tensor | None:
-    """The pondering steps of each sequence of embeddings (B, T, D), (B,), where they are; or a ValueError."""
+    """The pondering steps of each sequence, (B,), on the device of `embeds` (B, T, D). Raises ValueError if wrong."""
     if backward_passes is not None:
         if not isinstance(backward_passes, int) or isinstance(backward_passes, bool) or backward_passes < 1:
             raise ValueError(f"backward_passes is {backward_passes!r}; expected an integer of at least 1, or None")
         if steps is not None:
             raise ValueError(
-                "backward_passes with sequence_steps would cut the gradient of a sequence that is done early before "
-                "its own last passes; leave one of them out"
+                "backward_passes and sequence_steps exclude each other, because a sequence that ends early would get "
+                "no gradient through its own last passes; leave one of them out"
             )
     if steps is None:
         return None

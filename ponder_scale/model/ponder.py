@@ -33,12 +33,12 @@ def ponder(
     """The hidden states of the last pass, (B, T, D).
 
     Args:
-        run_pass: f; takes e_s (B, T, D) and the number of the pass, returns hidden states (B, T, D).
-        feedback: takes hidden states (B, T, D) and the number of their pass, returns T_s, (B, T, D).
+        run_pass: f. Takes e_s (B, T, D) and the number of the pass, and returns hidden states (B, T, D).
+        feedback: takes hidden states (B, T, D) and the number of their pass, and returns T_s, (B, T, D).
         embeds: e_0, (B, T, D).
-        settled: takes what `feedback` does; True makes that pass the last.
-        sequence_steps: (B,) integers. A sequence that has taken so many steps keeps its e, so that every later pass
-            gives it the hidden states of its own last pass again.
+        settled: takes the same as `feedback`. If it returns True, that pass is the last.
+        sequence_steps: (B,) integers. After its number of steps, a sequence keeps its e, so that every later pass gives
+            it the hidden states of its own last pass again.
     """
     e = embeds
     for index in range(pondering_steps):

@@ -1,14 +1,14 @@
 """The pondering embedding T = c * softmax(h W^T / tau) E, and the language-model loss, without an (N, V) matrix.
 
 N tokens, D hidden size, V vocabulary; h (N, D) hidden states, W (V, D) head, E (V, D) embedding table (W may be E).
-The same numbers by several ways, named backends:
+Several backends compute the same numbers:
 
-    eager     the equation, which keeps (N, V) tensors for backward: what the others are tested against
-    chunked   blocks of tokens forward, of the vocabulary backward, by torch's own products; any device
+    eager     the equation, which keeps (N, V) tensors for backward; the tests compare the others with it
+    chunked   torch's own products, in blocks of tokens forward and of the vocabulary backward; any device
     sdpa      attention with query h, keys W and values E, by torch's CPU flash kernel
-    triton    one kernel a product with the softmax inside it; CUDA
-    top_k     the K most probable tokens only; takes and asks for `top_k`
-    auto      the fastest of them for the device, dtype and what is asked, see `choose_backend`
+    triton    a kernel for each product, with the softmax inside it; CUDA
+    top_k     only the K most probable tokens; needs `top_k`
+    auto      the fastest of them for the device, the dtype and the arguments, see `choose_backend`
 """
 
 from __future__ import annotations
@@ -45,19 +45,20 @@ def pondering_embedding(
         hidden: (..., D).
         head: (V, D), the rows of the output head.
         table: (V, D), the embedding table; may be the same tensor as `head`.
-        top_k: use only the K largest probabilities, renormalised over them; None or at least V means all.
-        labels: (...,) next tokens, -100 where there is none; asks for the statistics, which never change the result.
-        learn: make the loss of each token differentiable in `hidden` and `head`. It takes labels, and no product with
-            the vocabulary but three in backward with `top_k`.
+        top_k: use only the K largest probabilities, renormalised. None, or at least V, uses all.
+        labels: (...,) next tokens, -100 where there is none. If given, the statistics are returned. They never change
+            the result.
+        learn: make the loss of each token differentiable in `hidden` and `head`. Needs labels. It takes no further
+            product with the vocabulary, except for three in backward with `top_k`.
         backend: one of `BACKENDS`.
 
     Returns:
-        The pondering embedding, (..., D), and the statistics of its N tokens, or None without labels.
+        The pondering embedding, (..., D), and the statistics of its N tokens. These are None without labels.
 
     Raises:
-        ValueError: an unknown backend, or one that cannot do what is asked; operands that do not fit together, are on
-            different devices or have no data; a label that is neither -100 nor a token.
-        ImportError: the triton backend where triton is not installed.
+        ValueError: the backend is unknown or cannot do what is asked, the operands do not fit together, are on
+            different devices or have no data, or a label is neither -100 nor a token.
+        ImportError: triton is not installed, but its backend was asked for.
     """
     _check_operands(hidden=hidden, head=head, table=table)
     _check_softmax(temperature, top_k)
@@ -70,7 +71,7 @@ def pondering_embedding(
         )
     _check_backend(backend, top_k, hidden, statistics=labels is not None)
     _check_learning(learn, labels, backend, temperature)
-    more = {"learn": True} if learn else {}  # else the operators are called as if nothing could be learned
+    more = {"learn": True} if learn else {}  # without it, the operators are called without the arguments for learning
     flat = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
     flat_labels = None if labels is None else labels.reshape(-1)
     if backend == "eager":
@@ -99,15 +100,15 @@ def cross_entropy(
         hidden: (..., D).
         head: (V, D).
         labels: (...,) next tokens, -100 where there is none.
-        z_loss: adds so much of the squared log-sum-exp of each labelled token to the sum, which keeps the logits from
-            drifting (arXiv 2204.02311, section 5); the statistics are without it.
-        backend: "chunked", "triton", or "auto": triton where `choose_backend` takes it.
+        z_loss: factor of the squared log-sum-exp of each labelled token, which is added to the sum. It keeps the logits
+            from drifting (arXiv 2204.02311, section 5). The statistics do not include it.
+        backend: "chunked", "triton", or "auto", which is triton where `choose_backend` takes it.
 
     Returns:
-        The sum over labelled tokens, scalar of at least fp32, differentiable in `hidden` and `head`; the statistics.
+        The sum over labelled tokens, a scalar of at least fp32, differentiable in `hidden` and `head`. The statistics.
 
     Raises:
-        ValueError: as `pondering_embedding` does.
+        ValueError: as for `pondering_embedding`.
     """
     _check_operands(hidden=hidden, head=head)
     hidden, head = (tensor.contiguous() for tensor in _autocast(hidden, head))
@@ -124,10 +125,10 @@ def cross_entropy(
 def choose_backend(
     hidden: Tensor, head: Tensor, table: Tensor, *, temperature: float, top_k: int | None, statistics: bool
 ) -> str:
-    """What "auto" means for these operands and this machine; the same at every step of a run.
+    """The backend that "auto" means for these operands on this machine. It is the same at every step of a run.
 
-    On the CPU attention is fastest where its statistics are free or not asked for: without labels, or with W = E at
-    temperature 1. Elsewhere they would cost it one more product with the vocabulary, and in bf16 its kernel is slower.
+    On the CPU, attention is fastest if it needs no statistics or gets them for free: without labels, or with W = E at
+    temperature 1. Otherwise they would cost one more product with the vocabulary. In bf16 its kernel is slower.
     """
     if top_k is not None:
         return "top_k"
@@ -147,7 +148,7 @@ def _triton_is_fastest(hidden: Tensor) -> bool:
     return hidden.is_cuda and _kernels_take(hidden.device, hidden.dtype, hidden.shape[-1])
 
 
-@torch.compiler.assume_constant_result  # the compiler need not look at how it is found out
+@torch.compiler.assume_constant_result  # the compiler need not look into it
 def _kernels_take(device: torch.device, dtype: torch.dtype, columns: int) -> bool:
     return kernels_start(device, dtype) and is_whole(columns)
 
@@ -163,7 +164,7 @@ def _attention_refusal(hidden: Tensor) -> str | None:
 
 
 def _check_operands(**operands: Tensor) -> None:
-    """Raise ValueError unless all have data, lie on one device and fit together: (..., D), and (V, D) for the rest."""
+    """Raise ValueError unless all have data, are on one device and have the shapes (..., D) and, after it, (V, D)."""
     hidden, *matrices = operands.values()
     for name, tensor in operands.items():
         if tensor.device.type == "meta":
@@ -172,11 +173,11 @@ def _check_operands(**operands: Tensor) -> None:
                 "them instead of reading its weight"
             )
         if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden on {hidden.device}; move them to one device")
+            raise ValueError(f"{name} is on {tensor.device}, but hidden on {hidden.device}; move them to one device")
         if tensor is not hidden and tensor.shape != (*matrices[0].shape[:1], hidden.shape[-1]):
             raise ValueError(
-                f"{name} has the shape {tuple(tensor.shape)}, expected one row of width {hidden.shape[-1]} for each "
-                "token of the vocabulary; a weight that ZeRO-3 keeps partitioned has to be gathered first"
+                f"{name} has the shape {tuple(tensor.shape)}; expected one row of width {hidden.shape[-1]} for each "
+                "token of the vocabulary; if ZeRO-3 keeps it partitioned, gather it first"
             )
 
 
@@ -204,23 +205,23 @@ def _check_backend(backend: str, top_k: int | None, hidden: Tensor, *, statistic
 
 def _check_learning(learn: bool, labels: Tensor | None, backend: str, temperature: float) -> None:
     if learn and labels is None:
-        raise ValueError("learn needs labels, of which the loss is")
+        raise ValueError("learn needs labels, because the loss to learn from is theirs")
     if learn and backend == "sdpa" and temperature != 1.0:
         raise ValueError(
-            f"backend 'sdpa' cannot take a loss that is learned beside a temperature of {temperature}, as its backward "
-            "has one softmax; use 'auto'"
+            f"backend 'sdpa' cannot learn from a loss at a temperature of {temperature}, because its backward has only "
+            "one softmax; use 'auto'"
         )
 
 
 def _laid_out(hidden: Tensor, head: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In autocast's dtype, rows one behind the other, as the kernels of torch and our own read them; W = E stays so."""
+    """The operands in autocast's dtype and contiguous, as all kernels need them. If W is E, it stays one tensor."""
     tied = head is table
     hidden, head, *untied = (part.contiguous() for part in _autocast(hidden, head, *(() if tied else (table,))))
     return hidden, head, head if tied else untied[0]
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In autocast's dtype where it is on."""
+    """The operands in autocast's dtype, if it is on."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -237,9 +238,9 @@ def mixture(
     top_k: int | None,
     learn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The equation itself, for logits (N, V): the pondering embedding (N, D), and loss and entropy of each token.
+    """The equation itself, with logits (N, V): the pondering embedding (N, D), and the loss and entropy of each token.
 
-    The entropies are without gradient, and the losses too unless `learn`.
+    The entropies have no gradient. The losses have one only with `learn`.
     """
     logits = wide(logits)
     scaled = logits / temperature

@@ -1,15 +1,15 @@
 """The Triton kernels of the pondering embedding and the loss: matrix products with the softmax inside them.
 
-What they compute together, and in which order, is in `kernels`. N tokens, D hidden size, V vocabulary. Scores are kept
-in powers of two, z = h W^T log2(e) / tau, and exponents as integers, so that bringing two tiles to one offset is exact
-in any dtype. No atomics: same inputs, same bits. Offsets into (N, V) are 64-bit. Sums are in fp32.
+`kernels` combines them and describes their order. N tokens, D hidden size, V vocabulary. Scores are exponents of two,
+z = h W^T log2(e) / tau, and the offsets of tiles are integers, so that rescaling a tile to another offset is exact in
+any dtype. There are no atomics, so the same inputs give the same bits. Offsets into (N, V) are 64-bit. Sums are fp32.
 """
 
 # Triton gives its own meaning to the annotations of a kernel, and ships no types
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 from __future__ import annotations
 
-try:  # guarded for the loader of remote code, which asks for every package that a file imports
+try:  # guarded, because the loader of remote code requires every package that a file imports without a guard
     import triton
     import triton.language as tl
 except ImportError as error:
@@ -18,7 +18,7 @@ except ImportError as error:
 
 @triton.jit
 def _tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """Row and column tile of a program: GROUP row tiles go through the columns together."""
+    """The row tile and column tile of a program. GROUP row tiles go through the columns together."""
     group = program // (GROUP * column_tiles)
     first = group * GROUP
     size = min(row_tiles - first, GROUP)

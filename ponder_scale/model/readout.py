@@ -1,9 +1,9 @@
-"""Head and embedding table of a model, as its passes use them.
+"""The head and the embedding table of a model, as its passes use them.
 
-The pondering embedding and the loss need the weights of both, (V, D) each. A plain `nn.Linear` and `nn.Embedding` give
-theirs to the ops of `pondering_embedding.py`. Anything else computes something that its `weight` does not show: an
-adapter, a quantized layer, a hook, weights that wait on a disk. Then the module itself is called, for a block of tokens
-at a time, and backward calls it again.
+The pondering embedding and the loss need the weights of both, (V, D) each. The weights of a plain `nn.Linear` and
+`nn.Embedding` go to the ops of `pondering_embedding.py`. Other modules compute something that their `weight` does not
+show, because of an adapter, quantization, a hook, or weights that wait on a disk. Then the module itself is called for
+one block of tokens at a time, and backward calls it again.
 
 N tokens, D hidden size, V vocabulary.
 """
@@ -23,14 +23,14 @@ from .operators import check_labels
 from .pondering_embedding import cross_entropy, mixture, pondering_embedding
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-# Hooks that change nothing of what a module computes: ZeRO's, which bring its weights, and those by which transformers
-# and PEFT let gradients reach the inputs of a frozen model.
+# Hooks that do not change what a module computes. ZeRO's hooks bring its weights. Those of transformers and PEFT let
+# gradients reach the inputs of a frozen model.
 HARMLESS_MODULES = ("deepspeed.",)
 HARMLESS_NAMES = ("make_inputs_require_grad",)
 
 
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether a module computes what its weight says: of exactly this kind, with nothing on it."""
+    """Whether a module computes exactly what its weight says: it is of this class, and nothing is attached to it."""
     if type(module) is not kind or "forward" in module.__dict__:
         return False
     if any(not _is_harmless(hook) for name in HOOKS for hook in getattr(module, name).values()):
@@ -50,13 +50,13 @@ def _is_harmless(hook: Any) -> bool:
 
 
 def _is_plain_tensor(weight: Tensor) -> bool:
-    # quantized, distributed and other tensors have classes of their own
+    # quantized, distributed and other special tensors have classes of their own
     usual = type(weight) in (nn.Parameter, Tensor) or is_fake(weight)
     return usual and weight.is_floating_point() and weight.device.type != "meta"
 
 
 class Ops(NamedTuple):
-    """What computes on the weights of a plain head and table, (V, D) each, without (N, V) in memory."""
+    """Functions on the weights of a plain head and table, (V, D) each, which keep no (N, V) in memory."""
 
     pondering_embedding: Callable[..., tuple[Tensor, Statistics | None]] = pondering_embedding
     cross_entropy: Callable[..., tuple[Tensor, Statistics]] = cross_entropy
@@ -67,7 +67,7 @@ class Readout:
 
     Args:
         model: a `...ForCausalLM` of transformers with the pondering fields in its configuration.
-        ops: instead of those of `pondering_embedding.py`.
+        ops: replaces the functions of `pondering_embedding.py`.
     """
 
     def __init__(self, model: Any, ops: Ops | None = None) -> None:
@@ -78,7 +78,7 @@ class Readout:
         self.scale = math.sqrt(self._config.hidden_size) if self._config.scale_embeds else 1.0
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What the head says of hidden states (..., D): (..., V)."""
+        """The logits (..., V) of hidden states (..., D)."""
         if self._plain_head:
             return nn.functional.linear(hidden, self._head.weight.to(hidden.dtype))
         return _present(self._head(hidden), "head", self._head)
@@ -86,13 +86,13 @@ class Readout:
     def pondering_embedding(
         self, hidden: Tensor, labels: Tensor | None, *, learn: bool = False
     ) -> tuple[Tensor, Statistics | None]:
-        """As `pondering_embedding.pondering_embedding`, with the model's own settings."""
+        """Like `pondering_embedding.pondering_embedding`, with the model's own settings."""
         options: dict[str, Any] = {
             "temperature": self._config.pondering_temperature,
             "scale": self.scale,
             "top_k": self._config.pondering_top_k,
         }
-        options |= {"learn": True} if learn else {}  # so that other ops need not know of it
+        options |= {"learn": True} if learn else {}  # left out when False, so that other ops need not know it
         return self._mixture(hidden, labels, options)
 
     def _mixture(
@@ -123,7 +123,7 @@ class Readout:
         return seen
 
     def cross_entropy(self, hidden: Tensor, labels: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Statistics]:
-        """As `pondering_embedding.cross_entropy`."""
+        """Like `pondering_embedding.cross_entropy`."""
         if self._plain_head:
             return self._ops.cross_entropy(hidden, self._head.weight, labels, z_loss=z_loss)
 
@@ -143,7 +143,7 @@ class Readout:
         return totals.sum(), Statistics(loss, entropy)
 
     def _table_rows(self, hidden: Tensor) -> Tensor:
-        """What the table says of each token of the vocabulary, (V, D)."""
+        """The row of the table for each token of the vocabulary, (V, D)."""
         if self._plain_table:
             return self._table.weight
         if self._rows is None:  # once for all passes
@@ -165,8 +165,8 @@ def _present(result: Tensor, name: str, module: Any) -> Tensor:
     if not isinstance(result, Tensor) or result.device.type == "meta":
         found = "a tensor without data (meta)" if isinstance(result, Tensor) else f"a {type(result).__name__}"
         raise ValueError(
-            f"the {name} ({type(module).__name__}) gives {found}; load its weights, or let the tool that took them "
-            "away bring them back when the module is called"
+            f"the {name} ({type(module).__name__}) gives {found}; load its weights, or let the tool that "
+            "offloaded them load them when the module is called"
         )
     return result
 
@@ -177,9 +177,9 @@ def _in_blocks(
     labels: Tensor | None,
     vocabulary: int,
 ) -> tuple[Tensor, ...]:
-    """The results of a function of hidden states (n, D) and labels (n,), for all N tokens, concatenated.
+    """Apply a function of hidden states (n, D) and labels (n,) to blocks of all N tokens, and concatenate the results.
 
-    Nothing of size (N, V) is kept for backward: each block is computed again there.
+    Backward computes each block again, so nothing of size (N, V) is kept.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     targets = None if labels is None else labels.reshape(-1)

@@ -1,8 +1,8 @@
-"""The gradients of a sparse mixture by Triton: sum_k w[n, k] X[i[n, k]] with K of V rows for each of N tokens.
+"""The gradients of a sparse mixture by Triton: sum_k w[n, k] X[i[n, k]], with K of V rows for each of N tokens.
 
-Torch's operations gather (N, K, D) in fp32, in blocks, write it, read it and sort it into the rows. Here each row of X
-that a token picked is read where it is used, and each row of the gradient is summed in registers and written once, in
-the order of the tokens. No atomics: same inputs, same bits.
+Torch's operations gather (N, K, D) in fp32 in blocks, write it, read it and sort it into the rows. These kernels read
+each picked row of X where it is used. They sum each row of the gradient in registers, in the order of the tokens, and
+write it once. There are no atomics, so the same inputs give the same bits.
 """
 
 # Triton gives its own meaning to the annotations of a kernel, and ships no types
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-try:  # guarded for the loader of remote code, which asks for every package that a file imports
+try:  # guarded, because the loader of remote code requires every package that a file imports without a guard
     import triton
     import triton.language as tl
 except ImportError as error:
@@ -27,7 +27,7 @@ SUM_TILES = Tiles(1, 128, 32, 4, 3)  # columns, and tokens at a time
 
 @triton.jit
 def picked_dots(upstream, matrix, index, slopes, top_k, width, N: tl.constexpr, K: tl.constexpr):
-    """slopes (tokens, top_k): <upstream[n], matrix[index[n, k]]>."""
+    """Write slopes (tokens, top_k): <upstream[n], matrix[index[n, k]]>."""
     token = tl.program_id(0).to(tl.int64)
     places = tl.program_id(1) * K + tl.arange(0, K)
     exists = places < top_k
@@ -45,9 +45,10 @@ def picked_dots(upstream, matrix, index, slopes, top_k, width, N: tl.constexpr, 
 
 @triton.jit
 def picking_sums(weights, upstream, order, bounds, out, top_k, width, N: tl.constexpr, K: tl.constexpr):
-    """out (rows, width): sum of weights * upstream[token] over the pairs of a token and a place that picked the row.
+    """Write out (rows, width): for each row, the sum of weights * upstream[token] over its picks.
 
-    order: those pairs, token * top_k + place, by row; those of row v lie between bounds[v] and bounds[v + 1].
+    A pick is a token and a place k at which the token picked the row, as token * top_k + place. `order` lists all picks
+    by row. Those of row v are between bounds[v] and bounds[v + 1].
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * N + tl.arange(0, N)
@@ -68,10 +69,10 @@ def picking_sums(weights, upstream, order, bounds, out, top_k, width, N: tl.cons
 def gradients_by_kernels(
     index: Tensor, weights: Tensor, matrix: Tensor, upstream: Tensor, need_weights: bool, need_matrix: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """To the weights (N, K), in fp32, and to the matrix (V, D); index (N, K), upstream (N, D).
+    """The gradients of the weights (N, K), in fp32, and of the matrix (V, D), from index (N, K) and upstream (N, D).
 
     Raises:
-        LaunchFailed: where a kernel does not start.
+        LaunchFailed: a kernel did not start.
     """
     (tokens, top_k), (rows, width) = index.shape, matrix.shape
     index, matrix, upstream = index.contiguous(), matrix.contiguous(), upstream.contiguous()

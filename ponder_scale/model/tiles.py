@@ -1,7 +1,7 @@
-"""How the Triton kernels cut their products, by compute capability of the GPU and width of an element.
+"""The tiles of the Triton kernels, by compute capability of the GPU and size of an element.
 
-A tile that compiles for one GPU needs more shared memory than another has, or spills registers there. So each GPU has
-its own row, and tests compile every row for its GPU. A GPU without a row takes the backend `chunked`.
+A tile that compiles for one GPU may need more shared memory than another GPU has, or spill registers there. So each GPU
+has its own row, and tests compile every row for its GPU. A GPU without a row uses the backend `chunked`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-FEW_TOKENS = 64  # up to so many the tables are read once and the products wait for memory, as in decoding
-WHOLE_DEPTH = 64  # of the step of every product in bf16, as the hidden sizes of models have it
-INTERPRETED = (9, 0)  # whose row Triton's interpreter takes on a CPU
+FEW_TOKENS = 64  # up to this number the tables are read once and the products wait for memory, as in decoding
+WHOLE_DEPTH = 64  # depth of a step of every product in bf16, which divides the usual hidden sizes
+INTERPRETED = (9, 0)  # the row that Triton's interpreter uses on a CPU
 PROCESSORS_INTERPRETED = 132
 BUSY_ENOUGH = 0.85  # share of the device's processors below which a sum is split
 MOST_SPLITS = 64
-LEAST_STEPS = 8  # of the depth, in one part of a split sum
+LEAST_STEPS = 8  # steps of the depth in one part of a split sum
 
 
 class LaunchFailed(RuntimeError):
-    """A kernel did not start; nothing it would have written can be used."""
+    """A kernel did not start, so its outputs must not be used."""
 
 
 class Tiles(NamedTuple):
-    """Extent of one program's product (rows, columns, depth of a step), warps and pipeline stages."""
+    """The extent of one program's product (rows, columns, depth of a step), its warps and pipeline stages."""
 
     m: int
     n: int
@@ -40,15 +40,15 @@ class Tiles(NamedTuple):
 
 
 class DeviceTiles(NamedTuple):
-    """The tiles of every product on one GPU; the depth of a mix divides the columns of the exp before it."""
+    """The tiles of every product on one GPU. The depth of `mix` divides the columns of the `exp` before it."""
 
     exp: Tiles  # scores and their exponentials
-    tempered: Tiles  # the same at another temperature than 1, where a loss needs two sums
+    tempered: Tiles  # the same at other temperatures than 1, where a loss needs two sums
     mix: Tiles  # exponentials with the table
     add: Tiles  # dz with the head, onto d_hidden
     gradient: Tiles  # p and dz, from two products
-    tied: Tiles  # the same where head and table are one, which is loaded once
-    learned: Tiles  # of both, where losses learn and dz has more in it, which takes registers
+    tied: Tiles  # the same if head and table are one, which is loaded once
+    learned: Tiles  # both, with learned losses, for which dz needs more registers
     few_exp: Tiles  # the first two for few tokens
     few_mix: Tiles
 
@@ -105,40 +105,40 @@ _failed: set[tuple[tuple[int, int], torch.dtype]] = set()
 
 
 def kernels_start(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels are for operands like these: bf16 or fp16 on a GPU that has tiles."""
+    """Whether the kernels support these operands: bf16 or fp16 on a GPU that has tiles."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or torch.version.hip is not None:
         return False
     return importlib.util.find_spec("triton") is not None and tiles_for(device, dtype) is not None
 
 
 def tiles_for(device: torch.device, dtype: torch.dtype) -> DeviceTiles | None:
-    """The tiles for operands of a dtype on a device; None where the kernels are not to be started."""
+    """The tiles for operands of a dtype on a device. None if the kernels must not be started."""
     capability = _capability(device)
     return None if (capability, dtype) in _failed else _row(capability, dtype.itemsize)
 
 
 def give_up(tensor: Tensor, failure: Exception) -> None:
-    """From now on the kernels are not started for operands like this one; says so once."""
+    """Stop using the kernels for operands like this one, and warn once."""
     capability = _capability(tensor.device)
     if (capability, tensor.dtype) not in _failed:
         _failed.add((capability, tensor.dtype))
         logger.warning(
             "a Triton kernel of the pondering embedding did not start on compute capability %d.%d (%s); this process "
-            "goes on with the backend 'chunked', which is slower and gives the same within rounding",
+            "continues with the backend 'chunked', which is slower and gives the same result within rounding",
             *capability,
             failure,
         )
 
 
-@functools.cache  # which also lets it say so once
+@functools.cache  # so that it also warns only once
 def _row(capability: tuple[int, int], element_bytes: int) -> DeviceTiles | None:
     row = TABLE.get((capability, element_bytes))
     if row is None:
         known = ", ".join(f"{major}.{minor}" for major, minor in SHARED_MEMORY)
         logger.warning(
             "the Triton kernels of the pondering embedding have no tiles for elements of %d bytes on compute "
-            "capability %d.%d (known: %s); this process takes the backend 'chunked', which is slower and gives "
-            "the same within rounding",
+            "capability %d.%d (known: %s); this process uses the backend 'chunked', which is slower and gives "
+            "the same result within rounding",
             element_bytes,
             *capability,
             known,
@@ -148,12 +148,12 @@ def _row(capability: tuple[int, int], element_bytes: int) -> DeviceTiles | None:
 
 @functools.cache
 def is_whole(width: int) -> bool:
-    """Whether a hidden size is whole steps of every product; the kernels that mask a rest need more registers."""
+    """Whether a hidden size consists of whole steps of every product. To mask a rest would take more registers."""
     if width % WHOLE_DEPTH == 0:
         return True
     logger.warning(
-        "the hidden size %d is no multiple of %d, which the Triton kernels of the pondering embedding want; this "
-        "process takes the backend 'chunked', which is slower and gives the same within rounding",
+        "the hidden size %d is not a multiple of %d, which the Triton kernels of the pondering embedding need; this "
+        "process uses the backend 'chunked', which is slower and gives the same result within rounding",
         width,
         WHOLE_DEPTH,
     )
@@ -165,7 +165,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def processors(tensor: Tensor) -> int:
-    """Of the device of a tensor, each of which runs programs of its own."""
+    """The number of processors of a tensor's device. Each runs its own programs."""
     if not tensor.is_cuda:
         return PROCESSORS_INTERPRETED
     count: int = torch.cuda.get_device_properties(tensor.device).multi_processor_count
@@ -173,9 +173,9 @@ def processors(tensor: Tensor) -> int:
 
 
 def splits(programs: int, steps: int, available: int) -> int:
-    """In how many parts a sum of `steps` steps is made, with `programs` tiles of the result and so many processors.
+    """The number of parts in which to compute a sum of `steps` steps, for `programs` tiles of the result.
 
-    The fewest that leave no more than a few processors idle, or else those that leave the fewest.
+    It is the least number that keeps almost all processors busy. If there is none, the number that keeps most busy.
     """
     most = max(1, min(MOST_SPLITS, steps // LEAST_STEPS))
     choices = sorted({_parts(steps, _parts(steps, parts)) for parts in range(1, most + 1)})
@@ -188,5 +188,5 @@ def _parts(steps: int, each: int) -> int:
 
 
 def _busy(programs: int, available: int) -> float:
-    """Share of the processors at work, over all waves of programs."""
+    """The share of busy processors, over all waves of programs."""
     return programs / (-(-programs // available) * available)

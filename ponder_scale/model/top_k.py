@@ -18,7 +18,7 @@ from .tiles import LaunchFailed, give_up, kernels_start
 
 
 class Mixture(NamedTuple):
-    """T (N, D), the statistics of each token (N,), 0 without labels, and the K tokens and probabilities (N, K)."""
+    """T (N, D), the statistics of each token (N,) (0 without labels), and the K tokens and probabilities (N, K)."""
 
     mixed: Tensor
     loss: Tensor
@@ -60,9 +60,10 @@ def gradients(
     scale: float,
     learned: Learned | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dh, dW and dE, each None unless `needed`, from g (N, D).
+    """dh, dW and dE from g (N, D). Each is None unless `needed`.
 
-    `learned`: of the losses too, which are over the whole vocabulary: three products with it.
+    If `learned` is given, they include the gradients of the losses. These are over the whole vocabulary and take three
+    products with it.
     """
     of_sums = _way(hidden, p)
     dp, d_table = of_sums(index, p, table, grad * scale, True, needed[2])
@@ -70,7 +71,7 @@ def gradients(
     d_head = of_sums(index, dz, head, hidden, False, needed[1])[1]
     d_hidden = None
     if needed[0]:
-        # in fp16 a dz may be more than it holds while its product with the head is not
+        # a dz may overflow in fp16 although its product with the head does not
         shrink = power_above(dz.abs().amax()) if dz.numel() and head.dtype == torch.float16 else None
         narrow = (dz if shrink is None else dz / shrink).to(head.dtype)
         d_hidden = finished(F.embedding_bag(index, head, per_sample_weights=narrow, mode="sum"), shrink, hidden)
@@ -94,8 +95,8 @@ def _way(hidden: Tensor, p: Tensor) -> Any:
 def _gradients_on_gpu(
     index: Tensor, weights: Tensor, matrix: Tensor, upstream: Tensor, need_weights: bool, need_matrix: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """By kernels, or where they do not start in blocks."""
-    from .sparse import gradients_by_kernels  # needs triton, which not every machine that reads this file has
+    """The gradients by kernels, or in blocks if the kernels do not start."""
+    from .sparse import gradients_by_kernels  # needs triton, which not every machine has
 
     try:
         return gradients_by_kernels(index, weights, matrix, upstream, need_weights, need_matrix)
@@ -105,7 +106,7 @@ def _gradients_on_gpu(
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """(n, V), not rounded to a narrow dtype, in which the K most probable would be others."""
+    """The logits (n, V), not rounded to a narrow dtype, where other tokens could be the K most probable."""
     if hidden.dtype == width(hidden):
         return F.linear(hidden, head)
     return wide_product(hidden, head.t(), hidden.new_empty(hidden.shape[0], head.shape[0], dtype=width(hidden)))
@@ -114,9 +115,9 @@ def _logits(hidden: Tensor, head: Tensor) -> Tensor:
 def _gradients_in_bags(
     index: Tensor, weights: Tensor, matrix: Tensor, upstream: Tensor, need_weights: bool, need_matrix: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Of sum_k weights[n, k] matrix[index[n, k]] (N, D), to the weights (N, K) and to the matrix (V, D).
+    """The gradients of sum_k weights[n, k] matrix[index[n, k]] (N, D) for the weights (N, K) and the matrix (V, D).
 
-    By the backward of torch's CPU kernel, which gathers nothing, but in narrow dtypes would also sum in them.
+    This is the backward of torch's CPU kernel. It gathers nothing, but it would sum narrow dtypes in their own dtype.
     """
     (tokens, top_k), rows = index.shape, matrix.shape[0]
     flat, flat_weights, above = index.flatten(), weights.flatten(), upstream.contiguous()
@@ -136,7 +137,7 @@ def _gradients_in_bags(
 def _gradients_in_blocks(
     index: Tensor, weights: Tensor, matrix: Tensor, upstream: Tensor, need_weights: bool, need_matrix: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The same for any device and dtype, gathering (n, K, D) for a block of n tokens at a time."""
+    """The same for any device and dtype. Gathers (n, K, D) for a block of n tokens at a time."""
     (tokens, top_k), hidden_size = index.shape, matrix.shape[1]
     d_weights = torch.empty_like(weights)
     d_matrix = torch.zeros_like(matrix, dtype=width(matrix)) if need_matrix else None
@@ -156,5 +157,5 @@ def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
     """total[index] += rows, (n, K, D) for (n * K,) indices into (V, D)."""
     if total.device.type == "cpu":
         total.index_add_(0, index, rows.flatten(0, 1))
-    else:  # sorts the indices, where index_add_ would use atomics in any order
+    else:  # it sorts the indices, because index_add_ would add by atomics in any order
         total.index_put_((index,), rows.flatten(0, 1), accumulate=True)

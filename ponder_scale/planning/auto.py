@@ -89,8 +89,9 @@ def settle(
     choices = ranked(config, shardings, configuration, devices)
     if not choices:
         raise ConfigError(
-            f"train.recompute is {config.train.recompute} and train.micro_batch {config.train.micro_batch}: nothing "
-            f"fits {devices.memory_bytes / GIB:.3g} GiB a rank; shard more by train.deepspeed, or use more ranks"
+            f"train.recompute is {config.train.recompute} and train.micro_batch {config.train.micro_batch}, but "
+            f"nothing fits {devices.memory_bytes / GIB:.3g} GiB a rank; shard more with train.deepspeed, or use more "
+            "ranks"
         )
     said = [f"chosen         {choices[0].sentence}"]
     if len(choices) > 1:

@@ -64,7 +64,7 @@ class Shape:
         return self.parameters - self.table_parameters
 
     def differentiated(self, pondering_steps: float) -> float:
-        """Of the passes of so many steps, those that gradients flow through."""
+        """The number of passes that gradients flow through, for a number of pondering steps."""
         passes = pondering_steps + 1
         return passes if self.backward_passes is None else min(self.backward_passes, passes)
 

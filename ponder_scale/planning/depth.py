@@ -28,7 +28,7 @@ def mean_steps(config: RunConfig) -> float:
 
 
 def at_most(steps: int, mean: float) -> float:
-    """The probability of at most so many steps under lognormal-poisson, before it is clipped."""
+    """The probability of at most this number of steps under lognormal-poisson, before it is clipped."""
     total = weights = 0.0
     for piece in range(PIECES + 1):
         z = REACH * (2 * piece / PIECES - 1)

@@ -25,7 +25,7 @@ HEAD_WIDTH = 64
 WIDEST = 2560  # of the shipped recipes: beyond, you know better
 MOST_BATCH_TOKENS = 2**19  # of the shipped LLaMA recipes
 STEPS_WISHED = 2000  # a smaller corpus takes a smaller batch
-# up to so many parameters, this peak learning rate: those of the shipped recipes
+# up to this number of parameters, this peak learning rate, as in the shipped recipes
 RATES = ((20e6, 2e-3), (100e6, 1e-3), (250e6, 6e-4), (600e6, 3e-4), (1e9, 2.5e-4), (2e9, 2e-4), (math.inf, 1.6e-4))
 # keys that a run often needs next: they stand in the recipe as comments, with their defaults
 NEXT = {

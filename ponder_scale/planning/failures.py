@@ -59,13 +59,13 @@ def report(failures: Failures, *, devices: int, work: float, steps: int) -> list
     step = work / steps
     every = min(steps, max(1, round(failures.daly / step)))
     seconds = failures.expected(work, every * step)
-    spent = "it is never done: a restart takes many times what passes between two failures"
+    spent = "the run never ends, because a restart takes far longer than the time between two failures"
     if math.isfinite(seconds):
         spent = f"{span(work)} become {span(seconds)} on average, with {seconds / failures.between:,.1f} failures"
     return [
-        f"failures       one each {span(failures.between)} with {devices:,} device{'s' * (devices != 1)}; a save costs "
-        f"{span(failures.save)}, a restart {span(failures.restart)}",
-        f"save           each {span(every * step)} of training by Daly (by Young {span(failures.young)}): "
+        f"failures       one every {span(failures.between)} with {devices:,} device{'s' * (devices != 1)}; a save "
+        f"costs {span(failures.save)}, a restart {span(failures.restart)}",
+        f"save           every {span(every * step)} of training by Daly (by Young {span(failures.young)}): "
         f"checkpoint.every_steps={every}",
         f"goodput        {work / seconds:.1%}: {spent}",
     ]

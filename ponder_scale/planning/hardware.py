@@ -152,7 +152,7 @@ CPU = Hardware(
     optimizer_bytes_per_second=6e9,
     call_seconds=8e-6,
     asynchronous=False,
-    source="no measurement: calibrate by `ponder-scale plan --calibrate FILE`",
+    source="no measurement; make one with `ponder-scale plan --calibrate FILE`",
 )
 
 # Key: part of the name that torch gives a device, and the first match counts. Value: dense bf16 FLOP/s, and the row of
@@ -203,17 +203,17 @@ def read_hardware(path: Path) -> Hardware:
     Raises:
         ConfigError: it is not such a file.
     """
-    remedy = f"write it by `ponder-scale plan --calibrate {path}`"
+    remedy = f"write it with `ponder-scale plan --calibrate {path}`"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as a hardware file: {error}; {remedy}") from error
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise ConfigError(f'{path}: no hardware file: expected "format": "{FORMAT}"; {remedy}')
+        raise ConfigError(f'{path}: it is not a hardware file; expected "format": "{FORMAT}"; {remedy}')
     known = {entry.name for entry in fields(Hardware)}
     if values.keys() != known:
         wrong = ", ".join(sorted(values.keys() ^ known))
-        raise ConfigError(f"{path}: missing or unknown: {wrong}; {remedy}")
+        raise ConfigError(f"{path}: keys missing or unknown: {wrong}; {remedy}")
     for name in ("inside", "between"):
         values[name] = _checked_link(path, name, values[name], remedy)
     for name, value in values.items():

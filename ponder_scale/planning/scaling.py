@@ -89,7 +89,7 @@ def scaling_lines(config: RunConfig, rows: Sequence[Sequence[Row]], sizes: Seque
             f"{plan.step.communication:13.1%}" + (" *" if other else "")
         )
     lines += [
-        f"* at train.global_batch={batch}, the least that divides over {ranks:,}; the same tokens"
+        f"* at train.global_batch={batch}, the least that divides over {ranks:,} devices; the tokens are the same"
         for ranks, batch in sorted(raised)
     ]
     return [*lines, *_ends(rows, sizes)]
@@ -115,7 +115,7 @@ def _ends(rows: Sequence[Sequence[Row]], sizes: Sequence[Devices]) -> list[str]:
             less = "fits where it does not" if own.plan is None else f"takes {1 - best.cost / own.cost:.1%} less time"
             said.append(f"on {beaten[0].ranks:,} devices {best.sharding} {less}")
         if slow is not None:
-            said.append(f"up to {slow.ranks:,} a further device adds less than {PAYS:.0%} of its speed")
+            said.append(f"up to {slow.ranks:,} each further device adds less than {PAYS:.0%} of one device's speed")
         lines.append(f"{name:14s} " + ("; ".join(said) if said else "pays on all of these"))
     return lines
 

@@ -30,7 +30,7 @@ def owner(run_dir: Path) -> int:
         return 0
     except ValueError as error:
         raise CheckpointError(
-            f"{run_dir / OWNER}: expected the number of an attempt; write the last one of {RECORD} into it"
+            f"{run_dir / OWNER}: expected the number of an attempt; write the last number of {RECORD} into it"
         ) from error
 
 

@@ -170,7 +170,7 @@ def _keep_until(path: Path, step: int) -> tuple[_Seen, dict[str, int]]:
             if record["event"] in MEASURED:
                 measured[record["event"]] = record["step"]
     if damaged:
-        logger.warning("%s: %d damaged lines, as a crash leaves them, are left out", path, damaged)
+        logger.warning("%s: left out %d damaged lines, which a crash can leave", path, damaged)
     if moved:
         _append_new(superseded, moved)
     if moved or damaged:

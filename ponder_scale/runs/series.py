@@ -175,7 +175,7 @@ def _config(run_dir: Path) -> dict[str, str]:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path}: empty or damaged; expected the settings of the run, which its next start writes anew"
+            f"{path}: empty or damaged; expected the settings of the run; start the run again to rewrite them"
         )
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat(values).items()}
 

@@ -40,7 +40,7 @@ def status(run_dir: Path, now: float | None = None) -> list[str]:
     job = run_dir / "job"  # written by `ponder-scale submit`
     if not (run_dir / "config.yaml").is_file() and job.is_file():
         number = job.read_text(encoding="utf-8").strip()
-        return [f"run       {run_dir}: submitted as job {number}, not begun; squeue --jobs={number} says why"]
+        return [f"run       {run_dir}: submitted as job {number}, not begun yet; squeue --jobs={number} says why"]
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir}: no config.yaml in it; expected the run_dir of a run that has begun")
     now = time.time() if now is None else now
@@ -68,7 +68,7 @@ def _planned_steps(path: Path) -> int:
         return int(yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["steps"])
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"{path}: empty or damaged; expected the settings of the run, which its next start writes anew"
+            f"{path}: empty or damaged; expected the settings of the run; start the run again to rewrite them"
         ) from error
 
 
@@ -171,7 +171,7 @@ def _attempt(run_dir: Path, now: float) -> str:
     if last.get("world_size"):
         where.append(f"{last['world_size']} ranks")
     resumed = last.get("resumed_from")
-    where.append(f"went on from {resumed}" if resumed else "from the beginning")
+    where.append(f"continued from {resumed}" if resumed else "from the beginning")
     if last.get("changed"):
         where.append(f"changed: {', '.join(last['changed'])}")
     return f"{last.get('attempt', len(lines))}: {', '.join(where)}"

@@ -120,8 +120,8 @@ class Submission:
         seconds, before = _slurm_seconds(limit), int(lead.partition("@")[2] or SIGNAL_SECONDS)
         if seconds is not None and seconds < before + START_SECONDS:
             raise SubmitError(
-                f"--time is {limit}: Slurm signals its end {before} s before ({lead}), so that no step would be done; "
-                f"expected at least {before + START_SECONDS} s, or a shorter lead by --sbatch=--signal=B:USR2@SECONDS"
+                f"--time is {limit}, but Slurm signals its end {before} s before ({lead}), so no step would be done; "
+                f"give at least {before + START_SECONDS} s, or a shorter lead with --sbatch=--signal=B:USR2@SECONDS"
             )
 
     def _option(self, name: str, template: str) -> str:
@@ -253,8 +253,8 @@ def save(run_dir: Path) -> str:
     """Ask a run to save at its next step. Returns what was done."""
     job, state = _active(run_dir)
     if state in WAITING:
-        raise SubmitError(f"job {job} of {run_dir} waits in the queue: there is nothing new to save")
-    return _request(run_dir, SAVE, "saves and goes on")
+        raise SubmitError(f"job {job} of {run_dir} waits in the queue, so there is nothing new to save")
+    return _request(run_dir, SAVE, "saves and trains on")
 
 
 def requeue(run_dir: Path) -> str:
@@ -269,12 +269,12 @@ def requeue(run_dir: Path) -> str:
 def _active(run_dir: Path) -> tuple[str, str]:
     """The job and state of a run that can take requests. Both are "" if Slurm did not start the run."""
     if not (run_dir / "config.yaml").is_file() and not (run_dir / "job").is_file():
-        raise SubmitError(f"{run_dir} is no run folder: it has no config.yaml")
+        raise SubmitError(f"{run_dir} is not a run folder, because it has no config.yaml")
     found = state_of(run_dir)
     if found is None:
         return "", ""
     if not found[1]:
-        raise SubmitError(f"job {found[0]} of {run_dir} is not in Slurm's queue any more: nothing to do")
+        raise SubmitError(f"job {found[0]} of {run_dir} is no longer in Slurm's queue, so there is nothing to do")
     return found
 
 
@@ -317,4 +317,4 @@ def _call(words: list[str], environment: dict[str, str] | None = None) -> subpro
     except FileNotFoundError:
         if words[0] == "git":
             return subprocess.CompletedProcess(words, 1, "", "")
-        raise SubmitError(f"{words[0]} is not here; submit from a login node of the cluster") from None
+        raise SubmitError(f"{words[0]} is not installed here; use a login node of the cluster") from None

@@ -30,8 +30,8 @@ def write_templates(folder: Path, *, overwrite: bool = False) -> str:
     there = [path.name for path in missing if (folder / path.name).exists() or (folder / path.name).is_symlink()]
     if there and not overwrite:
         raise ConfigError(
-            f"{folder} holds {', '.join(there)} with other content; nothing was written: name another folder, or add "
-            "--overwrite, which loses what you changed in them"
+            f"{folder} holds {', '.join(there)} with other content; nothing was written; name another folder, or add "
+            "--overwrite, which discards your changes in these files"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import vllm
 
-from ponder_scale.model.configuration import FEEDBACKS, PONDERING_FIELDS, RESIDUALS
+from ponder_scale.model.configuration import PONDERING_FIELDS
 from ponder_scale.serve.parts import (
     TESTED,
     Attention,
@@ -87,12 +87,12 @@ def check_configuration(config: VllmConfig) -> None:
     if cache != "auto" and _narrower(cache, config.model_config.dtype):
         logger.warning(
             "the key-value cache of %s is lossy: each pass reads it and feeds the error to the next, and greedy text "
-            "was seen to change; --kv-cache-dtype auto keeps the model's own",
+            "was seen to change; use --kv-cache-dtype auto to keep the dtype of the model",
             cache,
         )
     if getattr(config, "use_v2_model_runner", False):
         logger.warning(
-            "pondering models were tested with vLLM's first model runner, and this is the second; compare some greedy "
+            "pondering models were tested with vLLM's first model runner, but this is the second; compare some greedy "
             "answers with those of transformers, or set VLLM_USE_V2_MODEL_RUNNER=0"
         )
 
@@ -109,11 +109,11 @@ def _refused_fields(hf: Any) -> Iterator[str]:
             yield f"{field}, which changes what the model computes in a way that the plugin does not know"
     for field in values:
         if "ponder" in field and field not in PONDERING_FIELDS:
-            yield f"{field}, which is no field of theirs; those are {', '.join(sorted(SERVED_FIELDS))}"
+            yield f"{field}, which is not one of their fields; expected some of {', '.join(sorted(SERVED_FIELDS))}"
     if hf.residual not in SERVED_RESIDUALS:
-        yield f"the residual {hf.residual!r}; of {', '.join(RESIDUALS)} these are: {', '.join(SERVED_RESIDUALS)}"
+        yield f"the residual {hf.residual!r}; expected one of {', '.join(SERVED_RESIDUALS)}"
     if hf.feedback not in SERVED_FEEDBACKS:
-        yield f"the feedback {hf.feedback!r}; of {', '.join(FEEDBACKS)} these are: {', '.join(SERVED_FEEDBACKS)}"
+        yield f"the feedback {hf.feedback!r}; expected one of {', '.join(SERVED_FEEDBACKS)}"
 
 
 def _refused_settings(config: VllmConfig) -> Iterator[str]:
@@ -129,7 +129,7 @@ def _refused_settings(config: VllmConfig) -> Iterator[str]:
     if config.model_config.runner_type == "pooling":
         yield "a pooling runner; they generate only"
     if drafts is not None and drafts.method not in PLAIN_DRAFTS:
-        yield f"the draft method {drafts.method!r}; {', '.join(PLAIN_DRAFTS)} draft without a model"
+        yield f"the draft method {drafts.method!r}; use one that drafts without a model: {', '.join(PLAIN_DRAFTS)}"
 
 
 def check_attention(attention: Attention) -> None:

@@ -42,8 +42,8 @@ class Tensors:
             bare = name.removeprefix(self._prefix)
             if bare not in self._expected | self._tied and not name.endswith(BUFFERS):
                 raise ValueError(
-                    f"{name} is among the folder's weights and no tensor of {self._prefix.rstrip('.')}: the model is "
-                    "of a kind that is not served"
+                    f"{name} is among the folder's weights but is not a tensor of {self._prefix.rstrip('.')}, so this "
+                    "kind of model is not served"
                 )
             self._seen.add(bare)
             yield name, tensor

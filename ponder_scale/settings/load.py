@@ -47,7 +47,7 @@ def find_recipe(name: str, shipped: Path) -> Path:
         if candidate.is_file():
             return candidate
     if "=" in name:
-        raise ConfigError(f"expected a recipe before {name}: a path to a YAML file, or the name of one that is shipped")
+        raise ConfigError(f"expected a recipe before {name}; give a YAML file or the name of a shipped recipe")
     known = sorted(path.stem for path in shipped.glob("*.yaml"))
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]}?" if near else f"; give a path to a YAML file or one of: {', '.join(known)}"
@@ -97,7 +97,7 @@ def _override(schema: type, tree: Mapping, override: str) -> None:
     assert isinstance(place, Mapping)
     if _is_group(schema, key):
         if not isinstance(value, Mapping) or not value.entries:
-            raise ConfigError(f"{origin}: {key} is a group of keys; name those to set, such as {key}={{KEY: VALUE}}")
+            raise ConfigError(f"{origin}: {key} is a group of keys; name the keys to set, such as {key}={{KEY: VALUE}}")
         _merge(place, last, value, key, schema)
     else:
         place.entries[last] = value

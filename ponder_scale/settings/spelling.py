@@ -54,7 +54,7 @@ def check_names(schema: type, tree: Tree, key: str = "") -> None:
 def unknown(schema: type, key: str) -> str:
     """The error text for an unknown key."""
     near = meant(schema, key)
-    return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; docs/configuration.md has them all")
+    return f"unknown key {key}" + (f"; did you mean {near}?" if near else "; docs/configuration.md lists all keys")
 
 
 def meant(schema: type, key: str) -> str:

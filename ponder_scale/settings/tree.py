@@ -148,7 +148,7 @@ def describe(tree: Tree) -> str:
 def _tree(loader: _Loader, node: yaml.Node, origin: str, numbered: bool, depth: int) -> Tree:
     place = f"{origin}, line {node.start_mark.line + 1}" if numbered else origin
     if not depth:
-        raise ConfigError(f"{place}: more than {_DEEPEST} levels of mappings and lists, or one that holds itself")
+        raise ConfigError(f"{place}: mappings and lists are more than {_DEEPEST} levels deep, or one contains itself")
     if not node.tag.startswith(_STANDARD):
         raise ConfigError(f"{place}: the tag {node.tag} is not known; quote the value if it is text")
     if isinstance(node, yaml.MappingNode):

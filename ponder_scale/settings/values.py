@@ -181,9 +181,9 @@ def expand_path(text: str, key: str) -> str:
             raise ConfigError(f"{key} is {text!r}: there is no user {path.partition('/')[0]}; write the path out")
         path = home
     if "${" in path or _VARIABLE.search(path) or path.startswith("~"):  # a later read would expand it again
-        raise ConfigError(f"{key} is {text!r}, which is {path!r}: there is a $NAME in it; name the folder otherwise")
+        raise ConfigError(f"{key} is {text!r}, which expands to {path!r}; expected no $NAME or leading ~ in the result")
     if _CONTROL.search(path):
-        raise ConfigError(f"{key} is {text!r}: a path may not hold line breaks and control characters")
+        raise ConfigError(f"{key} is {text!r}: a path must not contain line breaks or control characters")
     return path
 
 

@@ -1,1 +1,1 @@
-"""From a recipe to a model that is ready to train."""
+"""Turn a recipe into a model that is ready to train."""

@@ -1,4 +1,4 @@
-"""From the recipe's `model` section to a transformers configuration and a freshly initialized model."""
+"""Turn the recipe's `model` section into a transformers configuration and a freshly initialized model."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ try:
 except ImportError:  # before its version 0.34, which transformers 5 needs
     StrictDataclassError = ValueError  # type: ignore[misc, assignment]
 
-# By which transformers refuses a configuration, on its own or while the model is made of it.
+# The errors by which transformers refuses a configuration, when it is created or when the model is built from it.
 REFUSALS = (
     *(ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError, ZeroDivisionError),
     StrictDataclassError,
 )
 RECIPE_ONLY = ("architecture", "init_from", "extra")
-# Keys of older folders that configurations turn into those of today, or that attention reads without declaring it.
+# Keys of older folders that configurations convert, or that attention reads although no configuration declares them.
 OLDER_FIELDS = (
     *("rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"),
     *("original_max_position_embeddings", "head_dim"),
@@ -41,8 +41,8 @@ class Architecture:
     """A transformer that ponders.
 
     Args:
-        names: the recipe's keys that its configuration calls otherwise; None: it has nothing of the kind.
-        defaults: of its configuration, where ours differ.
+        names: the recipe's keys that have another name in its configuration. None marks a key that it does not have.
+        defaults: values of its configuration for which we have another default.
     """
 
     configuration: Any
@@ -51,7 +51,7 @@ class Architecture:
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
-# Checkpoints of pretraining see each token about once, so that no architecture has dropout unless `extra` asks for it.
+# Pretraining sees each token about once, so no architecture has dropout unless `extra` asks for it.
 ARCHITECTURES = {
     "llama": Architecture(
         configurations.PonderLlamaConfig, modeling.PonderLlamaForCausalLM, {"norm_eps": "rms_norm_eps"}
@@ -86,16 +86,16 @@ def model_configuration(model: ModelConfig, *, vocab_size: int, seq_len: int, eo
     """The transformers configuration of the recipe's model.
 
     Args:
-        vocab_size: of the tokenizer; the model's may be larger, never smaller.
-        seq_len: positions, unless the recipe sets `max_position_embeddings`.
-        eod_id: the token that ends a document and so generation.
+        vocab_size: size of the tokenizer's vocabulary. That of the model may be larger, never smaller.
+        seq_len: number of positions, unless the recipe sets `max_position_embeddings`.
+        eod_id: the token that ends a document, and so ends generation.
 
     Raises:
         ConfigError: a value does not fit the data or the architecture.
     """
     if model.vocab_size is not None and model.vocab_size < vocab_size:
         raise ConfigError(
-            f"model.vocab_size is {model.vocab_size}, the shards' tokenizer has {vocab_size} tokens; "
+            f"model.vocab_size is {model.vocab_size}, but the shards' tokenizer has {vocab_size} tokens; "
             "raise it or leave it null"
         )
     if model.max_position_embeddings is not None and model.max_position_embeddings < seq_len:
@@ -115,7 +115,7 @@ def model_configuration(model: ModelConfig, *, vocab_size: int, seq_len: int, eo
     for key in model.extra:
         if key not in known:
             name = architecture.configuration.__name__
-            raise ConfigError(f"model.extra.{key}: unknown to {name}; see transformers' documentation")
+            raise ConfigError(f"model.extra.{key}: {name} has no such field; see transformers' documentation")
         if key in values:
             raise ConfigError(f"model.extra.{key}: set it as model.{_recipe_key(key, architecture.names)}")
     _check_heads(model, {**architecture.defaults, **model.extra})
@@ -127,7 +127,7 @@ def model_configuration(model: ModelConfig, *, vocab_size: int, seq_len: int, eo
 
 
 def _check_heads(model: ModelConfig, extra: dict[str, Any]) -> None:
-    """Raise ConfigError for heads that no attention can be made of, before torch says so in the middle of a pass."""
+    """Raise ConfigError for heads that attention cannot use. Torch would only fail in the middle of a pass."""
     heads, shared = model.num_attention_heads, model.num_key_value_heads
     if shared is not None and heads % shared:
         raise ConfigError(
@@ -142,8 +142,8 @@ def _check_heads(model: ModelConfig, extra: dict[str, Any]) -> None:
     if rotated < 2 or rotated % 2 or not 0 < share <= 1:
         of = f", of which {share:g} is rotated" if share != 1 else ""
         raise ConfigError(
-            f"model.hidden_size is {model.hidden_size} with model.num_attention_heads {heads}: a head is {width} wide"
-            f"{of}; the rotary embedding turns pairs: expected an even number, 2 to the whole width"
+            f"model.hidden_size is {model.hidden_size} with model.num_attention_heads {heads}, so a head is {width} "
+            f"wide{of}; expected to rotate an even number of at least 2, because the rotary embedding turns pairs"
         )
 
 
@@ -157,11 +157,11 @@ def _check_extra(extra: dict[str, Any]) -> None:
 
 
 def _in_one_line(error: BaseException) -> str:
-    """What transformers says; its checks of a whole configuration wrap the sentence that matters."""
+    """The text of an error of transformers. Its checks of a whole configuration wrap the error that matters."""
     inner = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ is not None else error
     text = " ".join(str(inner).split())
     is_name = isinstance(inner, KeyError) and " " not in text
-    return f"transformers has no {text} for a key of model.extra" if is_name else text
+    return f"transformers has no {text}, which a key of model.extra names" if is_name else text
 
 
 def _named(given: dict[str, Any], architecture: str, names: dict[str, str | None]) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _recipe_key(name: str, names: dict[str, str | None]) -> str:
 
 
 def make_model(config: RunConfig, shards: ShardSet) -> Any:
-    """The model that a run on these shards begins with, in fp32 on the CPU; `model.init_from` is not looked at.
+    """The model that a run on these shards begins with, in fp32 on the CPU. It ignores `model.init_from`.
 
     Raises:
         ConfigError: a value of the recipe does not fit the shards or the architecture.
@@ -199,18 +199,18 @@ def make_model(config: RunConfig, shards: ShardSet) -> Any:
 
 
 def build_model(configuration: Any, seed: int) -> Any:
-    """A model in fp32 whose weights depend on the configuration and the seed alone, not on ranks or devices."""
+    """A model in fp32 whose weights depend only on the configuration and the seed, not on ranks or devices."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return new_model(configuration)
 
 
 def new_model(configuration: Any) -> Any:
-    """A model with the weights that torch draws now. Raises ConfigError where transformers cannot make it."""
+    """A model with weights from torch's current generator. Raises ConfigError if transformers cannot build it."""
     try:
         return model_class(configuration)(configuration)
     except REFUSALS as error:
-        raise ConfigError(f"model: it cannot be made: {_in_one_line(error)}") from error
+        raise ConfigError(f"model: it cannot be built: {_in_one_line(error)}") from error
 
 
 def model_class(configuration: Any) -> Any:
@@ -219,10 +219,10 @@ def model_class(configuration: Any) -> Any:
 
 
 def configuration_from_dict(values: dict[str, Any]) -> Any:
-    """The configuration that `to_dict` of one turned into plain values.
+    """Rebuild a configuration from the plain values that its `to_dict` returned.
 
     Raises:
-        ConfigError: it is not of an architecture of ours.
+        ConfigError: they belong to another architecture than ours.
     """
     by_type = {a.configuration.model_type: a.configuration for a in ARCHITECTURES.values()}
     name = values.get("model_type")
@@ -232,10 +232,9 @@ def configuration_from_dict(values: dict[str, Any]) -> Any:
 
 
 def auto_map(configuration: Any, model: Any) -> dict[str, str]:
-    """What the config.json of an exported folder has for two classes of ours: where its loader finds them.
+    """The entry of an exported config.json that tells the loader where to find our configuration and model class.
 
-    Its AutoModel refuses to be built alone, and says why: a loader that got a bare backbone would leave the pondering
-    out.
+    Its AutoModel refuses to be built alone and says why, because a loader that got a bare backbone would not ponder.
     """
     return {
         "AutoConfig": f"configuration.{configuration.__name__}",
@@ -245,16 +244,16 @@ def auto_map(configuration: Any, model: Any) -> dict[str, str]:
 
 
 def model_code() -> dict[str, bytes]:
-    """The code that ships with the weights: the files of `ponder_scale/model` by their names."""
+    """The code that ships with the weights: the files of `ponder_scale/model`, by name."""
     files = sorted(Path(ponder_scale.model.__path__[0]).glob("*.py"))
     return {path.name: path.read_bytes() for path in files if path.name != "__init__.py"}
 
 
 def own_fields(configuration: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Of the values of a config.json those that the configuration class knows.
+    """The values of a config.json that the configuration class knows.
 
-    transformers takes any other key as an attribute, too: it would travel into every export, stand in for a method, or
-    name code to load (`auto_map`, `custom_pipelines`, `attn_implementation` with a kernel of the hub).
+    transformers would store any other key as an attribute. Such a key would be part of every export. It could replace a
+    method, or name code to load (`auto_map`, `custom_pipelines`, `attn_implementation` with a kernel of the hub).
     """
     known = {*configuration().to_dict(), *configuration.attribute_map, *OLDER_FIELDS} - {"_name_or_path"}
     return {key: value for key, value in values.items() if key in known}

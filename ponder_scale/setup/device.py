@@ -1,4 +1,4 @@
-"""Where a model goes that nobody has placed."""
+"""The device of a model for which none was chosen."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def default_device() -> str:
-    """The GPU where there is one."""
+    """The GPU if there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,14 +1,14 @@
-"""Activation checkpointing across pondering passes: what forward keeps and backward computes again.
+"""Activation checkpointing across pondering passes. Forward keeps the following, and backward computes the rest again:
 
     none         every activation of S + 1 passes
     selective    the input and the attention output of each layer in each pass
     layer        the input of each layer in each pass
     pass         the input of each pass: S + 1 tensors of (B, T, D)
-    pass+layer   the same, and while a pass is recomputed only its layers' inputs
+    pass+layer   the same; while a pass is recomputed, only the inputs of its layers
 
-Only `torch.utils.checkpoint(use_reentrant=False)` is right here. With weights that several passes share, reentrant
-checkpointing raises under ZeRO-2 and silently loses all but one pass's gradient under ZeRO-3 once a reduce bucket is
-smaller than the gradients; DeepSpeed's own checkpointing functions behave the same or worse.
+Only `torch.utils.checkpoint(use_reentrant=False)` is correct here. If several passes share weights, reentrant
+checkpointing raises under ZeRO-2. Under ZeRO-3 it silently loses the gradients of all but one pass as soon as a reduce
+bucket is smaller than the gradients. DeepSpeed's own checkpointing functions behave the same or worse.
 """
 
 from __future__ import annotations
@@ -35,24 +35,27 @@ ATTENTION = (
 
 
 def apply_recompute(model: Any, policy: str, *, offload: bool = False) -> None:
-    """Make `model` recompute by `policy` in backward. Forward without gradient is left as it is.
+    """Make `model` recompute by `policy` in backward. A forward without gradients does not change.
 
-    The pondering embedding stays outside: it keeps its inputs only and recomputes by itself. Called again, it replaces
-    what an earlier call did.
+    The pondering embedding is not wrapped, because it keeps only its inputs and recomputes by itself. A second call
+    replaces the policy of the first.
 
     Args:
-        offload: what is kept (the inputs of layers or passes) waits for backward in host memory.
+        offload: keep the saved inputs of layers or passes in host memory until backward.
     """
     refuse_foreign_checkpointing(model)
     key, dropout = attention_dropout(model.config)
     if policy == "selective" and dropout:
-        # backward does not run the kernel again, so it draws no random numbers, and the masks after it would be others
+        # Backward does not run the kernel again, so it draws no random numbers, and later masks would differ.
         raise ConfigError(
-            f"train.recompute is selective, but model.extra.{key} is {dropout}: backward would draw other masks than "
-            "forward; set it to 0, or use layer"
+            f"train.recompute is selective, but model.extra.{key} is {dropout}, so backward would draw other dropout "
+            "masks than forward; set it to 0, or train.recompute to layer"
         )
     if policy == "selective" and model.config._attn_implementation == "eager":
-        raise ConfigError("train.recompute is selective, but eager attention has no kernel to keep; use sdpa, or layer")
+        raise ConfigError(
+            "train.recompute is selective, but eager attention has no kernel whose output could be kept; set "
+            "train.attention to sdpa, or train.recompute to layer"
+        )
     model.wrappers = tuple(wrapper for wrapper in model.wrappers if not hasattr(wrapper, "recomputes"))
     for layer in model.layers:
         if hasattr(layer.__dict__.get("forward"), "recomputes"):
@@ -62,30 +65,31 @@ def apply_recompute(model: Any, policy: str, *, offload: bool = False) -> None:
         model.wrappers = (*model.wrappers, _recompute(offload=offload))
     if policy in ("layer", "selective", "pass+layer"):
         for layer in model.layers:
-            # inside a recomputed pass the layers' inputs live for that pass only, so they stay on the device
+            # In a recomputed pass, the inputs of the layers live only during that pass, so they stay on the device.
             wrapper = _recompute(offload=offload and not outer, keep_attention=policy == "selective")
             layer.forward = update_wrapper(partial(wrapper, layer.forward), layer.forward)
             layer.forward.recomputes = True
 
 
 def attention_dropout(configuration: Any) -> tuple[str, float]:
-    """What a transformers configuration calls the dropout of its attention, and how much there is of it."""
+    """The key and the value of the attention dropout in a transformers configuration."""
     key = "attn_pdrop" if hasattr(configuration, "attn_pdrop") else "attention_dropout"
     return key, getattr(configuration, key, 0.0)
 
 
 def refuse_foreign_checkpointing(model: Any) -> None:
-    """Raise ConfigError where transformers' gradient checkpointing is on: it may be reentrant, see above."""
+    """Raise ConfigError if transformers' gradient checkpointing is on, because it may be reentrant (see above)."""
     for name, module in model.named_modules():
         if getattr(module, "gradient_checkpointing", False):
             raise ConfigError(
-                f"gradient checkpointing of transformers is on in {name or 'the model'}; shared passes lose gradients "
-                "with its reentrant form under ZeRO-3. Call gradient_checkpointing_disable() and set train.recompute"
+                f"gradient checkpointing of transformers is on in {name or 'the model'}; its reentrant form loses "
+                "gradients of passes that share weights under ZeRO-3; call gradient_checkpointing_disable() and set "
+                "train.recompute"
             )
 
 
 def _recompute(*, offload: bool, keep_attention: bool = False) -> Callable[..., Any]:
-    """Takes a function and its arguments, and calls it so that backward computes it again."""
+    """A function that calls another one with its arguments so that backward computes it again."""
     selective: dict[str, Any] = {"context_fn": keeping} if keep_attention else {}
 
     def wrapper(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -99,11 +103,12 @@ def _recompute(*, offload: bool, keep_attention: bool = False) -> Callable[..., 
 
 
 def keeping(operations: tuple[Any, ...] = ATTENTION) -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """Contexts for a forward that keeps the outputs of some operations, and for its recomputation, which takes them.
+    """Two contexts: in the first, a forward keeps the outputs of some operations, and in the second, its recomputation
+    takes them.
 
-    torch's own selective contexts count every operation and expect each of them again. Under ZeRO-3 the engine gathers
-    weights inside a layer, or finds them gathered: in a forward and not in its recomputation, or the reverse. Here
-    nothing but `operations` is counted, and the engine does none of these.
+    torch's own selective contexts count every operation and expect each of them again. But under ZeRO-3 the engine may
+    gather weights inside a layer in a forward and not in its recomputation, or the reverse. These contexts count only
+    `operations`, and the engine does none of these.
     """
     forward = _Keep(operations)
     return forward, _Take(operations, forward)
@@ -113,12 +118,12 @@ class _Keep(TorchDispatchMode):
     def __init__(self, operations: tuple[Any, ...]) -> None:
         super().__init__()
         self._operations = operations
-        self.kept: list[tuple[Any, Tensor]] = []  # outputs, and the state of the generator after them
+        self.kept: list[tuple[Any, Tensor]] = []  # each output, and the state of the generator after it
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = operation(*args, **(kwargs or {}))
         if operation in self._operations:
-            # .data, because the output itself will hold the graph, which holds this list
+            # .data, because the output itself would hold the graph, which holds this list
             values = tuple(value.data if isinstance(value, Tensor) else value for value in outputs)
             self.kept.append((values, _generator(args[0]).get_state()))
         return outputs
@@ -137,10 +142,10 @@ class _Take(TorchDispatchMode):
         if operation not in self._operations:
             return operation(*args, **(kwargs or {}))
         outputs, state = next(self._left)
-        _generator(args[0]).set_state(state)  # what comes after draws the same dropout as in forward
+        _generator(args[0]).set_state(state)  # so that later operations draw the same dropout as in forward
         return outputs
 
 
 def _generator(tensor: Tensor) -> torch.Generator:
-    """The one that an operation on this tensor draws from."""
+    """The generator that an operation on this tensor draws from."""
     return torch.cuda.default_generators[tensor.device.index] if tensor.is_cuda else torch.default_generator

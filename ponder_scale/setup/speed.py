@@ -1,6 +1,6 @@
 """Options that make the transformer itself faster: attention kernels, Liger's kernels, torch.compile.
 
-Each is refused where it cannot work, by name: a run that asks for one never goes on without it in silence.
+If an option cannot work, it is refused by name. A run that asks for an option never continues silently without it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ FLASH = "flash_attention_2"
 
 
 def apply_speed(model: Any, train: TrainConfig) -> None:
-    """Set attention, kernels and compilation of a model as the recipe says; before recomputation is applied.
+    """Set attention, kernels and compilation of a model as the recipe says. Call it before `apply_recompute`.
 
     Raises:
-        ConfigError: something that was asked for cannot work here.
+        ConfigError: an option of the recipe cannot work here.
     """
     model.set_attn_implementation(_attention(train))
     if train.kernels == "liger":
@@ -33,10 +33,11 @@ def apply_speed(model: Any, train: TrainConfig) -> None:
 
 
 def document_arguments(model: Any, position_ids: Tensor) -> dict[str, Any]:
-    """What attention needs besides position ids (B, T), on the CPU, to stay within documents, which begin at 0.
+    """The arguments besides position ids (B, T), on the CPU, that keep attention within documents.
 
-    transformers makes a mask of them for SDPA. Flash attention takes where each document begins in the flattened
-    batch, and skips the blocks between documents; transformers finds that by itself for a batch of one only.
+    Documents begin at position 0. For SDPA, transformers makes a mask from the position ids. Flash attention takes the
+    beginning of each document in the flattened batch, and skips the blocks between documents. transformers finds these
+    by itself only for a batch of one.
     """
     if model.config._attn_implementation != FLASH:
         return {}
@@ -60,7 +61,10 @@ def _attention(train: TrainConfig) -> str:
     if train.attention == FLASH and missing:
         raise ConfigError(f"train.attention is {FLASH}, which needs {missing}; use sdpa")
     if train.attention == FLASH and selective:
-        raise ConfigError(f"train.recompute is selective, which keeps the outputs of sdpa, not of {FLASH}; use layer")
+        raise ConfigError(
+            f"train.recompute is selective, which keeps the outputs of sdpa but not of {FLASH}; set train.attention to "
+            "sdpa, or train.recompute to layer"
+        )
     return train.attention
 
 
@@ -73,11 +77,11 @@ def _flash_is_missing(train: TrainConfig) -> str | None:
 
 
 def _apply_liger(model: Any) -> None:
-    """Fused RMSNorm, rotary embedding and SwiGLU. The loss stays ours, which is fused with the head already."""
+    """Use fused RMSNorm, rotary embedding and SwiGLU. The loss stays ours, which is already fused with the head."""
     if not torch.cuda.is_available():
         raise ConfigError("train.kernels is liger, whose kernels need CUDA; use torch")
     if importlib.util.find_spec("liger_kernel") is None:
-        raise ConfigError("train.kernels is liger, which is not installed: pip install liger-kernel; or use torch")
+        raise ConfigError("train.kernels is liger, which is not installed; run: pip install liger-kernel, or use torch")
     from liger_kernel import transformers as liger  # optional
 
     appliers = {
@@ -91,21 +95,21 @@ def _apply_liger(model: Any) -> None:
 
 
 def check_compiler(asked: str) -> None:
-    """Raise ConfigError where torch.compile needs a C++ compiler and finds none; `asked` says who asked for it."""
+    """Raise ConfigError if torch.compile needs a C++ compiler and there is none. `asked` names the setting."""
     compiler = os.environ.get("CXX", "g++")
     if not torch.cuda.is_available() and shutil.which(compiler) is None:
         raise ConfigError(f"{asked}, but there is no C++ compiler ({compiler}); install one, or set CXX")
 
 
 def _compile_layers(model: Any, train: TrainConfig) -> None:
-    """Compile each layer: one graph for all of them, in every pass and for any number of passes.
+    """Compile the layers. One graph serves all of them, in every pass and for any number of passes.
 
-    Under ZeRO-3 the graph is cut where DeepSpeed gathers weights.
+    Under ZeRO-3 the graph breaks where DeepSpeed gathers weights.
     """
     if train.recompute == "selective":
         raise ConfigError(
-            "train.compile is true, but train.recompute selective chooses among operations, which compilation fuses; "
-            "use none, layer or pass"
+            "train.compile is true, but train.recompute selective chooses among operations that compilation fuses; "
+            "set train.recompute to none, layer or pass"
         )
     check_compiler("train.compile is true")
     for layer in model.layers:

@@ -1,10 +1,10 @@
-"""Hugging Face folders that others made: what their configuration means here, and their weights as a start.
+"""Start a run from a Hugging Face folder: translate its configuration into ours, and read its weights.
 
-Stock folders of transformers, folders of ours, and those of the published code (LUMIA-Group/PonderingLM and, for
-LLaMA, its follow-up): stock ones with further keys in config.json. There `ponderinglm` (for GPT-2 `recurrent_model`)
-turns pondering on, with `pondering_steps`, `scale_embeds`, `softmax_temperature` and `mutiply_pondering_steps` [sic],
-which multiplies e_0 by S. The follow-up's variant of the same recurrence has `recurrent_model`, `num_latent_thoughts`
-for S and `residual_interpolated_embeds`.
+A folder may come from stock transformers, from our export, or from the published code (LUMIA-Group/PonderingLM and, for
+LLaMA, its follow-up). Folders of the published code are stock folders with more keys in config.json. There
+`ponderinglm` (for GPT-2 `recurrent_model`) turns pondering on, with `pondering_steps`, `scale_embeds`,
+`softmax_temperature` and `mutiply_pondering_steps` [sic], which multiplies e_0 by S. The follow-up has a variant of the
+same recurrence, with `recurrent_model`, `num_latent_thoughts` for S, and `residual_interpolated_embeds`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ponder_scale.shards.manifest import tokenizer_identity
 
 logger = logging.getLogger(__name__)
 
-GATES = ("hidden_gate.", "halting_gates.")  # of the feedback "both", and of halting
+GATES = ("hidden_gate.", "halting_gates.")  # the weights of the feedback "both", and of halting
 
 PUBLISHED_KEYS = (
     *("ponderinglm", "recurrent_model", "pondering_steps", "scale_embeds", "mutiply_pondering_steps"),
     *("softmax_temperature", "num_latent_thoughts", "residual_interpolated_embeds", "checkpoint_num_layers"),
 )
 NOT_THE_MODEL = ("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype")
-# What a continued model may have otherwise; shapes are compared with the weights themselves.
+# Fields that may differ in the run. Shapes are not compared here, but with the weights themselves.
 _FREE = {
     *NOT_THE_MODEL,
     *(name for name in PONDERING_FIELDS if name not in ("scale_embeds", "initial_scale")),
@@ -43,10 +43,10 @@ _FREE_ENDS = ("_token_id", "dropout", "_drop", "_pdrop")
 
 @torch.no_grad()
 def warm_start(model: Any, folder: Path, *, tokenizer: str | None = None) -> None:
-    """Give a model on the CPU the weights of a Hugging Face folder, with pondering or without.
+    """Load the weights of a Hugging Face folder, pondering or not, into a model on the CPU.
 
     Args:
-        tokenizer: hash of the one that will be trained with; where the folder has another, that is warned of.
+        tokenizer: hash of the tokenizer of the run. If the folder has another one, a warning is logged.
 
     Raises:
         CheckpointError: the weights are of another model, or would compute something else under this configuration:
@@ -55,29 +55,31 @@ def warm_start(model: Any, folder: Path, *, tokenizer: str | None = None) -> Non
     theirs, ours = folder_configuration(folder).to_dict(), model.config.to_dict()
     if theirs["model_type"] != ours["model_type"]:
         names = [values["model_type"].removeprefix("ponder_") for values in (theirs, ours)]
-        raise CheckpointError(f"{folder}: is a {names[0]}, model.architecture is {names[1]}; set it to {names[0]}")
+        raise CheckpointError(
+            f"{folder}: its architecture is {names[0]}, but model.architecture is {names[1]}; set it to {names[0]}"
+        )
     for key in sorted(ours.keys() & theirs.keys() - _FREE):
         if ours[key] != theirs[key] and not key.endswith(_FREE_ENDS):
             raise CheckpointError(
-                f"{folder}: its weights were trained with {key} {theirs[key]}, this run has {ours[key]}; "
-                "set it as there (in the recipe's model section, or under model.extra)"
+                f"{folder}: its weights were trained with {key} {theirs[key]}, but this run has {ours[key]}; "
+                "set the same value (in the recipe's model section, or under model.extra)"
             )
     parameters = dict(model.named_parameters())
-    # New gates change little at first. That of "both" is closed, so the run begins with what the folder computes.
-    asked = (theirs["feedback"] == "both", theirs["halting"] == "gate")
+    # New gates change little at first. That of "both" is closed, so the run begins with the folder's outputs.
+    asked = (theirs["feedback"] == "both", theirs["halting"] != "none")
     missing = tuple(name for name, there in zip(GATES, asked, strict=True) if not there)
     optional = [name for name in parameters if name.startswith(missing)] if missing else []
     for name, tensor in model_weights(model, folder, optional=optional):
         parameters[name].copy_(tensor)
     if tokenizer is not None and tokenizer_identity(folder) not in (None, tokenizer):
-        logger.warning("%s has another tokenizer file than the shards were made with", folder)
+        logger.warning("the tokenizer file in %s is not the one that the shards were made with", folder)
 
 
 def folder_configuration(folder: Path) -> Any:
-    """The configuration of ours that a folder's config.json means; one without pondering has 0 pondering steps.
+    """Our configuration for a folder's config.json. A folder without pondering gets 0 pondering steps.
 
     Raises:
-        CheckpointError: no config.json, an architecture that is not ours, or settings that mean another model.
+        CheckpointError: there is no config.json, its architecture is not ours, or its settings mean another model.
     """
     path = folder / "config.json"
     values = read_configuration(folder)
@@ -106,8 +108,8 @@ def pondering_fields(values: dict[str, Any]) -> dict[str, Any]:
     if not (values.get("recurrent_model") or (values.get("ponderinglm") and not latent)):
         if latent:
             raise ValueError(
-                "num_latent_thoughts without recurrent_model: latent thoughts as extra positions are another model, "
-                "which cannot be imported"
+                "num_latent_thoughts is set without recurrent_model; latent thoughts as extra positions make another "
+                "model, which cannot be imported"
             )
         return {"pondering_steps": 0}
     steps = int(values["num_latent_thoughts" if latent else "pondering_steps"])
@@ -126,7 +128,7 @@ def pondering_fields(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:
-    """The content of a folder's config.json. Raises CheckpointError where there is none."""
+    """The contents of a folder's config.json. Raises CheckpointError if it cannot be read."""
     path = folder / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

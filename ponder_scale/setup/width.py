@@ -1,7 +1,7 @@
 """One learning rate for all widths: muP (arXiv 2203.03466) for Adam, without multipliers.
 
-A recipe is tuned at `optim.mup_base_width`. At m times that width D, with heads as wide as before, a weight's initial
-values and its learning rate are those of the base width times
+You tune a recipe at `optim.mup_base_width`. At m times that width D, with heads of the same width, the initial values
+and the learning rate of a weight are those at the base width times these factors:
 
     weight                                      initial values      learning rate
     matrices of the layers                      m^-1/2 (as always)  1/m
@@ -10,9 +10,9 @@ values and its learning rate are those of the base width times
     embedding table, not scaled; positions      1                   1
     norms and biases                            1                   1
 
-so that what the weights make of their inputs, and what a step changes of it, stays as large. The pondering embedding is
-a mean of rows of the table with the same factor as e_0, so every pass adds what e_0 is as large as. Weight decay is
-divided by the same factor as the rate, since AdamW multiplies the two. As nothing is left for the forward to do, the
+So the outputs of the weights, and their changes in a step, have the same size at every width. The pondering embedding
+is a mean of rows of the table with the same factor as e_0, so what a pass adds is as large as e_0. Weight decay is
+divided by the factor of the learning rate, because AdamW multiplies the two. The forward needs no factors, so the
 exported model is the plain one.
 """
 
@@ -41,7 +41,7 @@ def learning_rate_scales(model: Any, base_width: int | None) -> dict[int, float]
 
 @torch.no_grad()
 def scale_initial_weights(model: Any, base_width: int | None) -> None:
-    """Turn a freshly initialized model, whose weights all have 1/sqrt(D), into what the table above says."""
+    """Scale the weights of a freshly initialized model, which all have 1/sqrt(D), as the table above says."""
     if base_width is None:
         return
     check_width(model, base_width)
@@ -53,24 +53,26 @@ def scale_initial_weights(model: Any, base_width: int | None) -> None:
 
 
 def check_width(model: Any, base_width: int) -> None:
-    """Raise ConfigError where the architecture cannot be widened in this way."""
+    """Raise ConfigError if the model cannot be widened in this way."""
     config = model.config
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         name = config.model_type.removeprefix("ponder_")
         raise ConfigError(
             f"optim.mup_base_width is {base_width}, but the head of this {name} is its embedding table, which needs "
-            "one learning rate as a table and another as a head; set model.tie_word_embeddings=false, or leave it null"
+            "one learning rate as a table and another as a head; set model.tie_word_embeddings=false or "
+            "optim.mup_base_width=null"
         )
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if base_width % head:
         raise ConfigError(
-            f"optim.mup_base_width is {base_width}, no multiple of the width of a head ({head}): widths of a ladder "
-            "differ in the number of heads; give model.num_attention_heads so that a head is as wide as at the base"
+            f"optim.mup_base_width is {base_width}; expected a multiple of the width of a head ({head}), because the "
+            "models of a ladder differ in the number of heads; set model.num_attention_heads so that a head is as wide "
+            "as in the base model"
         )
 
 
 def _tables(model: Any) -> list[tuple[Tensor, float]]:
-    """The embedding tables, with the factor on what they give: sqrt(D) or 1."""
+    """The embedding tables, with the factor on their outputs: sqrt(D) or 1."""
     tokens = model.get_input_embeddings()
     own = math.sqrt(model.config.hidden_size) if model.config.scale_embeds else 1.0
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]

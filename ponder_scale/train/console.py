@@ -73,7 +73,7 @@ def tasks_lines(
     """The lines of the tasks of a step: their metrics without the harness's error estimates, or the failure."""
     head = f"step {step}/{steps}  tasks, in {duration(seconds)}:"
     if failure is not None:
-        return folded(f"{head} failed, and training goes on: {failure}")
+        return folded(f"{head} failed, and training continues: {failure}")
     found = (
         f"{task} {metric.removesuffix(',none')} {_fixed(value, 4)}"
         for task, metrics in scores.items()

@@ -56,7 +56,9 @@ def train_run(config: RunConfig, processes: int | None = None) -> None:
         number = [] if processes is None else ["--nproc", str(processes)]
         code = subprocess.run([sys.executable, "-m", "ponder_scale.cli", "train", str(recipe), *number]).returncode
     if code:
-        meaning = {AGAIN: "; it has saved, and goes on when it is trained again"}.get(code, "; see what it printed")
+        meaning = {AGAIN: "; it has saved a checkpoint, and continues when it is trained again"}.get(
+            code, "; see what it printed"
+        )
         raise UserError(f"run {config.run_dir}: training ended with exit code {code}{meaning}")
 
 

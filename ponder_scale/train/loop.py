@@ -189,7 +189,7 @@ def _evaluate(run: Run, step: int) -> None:
         raise failure or RuntimeError(f"step {step}: the evaluation failed on another rank; see its log")
     losses = {name: of_sums(run.engine.total(found)) for name, found in sums.items()}
     for name in (name for name, found in losses.items() if found is None):
-        logger.warning("step %d: no label counts in the held-out sequences of source %s: it has no loss", step, name)
+        logger.warning("step %d: no label counts in the held-out sequences of source %s, so it has no loss", step, name)
     run.engine.end_evaluation()
     run.metrics.log_evaluation(step, {name: found for name, found in losses.items() if found is not None})
     run.control.took(evaluation=run.watch.clock() - began)

@@ -50,7 +50,9 @@ def resume(run_dir: Path, contents: Contents, ranks: Ranks, attempt: Attempt) ->
     attempt.join(ranks.gather(attempt.number)[0])
     if ranks.rank == 0:
         for folder in set_aside(run_dir, resumed.step):
-            logger.warning("put aside %s, of later steps than the run goes on from; look at it, delete it", folder)
+            logger.warning(
+                "put aside %s, because the run continues from an earlier step; look at it, then delete it", folder
+            )
     return resumed
 
 
@@ -69,14 +71,14 @@ def _load(newest: Path, contents: Contents, ranks: Ranks) -> Resumed:
     else:
         work.estimate(state, loader.taken)
         logger.info(
-            "%s does not say what the run had done: %s tokens by its loader, FLOPs by its own recipe",
+            "%s does not record the work of the run; its loader gives %s tokens, and its recipe gives the FLOPs",
             *(newest, f"{work.tokens:,}"),
         )
-    logger.info("going on from %s", newest)
+    logger.info("continuing from %s", newest)
     logger.info("attempt %d saved it", state["attempt"])
     if not same:
         logger.info(
-            "it was saved by %d ranks under ZeRO-%d; %d ranks under ZeRO-%d take what they need of it",
+            "it was saved by %d ranks under ZeRO-%d; now %d ranks under ZeRO-%d each read the parts that they need",
             *(*layout, engine.world_size, engine.zero_stage),
         )
     changes = between(state, contents.circumstances())
@@ -123,7 +125,7 @@ def _check(newest: Path, state: dict[str, Any], contents: Contents) -> None:
         value = contents.model_values.get(key, saved)
         if saved != value and key not in ("transformers_version", "dtype", "torch_dtype"):
             raise CheckpointError(
-                f"checkpoint {newest}: its model has {key} {saved}, this run {value}; "
+                f"checkpoint {newest}: its model has {key} {saved}, but this run has {value}; "
                 "use another run_dir, or the same model"
             )
     for key, saved, value in (
@@ -131,4 +133,6 @@ def _check(newest: Path, state: dict[str, Any], contents: Contents) -> None:
         ("train.precision", state["config"]["train"]["precision"], contents.config.train.precision),
     ):
         if saved != value:
-            raise CheckpointError(f"checkpoint {newest}: saved with {key} {saved}, this run has {value}; use the same")
+            raise CheckpointError(
+                f"checkpoint {newest}: was saved with {key} {saved}, but this run has {value}; use {saved}"
+            )

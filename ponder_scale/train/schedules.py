@@ -83,7 +83,7 @@ def pondering_steps(step: int, highest: int, schedule: PonderingSchedule, seed: 
 class Depth(NamedTuple):
     """The pondering steps of an optimizer step."""
 
-    most: int  # that a sequence takes: so many steps are run for all
+    most: int  # the most steps of a sequence, which is the number that runs for all
     by_sequence: list[int] | None = None  # in the order of the global batch; None: all take as many
 
     def of(self, micro_batch: int, rows: int, *, rank: int, ranks: int) -> Tensor | None:

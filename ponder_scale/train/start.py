@@ -184,7 +184,9 @@ def _tell(config: RunConfig, configuration: Any, engine: Engine, resumed: Resume
         *(engine.device, config.train.recompute, f"steps {done + 1} to {steps}" if done < steps else "no step left"),
     )
     if done >= steps:
-        logger.info("the run is finished: %d steps are trained, train.steps is %d; raise it to go on", done, steps)
+        logger.info(
+            "the run is finished: %d steps are trained, train.steps is %d; raise train.steps to continue", done, steps
+        )
 
 
 def _check_shards(sources: dict[str, ShardSet]) -> None:
@@ -200,7 +202,7 @@ def _check_shards(sources: dict[str, ShardSet]) -> None:
         if shards.manifest.masked:
             infos = shards.manifest.splits["train"]
             share = sum(info.tokens_that_count for info in infos) / max(1, sum(info.tokens for info in infos))
-            logger.info("loss mask: of source %s %s of the training tokens count", name, f"{share:.1%}")
+            logger.info("loss mask: in source %s, %s of the training tokens count", name, f"{share:.1%}")
 
 
 def _sizes(sources: dict[str, ShardSet]) -> TextBytes | None:

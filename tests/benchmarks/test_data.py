@@ -63,7 +63,7 @@ def test_an_engine_that_fell_back_is_said_to_be_the_reference():
         runs[name].engines.add("reference")
     lines = list(_table(runs, 1.0, 8.0))
     (said,) = [line for line in lines if "done by" in line]
-    assert said == "  done by reference, as the engine does not give this tokenizer's tokens"
+    assert said == "  done by reference, as the engine gives other tokens than this tokenizer"
     assert re.fullmatch(r"ponder-data, tiktoken +0\.88 +1\.0 +0\.50 +100", lines[lines.index(said) - 1])
 
 

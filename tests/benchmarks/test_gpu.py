@@ -155,7 +155,7 @@ def test_kernels_that_fall_back_to_another_backend_are_a_failure(tmp_path: Path)
 def test_a_budget_that_runs_out_skips_the_rest_and_says_so(tmp_path: Path) -> None:
     outcomes = measure([named(slow, 1.0), named(good)], HERE, tmp_path, 1.5)
     assert [outcome.status for outcome in outcomes] == ["cut short", "skipped"]
-    assert outcomes[0].rows and outcomes[0].reason == "its 1 s were over"
+    assert outcomes[0].rows and outcomes[0].reason == "it reached its limit of 1 s"
     assert "raise --minutes" in outcomes[1].reason
     assert "| good | *skipped* | the 0.025 minutes were over; raise --minutes |  |" in (tmp_path / "gpu.md").read_text()
 

@@ -309,5 +309,5 @@ def test_what_is_no_run_and_no_checkpoint_is_refused_by_name(tmp_path: Path, mak
         find(tmp_path / "nowhere")
     folder = make(1)
     (folder / INDEX).unlink()
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint in it; checkpoint .*step-00000001 is damaged"):
+    with pytest.raises(CheckpointError, match=r"it has no whole checkpoint; checkpoint .*step-00000001 is damaged"):
         find(tmp_path / "run")

@@ -97,7 +97,7 @@ def test_a_file_that_was_not_saved_is_named_and_refused(
     newest = run / "checkpoints/step-00000002"
     (newest / name).parent.mkdir(exist_ok=True)
     shutil.copy(newest / part_name(0), newest / name)
-    assert verify(newest) == [f"{name} is not in {INDEX}: it was put there after the save; move it away"]
+    assert verify(newest) == [f"{name} is not in {INDEX}, so it was added after the save; move it away"]
     for reader, read in readers(newest, shards, tmp_path / "out").items():
         with pytest.raises(CheckpointError, match=f"{name} is not in {INDEX}"):
             read()
@@ -126,8 +126,8 @@ def test_parts_are_those_of_the_index(run: Path) -> None:
         ({"../state.json": [1, "a"]}, "expected a file in the folder"),
         ({"/etc/passwd": [1, "a"]}, "expected a file in the folder"),
         ({"tokenizer/../../x": [1, "a"]}, "expected a file in the folder"),
-        ({"state.json": ["1", "a"]}, "expected a file in the folder, its size and its hash"),
-        ({"state.json": [True, "a"]}, "expected a file in the folder, its size and its hash"),
+        ({"state.json": ["1", "a"]}, "expected a file in the folder, its size and hash"),
+        ({"state.json": [True, "a"]}, "expected a file in the folder, its size and hash"),
         ({"state.json": [1]}, "cannot be read"),
         ({"state.json": None}, "cannot be read"),
         ([], "cannot be read"),
@@ -143,8 +143,8 @@ def test_an_index_that_is_no_list_of_files_is_refused(files: Any, message: str, 
 def test_a_state_of_another_program_is_answered(run: Path, tmp_path: Path) -> None:
     newest = run / "checkpoints/step-00000002"
     for content, message in (
-        ("[]", "no step, tokens, model, config in it"),
-        ('{"step": 2}', "no tokens, model, config in it"),
+        ("[]", "it has no step, tokens, model, config"),
+        ('{"step": 2}', "it has no tokens, model, config"),
         ("[" * 10**5, "cannot be read"),
     ):
         (newest / "state.json").write_text(content)
@@ -157,7 +157,10 @@ def test_shapes_that_no_part_has_are_refused_before_memory_is_taken(run: Path) -
     newest = run / "checkpoints/step-00000002"
     state = json.loads((newest / "state.json").read_text())
     name = next(iter(state["parameters"]))
-    for shape, message in (([2**60], "not all of the 1,152,921,504,606,846,976 elements"), ([-1], "has shape")):
+    for shape, message in (
+        ([2**60], "its files lack some of the 1,152,921,504,606,846,976 elements"),
+        ([-1], "has shape"),
+    ):
         (newest / "state.json").write_text(json.dumps({**state, "parameters": {name: shape}}))
         with pytest.raises(CheckpointError, match=message):
             list(read_weights(newest))

@@ -150,7 +150,7 @@ def test_a_name_that_comes_twice_is_refused(part: Path) -> None:
     header, body = split(part)
     text = json.dumps(header).replace('"exp_avg/a"', '"weight/a"').encode()
     rewrite(part, text, body)
-    assert "a name comes twice" in refusal(part)
+    assert "a name is given twice" in refusal(part)
 
 
 def test_a_header_is_not_read_before_its_length_is_known_to_be_sane(part: Path) -> None:

@@ -91,7 +91,7 @@ def test_twice_the_parameters_is_found_for_the_shipped_recipes(recipe: str) -> N
 
 
 def test_what_cannot_be_compared_is_answered() -> None:
-    with pytest.raises(ConfigError, match="--steps has 0; expected at least 1: vanilla, which is 0"):
+    with pytest.raises(ConfigError, match="--steps has 0; expected at least 1; vanilla, with 0 steps"):
         planned(steps=[0, 1])
     with pytest.raises(ConfigError, match="--with paused: expected one of vanilla-time, vanilla-long, looped, hidden"):
         planned(extras=["paused"])
@@ -117,7 +117,7 @@ def test_a_difference_is_claimed_only_beyond_its_spread_over_seeds() -> None:
     assert "loss lower by +0.1020 nats +- 0.0025 (95% interval over 3 seeds): pondering-1 is better" in text
     assert "at every evaluation from 2,000 tokens on" in text
     assert str(found["looped"]).endswith("the interval holds 0, so no difference is claimed")
-    assert str(found["hidden"]).endswith("in one seed: nothing is claimed, train at least 3 seeds")
+    assert str(found["hidden"]).endswith("in one seed, so no difference is claimed; train at least 3 seeds")
     worse = str(Verdict("a", "b", [-0.3, -0.32], 0.1, None))
     assert worse.endswith("b is better") and "a against b: loss higher by +0.3100 nats +- 0.1000" in worse
     assert "loss higher by +0.3100 nats in one seed" in str(Verdict("a", "b", [-0.31], None, None))
@@ -132,7 +132,7 @@ def test_a_run_that_diverged_is_reported_and_nothing_is_claimed_of_it(tmp_path: 
     results = [result("pondering-1", seed, [3.0, 2.0]) for seed in (1, 2)]
     results += [result("vanilla", 1, [900.0, 800.0]), result("vanilla", 2, [3.0, math.nan])]
     text = write_report(tmp_path, results, [])
-    assert "a held-out loss is not finite, so nothing is claimed" in text and "| not finite |" in text
+    assert "no difference is claimed, as a held-out loss is not finite" in text and "| not finite |" in text
     members = json.loads((tmp_path / "compare.json").read_text(), parse_constant=pytest.fail)["members"]
     assert [one["loss"] for one in members[1]["runs"]] == [800.0, None]
     assert [one["perplexity"] for one in members[1]["runs"]] == [None, None]
@@ -229,10 +229,10 @@ def test_a_comparison_trains_what_is_missing_and_reports(
     assert "vanilla/seed-1 is finished" not in printed
     assert printed.count("step 6/6  loss") == 3 and "Not finished: none" in printed
     assert "There are no bits per byte" in printed  # this tokenizer tells none
-    with pytest.raises(ConfigError, match="4 different runs cannot fix the 6 constants of the law"):
+    with pytest.raises(ConfigError, match="4 different runs cannot determine the 6 constants of the law"):
         fit_runs([out])
     said = re.search(r"pondering-2 against vanilla: loss (lower|higher) by \+(\d\.\d{4}) nats in one seed", printed)
-    assert said is not None and "nothing is claimed" in printed
+    assert said is not None and "no difference is claimed" in printed
     whole = r"[1-9][\d,]*"  # of a model so small, not 0.00 M
     row = rf"\| vanilla \| [^|]+ \| {whole} \| {whole} \| \d\.\d+e\+\d\d \| [1-9][\d.]* (s|ms|min) \|"
     assert re.search(row, printed), printed
@@ -251,7 +251,7 @@ def test_a_comparison_trains_what_is_missing_and_reports(
         assert len(curves) == 4
     page = (out / "compare.html").read_text()
     assert page.count("<svg") == 3 and "http://www.w3.org/2000/svg" in page and "<script" not in page
-    with pytest.raises(ConfigError, match=r"was trained with train\.steps 6, this comparison has 7"):
+    with pytest.raises(ConfigError, match=r"was trained with train\.steps 6, but this comparison has 7"):
         compare_here("--only", "vanilla", "train.steps=7")
     with pytest.raises(ConfigError, match="--only nobody: expected one of pondering-2/seed-1, "):
         compare_here("--only", "nobody")
@@ -321,7 +321,7 @@ def test_runs_are_asked_where_nothing_is_held_out_and_each_seed_has_data_of_its_
     compare("--report", "--for", "vanilla", "optim.lr=1e-3")
     assert asked.stat().st_mtime_ns == before  # what was asked is not asked again
     refused = run_command("ponder-scale", "compare", recipe, *settings, "--list")
-    assert refused.returncode == 2 and "{seed} stands in an override; say by --seeds for which" in refused.stderr
+    assert refused.returncode == 2 and "an override contains {seed}; give the seeds with --seeds" in refused.stderr
 
 
 def test_the_bars_show_each_model_at_its_best_number_of_steps_in_each_group() -> None:

@@ -76,14 +76,20 @@ def test_runs_of_equal_tokens_leave_the_part_of_tokens_to_the_floor() -> None:
 @pytest.mark.parametrize(
     ("points", "reason"),
     [
-        (planted(0.46, 0.0, steps=(3,)), "all 9 runs have S = 3, so nothing tells what a pass is worth"),
+        (planted(0.46, 0.0, steps=(3,)), "all 9 runs have S = 3, so they do not show what a pass is worth"),
         (planted(0.46, 0.0, widths=(128,)), r"all 9 runs have 2,228,224 parameters, .* another width or depth"),
-        (planted(0.46, 0.0, widths=(128, 256), steps=(0, 3), tokens_each=(20,)), "4 different runs cannot fix the 6"),
-        (2 * planted(0.46, 0.0, widths=(128, 256), steps=(0, 3), tokens_each=(20,)), "4 different runs cannot fix the"),
+        (
+            planted(0.46, 0.0, widths=(128, 256), steps=(0, 3), tokens_each=(20,)),
+            "4 different runs cannot determine the 6",
+        ),
+        (
+            2 * planted(0.46, 0.0, widths=(128, 256), steps=(0, 3), tokens_each=(20,)),
+            "4 different runs cannot determine",
+        ),
         ([point._replace(loss=3.0) for point in planted(0.46, 0.0)], "phi is from|fit as well with another phi"),
         (planted(0.46, 0.3, tokens_each=(20,)), "phi is from|fit as well with another phi"),
-        ([*planted(0.46, 0.0), Point(1.0, 1.0, 1, 1.0, float("nan"))], "a run without one"),
-        ([], "no run at all"),
+        ([*planted(0.46, 0.0), Point(1.0, 1.0, 1, 1.0, float("nan"))], "but a run has none"),
+        ([], "there are no runs"),
     ],
     ids=["one S", "one size", "too few", "repeated", "no difference", "noise", "not finite", "none"],
 )
@@ -150,7 +156,7 @@ def test_the_command_finds_finished_runs_at_any_depth_and_says_what_a_pass_is_wo
     assert sorted(read) == sorted(points)
     with pytest.raises(ConfigError, match=r"all 6 runs have S = 0|none of the runs ponders"):
         command(*(tmp_path / f"runs/width-{width}/S-1" for width in (16, 32, 64)))
-    with pytest.raises(ConfigError, match="no finished run"):
+    with pytest.raises(ConfigError, match="expected finished runs"):
         command(unfinished)
     state = tmp_path / "runs/width-16/S-1/100/checkpoints/step-00000100/state.json"
     state.write_text(state.read_text().replace("a" * 32, "b" * 32))

@@ -160,10 +160,10 @@ def test_a_state_of_another_order_is_refused(make, data, tiny_shards):
     lighter = {**data.sources, "web": SourceConfig(path=data.sources["web"].path, weight=0.6)}
     replaced = {**data.sources, "web": SourceConfig(path=str(tiny_shards(seed=9).folder), weight=0.7)}
     for loader, message in [
-        (make(seed=2), "seed: seed of the checkpoint: 1, of this run: 2"),
-        (make(other(seq_len=8)), "data.seq_len: seq_len of the checkpoint: 16, of this run: 8"),
-        (make(other(sources=lighter)), "data.sources: weights of the checkpoint"),
-        (make(other(sources=replaced)), "data.sources: shards of the checkpoint"),
+        (make(seed=2), "seed: the checkpoint has seed 1, but this run has 2"),
+        (make(other(seq_len=8)), "data.seq_len: the checkpoint has seq_len 16, but this run has 8"),
+        (make(other(sources=lighter)), "data.sources: this run has other weights than the checkpoint"),
+        (make(other(sources=replaced)), "data.sources: this run has other shards than the checkpoint"),
     ]:
         with pytest.raises(ConfigError, match=message):
             loader.restore(state)

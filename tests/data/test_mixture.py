@@ -160,7 +160,7 @@ def test_a_cap_within_an_epoch_is_rounded_down_to_at_least_one_sequence(folders,
 
 def test_data_that_ends_is_said_and_not_repeated(make):
     loader = make(limits={"code": 1, "math": 1, "web": 1}, global_batch=8)
-    with pytest.raises(ConfigError, match=r"data: 319 sequences are all there are under max_epochs and phases"):
+    with pytest.raises(ConfigError, match=r"data: max_epochs and phases allow 319 sequences"):
         steps(loader, 40)
 
 

@@ -123,7 +123,7 @@ def test_scaling_all_weights_changes_nothing():
 
 @pytest.mark.parametrize(("counts", "weights"), [([], []), ([0], [1.0]), ([5], [0.0]), ([5, 5], [1.0])])
 def test_sources_without_sequences_or_share_are_refused(counts, weights):
-    with pytest.raises(ValueError, match="all positive, of one length"):
+    with pytest.raises(ValueError, match="expected as many positive numbers"):
         Order([f"source{i}" for i in range(len(counts))], counts, weights, 1)
 
 

@@ -179,11 +179,11 @@ def test_the_state_knows_the_packing_and_older_states_mean_concat(shards):
         return Loader(data, open_sources(data), seed=0, global_batch=4, micro_batch=4)
 
     plain, packed = loader(), loader(packing="best-fit")
-    with pytest.raises(ConfigError, match=r"data\.packing: packing of the checkpoint: concat"):
+    with pytest.raises(ConfigError, match=r"data\.packing: the checkpoint has packing concat"):
         packed.restore(plain.state())
     old = {key: value for key, value in plain.state().items() if key != "packing"}
     plain.restore(old)
-    with pytest.raises(ConfigError, match=r"data\.packing: packing of the checkpoint: concat"):
+    with pytest.raises(ConfigError, match=r"data\.packing: the checkpoint has packing concat"):
         packed.restore(old)
     packed.restore(json.loads(json.dumps(packed.state())))
     assert len(json.dumps(packed.state())) < 1024

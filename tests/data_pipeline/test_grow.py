@@ -202,7 +202,8 @@ def test_a_run_and_a_packing_notice_that_their_set_has_grown_and_how_to_go_on(
     assert "3 appends" not in refused(capsys, "merge", tmp_path / "no", out, "--without-last", 3)
     assert "but 2 are given; give one" in refused(capsys, "merge", tmp_path / "no", out, was, "--without-last", 1)
     other = loader(code)
-    with pytest.raises(ConfigError, match="those it began with"):  # another set is no grown one
+    # Another set is no set that has grown.
+    with pytest.raises(ConfigError, match="this run has other shards than the checkpoint"):
         other.restore(state)
 
 

@@ -103,7 +103,7 @@ def test_items_that_cannot_be_asked_are_refused(folder: Path, tmp_path: Path) ->
         (tmp_path / "items.jsonl").write_text(json.dumps({"prompt": prompt, "answer": answer}) + "\n")
         evaluate_answers(folder, tmp_path / "items.jsonl")
 
-    with pytest.raises(ConfigError, match="there is no token before it"):
+    with pytest.raises(ConfigError, match="no token comes before it"):
         ask("", "the")
     with pytest.raises(ConfigError, match="begins within a token of the prompt"):
         word = next(

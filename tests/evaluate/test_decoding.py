@@ -63,7 +63,7 @@ def test_every_way_to_decode_is_measured(
 def test_what_cannot_be_measured_is_answered(folder: Path, shards: tuple[Path, Path], tiny_shards: Any) -> None:
     with pytest.raises(ConfigError, match="together at most 32, the positions of the model"):
         measure(folder, {"x": shards[0]}, prompt_tokens=30, new_tokens=10)
-    with pytest.raises(TokenizerError, match="evaluate on shards of its own tokenizer"):
+    with pytest.raises(TokenizerError, match="evaluate on shards that were made with the model's own tokenizer"):
         measure(folder, {"x": tiny_shards().folder}, prompt_tokens=4, new_tokens=4)
     with pytest.raises(ConfigError, match="--data names 2 folders; decoding is measured on one"):
         measure(folder, {"x": shards[0], "y": shards[1]}, prompt_tokens=4, new_tokens=4)

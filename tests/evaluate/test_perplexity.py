@@ -104,7 +104,7 @@ def test_under_a_document_mask_each_document_is_read_alone(
 
 
 def test_what_cannot_be_evaluated_is_answered(folder: Path, shards: tuple[Path, Path], tiny_shards: Any) -> None:
-    with pytest.raises(TokenizerError, match="evaluate on shards of its own tokenizer"):
+    with pytest.raises(TokenizerError, match="evaluate on shards that were made with the model's own tokenizer"):
         evaluate(folder, {"other": tiny_shards().folder}, sequences=2)
     with pytest.raises(ShardError, match=r"no held-out sequence of 1000 tokens; lower --seq-len"):
         evaluate(folder, {"first": shards[0]}, sequences=2, seq_len=1000)

@@ -131,7 +131,7 @@ def test_an_engine_that_is_not_installed_or_runs_no_code_of_folders_is_answered(
     with pytest.raises(ConfigError, match=r"--engine vllm needs vLLM, which is not installed here.*docs/serving\.md"):
         evaluate_tasks(folder, [], include=task_files, engine="vllm")
     found["vllm"] = "a spec"
-    with pytest.raises(ConfigError, match="--engine vllm runs the plugin and no code of a folder"):
+    with pytest.raises(ConfigError, match="--engine vllm, which runs the plugin and no code of a folder"):
         evaluate_tasks(folder, [], include=task_files, engine="vllm", trust_remote_code=True)
     with pytest.raises(ConfigError, match="--engine is 'sglang'; expected one of transformers, vllm"):
         evaluate_tasks(folder, [], include=task_files, engine="sglang")
@@ -157,5 +157,5 @@ def test_a_harness_without_the_packages_of_its_class_says_what_to_install(
 ) -> None:
     monkeypatch.delitem(sys.modules, "lm_eval.models.huggingface", raising=False)
     monkeypatch.setitem(sys.modules, "accelerate", None)  # as where it is not installed
-    with pytest.raises(ConfigError, match=r"needs accelerate \(.*\); pip install 'ponder-scale\[eval\]'"):
+    with pytest.raises(ConfigError, match=r"needs accelerate \(.*\); run: pip install 'ponder-scale\[eval\]'"):
         evaluate_tasks(folder, [], include=task_files)

@@ -76,12 +76,12 @@ def an_adapter(folder: Path, marker: Path) -> None:
 
 
 CASES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
-    "changed code": (changed_code, "modeling.py in it is not that of this installation"),
+    "changed code": (changed_code, "modeling.py differs from that of this installation"),
     "a class of another file": (other_class, "auto_map in its config.json is"),
     "a class of another repository": (other_repository, "auto_map in its config.json is"),
     "a tokenizer with code": (own_tokenizer, "its tokenizer_config.json has an auto_map"),
-    "a generation with code": (file_besides, "custom_generate/generate.py is there besides the code"),
-    "code that is missing": (no_code, "cache.py is missing from the code"),
+    "a generation with code": (file_besides, "custom_generate/generate.py was added to its code"),
+    "code that is missing": (no_code, "cache.py is missing from its code"),
     "a stock type": (stock_type, "its model_type is 'llama'"),
     "an adapter": (an_adapter, "it has an adapter"),
 }

@@ -66,7 +66,7 @@ def test_temperature_is_read_where_the_published_code_reads_it() -> None:
     ("keys", "message"),
     [
         ({"model_type": "bert"}, "model_type is 'bert'; expected one of llama, gpt_neox, gpt2"),
-        ({"num_latent_thoughts": 2}, "latent thoughts as extra positions are another model"),
+        ({"num_latent_thoughts": 2}, "latent thoughts as extra positions make another model"),
         ({"pondering_steps": 0, "mutiply_pondering_steps": True}, "multiplies the embeddings by 0"),
         ({"hidden_size": 32}, "use weights of the same architecture and size"),
         ({"num_hidden_layers": 3}, "no weight for model.layers.2"),

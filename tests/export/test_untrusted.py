@@ -210,10 +210,10 @@ def test_files_that_no_index_names_are_not_read(tmp_path: Path) -> None:
         ("[]", "cannot be read"),
         ('{"weight_map": []}', "cannot be read"),
         ('{"weight_map": {"a": [1]}}', "cannot be read"),
-        ('{"weight_map": {"a": 1}}', "names 1, expected files of the folder"),
-        ('{"weight_map": {"a": "../secret"}}', "names '../secret', expected files of the folder"),
-        ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd', expected files of the folder"),
-        ('{"weight_map": {"a": "model-9.safetensors"}}', "missing, model.safetensors.index.json names it"),
+        ('{"weight_map": {"a": 1}}', "names 1; expected the name of a file in its folder"),
+        ('{"weight_map": {"a": "../secret"}}', "names '../secret'; expected the name of a file"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd'; expected the name of a file"),
+        ('{"weight_map": {"a": "model-9.safetensors"}}', "missing, although model.safetensors.index.json names it"),
     ],
 )
 def test_an_index_of_weights_that_cannot_be_is_answered(content: str, message: str, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_numbers_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     name = "model.norm.weight"
     for dtype in (torch.int32, torch.float8_e4m3fn):
         save_file({**weights, name: weights[name].to(dtype)}, source / "model.safetensors", {"format": "pt"})
-        with pytest.raises(CheckpointError, match=rf"{name} is of {dtype}, expected floating-point weights"):
+        with pytest.raises(CheckpointError, match=rf"{name} has dtype {dtype}; expected floating-point weights"):
             import_reference(source, tmp_path / "ours")
     for content in ([1], {"a": 1}):
         (source / "model.safetensors").unlink(missing_ok=True)

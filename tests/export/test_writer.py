@@ -57,8 +57,8 @@ def test_shards_are_indexed_and_hold_no_more_than_allowed(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {**t, "d": torch.zeros(1)}, r"d: shape \(1,\), the configuration's model has none of this name"),
-        (lambda t: {**t, "a": torch.zeros(7, 6)}, r"a: shape \(7, 6\), the configuration's model has \(7, 5\)"),
+        (lambda t: {**t, "d": torch.zeros(1)}, r"d has shape \(1,\), but the model to write has no such weight"),
+        (lambda t: {**t, "a": torch.zeros(7, 6)}, r"a has shape \(7, 6\), but the model to write has shape \(7, 5\)"),
         (lambda t: {key: t[key] for key in ("a", "b")}, "no weight for c, scalar"),
     ],
 )

@@ -112,7 +112,7 @@ def test_a_number_of_differentiated_passes_that_cannot_be_is_refused(passes: Any
 
 
 def test_differentiated_passes_are_not_counted_from_a_sequence_s_own_last(tokens: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="before its own last passes"):
+    with pytest.raises(ValueError, match="no gradient through its own last passes"):
         make()(tokens, backward_passes=1, sequence_steps=torch.tensor(STEPS))
 
 

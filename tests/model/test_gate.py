@@ -67,7 +67,9 @@ def test_without_pondering_steps_there_is_no_gate_and_the_model_is_the_stock_one
     ours = make(architecture, pondering_steps=0, feedback="both").eval()
     assert ours.load_state_dict(stock.state_dict())
     assert torch.equal(ours(tokens).logits, stock(tokens).logits)
-    with pytest.raises(ValueError, match="made without a gate; set it, and pondering_steps, when you make or load"):
+    with pytest.raises(
+        ValueError, match="made without a gate; set feedback and pondering_steps when you create or load"
+    ):
         ours(tokens, pondering_steps=1)
     open_gate = opened(make(architecture, pondering_steps=2, feedback="both")).eval()
     open_gate.base_model.load_state_dict(ours.base_model.state_dict())

@@ -186,7 +186,7 @@ def test_what_cannot_be_learned_is_refused() -> None:
     tensors = operands(torch.float32, tied=True)
     with pytest.raises(ValueError, match="learn needs labels"):
         pondering_embedding(*tensors, learn=True)
-    with pytest.raises(ValueError, match=r"'sdpa' cannot take a loss that is learned beside a temperature of 0.7"):
+    with pytest.raises(ValueError, match=r"'sdpa' cannot learn from a loss at a temperature of 0.7"):
         pondering_embedding(*tensors, labels=LABELS, learn=True, temperature=0.7, backend="sdpa")
     options: dict[str, Any] = {"top_k": None, "statistics": True}
     assert choose_backend(*tensors, temperature=1.0, **options) == "sdpa"

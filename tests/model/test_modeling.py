@@ -206,7 +206,7 @@ def test_a_field_out_of_range_is_refused(field: str, value: Any) -> None:
 
 def test_settings_of_a_softmax_that_is_not_there_are_refused() -> None:
     for field, value in (("pondering_top_k", 5), ("pondering_temperature", 0.5)):
-        with pytest.raises(ValueError, match="the feedback 'hidden' does not have"):
+        with pytest.raises(ValueError, match="which feedback 'hidden' does not use"):
             PonderLlamaConfig(feedback="hidden", **{field: value})
 
 

@@ -113,9 +113,9 @@ def test_operands_without_data_or_of_another_place_are_refused() -> None:
     with pytest.raises(ValueError, match="head is on the meta device"):
         cross_entropy(hidden, head.to("meta"), torch.zeros(TOKENS, dtype=torch.int64))
     for empty in (torch.empty(0), torch.empty(VOCABULARY, WIDTH - 1), torch.empty(VOCABULARY - 1, WIDTH)):
-        with pytest.raises(ValueError, match=r"has the shape .*, expected one row of width 48 for each token"):
+        with pytest.raises(ValueError, match=r"has the shape .*; expected one row of width 48 for each token"):
             pondering_embedding(hidden, head, empty)
-    with pytest.raises(ValueError, match="a weight that ZeRO-3 keeps partitioned has to be gathered first"):
+    with pytest.raises(ValueError, match="if ZeRO-3 keeps it partitioned, gather it first"):
         pondering_embedding(hidden, torch.empty(0), torch.empty(0))
 
 

@@ -204,7 +204,7 @@ def test_without_labels_weights_change_nothing_and_no_label_that_counts_is_a_los
     ("weights", "message"),
     [
         ((0.5, 0.5), "pass_weights has 2 weights; expected one for each of 4 passes"),
-        ((0.5, 0.5, 0.0, 0.0), "expected at least 0 for each pass, and more for the last"),
+        ((0.5, 0.5, 0.0, 0.0), "expected at least 0 for each pass and more for the last"),
         ((0.5, -0.5, 0.5, 0.5), "expected at least 0 for each pass"),
         ((math.nan, 0.5, 0.5, 0.5), "expected at least 0 for each pass"),
     ],

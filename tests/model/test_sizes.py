@@ -58,7 +58,7 @@ def configuration(**model: Any) -> Any:
         ({"architecture": "gpt_neox", "num_key_value_heads": 2}, "which gpt_neox does not have; leave it null"),
         ({"architecture": "gpt2", "extra": {"n_embd": 4}}, "model.extra.n_embd: set it as model.hidden_size"),
         ({"architecture": "llama", "extra": {"rms_norm_eps": 1e-6}}, "set it as model.norm_eps"),
-        ({"architecture": "gpt_neox", "extra": {"mlp_bias": True}}, "mlp_bias: unknown to PonderGPTNeoXConfig"),
+        ({"architecture": "gpt_neox", "extra": {"mlp_bias": True}}, "mlp_bias: PonderGPTNeoXConfig has no such field"),
     ],
 )
 def test_a_key_that_an_architecture_does_not_have_is_answered(model: dict[str, Any], message: str) -> None:

@@ -66,7 +66,7 @@ def test_a_hardware_file_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format": "other"}, "no hardware file"),
+        ({"format": "other"}, "it is not a hardware file"),
         ({"product_share": 0}, "product_share is 0; expected a number above 0"),
         ({"memory_bytes": "much"}, "memory_bytes is 'much'"),
         ({"vocabulary_share": {"loss": 1}}, "vocabulary_share is {'loss': 1}"),
@@ -74,7 +74,7 @@ def test_a_hardware_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"inside": {}}, "inside is {}; expected a link"),
         ({"call_seconds": -1}, "call_seconds is -1"),
         ({"asynchronous": "no"}, "asynchronous is 'no'"),
-        ({"surplus": 1}, "missing or unknown: surplus"),
+        ({"surplus": 1}, "keys missing or unknown: surplus"),
     ],
 )
 def test_what_is_no_hardware_file_is_refused_with_the_command_that_makes_one(

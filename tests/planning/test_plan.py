@@ -193,7 +193,7 @@ def test_auto_takes_the_least_time_of_what_fits() -> None:
     # a little less than what recomputing nothing needs
     assert chosen(memory_of("none", 4) - 2, "train.micro_batch=4")[0] != "none"
     assert chosen(memory_of("pass", 6), "train.recompute=pass")[1] <= 6
-    with pytest.raises(ConfigError, match=r"nothing fits 9.31e-10 GiB a rank; shard more by train.deepspeed"):
+    with pytest.raises(ConfigError, match=r"nothing fits 9.31e-10 GiB a rank; shard more with train.deepspeed"):
         settled(1)
 
 
@@ -392,7 +392,7 @@ def test_the_table_of_devices_says_where_a_stage_stops_paying() -> None:
     tokens = [row.plan.tokens for group in rows for row in group if row.plan is not None]
     assert len(tokens) == 6 and max(tokens) == pytest.approx(min(tokens), rel=0.15)
     text = "\n".join(scaling_lines(config, rows, sizes))
-    assert "* at train.global_batch=64, the least that divides over 64; the same tokens" in text
+    assert "* at train.global_batch=64, the least that divides over 64 devices; the tokens are the same" in text
     assert re.search(r"^zero3_bounded +on 8 devices zero1 takes [\d.]+% less time", text, re.MULTILINE)
     assert text.count("communication") == 1 and text.count("zero1") >= 4
     tiny = [replace(sizes[0], memory_bytes=1000)]

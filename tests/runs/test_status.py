@@ -142,9 +142,16 @@ def test_a_refused_start_does_not_make_a_run_dead(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     recorder = make_run(run_dir)
     recorder.write("end", 10, reason="done", time=NOW - 7200)
-    beat(run_dir, 0, 300.0, step=None, phase="refused", why="checkpoint X: its model has hidden_size 16, this run 32")
+    beat(
+        run_dir,
+        0,
+        300.0,
+        step=None,
+        phase="refused",
+        why="checkpoint X: its model has hidden_size 16, but this run has 32",
+    )
     beat(run_dir, 1, 301.0, step=None, phase="start")  # ended by the launcher
-    why = "a start 5m00s ago was refused: checkpoint X: its model has hidden_size 16, this run 32"
+    why = "a start 5m00s ago was refused: checkpoint X: its model has hidden_size 16, but this run has 32"
     assert line(run_dir, "run").endswith(f": ended (done) 2h00m ago; {why}")
     assert line(run_dir, "ranks") == "2, heartbeats 5m00s to 5m01s ago"
     recorder.write("step", 10, **{**STEP, "time": NOW - 5400})  # killed without an end
@@ -228,4 +235,4 @@ def test_durations_have_two_units(seconds: float, text: str) -> None:
 
 def test_a_run_that_waits_in_the_queue_says_so(tmp_path: Path) -> None:
     (tmp_path / "job").write_text("77\n")
-    assert status(tmp_path) == [f"run       {tmp_path}: submitted as job 77, not begun; squeue --jobs=77 says why"]
+    assert status(tmp_path) == [f"run       {tmp_path}: submitted as job 77, not begun yet; squeue --jobs=77 says why"]

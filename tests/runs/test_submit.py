@@ -122,16 +122,16 @@ def test_what_is_wrong_or_would_be_done_is_said_before_anything_is_written(
     assert "train.micro_batch x ranks (4 x 6 = 24)" in answer(*submit, "--nodes", 3, code=2)
     assert "--nodes is 0; expected at least 1" in answer(*submit, "--nodes", 0, code=2)
     assert "/nowhere: no such folder" in answer(*submit, "data.sources.x.path=/nowhere", code=2)
-    assert "--time is 00:02:00: Slurm signals its end 300 s before" in answer(*submit, "--time", "00:02:00", code=2)
+    assert "--time is 00:02:00, but Slurm signals its end 300 s before" in answer(*submit, "--time", "00:02:00", code=2)
     assert "expected at least 30 s" in answer(*submit, "train.time_limit=20", code=2)
-    assert "sbatch is not here; submit from a login node" in answer(*submit, "--test-only", code=2)
+    assert "sbatch is not installed here; use a login node" in answer(*submit, "--test-only", code=2)
     shown = answer(*submit, "--dry-run")
     assert "memory / rank" in shown and "sbatch --parsable" in shown
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_outside_slurm_takes_orders_too(tmp_path: Path) -> None:
-    assert "is no run folder" in answer("stop", tmp_path, code=2)
+    assert "is not a run folder" in answer("stop", tmp_path, code=2)
     (tmp_path / "config.yaml").touch()
     for words, name in ((["save"], "SAVE"), (["stop"], "SAVE_AND_STOP"), (["stop", "--now"], "STOP")):
         assert f"wrote {tmp_path / name}" in answer(*words, tmp_path)

@@ -38,7 +38,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"speculative_config": {"method": "draft_model", "model": "FOLDER", "num_speculative_tokens": 2}},
         "the draft method 'draft_model'",
     ),
-    "a field that is misspelt": ({"hf_overrides": {"pondering_step": 1}}, "pondering_step, which is no field"),
+    "a field that is misspelt": (
+        {"hf_overrides": {"pondering_step": 1}},
+        "pondering_step, which is not one of their fields",
+    ),
     "steps below 0": ({"hf_overrides": {"pondering_steps": -1}}, "pondering_steps is -1"),
     "an unknown residual": ({"hf_overrides": {"residual": "gated"}}, "residual is 'gated'"),
     "a learned gate": ({"hf_overrides": {"feedback": "both"}}, "the feedback 'both'"),

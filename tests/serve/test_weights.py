@@ -34,7 +34,7 @@ def test_each_tensor_is_missed_by_name_and_none_is_added(architecture: str, tied
         with pytest.raises(ValueError, match="the folder's weights have no") as said:
             passes(Tensors(config), {other: weights[other] for other in weights if other != name})
         assert name.endswith(str(said.value).split()[5].rstrip(";")), (name, said.value)
-    with pytest.raises(ValueError, match=r"gate\.weight is among the folder's weights and no tensor of"):
+    with pytest.raises(ValueError, match=r"gate\.weight is among the folder's weights but is not a tensor of"):
         passes(Tensors(config), {**weights, f"{model.base_model_prefix}.gate.weight": weights[name]})
 
 

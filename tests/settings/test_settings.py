@@ -223,8 +223,8 @@ def test_every_path_key_expands_home_and_variables_or_is_refused(
             ("${seed}", "no environment variable seed"),
             ("${oc.env:SCRATCH}", "no environment variable oc.env:SCRATCH"),
             ("${model.layers}/x", "no environment variable model.layers"),
-            ("${", "there is a $NAME in it"),
-            ("$SCRATCH/${", "there is a $NAME in it"),
+            ("${", "expected no $NAME or leading ~"),
+            ("$SCRATCH/${", "expected no $NAME or leading ~"),
             ("~nobody-of-this-name/x", "there is no user ~nobody-of-this-name"),
             ("", "is empty; expected a path"),
             (" ", "is empty; expected a path"),
@@ -240,7 +240,7 @@ def test_a_path_of_a_recipe_is_expanded_too(tmp_path: Path, monkeypatch: pytest.
     assert recipe(tmp_path, "run_dir: $SCRATCH/run").run_dir == "/scratch/me/run"
     assert recipe(tmp_path, "data: {sources: {a: {path: ~/x}}}").data.sources["a"].path == str(Path.home() / "x")
     monkeypatch.setenv("SCRATCH", "/scratch/$me")
-    assert "there is a $NAME in it" in refusal(lambda: recipe(tmp_path, "run_dir: $SCRATCH/run"))
+    assert "expected no $NAME or leading ~" in refusal(lambda: recipe(tmp_path, "run_dir: $SCRATCH/run"))
 
 
 def test_an_override_replaces_a_mapping_or_a_list_as_a_whole(tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ def test_a_gate_that_a_folder_does_not_have_starts_closed_and_one_that_it_has_is
     again = make(architecture, seed=6, pondering_steps=2, feedback="both").eval()
     warm_start(again, tmp_path / "both")
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
-    with pytest.raises(CheckpointError, match=r"hidden_gate.weight has shape \(32,\), the model has no such parameter"):
+    with pytest.raises(
+        CheckpointError, match=r"hidden_gate.weight has shape \(32,\), but the model has no such parameter"
+    ):
         warm_start(plain, tmp_path / "both")
     weights = load_file(tmp_path / "both" / "model.safetensors")
     del weights["hidden_gate.weight"]
@@ -87,13 +89,13 @@ def test_a_warm_start_from_a_published_folder_computes_what_was_published(tmp_pa
 @pytest.mark.parametrize(
     ("theirs", "ours", "message"),
     [
-        ({}, {"scale_embeds": True}, "were trained with scale_embeds False, this run has True"),
-        ({}, {"initial_scale": 3.0}, "were trained with initial_scale 1.0, this run has 3.0"),
+        ({}, {"scale_embeds": True}, "were trained with scale_embeds False, but this run has True"),
+        ({}, {"initial_scale": 3.0}, "were trained with initial_scale 1.0, but this run has 3.0"),
         ({"rms_norm_eps": 1e-3}, {}, "were trained with rms_norm_eps 0.001"),
-        ({"hidden_act": "gelu"}, {}, "were trained with hidden_act gelu, this run has silu"),
+        ({"hidden_act": "gelu"}, {}, "were trained with hidden_act gelu, but this run has silu"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {}, "were trained with rope_parameters"),
-        ({"num_attention_heads": 8, "head_dim": 4, "num_key_value_heads": 4}, {}, "head_dim 4, this run has 8"),
-        ({}, {"intermediate_size": 40}, "were trained with intermediate_size 48, this run has 40"),
+        ({"num_attention_heads": 8, "head_dim": 4, "num_key_value_heads": 4}, {}, "head_dim 4, but this run has 8"),
+        ({}, {"intermediate_size": 40}, "were trained with intermediate_size 48, but this run has 40"),
         ({}, {"vocab_size": 60}, "use weights of the same architecture and size"),
     ],
 )
@@ -109,14 +111,16 @@ def test_what_is_no_folder_of_the_architecture_is_answered(
     tmp_path: Path, tiny_tokenizer: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stock_folder("llama", tmp_path)
-    with pytest.raises(CheckpointError, match=r"is a llama, model\.architecture is olmo2; set it to llama"):
+    with pytest.raises(
+        CheckpointError, match=r"its architecture is llama, but model\.architecture is olmo2; set it to llama"
+    ):
         warm_start(make("olmo2"), tmp_path)
     with pytest.raises(CheckpointError, match="expected a Hugging Face folder"):
         warm_start(make("llama"), tmp_path / "absent")
     (tmp_path / "tokenizer.json").write_bytes((tiny_tokenizer / "tokenizer.json").read_bytes())
     with caplog.at_level(logging.WARNING, "ponder_scale"):
         warm_start(make("llama"), tmp_path, tokenizer="0" * 64)
-    assert "another tokenizer file than the shards were made with" in caplog.text
+    assert "is not the one that the shards were made with" in caplog.text
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(CheckpointError, match="model_type is 'bert'; expected one of llama, "):
         warm_start(make("llama"), tmp_path)

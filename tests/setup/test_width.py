@@ -116,7 +116,7 @@ def test_rates_and_initial_weights_follow_the_table() -> None:
 def test_what_cannot_be_widened_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"the head of this gpt2 is its embedding table.*tie_word_embeddings=false"):
         made("gpt2", 64, BASE, tie_word_embeddings=True)
-    with pytest.raises(ConfigError, match=r"no multiple of the width of a head \(64\)"):
+    with pytest.raises(ConfigError, match=r"expected a multiple of the width of a head \(64\)"):
         made("llama", 64, BASE, num_attention_heads=1)
     fixed = ["run_dir=x", "data.sources.a.path=x", "train.steps=9", "train.global_batch=1", "optim.grad_clip=null"]
     muon = ["optim.optimizer=muon", "optim.muon_lr=0.02", "optim.mup_base_width=64"]

@@ -52,7 +52,7 @@ def a_preempted_run_saves_and_goes_on_later(place: Place) -> None:
     assert place.lab.state(rival) == "COMPLETED"
     assert int(place.lab.show(run.job)["Restarts"]) >= 1
     assert [step for step, _ in run.losses()] == list(range(1, STEPS + 1))
-    assert "going on from" in run.rank_log(1, 0)
+    assert "continuing from" in run.rank_log(1, 0)
 
 
 def a_drained_node_is_left_for_a_spare(place: Place) -> None:

@@ -72,17 +72,17 @@ def a_run_is_submitted_saved_stopped_and_submitted_again(place: Place) -> None:
     place.lab.until(lambda: int(place.lab.show(first)["Restarts"]) == 1)
     place.lab.wait(first, "RUNNING")
     log = folder / "log"  # a link, to what the second attempt has not yet made
-    place.lab.until(lambda: log.exists() and "going on from" in log.read_text(), "the second attempt")
+    place.lab.until(lambda: log.exists() and "continuing from" in log.read_text(), "the second attempt")
     assert "saves and ends" in command("stop", folder)
     assert place.lab.wait(first) == "COMPLETED"
-    assert "is not in Slurm's queue any more" in command("stop", folder, check=False)
+    assert "is no longer in Slurm's queue" in command("stop", folder, check=False)
     saved = Run(place, folder, "").whole()[-1]
     assert Run(place, folder, "").steps()[-1]["step"] == saved
     second = re.findall(r"job (\d+) trains", submit(1))[0]
     until_step(saved + 2)
     assert "ends without saving" in command("stop", "--now", folder)
     assert place.lab.wait(second) == "COMPLETED"
-    assert f"going on from {folder}/checkpoints/step-{saved:08d}" in log.read_text()  # one node, after two
+    assert f"continuing from {folder}/checkpoints/step-{saved:08d}" in log.read_text()  # one node, after two
     steps = [step for step, _ in Run(place, folder, "").losses()]
     assert steps == list(range(1, len(steps) + 1)) and steps[-1] >= saved + 2
 

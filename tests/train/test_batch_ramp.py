@@ -49,8 +49,8 @@ def test_the_sequences_before_a_step_are_the_sum_of_the_batches_before_it() -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_ramp_from": 3}, r"batch_ramp_from is 3 with train\.batch_ramp_steps None; a ramp needs both"),
-        ({"batch_ramp_steps": 3}, r"batch_ramp_from is None with train\.batch_ramp_steps 3; a ramp needs both"),
+        ({"batch_ramp_from": 3}, r"batch_ramp_from is 3 with train\.batch_ramp_steps None; set both or neither"),
+        ({"batch_ramp_steps": 3}, r"batch_ramp_from is None with train\.batch_ramp_steps 3; set both or neither"),
         ({"batch_ramp_from": 5, "batch_ramp_steps": 3}, r"is 5; expected a divisor of train\.global_batch \(12\)"),
         ({"batch_ramp_from": 0, "batch_ramp_steps": 3}, r"batch_ramp_from is 0; expected at least 1 sequences"),
         ({"batch_ramp_from": 4, "batch_ramp_steps": 1}, r"batch_ramp_steps is 1; expected at least 2 steps"),

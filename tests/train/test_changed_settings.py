@@ -87,14 +87,14 @@ def test_values_are_compared_as_a_checkpoint_gives_them_back() -> None:
 
 REFUSED = {  # of what the documents say cannot be gone on with; width and precision are in test_loop.py
     "optim.optimizer=muon optim.muon_lr=0.05 optim.grad_clip=null train.deepspeed=zero3": "saved with optimizer AdamW",
-    "model.pondering_steps=1": "its model has pondering_steps 2, this run 1",
-    "model.extra={attention_dropout: 0.1}": "its model has attention_dropout 0.0, this run 0.1",
+    "model.pondering_steps=1": "its model has pondering_steps 2, but this run has 1",
+    "model.extra={attention_dropout: 0.1}": "its model has attention_dropout 0.0, but this run has 0.1",
     "model.architecture=gpt_neox": "its model has",
-    "seed=2": "seed: seed of the checkpoint: 1, of this run: 2",
+    "seed=2": "seed: the checkpoint has seed 1, but this run has 2",
     "data.seq_len=11 model.max_position_embeddings=12": "data.seq_len",
     "data.packing=best-fit": "data.packing",
-    "data.phases=[{tokens: 960}, {weights: {tiny: 1}}]": "data.sources: weights",
-    "data.sources.tiny.path=OTHER": "data.sources: shards",
+    "data.phases=[{tokens: 960}, {weights: {tiny: 1}}]": "data.sources: this run has other weights",
+    "data.sources.tiny.path=OTHER": "data.sources: this run has other shards",
 }
 
 
@@ -127,7 +127,7 @@ def test_muon_is_not_gone_on_with_as_adamw(shards: Any, tmp_path: Path) -> None:
     cases = [{"overrides": [*base, *muon]}, {"overrides": [*base, "train.deepspeed=zero0", "train.steps=2"]}]
     (done,), (refused,) = run_ranks(uncompiled_training, cases, world_size=1)
     assert done == "done"
-    assert "saved with optimizer MuonWithAuxAdam, this run has AdamW; use the same" in refused["error"]
+    assert "was saved with optimizer MuonWithAuxAdam, but this run has AdamW; use MuonWithAuxAdam" in refused["error"]
 
 
 def uncompiled_training(case: dict[str, Any]) -> str:

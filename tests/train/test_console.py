@@ -71,7 +71,7 @@ def test_tasks_are_told_in_lines_that_fit_without_the_errors_of_their_metrics() 
     assert all(len(line) <= COLUMNS for line in lines) and "stderr" not in "".join(lines)
     assert lines[0].startswith("step 1234567/1800000  tasks, in 1m15s: task-0 acc 0.2500, task-1")
     (line,) = tasks_lines(4, 8, {}, "ValueError: no data", 2.0)
-    assert line == "step 4/8  tasks, in 2s: failed, and training goes on: ValueError: no data"
+    assert line == "step 4/8  tasks, in 2s: failed, and training continues: ValueError: no data"
 
 
 def test_a_sentence_is_folded_and_a_path_stays_whole() -> None:

@@ -120,19 +120,25 @@ def test_the_planner_counts_the_passes_of_the_deepest_sequence() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["train.pondering.schedule=lognormal-poisson"], "train.pondering.mean is None .* lognormal-poisson needs it"),
-        (["train.pondering.mean=2"], "train.pondering.mean is 2.0 .* the other schedules have none"),
+        (
+            ["train.pondering.schedule=lognormal-poisson"],
+            "train.pondering.mean is None .* lognormal-poisson needs a mean",
+        ),
+        (["train.pondering.mean=2"], "train.pondering.mean is 2.0 .* the other schedules must leave it null"),
         (["train.pondering.schedule=lognormal-poisson", "train.pondering.mean=4"], "above model.pondering_steps"),
         (["train.pondering.schedule=lognormal-poisson", "train.pondering.mean=0"], "train.pondering.mean"),
         (["train.pondering.backward_passes=0"], "backward_passes"),
         (["train.pondering.backward_passes=1", "model.residual=replace"], "no gradient would reach the input embed"),
-        (["train.pondering.backward_passes=1", "train.pass_losses=uniform"], "of the passes before would have no grad"),
+        (["train.pondering.backward_passes=1", "train.pass_losses=uniform"], "of earlier passes would have no grad"),
         (["train.pondering.backward_passes=1", "model.feedback=both"], "gate would get no gradient"),
         (
             [*DRAWN, "train.pondering.per=sequence", "train.pondering.backward_passes=1"],
             "backward_passes is 1 with train.pondering.per sequence",
         ),
-        (["train.pondering.per=sequence"], "per is sequence .* fixed, by which all sequences of a step take as many"),
+        (
+            ["train.pondering.per=sequence"],
+            "per is sequence, but .* fixed gives all sequences of a step the same number",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(settings: list[str], message: str) -> None:

@@ -50,8 +50,8 @@ def test_another_model_or_precision_is_refused_and_nothing_is_lost(shards: Any, 
     ]
     done, wider, precision, on = run_ranks(train_on_a_rank, cases)
     assert done == on == ["done", "done"]
-    assert "its model has hidden_size 16, this run 32" in wider[0]["error"]
-    assert "saved with train.precision fp32, this run has bf16" in precision[0]["error"]
+    assert "its model has hidden_size 16, but this run has 32" in wider[0]["error"]
+    assert "saved with train.precision fp32, but this run has bf16" in precision[0]["error"]
     assert [line["step"] for line in records(run_dir) if line["event"] == "step"] == list(range(1, 7))
     attempts = [json.loads(line) for line in (run_dir / "attempts.jsonl").read_text().splitlines()]
     assert [(line["attempt"], line["first_step"], line["resumed_from"]) for line in attempts] == [
@@ -67,11 +67,11 @@ def test_a_finished_run_is_told_to_be_finished_also_after_a_start_that_is_refuse
     ((first,), (refused,), (again,)) = run_ranks(train_and_tell, cases, world_size=1)
     assert any("steps 1 to 2" in text for text in first["log"])
     assert all(len(text) <= COLUMNS for text in first["log"] if str(tmp_path) not in text), first["log"]
-    assert "its model has hidden_size 16, this run 32" in refused["log"][-1]
+    assert "its model has hidden_size 16, but this run has 32" in refused["log"][-1]
     run, ranks = (next(text for text in refused["status"] if text.startswith(name)) for name in ("run", "ranks"))
     assert ": ended (done) " in run and "; a start " in run and "was refused: checkpoint " in run
     assert "stale" not in ranks
-    assert "the run is finished: 2 steps are trained, train.steps is 2; raise it to go on" in again["log"]
+    assert "the run is finished: 2 steps are trained, train.steps is 2; raise train.steps to continue" in again["log"]
     assert not any("steps 3 to 2" in text for text in again["log"])
     assert "ended (done)" in again["status"][0] and "refused" not in again["status"][0]
 

@@ -96,7 +96,7 @@ class Tasks:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it would log each of its actions at each evaluation
         include = None if self._config.tasks_include is None else Path(self._config.tasks_include)
         if include is not None and not include.is_dir():
-            raise ConfigError(f"{KEY}_include is {include}, which is no folder; name one with task files")
+            raise ConfigError(f"{KEY}_include is {include}, which is not a folder; name a folder of task files")
         self._names, self._manager = find_tasks(self._config.tasks, include, key=KEY)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)

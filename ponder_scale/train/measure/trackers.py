@@ -93,8 +93,8 @@ class _TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(
-                "log.tensorboard is true and the package tensorboard is not installed; "
-                "pip install 'ponder-scale[tensorboard]', or set it to false"
+                "log.tensorboard is true, but the package tensorboard is not installed; "
+                "run: pip install 'ponder-scale[tensorboard]', or set it to false"
             ) from error
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 

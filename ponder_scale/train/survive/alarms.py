@@ -50,10 +50,10 @@ class CollapseAlarms:
     def _message(self, kind: str, kls: list[float], entropies: list[float]) -> str:
         if kind == "pondering_idle":
             return (
-                f"pondering changes no prediction any more: KL of at most {max(kls):.1e} nats from a pass to the next; "
+                f"pondering no longer changes a prediction: KL of at most {max(kls):.1e} nats from a pass to the next; "
                 "compare pass_losses, and consider a lower learning rate or a random number of pondering steps"
             )
         return (
-            f"the pondering softmax is nearly uniform: entropy of at least {min(entropies):.2f} nats of "
-            f"{self._uniform / UNIFORM_SHARE:.2f}; every token is fed the mean embedding"
+            f"the pondering softmax is nearly uniform: its entropy is at least {min(entropies):.2f} nats, of at most "
+            f"{self._uniform / UNIFORM_SHARE:.2f}, so every token is fed about the mean embedding"
         )

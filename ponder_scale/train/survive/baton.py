@@ -83,7 +83,7 @@ def _waiting(path: Path) -> str:
         age = "0s"
     return (
         f"waiting for the lock {path}, {age} old: another process compiles {path.parent.name} there, or was killed "
-        "while it did; if none does, remove that file"
+        "while it compiled; if no such process runs, remove this file"
     )
 
 
@@ -115,7 +115,7 @@ def _remove(path: Path) -> None:
         if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns) and _is_gone(path):
             path.unlink()
             age = duration(time.time() - after.st_mtime)
-            logger.warning("removed the lock %s, %s old: whoever compiled there was killed", path, age)
+            logger.warning("removed the lock %s, %s old, because the process that compiled there was killed", path, age)
     except FileNotFoundError:
         pass
     finally:

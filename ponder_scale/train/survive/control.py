@@ -89,7 +89,7 @@ class Control:
         self._save_seconds, self._save_known = min(UNKNOWN_SAVE_SECONDS, 0.1 * self._limit), False
         self._evaluation_seconds = 0.0
         if self._deadline is not None:
-            logger.info("time limit: saves and ends in time for %s from now", duration(self.seconds_left()))
+            logger.info("the time limit is in %s; the run saves and ends before it", duration(self.seconds_left()))
 
     def seconds_left(self) -> float:
         """Seconds until this attempt is ended from outside."""
@@ -120,14 +120,14 @@ class Control:
         if not self._out_of_time():
             return None
         if self._limit - started >= self._reserve():
-            logger.warning("the time limit is in %s: too near for a step", duration(self.seconds_left()))
+            logger.warning("the time limit is in %s, too soon for another step", duration(self.seconds_left()))
             return None
         what = f"train.time_limit is {self._limit:.0f} s"
         if self._slurm:
             what = f"the time limit of Slurm job {os.environ.get('SLURM_JOB_ID')} is {self._limit:.0f} s"
         return (
-            f"{what}: this start took {started:.0f} s of it and saving in time needs {self._reserve():.0f} s, which "
-            f"leaves none for a step; give it at least {2 * (started + self._reserve()):.0f} s"
+            f"{what}, but this start took {started:.0f} s and saving in time needs {self._reserve():.0f} s, so no time "
+            f"is left for a step; allow at least {2 * (started + self._reserve()):.0f} s"
         )
 
     def wishes(self, *, late: bool = False) -> list[float]:
@@ -183,8 +183,8 @@ def check_time_limit(value: str | None) -> None:
     """Raise ConfigError if `train.time_limit` cannot be read, or is too short for a start."""
     if value not in (None, "slurm") and parse_time_limit(value) < SHORTEST_SECONDS:
         raise ConfigError(
-            f"train.time_limit is {value}; expected at least {SHORTEST_SECONDS:.0f} s, as a start takes that long; "
-            "null: no limit"
+            f"train.time_limit is {value}; expected at least {SHORTEST_SECONDS:.0f} s, because a start takes "
+            "that long; use null for no limit"
         )
 
 
@@ -219,7 +219,7 @@ def _slurm_seconds_left() -> float | None:
             return None
         left = seconds_of(answer)
         if left is None:
-            raise ConfigError(f"it says {answer}")
+            raise ConfigError(f"squeue says {answer}")
         return left
     except (OSError, subprocess.SubprocessError, ConfigError) as error:
         logger.warning("the time limit of Slurm job %s is not known (%s); set train.time_limit", job, error)

@@ -69,7 +69,7 @@ class Health:
         if self._in_a_row > self._config.max_skips:
             raise UnhealthyError(
                 f"step {step}: {self.finding}; {self._in_a_row} steps in a row were skipped (health.max_skips "
-                f"{self._config.max_skips}); weights are as before them; look at evidence/ in the run folder"
+                f"{self._config.max_skips}), so the weights are those before them; look at evidence/ in the run folder"
             )
 
     def state(self) -> dict[str, Any]:

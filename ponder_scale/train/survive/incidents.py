@@ -79,7 +79,7 @@ class Incidents:
         skip = [self._begins[0], self._loader.consumed]
         rewinds = self._engine.agreed(_read(self._run_dir / REWINDS))
         if len(rewinds) >= self._config.max_rewinds:
-            self._give_up(step, f"step {step}: {finding}; {len(rewinds)} rewinds are over (health.max_rewinds)")
+            self._give_up(step, f"step {step}: {finding}; no rewind is left after {len(rewinds)} (health.max_rewinds)")
         if self._engine.rank == 0:
             _write(self._run_dir / REWINDS, [*rewinds, {"time": time.time(), "step": step, "skip": skip}])
         self._warn("going back to the newest checkpoint; sequences %d to %d are left out from now on", *skip)
@@ -106,7 +106,7 @@ class Incidents:
         self._metrics.log_event("alarm", step, **values, message=message)
         if engine.rank == 0:
             _write(self._run_dir / EVIDENCE / f"replicas-{step:08d}.json", {"step": step, **values})
-        self._give_up(step, message + "; take that node out and start again from the newest checkpoint before it")
+        self._give_up(step, message + "; remove that node and start again from the newest checkpoint before this step")
 
     def name_straggler(self, step: int, watch: Watch, *, first: bool) -> None:
         """Compare the seconds of all ranks since the last call. Record the slowest rank if it is much slower.
@@ -123,7 +123,7 @@ class Incidents:
         found = straggler(self._engine.total(seconds).tolist(), self._config.straggler_factor, phases)
         if found is not None:
             self._metrics.log_event("straggler", step, **found)
-            self._warn("step %d: rank %d is slow in %s: %.1f s, the median %.1f s", step, *found.values())
+            self._warn("step %d: rank %d is slow in %s: %.1f s, but the median is %.1f s", step, *found.values())
 
     def _warn(self, message: str, *values: Any) -> None:
         # All ranks come here, and the console shows the warnings of every rank.

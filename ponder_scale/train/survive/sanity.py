@@ -68,7 +68,7 @@ def rehearse(engine: Engine, config: RunConfig, vocab_size: int) -> None:
     for name, value in counters.items():
         setattr(deepspeed, name, value)
     if not math.isfinite(norms[0]):
-        raise UnhealthyError(f"the initial weights give loss {output.loss.item()}, gradient norm {norms[0]}")
+        raise UnhealthyError(f"the initial weights give loss {output.loss.item()} and gradient norm {norms[0]}")
 
 
 def trial_save(run_dir: Path, config: RunConfig, state: RunState) -> float:
@@ -85,7 +85,7 @@ def trial_save(run_dir: Path, config: RunConfig, state: RunState) -> float:
     free, wanted = shutil.disk_usage(run_dir).free, needed * ((config.checkpoint.keep or 1) + 1)
     if free < wanted and dist.get_rank() == 0:
         logger.warning(
-            "a checkpoint takes %s; checkpoint.keep needs %s while saving, the disk of %s has %s",
+            "a checkpoint takes %s; checkpoint.keep needs %s while saving, but the disk of %s has only %s",
             *(figures.size(needed), figures.size(wanted), run_dir, figures.size(free)),
         )
     return time.monotonic() - began

@@ -119,7 +119,7 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         if kind is not None and self._broken:
             # Another rank left as hung while this one was about to, and that broke a collective here.
-            print(f"rank {self._rank}: leaves as hung, with its peers: {error}", file=sys.stderr, flush=True)
+            print(f"rank {self._rank}: ends as hung, like its peers: {error}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(HUNG)
         if kind is not None and self._leaving:

@@ -81,7 +81,7 @@ def read_sharding(name: str) -> dict[str, Any]:
     if values["zero_optimization"].get("compute_grad_norm", True) is not True:
         raise ConfigError(
             f"{path}: zero_optimization.compute_grad_norm is refused: without the norm of the gradient, an update "
-            "that is not finite could not be told; remove it"
+            "that is not finite would go unnoticed; remove it"
         )
     stage = values["zero_optimization"].get("stage")
     if stage not in (0, 1, 2, 3):
@@ -147,13 +147,15 @@ def _for_muon(sharding: dict[str, Any]) -> dict[str, Any]:
     zero = sharding["zero_optimization"]
     if zero["stage"] in (1, 2):
         raise ConfigError(
-            f"optim.optimizer is muon with ZeRO stage {zero['stage']}: its momentum is kept there in the precision of "
-            "the gradients and by rank, so that no checkpoint can take it up; use a train.deepspeed of stage 0 or 3"
+            f"optim.optimizer is muon with ZeRO stage {zero['stage']}, where its momentum is kept by rank in the "
+            "precision of the gradients and cannot be saved; use a train.deepspeed of stage 0 or 3"
         )
     if "offload_optimizer" in zero or "offload_param" in zero:
-        raise ConfigError("optim.optimizer is muon with offload: not shown to train as without; use zero3 or zero0")
+        raise ConfigError(
+            "optim.optimizer is muon with offload, which was not shown to train as without it; use zero3 or zero0"
+        )
     if zero.get("zero_quantized_gradients") or zero.get("zero_hpz_partition_size", 1) != 1:  # groups of one are none
-        raise ConfigError("optim.optimizer is muon with ZeRO++: it needs whole gradients; use zero3 or zero0")
+        raise ConfigError("optim.optimizer is muon with ZeRO++, but Muon needs whole gradients; use zero3 or zero0")
     # With reduce_scatter a rank sees only its part of a gradient. DeepSpeed itself refuses this under stage 3.
     return {**sharding, "zero_optimization": {**zero, "reduce_scatter": False}}
 
@@ -168,6 +170,6 @@ def find_sharding(name: str) -> Path:
         if candidate.is_file():
             return candidate
     if name == AUTO:
-        raise ConfigError("train.deepspeed is auto, which this needs settled; name a file of deepspeed_configs/")
+        raise ConfigError("train.deepspeed is auto, but a file is needed here; name a file of deepspeed_configs/")
     known = ", ".join(sorted(path.stem for path in DEEPSPEED_CONFIGS.glob("*.json"))) or "none"
     raise ConfigError(f"train.deepspeed is {name}: no such file; give a path to a JSON file or one of: {known}")

@@ -32,7 +32,7 @@ def refuse_wrong_version(version: str, stage: int, precision: str) -> None:
     for wrong in WRONG:
         if wrong.first <= _release(version) <= wrong.last and stage == wrong.stage and precision in wrong.precisions:
             raise ConfigError(
-                f"deepspeed is {version}, which in silence {wrong.how} under stage {stage} in {precision}; install "
+                f"deepspeed is {version}, which silently {wrong.how} under stage {stage} in {precision}; install "
                 f"deepspeed=={TESTED[-1]}"
             )
 

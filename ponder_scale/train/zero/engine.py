@@ -118,7 +118,8 @@ class Engine:
         refuse_wrong_version(deepspeed.__version__, self.zero_stage, config.train.precision)
         if self.rank == 0 and not is_tested(deepspeed.__version__):
             logger.warning(
-                "deepspeed %s is not among the versions that were tested (%s); what is known to be wrong is refused",
+                "deepspeed %s is not among the versions that were tested (%s); a version is refused only if it is "
+                "known to be wrong",
                 *(deepspeed.__version__, ", ".join(TESTED)),
             )
         shape = run_shape(config, model.config)

@@ -88,7 +88,7 @@ class Gate:
 
     def _unknown(self, what: str) -> UserError:
         return UserError(
-            f"deepspeed {self._version} {what}, unlike the versions that were tested; nothing was saved of it: install "
+            f"deepspeed {self._version} {what}, unlike the versions that were tested; the step was not saved; install "
             f"deepspeed=={TESTED[-1]} and start again"
         )
 

@@ -162,8 +162,8 @@ class Partition:
             master = owned.of(owned.master)
             if master.shape != mine.shape or not torch.equal(master, mine.to(master)):
                 raise ConfigError(
-                    f"train.deepspeed: the fp32 master of {owned.name} is not where it can be saved from; remove what "
-                    "moves or reorders optimizer states: nvme, zenflow, super_offload, round_robin_gradients"
+                    f"train.deepspeed: the fp32 master of {owned.name} is not where it can be saved from; remove "
+                    "what can move or reorder optimizer states: nvme, zenflow, super_offload, round_robin_gradients"
                 )
 
     def _states(self, master: Tensor) -> dict[str, Tensor]:

@@ -96,7 +96,7 @@ def test_a_task_that_fails_is_recorded_and_training_goes_on(
     case = {"overrides": settings(run_dir, shards, *more), "run_dir": str(run_dir)}
     ((told,),) = run_ranks(train_and_tell, [case], world_size=1, timeout=120)
     failed = [line for line in told["log"] if "tasks, in" in line]
-    assert len(failed) == 2 and "failed, and training goes on: ValueError: no score" in failed[0]
+    assert len(failed) == 2 and "failed, and training continues: ValueError: no score" in failed[0]
     lines = [line for line in read(run_dir / METRICS) if line["event"] == "tasks"]
     assert [(line["step"], line["failure"]) for line in lines] == [(step, "ValueError: no score") for step in (1, 2)]
     assert [line["step"] for line in read(run_dir / METRICS) if line["event"] == "step"] == [1, 2]

@@ -123,7 +123,7 @@ def test_what_a_rewind_gives_up_is_not_counted(shards: Any, tmp_path: Path) -> N
 
 
 def load_an_old_checkpoint(case: dict[str, Any]) -> list[str]:
-    return [message for message in log_of_training(case) if "does not say" in message]
+    return [message for message in log_of_training(case) if "does not record the work" in message]
 
 
 def test_an_older_checkpoint_is_counted_by_its_loader_and_its_own_recipe(shards: Any, tmp_path: Path) -> None:

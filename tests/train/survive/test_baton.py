@@ -109,7 +109,7 @@ def test_what_another_machine_may_hold_is_removed_only_after_a_long_silence(
     lock.write_text(note)
     (lock.parent / "cpu_adam.o").touch()
     monkeypatch.setattr(baton, "_file_system", lambda _: "nfs4")
-    assert "if none does, remove that file" in waits(lock, monkeypatch)
+    assert "if no such process runs, remove this file" in waits(lock, monkeypatch)
     for path in (lock, lock.parent / "cpu_adam.o"):
         os.utime(path, (0, time.time() - baton.QUIET_SECONDS - 5))
         if path == lock:

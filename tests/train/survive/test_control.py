@@ -164,8 +164,8 @@ def test_a_short_time_limit_is_used_and_one_too_short_for_a_step_is_refused(
     first, short, refused = run_ranks(train_within, cases)
     assert first == short == [0, 0]
     for rank in refused:
-        assert rank["error"].startswith("ConfigError: train.time_limit is 100 s: this start took 9"), rank
-        assert "leaves none for a step; give it at least" in rank["error"]
+        assert rank["error"].startswith("ConfigError: train.time_limit is 100 s, but this start took 9"), rank
+        assert "so no time is left for a step; allow at least" in rank["error"]
     assert read_state(find(tmp_path / "run"))["step"] == 4
     fault(
         "a time limit too short for a step", "start-up", detected="before step 1", after="exit code 2", lost="nothing"
@@ -183,7 +183,9 @@ def test_the_rest_of_a_long_time_limit_is_no_mistake(tmp_path: Path, monkeypatch
         monkeypatch.setenv(f"SLURM_JOB_{moment}_TIME", str(int(time.time()) + seconds))
     monkeypatch.setattr(signals, "imported", time.monotonic() - 90)
     refusal = control.Control(tmp_path, "slurm", rank=0).refusal()
-    assert refusal is not None and refusal.startswith("the time limit of Slurm job 7 is 120 s: this start took 90 s")
+    assert refusal is not None and refusal.startswith(
+        "the time limit of Slurm job 7 is 120 s, but this start took 90 s"
+    )
 
 
 @pytest.mark.parametrize("value", ["0", "29", "00:00:20"])

@@ -215,7 +215,7 @@ def test_a_rewind_starts_over_by_itself_and_gives_up_in_the_end(tiny_shards: Tin
     recipe.write_text("{}")
     done = run_command("ponder-scale", "train", recipe, *settings, "--nproc", 2)
     assert done.returncode == UNHEALTHY, done.stdout + done.stderr
-    assert "1 rewinds are over (health.max_rewinds)" in done.stderr.splitlines()[-1]
+    assert "no rewind is left after 1 (health.max_rewinds)" in done.stderr.splitlines()[-1]
     told = [line for line in done.stdout.splitlines() if ": spike: " in line or "going back to" in line]
     assert len(told) == 3 == len(set(told)), told  # each once, though both ranks find it
     assert len(json.loads((tmp_path / "run" / "rewinds.json").read_text())) == 1

@@ -334,7 +334,7 @@ def test_settings_that_do_not_fit_one_another_are_refused() -> None:
     case = {"policy": "pass", "tied": False, "deepspeed": "zero3"}
     for overrides, message in [
         (["optim.schedule=wsd"], "wsd_decay_steps is None with optim.schedule wsd"),
-        (["health.on_spike=rewind", "checkpoint.every_steps=null"], "nothing is saved to go back to"),
+        (["health.on_spike=rewind", "checkpoint.every_steps=null"], "saves no checkpoint to go back to"),
         (["optim.wsd_decay_steps=2"], "wsd_decay_steps is 2 with optim.schedule cosine"),
         (["optim.schedule=wsd", "optim.wsd_decay_steps=9"], "more than the 2 steps after warm-up; lower it"),
     ]:

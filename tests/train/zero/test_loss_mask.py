@@ -113,7 +113,7 @@ def test_a_masked_run_is_the_same_on_two_ranks_and_on_one_and_says_what_counts(
     assert run_ranks(train_on_a_rank, [{"overrides": [*one, "train.micro_batch=8"]}], world_size=1) == [["done"]]
     infos = masked.manifest.splits["train"]
     share = sum(info.tokens_that_count for info in infos) / sum(info.tokens for info in infos)
-    assert f"loss mask: of source tiny {share:.1%} of the training tokens count" in ranks[0]["log"]
+    assert f"loss mask: in source tiny, {share:.1%} of the training tokens count" in ranks[0]["log"]
     got, expected = records(tmp_path / "two"), records(tmp_path / "one")
     assert len(got) == len(expected) > STEPS
     for line, same in zip(got, expected, strict=True):

@@ -157,7 +157,7 @@ def test_only_the_matrices_of_the_layers_are_muons() -> None:
 @pytest.mark.parametrize(
     ("zero", "message"),
     [
-        ({"stage": 1}, "muon with ZeRO stage 1: its momentum .*; use a train.deepspeed of stage 0 or 3"),
+        ({"stage": 1}, "muon with ZeRO stage 1, where its momentum .*; use a train.deepspeed of stage 0 or 3"),
         ({"stage": 2}, "muon with ZeRO stage 2"),
         ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, "muon with offload"),
         ({"stage": 3, "zero_quantized_gradients": True}, "needs whole gradients"),
@@ -183,7 +183,7 @@ def test_a_sharding_that_says_the_default_of_zeropp_is_not_refused_with_muon(tmp
 def test_clipping_and_a_missing_learning_rate_are_refused_with_muon() -> None:
     case = {"policy": "pass", "tied": False, "deepspeed": "zero3"}
     for overrides, message in [
-        ([*MUON, "optim.grad_clip=1.0"], "would clip Muon's update.*set optim.grad_clip=null"),
+        ([*MUON, "optim.grad_clip=1.0"], "would clip the update of Muon.*set optim.grad_clip=null"),
         (["optim.optimizer=muon", "optim.grad_clip=null"], r"muon needs it \(0.02 is usual\)"),
         (["optim.muon_lr=0.1"], "with optim.optimizer adamw"),
     ]:
