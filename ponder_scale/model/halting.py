@@ -4,11 +4,11 @@ Each pondering step s = 1..S has a gate g_s = sigmoid(MLP_s(h_{s-1})). With r_0 
 
     "gate"   r_s = m_{s-1} g_s                     T_s is weighted by m_s g_s before it enters e_s
     "exit"   r_s = r_{s-1} g_s                     T_s enters e_s as it is; in training all m_s are 1
-    m_s = m_{s-1} [r_s >= threshold]
+    m_s = [r_s >= threshold]                       r never rises, so a token that has halted never continues
     h_s, and the keys and values of each layer in pass s, are those of pass s - 1 where m_s = 0
 
-A token that has halted never continues, and later tokens read what it left when it halted. So a cache that was filled
-token by token holds the same as a forward over the whole text.
+Later tokens read what a token left when it halted. So a cache that was filled token by token holds the same as a
+forward over the whole text.
 
 "gate" is AdaPonderLM's (arXiv 2603.01914), whose loss is the mean of the smallest gates, see `smallest_gates`. "exit"
 is Ouro's (arXiv 2510.25741): p_s = r_s - r_{s+1} is the probability that pass s is the last, and the loss is the
@@ -167,7 +167,7 @@ class Halting:
         else:
             left = self.remaining[-1] * gate if self.remaining else gate
         self.remaining.append(left)
-        self.active.append(self.active[-1] if self._cache is None else self.active[-1] & (left >= self._threshold))
+        self.active.append(self.active[-1] if self._cache is None else left >= self._threshold)  # r never rises
         if self._cache is None or not self._may_stop or self.active[-1].any():
             return False
         copy_newest(self._cache, hidden.shape[1], index, self._steps + 1, self._layers)
@@ -237,6 +237,9 @@ def packing_mask(position_ids: Tensor | None, embeds: Tensor, config: Any) -> Te
     Args:
         position_ids: (B, T) or (1, T), from 0 in each document.
         embeds: (B, T, D).
+
+    Raises:
+        ValueError: a row holds several documents, and this attention takes no such mask.
     """
     attention = config._attn_implementation
     if position_ids is None or attention.startswith("flash"):  # flash attention reads the positions itself
@@ -244,6 +247,11 @@ def packing_mask(position_ids: Tensor | None, embeds: Tensor, config: Any) -> Te
     starts = nn.functional.pad(position_ids.diff(dim=-1) != 1, (1, 0))
     if not is_fake(starts) and not starts.any():
         return None
+    if attention not in ("sdpa", "eager"):
+        raise ValueError(
+            f"attention is {attention!r}, which cannot separate the documents of a row beside learned halting; use "
+            "'sdpa', 'eager' or flash attention"
+        )
     document = starts.cumsum(-1)
     length = document.shape[-1]
     causal = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()

@@ -181,9 +181,16 @@ def test_documents_in_one_row_do_not_see_each_other(architecture: str, attention
     torch.testing.assert_close(packed, alone, atol=close, rtol=close)
 
 
+def test_documents_are_refused_with_an_attention_that_takes_no_mask_of_them(tokens: torch.Tensor) -> None:
+    model, positions = halting(), torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="attention is 'flex_attention', which cannot separate the documents of a row"):
+        model(tokens, position_ids=positions)
+
+
 @ARCHITECTURES
 @pytest.mark.parametrize("kind", ["gate", "exit"])
-@pytest.mark.parametrize("pieces", [[1] * 12, [7, 5], [7, 1, 1, 3]], ids=str)
+@pytest.mark.parametrize("pieces", [[1] * 12, [7, 5], [7, 1, 1, 3]], ids=["singly", "halves", "mixed"])
 def test_a_cache_that_is_filled_in_pieces_gives_what_the_whole_text_does(
     architecture: str, pieces: list[int], kind: str, tokens: torch.Tensor
 ) -> None:

@@ -46,6 +46,19 @@ SCHEDULES = " ".join(
     f"tests/train/zero/test_engine.py::test_{name}"
     for name in ("schedules_warm_up_and_end_at_the_minimum", "pondering_steps_are_drawn_by_step_and_seed_and_ramp_up")
 )
+HALTING = " ".join(
+    f"tests/model/test_halting.py::test_{name}"
+    for name in (
+        "logits_losses_and_gradients_are_those_of_loops_over_what_is_active[{}-llama]",
+        "the_loss_of_exits_is_the_expected_one_of_dense_passes[{}-llama]",
+        "exits_halt_after_training_by_what_their_gates_leave[llama]",
+        "a_cache_that_is_filled_in_pieces_gives_what_the_whole_text_does[mixed-gate-llama]",
+        "documents_in_one_row_do_not_see_each_other[sdpa-llama]",
+        "a_gate_that_is_surely_open_has_a_finite_gradient",
+        "gates_that_a_step_does_not_use_get_a_gradient_of_zero",
+        "the_loss_counts_no_token_without_a_label",
+    )
+)
 DEPTH = "tests/train/test_depth.py::test_draws_have_the_published_density_clipped_at_both_ends"
 MUTANTS = [
     *_of(
@@ -318,6 +331,30 @@ MUTANTS = [
         "tests/setup/test_width.py",
         ("1.0 if weight.ndim < 2 else 1 / ratio", "1.0 if weight.ndim < 2 else 1.0"),
         ("1.0 if factor == 1 else ratio**-0.5", "1 / ratio"),
+    ),
+    *_of(
+        "ponder_scale/model/halting.py",
+        HALTING,
+        ("keys = torch.where(active, keys, self._new_part(before.keys, keys))", "keys = keys + 0"),
+        ("torch.where(self._active.unsqueeze(-1), hidden, self._hidden)", "hidden"),
+        ("cached[..., self._begin : self._begin + new.shape[-2], :]", "cached[..., : new.shape[-2], :]"),
+        ("else left >= self._threshold)", "else left > 1.1 * self._threshold)"),
+        ("left = torch.where(self.active[-1], gate, 0.0)", "left = gate"),
+        ("self.remaining[-1] * gate if self.remaining else gate", "gate"),
+        ("weight = torch.where(self.active[-1], self.remaining[-1], 0.0)", "weight = self.active[-1].float()"),
+        ("gate(embeds[:, :1].detach()).mean()", "embeds.mean()"),
+        (".masked_fill(~counted, torch.inf)", ""),
+        ("share * counted.sum() * len(gates)", "share * counted.sum()"),
+        ("expected + entropy_weight *", "expected - entropy_weight *"),
+        ("p.clamp(min=torch.finfo(p.dtype).tiny).log()", "p.log()"),
+        ("position_ids.diff(dim=-1) != 1", "position_ids.diff(dim=-1) < -99"),
+    ),
+    *_of(
+        "ponder_scale/model/learned.py",
+        "tests/model/test_pass_losses.py tests/model/test_learned_losses.py",
+        ("torch.where(inside, -self.slopes, 0.0)", "torch.where(inside, self.slopes, 0.0)"),
+        ("torch.where(counted, slopes, 0.0)", "slopes"),
+        ("torch.where(counted, loss + picked, torch.inf)", "loss + picked"),
     ),
     *_of(
         "ponder_scale/harness/shared.py",
