@@ -4,7 +4,7 @@ Each pondering step s = 1..S has a gate g_s = sigmoid(MLP_s(h_{s-1})). With r_0 
 
     "gate"   r_s = m_{s-1} g_s                     T_s is weighted by m_s g_s before it enters e_s
     "exit"   r_s = r_{s-1} g_s                     T_s enters e_s as it is; in training all m_s are 1
-    m_s = [r_s >= threshold]                       r never rises, so a token that has halted never continues
+    m_s = [r_s >= threshold]                       a token that has halted never continues: its r stays below
     h_s, and the keys and values of each layer in pass s, are those of pass s - 1 where m_s = 0
 
 Later tokens read what a token left when it halted. So a cache that was filled token by token holds the same as a
@@ -167,7 +167,7 @@ class Halting:
         else:
             left = self.remaining[-1] * gate if self.remaining else gate
         self.remaining.append(left)
-        self.active.append(self.active[-1] if self._cache is None else left >= self._threshold)  # r never rises
+        self.active.append(self.active[-1] if self._cache is None else left >= self._threshold)
         if self._cache is None or not self._may_stop or self.active[-1].any():
             return False
         copy_newest(self._cache, hidden.shape[1], index, self._steps + 1, self._layers)
