@@ -17,14 +17,15 @@ class PonderingSchedule:
 
     schedule: Literal["fixed", "uniform", "ramp", "lognormal-poisson"] = knob(
         "fixed",
-        "Pondering steps of each optimizer step. fixed: always `model.pondering_steps`. uniform: drawn "
-        "between `low` and that number. ramp: rises from `low` to it. lognormal-poisson: drawn around `mean`, as "
-        "Huginn draws its depth (arXiv 2502.05171), and clipped to the same bounds.",
+        "How the number of pondering steps of an optimizer step is chosen. fixed: always `model.pondering_steps`. "
+        "uniform: drawn evenly from `low` to `model.pondering_steps`. ramp: rises from `low` to "
+        "`model.pondering_steps`. lognormal-poisson: drawn around `mean` and clipped to the same two numbers. Huginn "
+        "draws its depth in this way (arXiv 2502.05171).",
     )
     low: int = knob(1, "Fewest pondering steps that uniform, ramp and lognormal-poisson use.", min=0, max=64)
     ramp_steps: int = knob(
         0,
-        "Step at which the ramp reaches `model.pondering_steps`. With 0 there is no ramp.",
+        "Step at which the ramp reaches `model.pondering_steps`. ramp needs at least 1, and no other schedule uses it.",
         unit="steps",
         min=0,
         max=MOST_STEPS,
@@ -34,13 +35,14 @@ class PonderingSchedule:
     )
     per: Literal["step", "sequence"] = knob(
         "step",
-        "What uniform and lognormal-poisson draw for. step: one number for all sequences of an optimizer step. "
-        "sequence: a number for each sequence, while all cost as much as the one with the most steps.",
+        "What uniform and lognormal-poisson draw a number for. step: for each optimizer step, and all its sequences "
+        "take it. sequence: for each sequence. Every sequence then costs as much as the one with the most steps.",
     )
     backward_passes: int | None = knob(
         None,
-        "Let gradients flow only through this many passes, the last ones. This saves memory and time. `null` uses all. "
-        "In published runs each pass was then worth less (phi 0.38 instead of 0.46, arXiv 2604.21106).",
+        "Let gradients flow through the last passes only, this many of them. This saves memory and time. `null` uses "
+        "all passes. In published runs, passes were worth less in this way (phi 0.38 instead of 0.46, arXiv "
+        "2604.21106).",
         unit="passes",
         min=1,
         max=65,
@@ -51,6 +53,11 @@ class PonderingSchedule:
             raise ConfigError(
                 f"train.pondering.mean is {self.mean} with train.pondering.schedule {self.schedule}; lognormal-poisson "
                 "needs it, the other schedules have none"
+            )
+        if self.schedule == "ramp" and self.ramp_steps == 0:
+            raise ConfigError(
+                "train.pondering.ramp_steps is 0 with train.pondering.schedule ramp, so nothing would rise; give the "
+                "step at which the ramp reaches model.pondering_steps, or use fixed"
             )
         if self.per == "sequence" and self.schedule in ("fixed", "ramp"):
             raise ConfigError(
@@ -70,12 +77,16 @@ class HaltingLoss:
 
     weight: float = knob(
         0.1,
-        "gate: weight of the mean of the smallest gates in the loss. exit: weight of the entropy of the exits.",
+        "gate: weight of the mean of the smallest gates in the loss. exit: weight of the entropy of the probabilities "
+        "that a pass is the last.",
         min=0,
         max=1e6,
     )
     share: float = knob(
-        0.1, "gate: share of the gates in that mean. Training halts about this share of the pondering.", min=0, max=1
+        0.1,
+        "gate: that mean is over this share of the gates. Training halts about this share of the pondering.",
+        min=0,
+        max=1,
     )
     warmup_steps: int = knob(
         1000,
