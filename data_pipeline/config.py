@@ -55,7 +55,7 @@ class SourceConfig:
         path=True,
     )
     field: str = knob(
-        "text", "Key or column of the text, for jsonl, parquet and dataset. data.text means `text` inside `data`."
+        "text", "Key or column of the text, for jsonl, parquet and dataset. Write data.text for `text` inside `data`."
     )
     repair: bool = knob(
         False, "jsonl: accept lines with NaN or infinite numbers, and replace lone surrogates with U+FFFD."
@@ -80,7 +80,7 @@ class SourceConfig:
     )
     max_tokens: int | None = knob(
         None,
-        "Keep only the first documents, up to this many tokens in both splits together. `null` keeps all.",
+        "Keep only the first documents, up to this many training and held-out tokens together. `null` keeps all.",
         unit="tokens",
         min=1,
         max=2**50,
@@ -90,7 +90,7 @@ class SourceConfig:
     )
     weight: float | None = knob(
         None,
-        "Share in training, relative to the other sources. `null` for all sources weighs them by size.",
+        "Share in training, relative to the other sources. If all sources have `null`, their sizes are the weights.",
         above=0,
         max=1e15,
     )
@@ -120,14 +120,14 @@ class BuildConfig:
     sources: dict[str, SourceConfig] = knob({}, "The inputs by name. They are read in this order.")
     backend: Literal["auto", "reference", "tiktoken", "gigatoken"] = knob(
         "auto",
-        "Tokenizer engine. Every engine must give the tokens of the tokenizer's own library, which is "
-        "`reference`. auto uses the fastest one installed.",
+        "Tokenizer engine. reference: the tokenizer's own library. Every other engine must give the same tokens. auto: "
+        "the fastest engine that is installed.",
     )
     eod_token: str | None = knob(None, "End-of-document token. `null` uses the end-of-text token of the tokenizer.")
     append_eod: bool = knob(True, "End each document with the end-of-document token.")
     bos_token: str | None = knob(None, "Begin each document with this token. `null` adds none.")
     special_tokens_in_text: Literal["text", "tokens"] = knob(
-        "text", "What </s> and the like inside a document become: ordinary text, or the special token."
+        "text", "What </s> and the like inside a document become. text: ordinary text. tokens: the special token."
     )
     keep_dropped: bool = knob(
         False, "Write each text that filters and deduplication drop to dropped.jsonl, with the reason."
@@ -137,7 +137,7 @@ class BuildConfig:
     )
     shuffle: bool = knob(
         False,
-        "Put documents in a random order over all shards of their source. Needs twice the size of the tokens on disk.",
+        "Put documents in a random order over all shards of their source. This needs twice the tokens' size on disk.",
     )
     heldout_fraction: float = knob(
         0.005,
@@ -148,8 +148,9 @@ class BuildConfig:
     )
     split_by: Literal["stripped", "text"] = knob(
         "stripped",
-        "Text whose hash decides what is held out. stripped ignores white space around it, so copies that differ only "
-        "there are all held out, or none is. text keeps that white space, as builds from before this key did.",
+        "The text whose hash decides whether a document is held out. stripped: without the white space around it, so "
+        "that copies which differ only there are all held out, or none is. text: with that white space, as in builds "
+        "made before this key existed.",
     )
     seed: int = knob(0, "Seed of the held-out choice and of the shuffle.", min=0, max=2**31 - 1)
     shard_bytes: int | None = knob(
@@ -164,7 +165,7 @@ class BuildConfig:
     )
     max_document_bytes: int = knob(
         2**20,
-        "Quarantine longer documents. The tokenizers library needs 110 to 260 bytes of memory for each byte.",
+        "Quarantine longer documents. The library tokenizers needs 110 to 260 bytes of memory for each byte.",
         unit="bytes",
         min=1,
         max=2**31 - 1,

@@ -18,7 +18,7 @@ class SourceConfig:
     path: str = knob(MISSING, "Folder of shards. It holds manifest.json.", path=True)
     weight: float = knob(1.0, "Share of the sequences, relative to the other sources.", above=0, max=MOST_WEIGHT)
     max_epochs: float | None = knob(
-        None, "Read the source at most this many times. After that the other sources fill its share.", above=0, max=1e6
+        None, "Read the source at most this many times. After that the other sources take its share.", above=0, max=1e6
     )
 
 
@@ -28,14 +28,14 @@ class PhaseConfig:
 
     tokens: float | None = knob(
         None,
-        "Length of the phase. Only the last phase may be `null`: it lasts until the end.",
+        "Length of the phase. Only the last phase may have `null`, which means until the end of the run.",
         unit="tokens",
         above=0,
         max=MOST_TOKENS,
     )
     weights: dict[str, float] = knob(
         {},
-        "Weight of each source in this phase. A source you leave out is not read. {} uses the weights of "
+        "Weight of each source in this phase. A source that you leave out is not read. {} uses the weights of "
         "`data.sources`.",
         min=0,
         max=MOST_WEIGHT,
@@ -49,21 +49,21 @@ class DataConfig:
     sources: dict[str, SourceConfig] = knob({}, "The mixture: a name for each folder of shards.")
     seq_len: int = knob(
         1024,
-        "Predicted tokens in a sequence. The loader reads one token more.",
+        "Predicted tokens in a sequence. The loader reads one token more, because the last one needs a label.",
         unit="tokens",
         min=2,
         max=MOST_POSITIONS,
     )
     phases: list[PhaseConfig] = knob(
-        [], "Mixtures that follow each other, for a curriculum or an annealing. [] trains on `data.sources` throughout."
+        [], "Mixtures that follow each other, for a curriculum or an annealing. [] always trains on `data.sources`."
     )
     skip: list[list[int]] = knob(
         [], "Ranges [first, end) of sequence numbers to leave out, such as those of a loss spike.", min=0, max=2**53
     )
     packing: Literal["concat", "best-fit"] = knob(
         "concat",
-        "concat: join documents and cut wherever a sequence ends. best-fit: never cut a document that "
-        "fits into a sequence. It needs the bins that `ponder-data pack` makes.",
+        "How documents become sequences. concat: all documents are joined and cut every `seq_len` tokens. best-fit: a "
+        "document that fits into a sequence is never cut. best-fit needs the bins that `ponder-data pack` makes.",
     )
     document_mask: bool = knob(False, "Keep attention within each document and start its positions at 0.")
 

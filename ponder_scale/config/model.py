@@ -52,7 +52,7 @@ class ModelConfig:
     )
     scale_embeds: bool = knob(True, "Multiply embeddings by sqrt(hidden_size).")
     initial_scale: float = knob(
-        1.0, "Factor on the input embeddings e_0. The published multiply-by-steps variant uses S.", min=1e-6, max=1e6
+        1.0, "Factor on the input embeddings e_0. The published `mutiply_pondering_steps` uses S.", min=1e-6, max=1e6
     )
     pondering_temperature: float = knob(1.0, "Temperature tau of the pondering softmax.", min=1e-3, max=1e3)
     feedback: Literal["embedding", "hidden", "both"] = knob(
@@ -61,7 +61,7 @@ class ModelConfig:
     )
     residual: Literal["accumulate", "restart", "replace"] = knob(
         "accumulate",
-        "How the feedback T enters the next pass. accumulate: e_s = e_{s-1} + T. restart: e_0 + T. replace: T.",
+        "What the input e_s of pass s is, with feedback T. accumulate: e_{s-1} + T. restart: e_0 + T. replace: T.",
     )
     pondering_top_k: int | None = knob(
         None,
@@ -72,8 +72,8 @@ class ModelConfig:
     )
     halting: Literal["none", "gate", "exit"] = knob(
         "none",
-        "Let each token stop pondering by learned gates. gate: it halts in training too. exit: training weighs the "
-        "losses of all passes by the gates, and the token halts after training.",
+        "Let each token stop pondering by learned gates. gate: tokens halt in training, too. exit: tokens halt only "
+        "after training, and in training the gates weigh the losses of all passes.",
     )
     halting_threshold: float = knob(
         1e-4,
@@ -84,8 +84,8 @@ class ModelConfig:
     )
     init_by_passes: bool | None = knob(
         None,
-        "Also divide the initial output projections by sqrt(S + 1). `null` follows the published code of "
-        "the architecture.",
+        "Also divide the initial output projections by sqrt(S + 1). `null` does what the published code of the "
+        "architecture does.",
     )
     init_from: str | None = knob(
         None, "Start a new run from the weights of this Hugging Face folder, pondering or not.", path=True

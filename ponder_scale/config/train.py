@@ -17,14 +17,15 @@ class PonderingSchedule:
 
     schedule: Literal["fixed", "uniform", "ramp", "lognormal-poisson"] = knob(
         "fixed",
-        "Pondering steps of each optimizer step. fixed: always `model.pondering_steps`. uniform: drawn "
-        "between `low` and that number. ramp: rises from `low` to it. lognormal-poisson: drawn around `mean`, as "
-        "Huginn draws its depth (arXiv 2502.05171), and clipped to the same bounds.",
+        "How the number of pondering steps of an optimizer step is chosen. fixed: always `model.pondering_steps`. "
+        "uniform: drawn evenly from `low` to `model.pondering_steps`. ramp: rises from `low` to "
+        "`model.pondering_steps`. lognormal-poisson: drawn around `mean` and clipped to the same two numbers. Huginn "
+        "draws its depth in this way (arXiv 2502.05171).",
     )
     low: int = knob(1, "Fewest pondering steps that uniform, ramp and lognormal-poisson use.", min=0, max=64)
     ramp_steps: int = knob(
         0,
-        "Step at which the ramp reaches `model.pondering_steps`. With 0 there is no ramp.",
+        "Step at which the ramp reaches `model.pondering_steps`. ramp needs at least 1, and no other schedule uses it.",
         unit="steps",
         min=0,
         max=MOST_STEPS,
@@ -34,13 +35,14 @@ class PonderingSchedule:
     )
     per: Literal["step", "sequence"] = knob(
         "step",
-        "What uniform and lognormal-poisson draw for. step: one number for all sequences of an optimizer step. "
-        "sequence: a number for each sequence, while all cost as much as the one with the most steps.",
+        "What uniform and lognormal-poisson draw a number for. step: for each optimizer step, and all its sequences "
+        "take it. sequence: for each sequence. Every sequence then costs as much as the one with the most steps.",
     )
     backward_passes: int | None = knob(
         None,
-        "Let gradients flow only through this many passes, the last ones. This saves memory and time. `null` uses all. "
-        "In published runs each pass was then worth less (phi 0.38 instead of 0.46, arXiv 2604.21106).",
+        "Let gradients flow through the last passes only, this many of them. This saves memory and time. `null` uses "
+        "all passes. In published runs, passes were worth less in this way (phi 0.38 instead of 0.46, arXiv "
+        "2604.21106).",
         unit="passes",
         min=1,
         max=65,
@@ -51,6 +53,11 @@ class PonderingSchedule:
             raise ConfigError(
                 f"train.pondering.mean is {self.mean} with train.pondering.schedule {self.schedule}; lognormal-poisson "
                 "needs a mean, and the other schedules must leave it null"
+            )
+        if self.schedule == "ramp" and self.ramp_steps == 0:
+            raise ConfigError(
+                "train.pondering.ramp_steps is 0 with train.pondering.schedule ramp, so nothing would rise; give the "
+                "step at which the ramp reaches model.pondering_steps, or use fixed"
             )
         if self.per == "sequence" and self.schedule in ("fixed", "ramp"):
             raise ConfigError(
@@ -71,12 +78,16 @@ class HaltingLoss:
 
     weight: float = knob(
         0.1,
-        "gate: weight of the mean of the smallest gates in the loss. exit: weight of the entropy of the exits.",
+        "gate: weight of the mean of the smallest gates in the loss. exit: weight of the entropy of the probabilities "
+        "that a pass is the last.",
         min=0,
         max=1e6,
     )
     share: float = knob(
-        0.1, "gate: share of the gates in that mean. Training halts about this share of the pondering.", min=0, max=1
+        0.1,
+        "gate: that mean is over this share of the gates. Training halts about this share of the pondering.",
+        min=0,
+        max=1,
     )
     warmup_steps: int = knob(
         1000,
@@ -105,14 +116,14 @@ class TrainConfig:
     )
     batch_ramp_steps: int | None = knob(
         None,
-        "First step that uses the full `global_batch`, when you ramp the batch.",
+        "First step with the full `global_batch`, if you set `batch_ramp_from`.",
         unit="steps",
         min=2,
         max=MOST_STEPS,
     )
     micro_batch: int | Literal["auto"] = knob(
         1,
-        "Sequences in one forward of one rank. auto: the number that fits, divides the batch and takes the least time.",
+        "Sequences in one forward of one rank. auto: of the numbers that fit and divide the batch, the fastest one.",
         unit="sequences",
         min=1,
         max=MOST_SEQUENCES,
@@ -123,11 +134,11 @@ class TrainConfig:
     recompute: Literal["none", "selective", "layer", "pass", "pass+layer", "auto"] = knob(
         "pass",
         "What backward computes again. selective: layers without their attention. layer: whole layers. "
-        "pass: whole passes from their inputs. pass+layer: both. auto: what fits and takes the least time.",
+        "pass: whole passes from their inputs. pass+layer: both. auto: of the policies that fit, the fastest one.",
     )
     memory_gib: float | None = knob(
         None,
-        "Device memory that `auto` and the choice of ZeRO-3's limits may plan with. `null` uses all of the device.",
+        "Memory of a device with which the planner plans `auto` and ZeRO-3's limits. `null` uses all of the device.",
         unit="GiB",
         above=0,
         max=2**20,
@@ -148,19 +159,20 @@ class TrainConfig:
     pondering: PonderingSchedule = field(default_factory=PonderingSchedule)
     pass_losses: Literal["last", "uniform", "linear", "random", "exit"] = knob(
         "last",
-        "Passes whose losses are trained. last: the last pass alone. uniform: all with equal weight. linear: pass s in "
-        "proportion to s + 1. random: one half the last pass, one half another, drawn anew for each step. exit: "
-        "every token's by its own gates, for `model.halting=exit`.",
+        "Passes whose losses are trained. last: only the last pass. uniform: all passes with equal weight. linear: "
+        "pass s with a weight in proportion to s + 1. random: the last pass and one earlier pass, with equal weight. "
+        "The earlier pass is drawn for each step. exit: the gates of each token weigh its losses, for "
+        "`model.halting=exit`.",
     )
     halting: HaltingLoss = field(default_factory=HaltingLoss)
     deepspeed: str = knob(
         "zero3",
-        "How to shard the run: the name of a file in deepspeed_configs/, or a path. auto: the ZeRO stage that fits and "
-        "takes the least time.",
+        "How to shard the run: the name of a file in deepspeed_configs/, or a path. auto: of the ZeRO stages that fit, "
+        "the fastest one.",
         path=True,
     )
     sanity_step: bool = knob(
-        True, "Before step 1, try forward and backward at full size and a trial save, then drop the result."
+        True, "Before step 1, try a forward, a backward and a save at full size, and drop their results."
     )
     time_limit: str | None = knob(
         "slurm",
@@ -220,8 +232,8 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "muon"] = knob(
         "adamw",
-        "adamw, or muon for the matrices of the layers with AdamW for the rest. Muon needs ZeRO stage 0 "
-        "or 3 and no `grad_clip`.",
+        "adamw: AdamW for all weights. muon: Muon for the matrices of the layers, and AdamW for the rest. Muon needs "
+        "ZeRO stage 0 or 3 and `grad_clip=null`.",
     )
     muon_lr: float | None = knob(
         None,
@@ -233,15 +245,15 @@ class OptimConfig:
     lr: float = knob(3e-4, "Peak learning rate.", above=0, max=1000)
     mup_base_width: int | None = knob(
         None,
-        "`model.hidden_size` that `lr` was tuned at. At other widths muP adapts learning rates, initial weights and "
-        "weight decay. `null` takes `lr` as it is.",
+        "The `model.hidden_size` at which you tuned `lr`. At other widths muP adapts learning rates, initial weights "
+        "and weight decay. `null` takes `lr` as it is.",
         min=1,
         max=MOST_WIDTH,
     )
     min_lr: float = knob(3e-5, "Learning rate at the last step.", min=0, max=1000)
     warmup_steps: int = knob(0, "Steps of linear warm-up from 0.", unit="steps", min=0, max=MOST_STEPS)
     schedule: Literal["cosine", "linear", "constant", "wsd"] = knob(
-        "cosine", "Decay after warm-up. wsd stays constant and decays over the last `wsd_decay_steps`."
+        "cosine", "Decay after warm-up. wsd: constant, with a decay over the last `wsd_decay_steps` steps."
     )
     wsd_decay_steps: int | None = knob(None, "Length of the decay of wsd.", unit="steps", min=1, max=MOST_STEPS)
     wsd_decay_style: Literal["linear", "minus_sqrt"] = knob(
@@ -252,7 +264,7 @@ class OptimConfig:
     eps: float = knob(1e-8, "AdamW: epsilon.", min=1e-30, max=1)
     weight_decay: float = knob(0.1, "Decoupled weight decay.", min=0, max=1000)
     decay: Literal["matrices", "all"] = knob(
-        "matrices", "Which weights decay. matrices leaves out norms, biases and embeddings."
+        "matrices", "Which weights decay. matrices: all but norms, biases and embeddings. all: every weight."
     )
     ema: float | None = knob(
         None,

@@ -119,14 +119,14 @@ class HealthConfig:
     )
     spike_sigma: float | None = knob(
         6.0,
-        "Treat a loss or gradient norm this many standard deviations above its mean as a spike. `null` "
+        "A loss or gradient norm is a spike if it is this many standard deviations above its mean. `null` "
         "disables the check.",
         above=0,
         max=1e6,
     )
     spike_window: int = knob(
         128,
-        "Steps over which `spike_sigma` takes mean and deviation. The check begins when half of them are recorded.",
+        "Mean and deviation for `spike_sigma` are over this many steps. The check begins after half of them.",
         unit="steps",
         min=4,
         max=10**6,
@@ -138,7 +138,8 @@ class HealthConfig:
     )
     rewind_skip_steps: int = knob(
         100,
-        "A rewind leaves out the data of up to this many steps, the spike and those before it, back to the checkpoint.",
+        "A rewind leaves out the data of this many steps: the spike and those before it. It never leaves out data from "
+        "before the checkpoint.",
         unit="steps",
         min=1,
         max=MOST_STEPS,
@@ -185,7 +186,7 @@ class LogConfig:
     profile_ranks: list[int] = knob([0], "Ranks that are traced.", min=0, max=10**6)
     track_tokens: int = knob(
         64,
-        "Tokens of each micro-batch in which to measure what each pass changes, on logged steps.",
+        "On logged steps, what each pass changes is measured on this many tokens of each micro-batch.",
         unit="tokens",
         min=1,
         max=MOST_POSITIONS,

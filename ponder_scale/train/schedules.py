@@ -75,7 +75,7 @@ def pondering_steps(step: int, highest: int, schedule: PonderingSchedule, seed: 
     if schedule.schedule == "fixed":
         return highest
     if schedule.schedule == "ramp":
-        done = min(1.0, step / schedule.ramp_steps) if schedule.ramp_steps else 1.0
+        done = min(1.0, step / schedule.ramp_steps)
         return schedule.low + math.floor((highest - schedule.low) * done)
     return _drawn(random.Random(f"pondering steps {seed} {step}"), highest, schedule)
 

@@ -127,6 +127,10 @@ def test_the_planner_counts_the_passes_of_the_deepest_sequence() -> None:
         (["train.pondering.mean=2"], "train.pondering.mean is 2.0 .* the other schedules must leave it null"),
         (["train.pondering.schedule=lognormal-poisson", "train.pondering.mean=4"], "above model.pondering_steps"),
         (["train.pondering.schedule=lognormal-poisson", "train.pondering.mean=0"], "train.pondering.mean"),
+        (
+            ["train.pondering.schedule=ramp"],
+            "train.pondering.ramp_steps is 0 with train.pondering.schedule ramp, .* give the step .* or use fixed",
+        ),
         (["train.pondering.backward_passes=0"], "backward_passes"),
         (["train.pondering.backward_passes=1", "model.residual=replace"], "no gradient would reach the input embed"),
         (["train.pondering.backward_passes=1", "train.pass_losses=uniform"], "of earlier passes would have no grad"),

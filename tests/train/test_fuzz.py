@@ -95,7 +95,7 @@ def drawn_training(draw: random.Random, precision: str, steps: int) -> dict[str,
     schedule = draw.choice(("fixed", "uniform", "ramp"))
     if schedule != "fixed":
         train |= {"pondering.schedule": schedule, "pondering.low": draw.randint(0, steps)}
-        train["pondering.ramp_steps"] = draw.choice((0, 2, 4))
+        train["pondering.ramp_steps"] = draw.choice((1, 2, 4))
     if schedule == "uniform" and draw.random() < 0.5:
         train["pondering.per"] = "sequence"
     train["sanity_step"] = draw.choice(("true", "false", "false"))
