@@ -29,7 +29,7 @@ LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
 
 def place(source: str) -> str | None:
     """Where the site has a file of the repository, from the top of docs/; None if it leaves the file out."""
-    inside = source.startswith("docs/") and source.endswith((".md", ".svg"))
+    inside = source.startswith("docs/") and source.endswith((".md", ".svg", ".png"))
     return source.removeprefix("docs/") if inside else OUTSIDE.get(source)
 
 

@@ -29,6 +29,7 @@ RATES, DECAYS = ("3e-3", "1e-2", "2e-2"), ("0.1", "0.5")
 GOAL = "all"  # of the questions: what the settings of a model are chosen by
 FIRST = ("pondering-1", "vanilla", "vanilla-twice", "vanilla-flops", "looped", "hidden")
 LATER = ("vanilla-time", "vanilla-long")  # their time is known only after the others have trained
+LONG = 2  # worlds on which vanilla-long trains, since each takes as long as all other models together
 EXTRAS = ("looped", "hidden", *LATER)  # those that compare trains when it is asked to
 # Rate and decay by model, as `--tune` found them. The longer trainings of vanilla have its settings.
 BEST = {
@@ -95,7 +96,11 @@ def together(commands: Sequence[Sequence[str]], jobs: int) -> None:
 def evidence(out: Path, seeds: Sequence[int], jobs: int) -> None:
     """Train and ask all models on all seeds."""
     for models in (FIRST, LATER):
-        runs = [f"{model}/seed-{seed}" for seed in seeds for model in models]
+        runs = [
+            f"{model}/seed-{seed}"
+            for model in models
+            for seed in (seeds[:LONG] if model == "vanilla-long" else seeds)
+        ]
         together([comparison(out, seeds, f"run_dir={out}", "--only", name) for name in runs], jobs)
     report = comparison(out, seeds, f"run_dir={out}", "--report")
     print(subprocess.run(report, stdout=subprocess.PIPE, text=True, check=True).stdout)

@@ -93,9 +93,10 @@ def bar_chart(groups: Sequence[str], series: Mapping[str, Sequence[Sequence[floa
         parts.append(f'<text x="{WIDTH - RIGHT + 12}" y="{down}" fill="{colour}">{escape(name)}</text>')
     for place, name in enumerate(groups):
         middle = LEFT + (place + 0.5) * each
-        for line, words in enumerate(textwrap.wrap(name, max(8, int(each / 6.5)))[:3]):
-            down = HEIGHT - BOTTOM + 16 + 13 * line
-            parts.append(f'<text x="{middle:.1f}" y="{down}" text-anchor="middle">{escape(words)}</text>')
+        for line, words in enumerate(textwrap.wrap(name, max(8, int(each / 5.8)))[:3]):
+            down = HEIGHT - BOTTOM + 16 + 12 * line
+            text = f'<text x="{middle:.1f}" y="{down}" text-anchor="middle" font-size="10">{escape(words)}</text>'
+            parts.append(text)
     return "\n".join([*parts, _y_title(y_label), "</svg>\n"])
 
 
