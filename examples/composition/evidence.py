@@ -97,9 +97,7 @@ def evidence(out: Path, seeds: Sequence[int], jobs: int) -> None:
     """Train and ask all models on all seeds."""
     for models in (FIRST, LATER):
         runs = [
-            f"{model}/seed-{seed}"
-            for model in models
-            for seed in (seeds[:LONG] if model == "vanilla-long" else seeds)
+            f"{model}/seed-{seed}" for model in models for seed in (seeds[:LONG] if model == "vanilla-long" else seeds)
         ]
         together([comparison(out, seeds, f"run_dir={out}", "--only", name) for name in runs], jobs)
     report = comparison(out, seeds, f"run_dir={out}", "--report")

@@ -262,7 +262,7 @@ def test_phases_and_ranges_that_make_no_sense_are_refused(make, settings, messag
 def test_another_schedule_is_another_order(make):
     state = make().state()
     for settings in ({"phases": PHASES}, {"limits": {"web": 0.5}}):
-        with pytest.raises(ConfigError, match="weights of the checkpoint"):
+        with pytest.raises(ConfigError, match="other weights than the checkpoint"):
             make(**settings).restore(state)
 
 

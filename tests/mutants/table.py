@@ -237,7 +237,7 @@ MUTANTS = [
         ("passes=(steps + 1 + 2.0 * backward) * forward", "passes=(steps + 2.0 * backward) * forward"),
         ("losses, scores = 2.0 * product, 4.0 * product", "losses, scores = 2.0 * product, 2.0 * product"),
         ("losses, scores = product + rows, 4.0 * rows", "losses, scores = product + rows, 2.0 * rows"),
-        ("loss=3.0 * product", "loss=2.0 * product"),
+        ("last = 3.0 * product", "last = 2.0 * product"),
         ("0.0, (backward - 1) * product", "0.0, backward * product"),
         ('again = forward - attention if recompute == "selective" else forward', "again = forward"),
         ("masters=4 * sharded if has_masters else 0", "masters=4 * sharded"),

@@ -88,7 +88,7 @@ def test_a_time_limit_below_the_lead_of_its_signal_is_refused(tmp_path: Path, mo
     check("00:02:00", "--signal=B:USR2@50")
     check("5", "--time=1:00:00")
     for short in ("2", "00:05:00", "5:59"):
-        with pytest.raises(SubmitError, match=rf"--time is {short}: .*300 s before \(B:USR2@300\).* at least 360 s"):
+        with pytest.raises(SubmitError, match=rf"--time is {short}, .*300 s before \(B:USR2@300\).* at least 360 s"):
             check(short)
     for options in (("--time=3",), ("-t3",), ("--signal=B:USR2@86400",)):
         with pytest.raises(SubmitError):

@@ -103,4 +103,5 @@ def test_the_planner_traces_it(shards: Any, tmp_path: Path) -> None:
     unit = 2 * config.model.num_hidden_layers * config.train.micro_batch_sequences * config.data.seq_len
     unit *= config.model.hidden_size * (2 if config.train.precision == "bf16" else 4)
     more = peaks["halting", "pass"] - peaks["plain", "pass"]
-    assert config.model.pondering_steps <= more / unit <= config.model.pondering_steps + 2, more / unit
+    # the caches of S + 1 passes, and what one of them is made from
+    assert config.model.pondering_steps <= more / unit <= config.model.pondering_steps + 2.5, more / unit
