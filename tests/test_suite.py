@@ -121,9 +121,5 @@ def test_a_test_that_starts_nothing_is_in_the_fast_lane(request: pytest.FixtureR
 def test_what_a_mutant_changes_stands_in_its_file_once(mutant: Mutant) -> None:
     assert mutant.applied_to((REPOSITORY / mutant.file).read_text()) and mutant.old != mutant.new
     for test in mutant.tests:
-        path, _, name = test.partition("::")
-        assert (
-            f"def {name.partition('[')[0]}(" in (REPOSITORY / path).read_text()
-            if name
-            else (REPOSITORY / path).exists()
-        ), test
+        path, _, name = test.partition("[")[0].partition("::")
+        assert f"def {name}(" in (REPOSITORY / path).read_text() if name else (REPOSITORY / path).exists(), test
