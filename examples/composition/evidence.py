@@ -29,7 +29,7 @@ RATES, DECAYS = ("3e-3", "1e-2", "2e-2"), ("0.1", "0.5")
 GOAL = "all"  # of the questions: what the settings of a model are chosen by
 FIRST = ("pondering-1", "vanilla", "vanilla-twice", "vanilla-flops", "looped", "hidden")
 LATER = ("vanilla-time", "vanilla-long")  # their time is known only after the others have trained
-LONG = 2  # worlds on which vanilla-long trains, since each takes as long as all other models together
+LONG = 1  # worlds on which vanilla-long trains, since it takes as long as all other models together
 EXTRAS = ("looped", "hidden", *LATER)  # those that compare trains when it is asked to
 # Rate and decay by model, as `--tune` found them. The longer trainings of vanilla have its settings.
 BEST = {
