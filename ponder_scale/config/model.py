@@ -77,8 +77,8 @@ class ModelConfig:
     )
     halting_threshold: float = knob(
         1e-4,
-        "A token halts when its gate (gate) or the product of its gates (exit) is below this. A higher value saves "
-        "more.",
+        "A token halts when it falls below this value. With `gate` that is the gate of the pondering step, with `exit` "
+        "the product of its gates so far. A higher value saves more.",
         min=0,
         max=1,
     )
