@@ -419,7 +419,7 @@ def test_what_stands_in_the_way_within_a_run_folder_is_named(here: Path, tiny_sh
             (run_dir / name).mkdir()
         done = run_command("ponder-scale", "train", "quickstart", f"run_dir={run_dir}", data)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert f"{name} in it is {run_dir / name}, {said}" in done.stderr
+        assert f"its {name} is {run_dir / name}, {said}" in done.stderr
     (here / "attempt").write_text("")
     with pytest.raises(CheckpointError, match="attempt: expected the number of an attempt"):
         owner(here)
