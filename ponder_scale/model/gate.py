@@ -20,8 +20,13 @@ class HiddenGate(nn.Module):
         """T, (B, T, D), from the pondering embedding and the hidden states of the same pass, (B, T, D) each."""
         return mixed + self.weight.to(hidden.dtype) * hidden
 
-    @torch.no_grad()
-    def close(self) -> None:
+    def start(self) -> None:
         """Set g to 0, unless its value was loaded."""
-        if not getattr(self.weight, "_is_hf_initialized", False):  # transformers' mark on a weight that was loaded
-            self.weight.zero_()
+        fill_unless_loaded(self.weight, 0.0)
+
+
+@torch.no_grad()
+def fill_unless_loaded(parameter: Tensor, value: float) -> None:
+    """Set all of a parameter to its first value, unless it was loaded from a folder."""
+    if not getattr(parameter, "_is_hf_initialized", False):  # transformers' mark on a weight that was loaded
+        parameter.fill_(value)

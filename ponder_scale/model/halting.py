@@ -30,6 +30,7 @@ from transformers.cache_utils import Cache
 
 from .backends import is_fake, wide
 from .cache import PassView, copy_newest
+from .gate import fill_unless_loaded
 from .ponder import Feedback
 
 OPEN = 4.0  # the bias of a new gate: sigmoid(4) = 0.98, so that training starts near the plain method
@@ -62,12 +63,10 @@ class Gate(nn.Module):
 class Opening(nn.Linear):
     """The last layer of a gate."""
 
-    @torch.no_grad()
-    def open(self) -> None:
-        """Start with the same g for every token, unless the weights were loaded."""
-        for parameter, value in ((self.weight, 0.0), (self.bias, OPEN)):
-            if not getattr(parameter, "_is_hf_initialized", False):  # transformers' mark on a weight that was loaded
-                parameter.fill_(value)
+    def start(self) -> None:
+        """Give every token the same g, unless the weights were loaded."""
+        fill_unless_loaded(self.weight, 0.0)
+        fill_unless_loaded(self.bias, OPEN)
 
 
 class KeptView(PassView):
@@ -288,3 +287,15 @@ def refuse_with_halting(
             "gradient checkpointing of transformers drops the keys and values that halted tokens keep; call "
             "gradient_checkpointing_disable(), and use train.recompute in a run"
         )
+
+
+def check_halting_loss(
+    halting_loss: tuple[float, float] | None, halting: str, z_loss: float, pass_weights: Sequence[float] | None
+) -> None:
+    """Raise ValueError if the gates cannot learn by this loss, or not beside the others."""
+    if halting_loss is None:
+        return
+    if halting == "none":
+        raise ValueError("halting_loss needs a model with halting 'gate' or 'exit'; this one has none")
+    if halting == "exit" and (z_loss or pass_weights is not None):
+        raise ValueError("halting 'exit' weighs the losses of the passes itself; leave out z_loss and pass_weights")

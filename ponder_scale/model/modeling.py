@@ -42,13 +42,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 from .backbone import Checkpointing, PonderBackbone
-from .backends import IGNORE_INDEX
 from .cache import PassView
 from .changes import PassChanges
 from .compat import by_position, cache_name, one_cache
 from .configuration import PonderGPT2Config, PonderGPTNeoXConfig, PonderLlamaConfig, PonderOlmo2Config
 from .gate import HiddenGate
-from .halting import HaltingGates, KeptView, Opening, expected_loss, smallest_gates
+from .halting import HaltingGates, KeptView, Opening, check_halting_loss
+from .losses import losses, next_tokens
 from .passes import Watch, checked_steps
 
 if TYPE_CHECKING:
@@ -198,9 +198,10 @@ class Ponder(Checkpointing):
 
         Raises the errors of `PonderBackbone.forward`.
         """
-        watch = Watch(self, _targets(labels, shift_labels), track, ops, pass_weights)
-        _check_halting_loss(halting_loss, self.config.halting, z_loss, pass_weights)  # type: ignore[attr-defined]
-        watch.exits = halting_loss is not None and self.config.halting == "exit"  # type: ignore[attr-defined]
+        watch = Watch(self, next_tokens(labels, shift_labels), track, ops, pass_weights)
+        check_halting_loss(halting_loss, self.config.halting, z_loss, pass_weights)  # type: ignore[attr-defined]
+        learns = halting_loss is not None and watch.targets is not None
+        watch.exits = learns and self.config.halting == "exit"  # type: ignore[attr-defined]
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"past_key_values": one_cache(past_key_values, cache), "use_cache": use_cache}
         kwargs |= {"pondering_steps": pondering_steps, "exit_kl": exit_kl, "sequence_steps": sequence_steps}
@@ -209,7 +210,7 @@ class Ponder(Checkpointing):
             input_ids, inputs_embeds=inputs_embeds, return_dict=True, watch=watch, **kwargs
         )
         wanted = (z_loss, halting_loss, num_items_in_batch)
-        seen = {} if watch.targets is None else _loss(watch, inner.last_hidden_state, *wanted)
+        seen = {} if watch.targets is None else losses(watch, inner.last_hidden_state, *wanted)
         if skip_logits is None:
             skip_logits = self.training and watch.targets is not None  # type: ignore[attr-defined]
         logits = None if skip_logits else self._logits(inner.last_hidden_state, logits_to_keep)
@@ -257,10 +258,8 @@ class Ponder(Checkpointing):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize a module whose weights are not in the folder."""
-        if isinstance(module, HiddenGate):
-            module.close()
-        elif isinstance(module, Opening):
-            module.open()
+        if isinstance(module, (HiddenGate, Opening)):
+            module.start()
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
@@ -287,7 +286,7 @@ class Ponder(Checkpointing):
                 continue
             done.add(id(module.weight))
             if isinstance(module, Opening):
-                module.open()
+                module.start()
                 continue
             std = base
             if name.endswith(self.output_projections):
@@ -295,90 +294,6 @@ class Ponder(Checkpointing):
             nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx].zero_()
-
-
-def _targets(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor | None:
-    if shift_labels is not None or labels is None:
-        return shift_labels
-    return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]  # (B, T)
-
-
-def _loss(
-    watch: Watch,
-    hidden: Tensor,
-    z_loss: float,
-    halting_loss: tuple[float, float] | None,
-    num_items: Tensor | int | None,
-) -> dict[str, Any]:
-    """The loss of hidden states (B, T, D), summed and divided by `num_items`, and more fields of the output."""
-    targets = watch.targets
-    assert targets is not None
-    if hasattr(watch.causal, "_loss_function"):  # set by transformers' setter
-        raise ValueError(
-            "loss_function was set on this model, which never calls it, because its loss is one op with the head; "
-            "compute your loss from the logits, or give Trainer a compute_loss_func"
-        )
-    weights = watch.weights
-    if weights is not None:
-        z_loss = z_loss / weights[-1]  # because the whole last loss is multiplied by it
-    if watch.exits:
-        last = watch.readout.token_losses(hidden, targets)
-        total = last.loss.sum()
-    else:
-        total, last = watch.readout.cross_entropy(hidden, targets, z_loss)
-    passes: list[Any] = [*watch.statistics, last]
-    counted = (targets != IGNORE_INDEX).reshape(-1)
-    count = counted.sum().clamp(min=1)
-    with torch.no_grad():
-        losses = torch.stack([seen.loss.sum() for seen in passes]) / count
-        entropies = torch.stack([(seen.entropy * counted).sum() for seen in passes]) / count
-        z_term = (total - last.loss.sum()) / count if z_loss else None
-    if weights is not None:
-        total = sum(watch.learned, weights[-1] * total)
-        z_term = None if z_term is None else weights[-1] * z_term
-    found: dict[str, Any] = {"pass_losses": losses, "pass_entropies": entropies, "z_loss": z_term}
-    if watch.halting is not None:
-        total, further = _halting(watch, total, last.loss, counted, halting_loss)
-        found |= further
-    return {"loss": total / (count if num_items is None else num_items), **found}
-
-
-def _halting(
-    watch: Watch, total: Tensor, last: Tensor, counted: Tensor, halting_loss: tuple[float, float] | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The summed loss with that of the gates, and the further fields of the output.
-
-    Args:
-        total: the summed loss without it.
-        last: loss of each token in the last pass, (N,).
-        counted: (N,), which tokens have a label that counts.
-    """
-    halting, count = watch.halting, counted.sum().clamp(min=1)
-    assert halting is not None
-    shares = [torch.ones_like(last), *halting.remaining] if halting.by_exit else halting.active
-    with torch.no_grad():
-        seen = {"pass_shares": torch.stack([(share.flatten() * counted).sum() for share in shares]) / count}
-    if halting_loss is None:
-        return total, seen
-    weight, share = halting_loss
-    if halting.by_exit:
-        remaining = [each.flatten() for each in halting.remaining]
-        trained = expected_loss([*watch.token_losses, last], remaining, counted, weight)
-    else:
-        gates = [each.flatten() for each in halting.remaining]
-        trained = total + count * (weight * smallest_gates(gates, counted, share))
-    return trained, seen | {"halting_loss": (trained - total).detach() / count}
-
-
-def _check_halting_loss(
-    halting_loss: tuple[float, float] | None, halting: str, z_loss: float, pass_weights: Sequence[float] | None
-) -> None:
-    if halting_loss is None:
-        return
-    if halting == "none":
-        raise ValueError("halting_loss needs a model with halting 'gate' or 'exit'; this one has none")
-    if halting == "exit" and (z_loss or pass_weights is not None):
-        raise ValueError("halting 'exit' weighs the losses of the passes itself; leave out z_loss and pass_weights")
 
 
 class PonderLlamaModel(PonderBackbone, LlamaModel):

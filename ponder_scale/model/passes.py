@@ -38,7 +38,7 @@ class Watch:
         statistics: those of the pondering softmax of each pass except the last.
         learned: the weighted sums of the losses of the passes that have a weight, except the last pass.
         halting: which tokens are active in each pass, where the model has gates and ponders.
-        exits: learn the expected loss over the exits, which needs the loss of each token with its gradient.
+        exits: whether the expected loss over the exits is learned, which needs differentiable losses of each token.
         token_losses: these, of each pass but the last, (N,).
     """
 
@@ -81,13 +81,12 @@ class Watch:
 
     def feedback(self, hidden: Tensor, index: int) -> Tensor:
         """The feedback of pass `index`, from its hidden states (B, T, D). Records its statistics and its loss."""
-        weight = 0.0 if self.weights is None or self.targets is None else self.weights[index]
         targets = self.targets
-        exits = self.exits and targets is not None
-        learn, total = (weight > 0 or exits) and torch.is_grad_enabled(), None
+        weight = 0.0 if self.weights is None or targets is None else self.weights[index]
+        learn, total = (weight > 0 or self.exits) and torch.is_grad_enabled(), None
         if self.causal.config.feedback == "hidden":
             fed_back, seen = hidden, None
-            if exits and targets is not None:
+            if targets is not None and self.exits:
                 seen = self.readout.token_losses(hidden, targets)
             elif targets is not None:  # they cost a product, because this feedback has none
                 with nullcontext() if learn else torch.no_grad():
@@ -99,7 +98,7 @@ class Watch:
         self.statistics.append(seen)
         if weight > 0 and seen is not None:
             self.learned.append(weight * (seen.loss.sum() if total is None else total))
-        if exits and seen is not None:
+        if self.exits and seen is not None:
             self.token_losses.append(seen.loss)
         return fed_back
 
@@ -146,12 +145,11 @@ class Passes:
                 f"halting is {self.config.halting!r}, but this model was made without gates; set it, and "
                 "pondering_steps, when you make or load the model"
             )
-        if halts_nothing(self.model):
-            kept = None
-        else:
-            kept, self.own_cache = (DynamicCache(), True) if self.cache is None else (self.cache, False)
-            check_growing(kept, "halting")
-            self.cache = kept
+        if not halts_nothing(self.model):
+            if self.cache is None:
+                self.cache, self.own_cache = DynamicCache(), True
+            check_growing(self.cache, "halting")
+        kept = None if halts_nothing(self.model) else self.cache
         may_stop = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self.watch.targets is None
         self.watch.halting = Halting(self.gates, self.config, self.steps, kept, self.layers, may_stop=may_stop)
         return self.watch.halting

@@ -68,7 +68,7 @@ def warm_start(model: Any, folder: Path, *, tokenizer: str | None = None) -> Non
     # New gates change little at first. That of "both" is closed, so the run begins with the folder's outputs.
     asked = (theirs["feedback"] == "both", theirs["halting"] != "none")
     missing = tuple(name for name, there in zip(GATES, asked, strict=True) if not there)
-    optional = [name for name in parameters if name.startswith(missing)] if missing else []
+    optional = [name for name in parameters if name.startswith(missing)]
     for name, tensor in model_weights(model, folder, optional=optional):
         parameters[name].copy_(tensor)
     if tokenizer is not None and tokenizer_identity(folder) not in (None, tokenizer):

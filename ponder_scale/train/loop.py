@@ -21,7 +21,7 @@ from ponder_scale.errors import REWOUND, ConfigError
 from ponder_scale.runs.attempts import Attempt
 from ponder_scale.train import generators
 from ponder_scale.train.measure.metrics import StepMeans, StepTally
-from ponder_scale.train.schedules import Depth, halting_loss, learning_rate, pass_weights, step_depth
+from ponder_scale.train.schedules import Depth, learning_rate, step_depth, trained_losses
 from ponder_scale.train.start import Run, start
 from ponder_scale.train.survive.control import Orders
 from ponder_scale.train.survive.watchdog import Watch
@@ -112,8 +112,7 @@ def _accumulate(run: Run, step: int, depth: Depth, *, logged: bool) -> StepTally
     tally = StepTally()
     generators.seed(run.config.seed, step, run.engine.rank)
     extras: dict[str, Any] = {"track": run.config.log.track_tokens if logged else None}
-    extras["halting_loss"] = halting_loss(step, run.config)
-    extras["pass_weights"] = pass_weights(step, depth.most, run.config.train.pass_losses, run.config.seed)
+    extras |= trained_losses(step, depth.most, run.config)
     sequences, ahead = (run.config.train.batch_at(number) for number in (step, step + 1))
     run.engine.set_batch(sequences)
     batches = run.loader.next_batches(sequences, ahead)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +64,14 @@ def halting_loss(step: int, config: RunConfig) -> tuple[float, float] | None:
         return None
     loss = config.train.halting
     return loss.weight, loss.share * min(1.0, step / max(1, loss.warmup_steps))
+
+
+def trained_losses(step: int, steps: int, config: RunConfig) -> dict[str, Any]:
+    """The arguments of `Engine.micro_step` that say which losses optimizer step `step` trains, with S = `steps`."""
+    return {
+        "pass_weights": pass_weights(step, steps, config.train.pass_losses, config.seed),
+        "halting_loss": halting_loss(step, config),
+    }
 
 
 def pondering_steps(step: int, highest: int, schedule: PonderingSchedule, seed: int) -> int:

@@ -16,6 +16,11 @@ from tests.model.architectures import TINY, VOCABULARY, make
 from tests.model.equations import exits_by_the_equations, halting_by_the_equations
 
 ARCHITECTURES = pytest.mark.parametrize("architecture", TINY)
+VARIANTS = pytest.mark.parametrize(
+    "fields",
+    [{}, {"residual": "restart", "pondering_temperature": 0.8, "pondering_top_k": 9}, {"feedback": "hidden"}],
+    ids=str,
+)
 STEPS = 3
 
 
@@ -38,11 +43,7 @@ def halting(architecture: str = "llama", kind: str = "gate", **fields: Any) -> A
 
 
 @ARCHITECTURES
-@pytest.mark.parametrize(
-    "fields",
-    [{}, {"residual": "restart", "pondering_temperature": 0.8, "pondering_top_k": 9}, {"feedback": "hidden"}],
-    ids=str,
-)
+@VARIANTS
 def test_logits_losses_and_gradients_are_those_of_loops_over_what_is_active(
     architecture: str, fields: dict[str, Any], tokens: torch.Tensor
 ) -> None:
@@ -70,11 +71,7 @@ def test_logits_losses_and_gradients_are_those_of_loops_over_what_is_active(
 
 
 @ARCHITECTURES
-@pytest.mark.parametrize(
-    "fields",
-    [{}, {"residual": "restart", "pondering_temperature": 0.8, "pondering_top_k": 9}, {"feedback": "hidden"}],
-    ids=str,
-)
+@VARIANTS
 def test_the_loss_of_exits_is_the_expected_one_of_dense_passes(
     architecture: str, fields: dict[str, Any], tokens: torch.Tensor
 ) -> None:

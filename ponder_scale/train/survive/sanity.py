@@ -12,7 +12,6 @@ import math
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from ponder_scale import figures
 from ponder_scale.config import RunConfig
 from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.errors import CheckpointError, ConfigError, SaveError, UnhealthyError
-from ponder_scale.train.schedules import halting_loss, pass_weights
+from ponder_scale.train.schedules import trained_losses
 from ponder_scale.train.state import RunState
 from ponder_scale.train.zero.engine import Engine
 
@@ -48,10 +47,7 @@ def rehearse(engine: Engine, config: RunConfig, vocab_size: int) -> None:
     positions = torch.arange(length).expand(len(tokens), -1).contiguous() if config.data.document_mask else None
     batch, norms = MicroBatch(tokens, tokens[:, 1:], positions), list[float]()
     steps = config.model.pondering_steps
-    learned: dict[str, Any] = {
-        "pass_weights": pass_weights(1, steps, config.train.pass_losses, config.seed),
-        "halting_loss": halting_loss(1, config),
-    }
+    learned = trained_losses(1, steps, config)
 
     def refuse(norm: float) -> bool:
         norms.append(norm)
