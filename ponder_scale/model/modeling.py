@@ -54,6 +54,7 @@ from .passes import Watch, checked_steps
 if TYPE_CHECKING:
     # Not imported, only named. transformers up to 5.0 caches the modules that this file names, and no others.
     from .attention import mix  # noqa: F401
+    from .backends import wide  # noqa: F401
     from .kernels import LOG2_E  # noqa: F401
     from .learned import Learned  # noqa: F401
     from .operators import NAMESPACE  # noqa: F401

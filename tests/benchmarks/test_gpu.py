@@ -179,7 +179,7 @@ def test_a_machine_without_a_gpu_is_told_so_in_one_line(tmp_path: Path) -> None:
     )
     said, *rest = done.stderr.splitlines()
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
-    assert said.startswith("error: no GPU here") and "--toy" in said
+    assert said.startswith("error: torch finds no GPU to measure") and "--toy" in said
     assert len(rest) == 1 and rest[0].startswith("make")  # its own, that the target failed
 
 

@@ -119,7 +119,7 @@ def test_included_files_replace_the_harness_s_own_of_their_name_and_leave_the_ot
 
 
 def test_an_unknown_task_is_answered(folder: Path, task_files: Path) -> None:
-    with pytest.raises(ConfigError, match=r"does not know nonsense; .* has local_choice"):
+    with pytest.raises(ConfigError, match=r"does not know nonsense; expected tasks of .*local_choice"):
         evaluate_tasks(folder, ["nonsense"], include=task_files)
 
 

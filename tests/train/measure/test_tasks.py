@@ -105,7 +105,7 @@ def test_a_task_that_fails_is_recorded_and_training_goes_on(
 @pytest.mark.parametrize(
     ("tasks", "content", "reason"),
     [
-        ("nonsense", "", r"evaluate\.tasks: the harness does not know nonsense; .* has local_choice"),
+        ("nonsense", "", r"evaluate\.tasks: the harness does not know nonsense; expected tasks of .*local_choice"),
         ("bad", 'doc_to_text: "{{question"\n', r"evaluate\.tasks: bad cannot be built: \w+: "),
         (
             "bad",
