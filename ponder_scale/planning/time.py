@@ -50,6 +50,7 @@ class Job:
         zero: `zero_optimization` of the sharding, with its limits settled.
         width: bytes of a weight, and of its gradient.
         learned_passes: passes before the last whose loss is trained, on average.
+        exits: the loss is the expected one over the exits, whose losses of single tokens the mixture's op computes.
     """
 
     operations: Operations
@@ -63,6 +64,7 @@ class Job:
     per_node: int
     width: int
     learned_passes: float = 0.0
+    exits: bool = False
 
     @property
     def precision(self) -> str:
@@ -210,15 +212,18 @@ def _vocabulary(job: Job, hardware: Hardware) -> float:
     def times(counts: tuple[int, int]) -> float:
         return counts[0] * job.pondering_steps + counts[1] * (job.differentiated - 1)
 
-    loss = products("loss", LOSS_PRODUCTS)
+    mixture = "tied" if shape.tied else "mixture"
+    loss = products(mixture, sum(MIXTURE_PRODUCTS)) if job.exits else products("loss", LOSS_PRODUCTS)
     if shape.feedback == "hidden":
+        if job.exits:  # each pass is read like the last
+            return loss * (job.pondering_steps + 1)
         statistics = job.pondering_steps + LEARNED_PRODUCTS["hidden"] * job.learned_passes
         return loss + products("loss", statistics)
     if shape.top_k is not None:
         rows = times(TOP_K_ROWS) * tokens * shape.top_k * shape.hidden * job.width
         loss += products("loss", LEARNED_PRODUCTS["top_k"] * job.learned_passes)
         return loss + products("top_k", job.pondering_steps) + rows / hardware.memory_bytes_per_second
-    return loss + products("tied" if shape.tied else "mixture", times(MIXTURE_PRODUCTS))
+    return loss + products(mixture, times(MIXTURE_PRODUCTS))
 
 
 def _host(job: Job, hardware: Hardware, computing: float) -> float:

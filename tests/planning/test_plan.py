@@ -275,6 +275,8 @@ MEASURED = [
     ("pass", []),
     ("layer", TIED),
     ("pass", NEOX),
+    ("none", ["model.halting=exit", "train.pass_losses=exit"]),
+    pytest.param("pass", ["model.halting=gate"], marks=pytest.mark.slow),
     pytest.param("none", [], marks=pytest.mark.slow),
     pytest.param("selective", [], marks=pytest.mark.slow),
     pytest.param("layer", [], marks=pytest.mark.slow),
