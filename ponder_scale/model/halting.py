@@ -135,6 +135,7 @@ class Halting:
         may_stop: end the forward once every token has halted. The caches of the passes that are left out get a copy.
 
     Attributes:
+        halts: whether tokens halt in this forward.
         remaining: r of each pondering step, (B, T) each, with gradient.
         active: m of each pass, (B, T) each.
     """
@@ -145,7 +146,7 @@ class Halting:
         self._modules, self._threshold, self._steps = modules, config.halting_threshold, steps
         self._cache, self._layers, self._may_stop = cache, layers, may_stop
         self._hidden: Tensor | None = None
-        self.by_exit = config.halting == "exit"
+        self.by_exit, self.halts = config.halting == "exit", cache is not None
         self.remaining: list[Tensor] = []
         self.active: list[Tensor] = []
 
