@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings import MISSING, knob
 
+RECIPES = Path(str(resources.files("data_pipeline"))) / "recipes"
 WITH_FIELDS = ("jsonl", "parquet", "dataset")  # kinds whose records have fields
 SourceKind = Literal["jsonl", "parquet", "text", "folder", "dataset"]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ponder_scale.commands.training import open_data
+from ponder_scale.compare.baselines import EXTRAS, TIME
 from ponder_scale.config import RunConfig, load_recipe
 from ponder_scale.errors import ConfigError
 from ponder_scale.files.places import check_folder
@@ -41,7 +42,8 @@ def add_commands(commands: Any) -> None:
         dest="extras",
         nargs="+",
         default=[],
-        help="add baselines: looped, hidden, vanilla-unscaled, vanilla-time, vanilla-long",
+        metavar="NAME",
+        help=f"also train these models: {', '.join(EXTRAS)}",
     )
     compare.add_argument(
         "--for",
@@ -94,7 +96,7 @@ def _compare(options: argparse.Namespace, _: list[str]) -> int:
             "under the launcher"
         )
     from ponder_scale.compare.findings import read_result, time_ratio
-    from ponder_scale.compare.members import TIME, plan_runs
+    from ponder_scale.compare.members import plan_runs
     from ponder_scale.compare.report import write_report
     from ponder_scale.compare.run import choose, train_runs
     from ponder_scale.train.launch import default_processes
