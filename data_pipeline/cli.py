@@ -123,7 +123,7 @@ def _add_plan(commands: Any) -> None:
 def _add_adopt(commands: Any) -> None:
     command = commands.add_parser("adopt", help="use token files that other programs made, without copying them")
     command.add_argument("files", nargs="+", type=path, metavar="FILE", help="token files in reading order")
-    command.add_argument("--kind", choices=KINDS, required=True, help="program that made the files")
+    command.add_argument("--kind", choices=KINDS, required=True, help="format of the files")
     command.add_argument(
         "--tokenizer",
         dest="tokenizer_path",
@@ -149,7 +149,7 @@ def _add_grow(commands: Any) -> None:
     )
     command.add_argument("folder", type=path, help="folder that `ponder-data build` made")
     command.add_argument(
-        "settings", nargs="*", metavar="key=value", help="settings as in build: the sources of the new files"
+        "settings", nargs="*", metavar="key=value", help="the sources of the new files, written as for build"
     )
     command.set_defaults(run=_append)
 
@@ -162,7 +162,10 @@ def _add_grow(commands: Any) -> None:
         "--allow-duplicates", action="store_true", help="merge even if the folders share files or documents"
     )
     command.add_argument(
-        "--without-last", type=whole(1), metavar="N", help="take one folder as it was before its last N appends"
+        "--without-last",
+        type=whole(1),
+        metavar="N",
+        help="give one FOLDER, and get it as it was before its last N appends",
     )
     command.set_defaults(run=_merge)
 

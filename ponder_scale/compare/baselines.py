@@ -15,14 +15,14 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     TIME: ("equal parameters and training time, so more tokens", PLAIN),
     LONG: (f"equal parameters, {LONGER} times the steps", PLAIN),
     "looped": (
-        "the same passes, each on the hidden states of the one before (a looped transformer)",
+        "a looped transformer: each pass gets the hidden states of the pass before",
         ("model.feedback=hidden", "model.residual=replace"),
     ),
     "hidden": ("hidden states are added to the input instead of pondering embeddings", ("model.feedback=hidden",)),
     "both": ("hidden states are fed back beside pondering embeddings, by a learned gate", ("model.feedback=both",)),
     "halting": ("pondering in which each token halts by a learned gate", ("model.halting=gate",)),
     "exits": (
-        "pondering that learns by the expected loss over the exits of each token",
+        "pondering in which each token learns after which pass to stop, by its expected loss",
         ("model.halting=exit", "train.pass_losses=exit"),
     ),
     "vanilla-unscaled": (
