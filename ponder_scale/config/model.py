@@ -48,7 +48,7 @@ class ModelConfig:
         None, "Use the embedding table as the head. `null` follows the architecture."
     )
     pondering_steps: int = knob(
-        3, "S: how often the pondering embedding is fed back. The model runs S + 1 passes.", min=0, max=64
+        3, "S: how often a pass feeds back to the next one. The model runs S + 1 passes.", min=0, max=64
     )
     scale_embeds: bool = knob(True, "Multiply embeddings by sqrt(hidden_size).")
     initial_scale: float = knob(
@@ -57,11 +57,13 @@ class ModelConfig:
     pondering_temperature: float = knob(1.0, "Temperature tau of the pondering softmax.", min=1e-3, max=1e3)
     feedback: Literal["embedding", "hidden", "both"] = knob(
         "embedding",
-        "What a pass feeds back (T): the pondering embedding, its hidden states, or both through a learned gate.",
+        "What each pass feeds back to the next one (T). embedding: the pondering embedding. hidden: its hidden states. "
+        "both: both, through a learned gate.",
     )
     residual: Literal["accumulate", "restart", "replace"] = knob(
         "accumulate",
-        "What the input e_s of pass s is, with feedback T. accumulate: e_{s-1} + T. restart: e_0 + T. replace: T.",
+        "How the input e_s of pass s is made from the feedback T. accumulate: e_{s-1} + T. restart: e_0 + T. replace: "
+        "T alone.",
     )
     pondering_top_k: int | None = knob(
         None,
@@ -77,8 +79,8 @@ class ModelConfig:
     )
     halting_threshold: float = knob(
         1e-4,
-        "A token halts when it falls below this value. With `gate` that is the gate of the pondering step, with `exit` "
-        "the product of its gates so far. A higher value saves more.",
+        "A token halts when its gate falls below this value (`halting=gate`), or when the product of its gates so far "
+        "does (`halting=exit`). A higher value saves more.",
         min=0,
         max=1,
     )
@@ -90,7 +92,7 @@ class ModelConfig:
     init_from: str | None = knob(
         None, "Start a new run from the weights of this Hugging Face folder, pondering or not.", path=True
     )
-    extra: dict[str, Any] = knob({}, "More fields of the transformers configuration, under their own names.")
+    extra: dict[str, Any] = knob({}, "More fields for the configuration of transformers, under their own names.")
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:

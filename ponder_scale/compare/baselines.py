@@ -1,0 +1,37 @@
+"""The names of the baselines of a comparison, and what each changes in the recipe. Loads nothing, for the help text."""
+
+from __future__ import annotations
+
+VANILLA = "vanilla"
+TWICE = "vanilla-twice"
+FLOPS = "vanilla-flops"
+LONG, LONGER = "vanilla-long", 10
+TIME = "vanilla-time"
+
+FIXED = ("train.pondering.schedule=fixed", "train.pondering.mean=null", "train.pondering.per=step")
+PLAIN = ("model.pondering_steps=0", "model.initial_scale=1", *FIXED)
+# Baselines that you can add by name. They take as many pondering steps as the first pondering model.
+EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
+    TIME: ("equal parameters and training time, so more tokens", PLAIN),
+    LONG: (f"equal parameters, {LONGER} times the steps", PLAIN),
+    "looped": (
+        "a looped transformer: each pass gets the hidden states of the pass before",
+        ("model.feedback=hidden", "model.residual=replace"),
+    ),
+    "hidden": ("hidden states are added to the input instead of pondering embeddings", ("model.feedback=hidden",)),
+    "both": ("hidden states are fed back beside pondering embeddings, by a learned gate", ("model.feedback=both",)),
+    "halting": ("pondering in which each token halts by a learned gate", ("model.halting=gate",)),
+    "exits": (
+        "pondering in which each token learns after which pass to stop, by its expected loss",
+        ("model.halting=exit", "train.pass_losses=exit"),
+    ),
+    "vanilla-unscaled": (
+        "vanilla without the factor sqrt(D) on its embeddings",
+        (
+            "model.pondering_steps=0",
+            "model.scale_embeds=false",
+            "model.initial_scale=1",
+            *FIXED,
+        ),
+    ),
+}
