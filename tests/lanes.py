@@ -1,9 +1,14 @@
-"""Which tests are for every change: those that start no process. Found from what a test calls, so none is listed."""
+"""Which tests are for every change: those that start no process. Found from what a test calls, so none is listed.
+
+And in which order the files are tested, so that no worker is left alone with a long one at the end.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -11,6 +16,7 @@ import pytest
 
 FOLDERS = ("benchmarks", "slurm")  # whose subject is processes of others and their time
 # what starts a process: of our helpers, of the standard library and of pytest
+SECONDS = {"slow": 20.0, "processes": 4.0}  # of a processor, about; a test with neither mark takes a tenth
 STARTERS = {"run_ranks", "run_command", "run_script", "subprocess", "multiprocessing", "fork", "system"}
 
 
@@ -20,6 +26,15 @@ def starts_processes(test: pytest.Function) -> bool:
         return True
     fixtures = (define.func for defines in test._fixtureinfo.name2fixturedefs.values() for define in defines)
     return any(starts(function) for function in (test.function, *fixtures))
+
+
+def put_long_files_first(items: list[pytest.Item]) -> None:
+    """Order the tests by what all those of their file take, by their marks; the tests of a file stay in its order."""
+    seconds: Counter[Path] = Counter()
+    for item in items:
+        marks = (SECONDS[name] for name in SECONDS if item.get_closest_marker(name))
+        seconds[item.path] += max(marks, default=0.1)  # type: ignore[assignment]
+    items.sort(key=lambda item: (-seconds[item.path], item.path))
 
 
 @cache
