@@ -110,6 +110,29 @@ def test_what_starts_processes_is_found_however_it_is_called(start: Any) -> None
     assert starts(start) and not starts(plain)
 
 
+def of_one_worker() -> list[str]:
+    return ["build", "workers=1"]
+
+
+def of_two_workers() -> list[str]:
+    return [*of_one_worker(), "workers=2"]
+
+
+def of_its_workers(workers: int) -> list[str]:
+    return ["build", f"workers={workers}"]
+
+
+def test_a_build_by_several_workers_starts_processes() -> None:
+    assert starts(of_two_workers) and starts(of_two_workers, alone=True) and not starts(of_one_worker)
+    assert starts(of_its_workers) and not starts(of_its_workers, alone=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_case_of_one_worker_is_in_the_fast_lane(request: pytest.FixtureRequest, workers: int) -> None:
+    assert of_its_workers(workers)
+    assert bool(request.node.get_closest_marker("processes")) == (workers == 2)
+
+
 def test_a_test_whose_fixture_starts_ranks_is_not_in_the_fast_lane(request: pytest.FixtureRequest, ranks: Any) -> None:
     assert request.node.get_closest_marker("processes")
 
