@@ -3,6 +3,7 @@
 # make test         lint, types, layers and all tests but those of a cluster
 # make test-slurm   the templates on a real Slurm of twenty nodes, on this machine; Slurm has to be installed
 # make test-vllm    exported folders in vLLM against transformers, in an environment of its own that is kept
+# make vllm-packages   what test-vllm installs, but for this package; it comes while other tests run
 # make evidence     where pondering pays: five worlds of facts, the pondering model and every baseline, in about an hour
 # make faults       the tests that injure a run, and the table of what they did and what was left
 # make mutants      slips put into the arithmetic, one at a time: the tests have to notice each
@@ -12,7 +13,7 @@
 # make lock         the locks, made again from pyproject.toml and from what they hold; needs `uv`
 # make gpu          what is to be known of the GPU at hand, in ten minutes: its tests, its ceilings, every bench;
 #                   by .venv's Python where there is one, else $(PYTHON); FLAGS=--train trains for 20 minutes too
-# All but `test-vllm`, `docs`, `lock`, `gpu` and `clean` make .venv and install the locked versions first.
+# All but `test-vllm`, `vllm-packages`, `docs`, `lock`, `gpu` and `clean` make .venv and install the locked versions first.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,12 +27,14 @@ RANKS := $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
 # processes that share the test files; each may start two ranks of its own
 WORKERS ?= 2
+# a file goes to one worker, which makes its fixtures once; the order of the files is that of tests/conftest.py
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # where the environment with vLLM is kept between runs
 VLLM ?= $(HOME)/.cache/ponder-scale-vllm
 # the environment of mkdocs
 DOCS := .venv-docs
 
-.PHONY: quickstart evidence test test-fast test-slurm test-vllm faults mutants gpu wheel docs dist lock install lint clean
+.PHONY: quickstart evidence test test-fast test-slurm test-vllm vllm-packages faults mutants gpu wheel docs dist lock install lint clean
 
 install: $(VENV)/installed
 
@@ -59,13 +62,16 @@ lint: install
 	$(BIN)/python docs/check_prose.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/slurm --ignore tests/serve
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) --ignore tests/slurm --ignore tests/serve
 
 test-fast: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not processes and not slow" --ignore tests/serve -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not processes and not slow" --ignore tests/serve $(SHARED)
 
 test-slurm: install
 	OMP_NUM_THREADS=1 REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm
+
+vllm-packages:
+	@PYTHON=$(PYTHON) timeout 30m sh tests/serve/environment.sh "$(VLLM)" packages
 
 test-vllm:
 	@PYTHON=$(PYTHON) timeout 30m sh tests/serve/environment.sh "$(VLLM)"
@@ -73,7 +79,7 @@ test-vllm:
 	    --timeout 1200 -n $(WORKERS) --dist loadfile
 
 faults: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --ignore tests/serve -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --ignore tests/serve $(SHARED)
 
 mutants: install
 	$(BIN)/python -m tests.mutants
