@@ -129,6 +129,7 @@ def published_keys(architecture: str, configuration: Any) -> dict[str, Any]:
         "pondering_temperature": architecture == "gpt_neox" and configuration.pondering_temperature != 1.0,
         "feedback": configuration.feedback != "embedding",
         "halting": configuration.halting != "none",
+        "extra_heads": configuration.extra_heads > 0,
         "residual": configuration.residual == "replace"
         or (configuration.residual == "restart" and (architecture != "llama" or scale != 1.0)),
     }
