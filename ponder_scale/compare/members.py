@@ -43,6 +43,14 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "pondering that learns by the expected loss over the exits of each token",
         ("model.halting=exit", "train.pass_losses=exit"),
     ),
+    "multi-token": (
+        "pondering that also learns to predict the two tokens after the next, by extra heads of one layer each",
+        ("model.extra_heads=2",),
+    ),
+    "vanilla-multi-token": (
+        "vanilla that also learns to predict the two tokens after the next (multi-token prediction)",
+        (*PLAIN, "model.extra_heads=2"),
+    ),
     "vanilla-unscaled": (
         "vanilla without the factor sqrt(D) on its embeddings",
         (

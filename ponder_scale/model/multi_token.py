@@ -5,10 +5,10 @@
     logits_{1+i} = W norm(head_i(u_S))                                      i = 1..n
     loss = CE(logits_1, x_{t+1}) + weight * sum_i CE(logits_{1+i}, x_{t+1+i})
 
-Each head is one more layer of the backbone's own kind, beside the last one. All share the last norm and the
-unembedding W. So do the models that Meta published with the paper. There the last layers are taken from the trunk, so
-that the number of parameters stays the same. Here the heads come on top, so that the model without them is the plain
-one. Lower the number of layers by n for a comparison at equal parameters.
+Each head is one more layer of the backbone's own kind, beside the last one. All share the unembedding W, as in the
+paper, and the last norm. The paper takes the layers of the heads from the trunk, so that the number of parameters stays
+the same. Here they come on top, so that the model without them is the plain one. We know the published code from its
+description only, so the place of the norm is ours.
 
 B batch, T tokens, D hidden size, V vocabulary, L layers, S pondering steps, n extra heads.
 """

@@ -70,7 +70,11 @@ def _traced(config: RunConfig, configuration: Any, layers: int) -> Traced:
     values["n_layer" if "n_layer" in values else "num_hidden_layers"] = layers
     size = config.train.micro_batch_sequences, config.data.seq_len
     train, steps = config.train, configuration.pondering_steps
-    options = {"pass_weights": _weights(train.pass_losses, steps), "backward_passes": train.pondering.backward_passes}
+    options: dict[str, Any] = {
+        "pass_weights": _weights(train.pass_losses, steps),
+        "backward_passes": train.pondering.backward_passes,
+    }
+    options["multi_token_weight"] = train.multi_token_weight if configuration.extra_heads else None
     text = json.dumps(values, sort_keys=True)
     return _trace(text, train.recompute, train.precision, size, tuple(options.items()))
 

@@ -210,7 +210,7 @@ def _vocabulary(job: Job, hardware: Hardware) -> float:
     def times(counts: tuple[int, int]) -> float:
         return counts[0] * job.pondering_steps + counts[1] * (job.differentiated - 1)
 
-    loss = products("loss", LOSS_PRODUCTS)
+    loss = products("loss", LOSS_PRODUCTS * (1 + shape.extra_heads))
     if shape.feedback == "hidden":
         statistics = job.pondering_steps + LEARNED_PRODUCTS["hidden"] * job.learned_passes
         return loss + products("loss", statistics)
