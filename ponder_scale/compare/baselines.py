@@ -25,6 +25,14 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
         "pondering in which each token learns after which pass to stop, by its expected loss",
         ("model.halting=exit", "train.pass_losses=exit"),
     ),
+    "multi-token": (
+        "pondering that also learns to predict the two tokens after the next, by extra heads of one layer each",
+        ("model.extra_heads=2",),
+    ),
+    "vanilla-multi-token": (
+        "vanilla that also learns to predict the two tokens after the next (multi-token prediction)",
+        (*PLAIN, "model.extra_heads=2"),
+    ),
     "vanilla-unscaled": (
         "vanilla without the factor sqrt(D) on its embeddings",
         (

@@ -84,6 +84,13 @@ class ModelConfig:
         min=0,
         max=1,
     )
+    extra_heads: int = knob(
+        0,
+        "Multi-token prediction: heads that predict the tokens 2, 3, ... ahead, besides the next one. Each is one more "
+        "layer. They draft tokens when the model generates, and else change nothing.",
+        min=0,
+        max=64,
+    )
     init_by_passes: bool | None = knob(
         None,
         "Also divide the initial output projections by sqrt(S + 1). `null` does what the published code of the "

@@ -54,6 +54,7 @@ class RunConfig:
             )
         self._check_pondering()
         self._check_halting()
+        self._check_heads()
         if self.train.offload_activations and self.train.recompute == "none":
             raise ConfigError(
                 "train.offload_activations is true, but train.recompute is none, which keeps every activation; use "
@@ -85,6 +86,19 @@ class RunConfig:
             raise ConfigError(
                 f"train.compile is true with model.halting {self.model.halting}, whose layers are not compiled: the "
                 "keys and values that halted tokens keep change from pass to pass; set train.compile=false"
+            )
+
+    def _check_heads(self) -> None:
+        heads = self.model.extra_heads
+        if heads and self.model.halting != "none":
+            raise ConfigError(
+                f"model.extra_heads is {heads} with model.halting {self.model.halting}: the heads read the last pass, "
+                "in which halted tokens have no state of their own; set extra_heads to 0 or halting to none"
+            )
+        if heads >= self.data.seq_len:
+            raise ConfigError(
+                f"model.extra_heads is {heads}, but data.seq_len is {self.data.seq_len}, so the last of them would "
+                "have no label in a sequence; lower model.extra_heads"
             )
 
     def _check_pondering(self) -> None:

@@ -168,6 +168,9 @@ class TrainConfig:
         "`model.halting=exit`.",
     )
     halting: HaltingLoss = field(default_factory=HaltingLoss)
+    multi_token_weight: float = knob(
+        1.0, "Weight of the sum of the losses of `model.extra_heads` in the loss.", above=0, max=1e6
+    )
     deepspeed: str = knob(
         "zero3",
         "How to shard the run: the name of a file in deepspeed_configs/, or a path. auto: of the ZeRO stages that fit, "

@@ -87,6 +87,12 @@ def _halting(configuration: Any) -> dict[str, str]:
     return {"halting": f"{configuration.halting}, below {configuration.halting_threshold:g}"}
 
 
+def _heads(configuration: Any) -> dict[str, str]:
+    if not configuration.extra_heads:
+        return {}
+    return {"extra heads, for the tokens further ahead": str(configuration.extra_heads)}
+
+
 def model_card(
     name: str, configuration: Any, parameters: int, facts: Mapping[str, str], licence: str | None = None
 ) -> str:
@@ -100,6 +106,7 @@ def model_card(
         "feedback, residual, embedding scale": f"{configuration.feedback}, {configuration.residual}, "
         f"{'sqrt(D)' if configuration.scale_embeds else '1'} x {configuration.initial_scale:g} at the start",
         **_halting(configuration),
+        **_heads(configuration),
         **facts,
         "licence": licence or "not stated",
     }

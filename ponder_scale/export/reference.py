@@ -24,7 +24,7 @@ from ponder_scale.export.tokenizer import copy_file, read_json, tokenizer_config
 from ponder_scale.export.writer import write_safetensors
 from ponder_scale.model.configuration import PONDERING_FIELDS
 from ponder_scale.setup.build import ARCHITECTURES, configuration_from_dict
-from ponder_scale.setup.warm_start import NOT_THE_MODEL, folder_configuration, read_configuration
+from ponder_scale.setup.warm_start import HEADS, NOT_THE_MODEL, folder_configuration, read_configuration
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,13 @@ def export_reference(source: Path, out: Path) -> Path:
             f"{source / 'config.json'}: model_type is {values.get('model_type')!r}; expected one of {known}"
         )
     configuration = configuration_from_dict(values)
+    if configuration.extra_heads:
+        logger.warning(
+            "%s: its %d extra heads are left out, because the published code has none; they only draft, so the text "
+            "stays the same",
+            *(source, configuration.extra_heads),
+        )
+        configuration.extra_heads = 0
     keys = published_keys(architecture, configuration)
     model = meta_model(configuration)
     shapes = {_published_name(architecture, name): parameter.shape for name, parameter in model.named_parameters()}
@@ -93,7 +100,7 @@ def export_reference(source: Path, out: Path) -> Path:
         unused["adapter.weight"] = torch.Size((configuration.hidden_size, 2 * configuration.hidden_size))
 
     def weights() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in model_weights(model, source):
+        for name, tensor in model_weights(model, source, dropped=(HEADS,)):
             yield _published_name(architecture, name), tensor
         for name, shape in unused.items():
             yield name, torch.zeros(shape)

@@ -13,6 +13,7 @@ HALTINGS = ("none", "gate", "exit")
 PONDERING_FIELDS = (
     *("pondering_steps", "scale_embeds", "initial_scale", "pondering_temperature", "feedback", "residual"),
     *("pondering_top_k", "init_by_passes", "halting", "halting_threshold"),
+    "extra_heads",
 )
 
 
@@ -37,9 +38,11 @@ class PonderingFields:
             steps.
         halting_threshold: a token halts when what its gates leave is below this. A higher one saves more, after
             training too.
+        extra_heads: further heads, which predict the tokens 2, 3, ... ahead, see `multi_token.py`. They change neither
+            the logits nor the next token.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of its range, or fields exclude each other.
     """
 
     published_init_by_passes = False
@@ -56,6 +59,7 @@ class PonderingFields:
         init_by_passes: bool | None = None,
         halting: str = "none",
         halting_threshold: float = 1e-4,
+        extra_heads: int = 0,
         **kwargs: Any,
     ) -> None:
         self.pondering_steps = pondering_steps
@@ -68,6 +72,7 @@ class PonderingFields:
         self.init_by_passes = self.published_init_by_passes if init_by_passes is None else init_by_passes
         self.halting = halting
         self.halting_threshold = halting_threshold
+        self.extra_heads = extra_heads
         self.check_pondering()
         if kwargs.get("dtype") is not None:
             kwargs.pop("torch_dtype", None)  # it is also written, for older readers
@@ -93,6 +98,13 @@ class PonderingFields:
         threshold = self.halting_threshold
         if not isinstance(threshold, (int, float)) or isinstance(threshold, bool) or not 0 <= threshold <= 1:
             raise ValueError(f"halting_threshold is {threshold!r}; expected a number from 0 to 1")
+        if not _is_integer(self.extra_heads, 0):
+            raise ValueError(f"extra_heads is {self.extra_heads!r}; expected an integer of at least 0")
+        if self.extra_heads and self.halting != "none":
+            raise ValueError(
+                f"extra_heads is {self.extra_heads} with halting {self.halting!r}: the heads read the last pass, in "
+                "which halted tokens have no state of their own; set extra_heads to 0 or halting to 'none'"
+            )
         if self.feedback == "hidden" and (self.pondering_top_k is not None or self.pondering_temperature != 1.0):
             raise ValueError(
                 "pondering_top_k and pondering_temperature belong to the pondering softmax, which feedback 'hidden' "

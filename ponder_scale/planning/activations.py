@@ -75,6 +75,8 @@ def _traced(config: RunConfig, configuration: Any, layers: int) -> Traced:
         options["pass_weights"] = _weights(train.pass_losses, steps)
     if configuration.halting != "none":
         options["halting_loss"] = train.halting.weight, train.halting.share
+    if configuration.extra_heads:
+        options["multi_token_weight"] = train.multi_token_weight
     text = json.dumps(values, sort_keys=True)
     return _trace(text, train.recompute, train.precision, size, tuple(options.items()))
 

@@ -9,6 +9,7 @@ A product of (m, k) and (k, n) counts 2 m k n. With G = 2 V D for one product of
     an earlier pass's loss     nothing                        the mixture makes z, dh and dW already
     the same beside K tokens   2 G backward                   dh and dW over all of the vocabulary
     the same, hidden feedback  1 G forward, 2 G backward      as for the last pass
+    an extra head              a layer once, and 1 G forward, 2 G backward
 
 Model FLOPs, for MFU, count what the mathematics needs: 3 forwards for a pass, 6 G for a pondering step (G + 10 K D with
 K tokens) and 3 G for the loss. Hardware FLOPs, for HFU, add what is computed twice. That is 1 G for a pondering step,
@@ -57,11 +58,13 @@ class Shape:
     backward_passes: int | None = None  # the last ones, that gradients flow through; None: all
     layer_matrices: int = 7  # matrices of a layer, each of which is gathered by itself
     layer_modules: int = 16  # modules of a layer, each of which has ZeRO-3's hooks
+    extra_heads: int = 0  # heads for the tokens further ahead, each of which is a layer that runs once
+    head_parameters: int = 0  # of all of them
 
     @property
     def block_parameters(self) -> int:
         """The parameters of the layers, which every pass multiplies with. The few of norms and biases are included."""
-        return self.parameters - self.table_parameters
+        return self.parameters - self.table_parameters - self.head_parameters
 
     def differentiated(self, pondering_steps: float) -> float:
         """The number of passes that gradients flow through, for a number of pondering steps."""
@@ -102,7 +105,11 @@ def flops_per_token(
     product = 2.0 * shape.vocabulary * shape.hidden
     attention = 2.0 * shape.layers * shape.hidden * (shape.sequence + 1)
     forward = 2.0 * shape.block_parameters + attention
-    again = forward - attention if recompute == "selective" else forward
+    heads_attention = 2.0 * shape.extra_heads * shape.hidden * (shape.sequence + 1)
+    heads = 2.0 * shape.head_parameters + heads_attention
+    again, heads_again = forward, heads
+    if recompute == "selective":
+        again, heads_again = forward - attention, heads - heads_attention
     learned = learned_passes(pass_losses, steps) * product
     backward = shape.differentiated(steps)  # the last of them feeds nothing back
     mixture, gradient, losses, scores = 2.0 * product, 4.0 * product, 0.0, (backward - 1) * product
@@ -119,10 +126,10 @@ def flops_per_token(
             read, losses, scores = steps + 1.0, 0.0, 0.0
         last, scores = read * 6.0 * product, scores + read * product
     return Flops(
-        passes=(steps + 1 + 2.0 * backward) * forward,
+        passes=(steps + 1 + 2.0 * backward) * forward + 3.0 * heads,
         pondering=steps * mixture + (backward - 1) * gradient,
-        loss=last + losses,
-        recomputed=RECOMPUTED_FORWARDS[recompute] * backward * again + scores,
+        loss=last + losses + 3.0 * shape.extra_heads * product,
+        recomputed=RECOMPUTED_FORWARDS[recompute] * (backward * again + heads_again) + scores,
     )
 
 
@@ -130,7 +137,7 @@ def square_attention(shape: Shape, pondering_steps: float | None = None) -> floa
     """The FLOPs that PaLM's convention adds to `flops_per_token(...).model`: the masked half of attention's square."""
     steps = shape.pondering_steps if pondering_steps is None else pondering_steps
     forwards = steps + 1 + 2.0 * shape.differentiated(steps)  # a backward takes two
-    return forwards * 2.0 * shape.layers * shape.hidden * (shape.sequence - 1)
+    return (forwards * shape.layers + 3.0 * shape.extra_heads) * 2.0 * shape.hidden * (shape.sequence - 1)
 
 
 def step_flops(shape: Shape, recompute: str, pondering_steps: int, tokens: int, pass_losses: str = "last") -> Flops:
@@ -183,14 +190,16 @@ def block_bytes(shape: Shape, tokens: int, *, learned: bool = False) -> tuple[in
             copy of W and E and of their gradients, K tokens a second gradient of W.
     """
     scores = 2 * 4 * min(tokens * shape.vocabulary, CHUNK_ELEMENTS) + 4 * shape.vocabulary * shape.hidden
+    of_heads = 4 * shape.vocabulary * shape.hidden  # the heads have one loss for all of their tokens
+    of_heads += 2 * 4 * min(max(1, shape.extra_heads) * tokens * shape.vocabulary, CHUNK_ELEMENTS)
     attention, table = shape.tied and shape.top_k is None, 4 * shape.vocabulary * shape.hidden
     mixture = ATTENTION_ROWS * 4 * tokens * shape.hidden if attention else scores
     if not learned:
-        return mixture, mixture, scores
+        return mixture, mixture, of_heads
     if attention:
-        return mixture, mixture + 4 * table, scores
+        return mixture, mixture + 4 * table, of_heads
     more = 4 * min(tokens * shape.vocabulary, CHUNK_ELEMENTS) if shape.top_k is None else table
-    return mixture, mixture + more, scores
+    return mixture, mixture + more, of_heads
 
 
 def kernel_bytes(shape: Shape, tokens: int) -> tuple[int, int, int]:
@@ -200,7 +209,8 @@ def kernel_bytes(shape: Shape, tokens: int) -> tuple[int, int, int]:
     `model/kernels.py`.
     """
     forward = 2 * min(tokens, KERNEL_BLOCK) * shape.vocabulary
-    return forward, 2 * 2 * tokens * min(shape.vocabulary, KERNEL_BLOCK), forward
+    loss = 2 * min(max(1, shape.extra_heads) * tokens, KERNEL_BLOCK) * shape.vocabulary
+    return forward, 2 * 2 * tokens * min(shape.vocabulary, KERNEL_BLOCK), loss
 
 
 LIVE, REUSE, PREFETCH = "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"
@@ -260,7 +270,8 @@ def gathering(
     """The all-gathers of S + 1 passes under the limits of `gather_limits`. None for stages other than 3.
 
     If all weights fit within both limits, each is gathered once a micro-step. Otherwise that is true of the tables
-    only, and each layer is gathered for each sweep through the layers: a pass, its backward, its recomputation.
+    only, and of the extra heads, which are the last in forward and the first in backward. Each layer is gathered for
+    each sweep through the layers: a pass, its backward, its recomputation.
     `python -m benchmarks comm` counts the same on real ranks.
 
     Args:
@@ -275,7 +286,8 @@ def gathering(
     backward, again = shape.differentiated(steps), recompute in SWEEPS_AGAIN
     sweeps, turns = steps + 1 + backward * (2 if again else 1), 2 * backward - 1 if again else 1
     rounds = sweeps - turns * min(1.0, KEPT_AT_TURN / shape.layers)
-    live_share = min(1.0, (1.0 - blocks) + LIVE_LAYERS * blocks / shape.layers)
+    # the heads are layers too, which take turns
+    live_share = min(1.0, shape.table_parameters / shape.parameters + LIVE_LAYERS * blocks / shape.layers)
     return Gathering(
         "ZeRO-3 gathers each layer once per pass and releases it", rounds * blocks + (1.0 - blocks), live_share, rounds
     )

@@ -27,7 +27,7 @@ def model_shape(configuration: Any, seq_len: int, backward_passes: int | None = 
     embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     head = model.get_output_embeddings().weight
     tables = {id(weight): weight for weight in (*embeddings, head)}
-    top_k, layer = configuration.pondering_top_k, model.layers[0]
+    top_k, layer, heads = configuration.pondering_top_k, model.layers[0], getattr(model, "extra_heads", ())
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         table_parameters=sum(weight.numel() for weight in tables.values()),
@@ -42,4 +42,6 @@ def model_shape(configuration: Any, seq_len: int, backward_passes: int | None = 
         backward_passes=backward_passes,
         layer_matrices=sum(weight.ndim > 1 for weight in layer.parameters()),
         layer_modules=sum(1 for _ in layer.modules()),
+        extra_heads=configuration.extra_heads,
+        head_parameters=sum(weight.numel() for head in heads for weight in head.parameters()),
     )

@@ -213,10 +213,11 @@ def _vocabulary(job: Job, hardware: Hardware) -> float:
         return counts[0] * job.pondering_steps + counts[1] * (job.differentiated - 1)
 
     mixture = "tied" if shape.tied else "mixture"
-    loss = products(mixture, sum(MIXTURE_PRODUCTS)) if job.exits else products("loss", LOSS_PRODUCTS)
+    last = products(mixture, sum(MIXTURE_PRODUCTS)) if job.exits else products("loss", LOSS_PRODUCTS)
+    loss = last + products("loss", LOSS_PRODUCTS * shape.extra_heads)
     if shape.feedback == "hidden":
         if job.exits:  # each pass is read like the last
-            return loss * (job.pondering_steps + 1)
+            return loss + job.pondering_steps * last
         statistics = job.pondering_steps + LEARNED_PRODUCTS["hidden"] * job.learned_passes
         return loss + products("loss", statistics)
     if shape.top_k is not None:

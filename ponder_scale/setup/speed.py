@@ -112,5 +112,5 @@ def _compile_layers(model: Any, train: TrainConfig) -> None:
             "set train.recompute to none, layer or pass"
         )
     check_compiler("train.compile is true")
-    for layer in model.layers:
+    for layer in (*model.layers, *getattr(model, "extra_heads", ())):
         layer.forward = torch.compile(layer.forward)

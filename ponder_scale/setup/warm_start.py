@@ -25,6 +25,7 @@ from ponder_scale.shards.manifest import tokenizer_identity
 logger = logging.getLogger(__name__)
 
 GATES = ("hidden_gate.", "halting_gates.")  # the weights of the feedback "both", and of halting
+HEADS = "extra_heads."  # the weights of the heads for multi-token prediction
 
 PUBLISHED_KEYS = (
     *("ponderinglm", "recurrent_model", "pondering_steps", "scale_embeds", "mutiply_pondering_steps"),
@@ -68,8 +69,16 @@ def warm_start(model: Any, folder: Path, *, tokenizer: str | None = None) -> Non
     # New gates change little at first. That of "both" is closed, so the run begins with the folder's outputs.
     asked = (theirs["feedback"] == "both", theirs["halting"] != "none")
     missing = tuple(name for name, there in zip(GATES, asked, strict=True) if not there)
+    kept = min(theirs["extra_heads"], ours["extra_heads"])
+    missing += tuple(f"{HEADS}{index}." for index in range(kept, ours["extra_heads"]))
+    dropped = tuple(f"{HEADS}{index}." for index in range(kept, theirs["extra_heads"]))
+    if dropped:
+        logger.warning(
+            "%s: its last %d of %d extra heads are left out, because model.extra_heads is %d",
+            *(folder, len(dropped), theirs["extra_heads"], kept),
+        )
     optional = [name for name in parameters if name.startswith(missing)]
-    for name, tensor in model_weights(model, folder, optional=optional):
+    for name, tensor in model_weights(model, folder, optional=optional, dropped=dropped):
         parameters[name].copy_(tensor)
     if tokenizer is not None and tokenizer_identity(folder) not in (None, tokenizer):
         logger.warning("the tokenizer file in %s is not the one that the shards were made with", folder)

@@ -71,6 +71,7 @@ def trained_losses(step: int, steps: int, config: RunConfig) -> dict[str, Any]:
     return {
         "pass_weights": pass_weights(step, steps, config.train.pass_losses, config.seed),
         "halting_loss": halting_loss(step, config),
+        "multi_token_weight": config.train.multi_token_weight if config.model.extra_heads else None,
     }
 
 

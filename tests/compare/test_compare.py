@@ -77,6 +77,10 @@ def test_the_baselines_are_equal_in_what_they_say() -> None:
         assert config.data == configure().data and config.optim == configure().optim
     looped = configure(runs["looped/seed-5"].overrides).model
     assert (looped.feedback, looped.residual, looped.pondering_steps) == ("hidden", "replace", 2)
+    for name, steps in (("multi-token", 2), ("vanilla-multi-token", 0)):
+        model = configure(runs[f"{name}/seed-1"].overrides).model
+        assert (model.extra_heads, model.pondering_steps) == (2, steps)
+        assert runs[f"{name}/seed-1"].member.parameters > ours.parameters
     assert configure(runs["vanilla-flops/seed-1"].overrides).model == configure(runs["vanilla/seed-1"].overrides).model
 
 

@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ponder_scale.errors import CheckpointError
+from ponder_scale.export.folder import write_folder
 from ponder_scale.export.reference import export_reference, import_reference
 from ponder_scale.setup.warm_start import pondering_fields
 from tests.commands import run_command
 from tests.export.published import NAMES, published_folder
+from tests.model.architectures import make
 from tests.model.published import CASES, ORACLE
 
 
@@ -54,6 +56,20 @@ def test_import_and_export_give_the_published_folder_back(name: str, tmp_path: P
     assert {key: ours[key] for key in ("vocab_size", "tie_word_embeddings")} == {
         key: theirs[key] for key in ("vocab_size", "tie_word_embeddings")
     }
+
+
+def test_extra_heads_are_left_out_of_the_published_format_with_a_sentence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make(pondering_steps=2, scale_embeds=True, extra_heads=2)
+    weights = dict(model.named_parameters())
+    write_folder(tmp_path / "ours", model.config, weights.items(), dtype="float32", card=str, tokenizer=None)
+    back = export_reference(tmp_path / "ours", tmp_path / "theirs")
+    assert "its 2 extra heads are left out, because the published code has none" in caplog.text
+    assert load_file(back / "model.safetensors").keys() == {name for name in weights if "extra_heads" not in name}
+    assert "extra_heads" not in json.loads((back / "config.json").read_text())
+    again = import_reference(tmp_path / "ours", tmp_path / "again")
+    assert load_file(again / "model.safetensors").keys() == weights.keys()
 
 
 def test_temperature_is_read_where_the_published_code_reads_it() -> None:

@@ -97,6 +97,18 @@ def test_losses_of_earlier_passes_cost_products_only_where_no_mixture_makes_them
     assert [learned_passes(losses, 0.5) for losses in ("last", "uniform", "random")] == [0, 0.5, 0.5]
 
 
+@pytest.mark.parametrize(("policy", "again"), [("none", 0), ("selective", 480), ("layer", 1024), ("pass+layer", 2048)])
+def test_an_extra_head_is_a_layer_that_runs_once_and_a_loss(policy: str, again: int) -> None:
+    """Two heads of 120 parameters: 2 x 240, and 2 x 2 x 8 x 17 = 544 of attention, on the same 600 of blocks."""
+    shape = replace(SHAPE, parameters=1240, extra_heads=2, head_parameters=240)
+    flops, plain = flops_per_token(shape, policy), flops_per_token(SHAPE, policy)
+    assert shape.block_parameters == 600
+    assert (flops.passes - plain.passes, flops.loss - plain.loss) == (3 * 1024, 3 * 2 * 800)
+    assert (flops.pondering, flops.recomputed - plain.recomputed) == (plain.pondering, again)
+    square = square_attention(shape) - square_attention(SHAPE)
+    assert 3 * 1024 + square == 3 * 480 + 12 * 2 * 8 * 16
+
+
 def test_the_whole_square_of_attention_is_what_palm_would_count() -> None:
     flops = flops_per_token(SHAPE, "none").passes
     # 12 L D T a token in PaLM's, 6 L D (T + 1) here, of each of four passes

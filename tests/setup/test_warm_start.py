@@ -72,6 +72,25 @@ def test_a_gate_that_a_folder_does_not_have_starts_closed_and_one_that_it_has_is
         warm_start(again, tmp_path / "both")
 
 
+def test_heads_of_a_folder_are_taken_new_ones_are_added_and_others_are_left_out_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = make(pondering_steps=2, extra_heads=2, seed=5).eval()
+    theirs.save_pretrained(tmp_path)
+    for heads in (0, 1, 2, 3):
+        caplog.clear()
+        model = make(pondering_steps=2, extra_heads=heads).eval()
+        fresh = None if heads < 3 else model.extra_heads[2].mlp.up_proj.weight.clone()
+        warm_start(model, tmp_path)
+        assert torch.equal(model(TOKENS).logits, theirs(TOKENS).logits)
+        if heads:
+            ahead = [each(TOKENS, extra_logits=True).extra_logits[: min(heads, 2)] for each in (model, theirs)]
+            assert torch.equal(*ahead)
+        assert fresh is None or torch.equal(model.extra_heads[2].mlp.up_proj.weight, fresh)
+        said = f"its last {2 - heads} of 2 extra heads are left out, because model.extra_heads is {heads}"
+        assert (said in caplog.text) == (heads < 2)
+
+
 def test_a_warm_start_from_a_published_folder_computes_what_was_published(tmp_path: Path) -> None:
     name = "gpt_neox.S1.scale1.mult0"
     folder = published_folder(tmp_path / "theirs", name)

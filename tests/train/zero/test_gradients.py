@@ -228,3 +228,24 @@ def test_gates_that_learn_to_halt_are_right_under_every_policy(stage: int, tmp_p
         ],
         timeout=240,
     )
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_heads_that_predict_further_tokens_are_right_under_every_policy(stage: int, tmp_path: Path) -> None:
+    """They are layers beside the last one that run once, and share its norm and the head with S + 1 passes."""
+    heads = ["model.extra_heads=2", "train.multi_token_weight=0.5"]
+    drawn = ["train.pondering.schedule=uniform", "train.pondering.low=0", "train.steps=3"]
+    ways = [
+        ("none", False, []),
+        ("selective", False, ["train.pondering.backward_passes=2"]),
+        ("layer", True, drawn),
+        ("pass", True, ["train.pass_losses=linear"]),
+        ("pass", False, [*drawn, "train.pondering.per=sequence"]),
+        ("pass+layer", False, ["model.pondering_steps=0", "train.offload_activations=true"]),
+    ]
+    check(
+        [
+            {"deepspeed": small_buckets(tmp_path, stage), "policy": policy, "tied": tied, "overrides": [*heads, *more]}
+            for policy, tied, more in ways
+        ]
+    )
