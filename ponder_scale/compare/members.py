@@ -28,6 +28,11 @@ EVALUATIONS = 20  # points of a curve if the recipe does not say how often to ev
 
 FIXED = ("train.pondering.schedule=fixed", "train.pondering.mean=null", "train.pondering.per=step")
 PLAIN = ("model.pondering_steps=0", "model.initial_scale=1", *FIXED)
+# What methods that add positions do not have, at its default.
+POSITIONS = (
+    *("model.residual=accumulate", "model.halting=none", "model.pondering_top_k=null", "model.pondering_temperature=1"),
+    *("train.pass_losses=last", "train.pondering.backward_passes=null", *FIXED),
+)
 # Baselines that you can add by name. They take as many pondering steps as the first pondering model.
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     TIME: ("equal parameters and training time, so more tokens", PLAIN),
@@ -38,6 +43,14 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "hidden": ("hidden states are added to the input instead of pondering embeddings", ("model.feedback=hidden",)),
     "both": ("hidden states are fed back beside pondering embeddings, by a learned gate", ("model.feedback=both",)),
+    "latent": (
+        "the hidden state of each position is the input of one more (PonderLM-2)",
+        ("model.feedback=latent", f"model.initial_scale={math.sqrt(2.5)}", *POSITIONS),
+    ),
+    "pause": (
+        "each token is followed by learned embeddings (pause tokens)",
+        ("model.feedback=pause", "model.initial_scale=1", *POSITIONS),
+    ),
     "halting": ("pondering in which each token halts by a learned gate", ("model.halting=gate",)),
     "exits": (
         "pondering that learns by the expected loss over the exits of each token",

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     # Not imported, only named. transformers up to 5.0 caches the modules that this file names, and no others.
     from .attention import mix  # noqa: F401
     from .backends import wide  # noqa: F401
+    from .interleaved import Interleaved  # noqa: F401
     from .kernels import LOG2_E  # noqa: F401
     from .learned import Learned  # noqa: F401
     from .operators import NAMESPACE  # noqa: F401
@@ -113,6 +114,8 @@ class Ponder(Checkpointing):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.feedback == "both" and config.pondering_steps > 0:
             self.hidden_gate = HiddenGate(config.hidden_size)
+        if config.feedback == "pause" and config.pondering_steps > 0:
+            self.pause_embedding = nn.Embedding(1, config.hidden_size)
         if config.halting != "none" and config.pondering_steps > 0:
             self.halting_gates = HaltingGates(config.hidden_size, config.pondering_steps)
         self.post_init()
@@ -166,6 +169,7 @@ class Ponder(Checkpointing):
         exit_kl: float | None = None,
         sequence_steps: Tensor | None = None,
         backward_passes: int | None = None,
+        refinements: int | None = None,
         z_loss: float = 0.0,
         pass_weights: Sequence[float] | None = None,
         halting_loss: tuple[float, float] | None = None,
@@ -188,6 +192,8 @@ class Ponder(Checkpointing):
                 passes after a sequence's own last one do not change it, so its loss in them is that of its last.
             backward_passes: number of the last passes that gradients flow through. The feedback of earlier passes
                 counts as a constant, and they keep nothing for backward. e_0 keeps its gradient.
+            refinements: with feedback "latent", the Jacobi iterations after the first ones, see `interleaved.py`. The
+                default is 3. With a cache the latents are exact, and this number is not used.
             z_loss: factor of the mean squared log-sum-exp of the last pass's logits, which is added to the loss.
             pass_weights: w_0 to w_S. The loss is sum_s w_s CE_s over the passes. The default is that of the last pass.
             halting_loss: (weight, share). With halting "gate" it adds weight times the mean of the smallest share of
@@ -206,7 +212,7 @@ class Ponder(Checkpointing):
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"past_key_values": one_cache(past_key_values, cache), "use_cache": use_cache}
         kwargs |= {"pondering_steps": pondering_steps, "exit_kl": exit_kl, "sequence_steps": sequence_steps}
-        kwargs |= {"backward_passes": backward_passes}
+        kwargs |= {"backward_passes": backward_passes, "refinements": refinements}
         inner = self.base_model(  # type: ignore[attr-defined]
             input_ids, inputs_embeds=inputs_embeds, return_dict=True, watch=watch, **kwargs
         )

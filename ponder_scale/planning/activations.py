@@ -71,6 +71,8 @@ def _traced(config: RunConfig, configuration: Any, layers: int) -> Traced:
     size = config.train.micro_batch_sequences, config.data.seq_len
     train, steps = config.train, configuration.pondering_steps
     options = {"pass_weights": _weights(train.pass_losses, steps), "backward_passes": train.pondering.backward_passes}
+    if configuration.feedback == "latent":
+        options["refinements"] = configuration.published_refinements[1]  # a step with the most has the peak
     text = json.dumps(values, sort_keys=True)
     return _trace(text, train.recompute, train.precision, size, tuple(options.items()))
 

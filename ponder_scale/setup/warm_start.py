@@ -24,7 +24,8 @@ from ponder_scale.shards.manifest import tokenizer_identity
 
 logger = logging.getLogger(__name__)
 
-GATES = ("hidden_gate.", "halting_gates.")  # the weights of the feedback "both", and of halting
+# the weights of the feedback "both", of halting, and of the feedback "pause"
+GATES = ("hidden_gate.", "halting_gates.", "pause_embedding.")
 
 PUBLISHED_KEYS = (
     *("ponderinglm", "recurrent_model", "pondering_steps", "scale_embeds", "mutiply_pondering_steps"),
@@ -66,7 +67,7 @@ def warm_start(model: Any, folder: Path, *, tokenizer: str | None = None) -> Non
             )
     parameters = dict(model.named_parameters())
     # New gates change little at first. That of "both" is closed, so the run begins with the folder's outputs.
-    asked = (theirs["feedback"] == "both", theirs["halting"] != "none")
+    asked = (theirs["feedback"] == "both", theirs["halting"] != "none", theirs["feedback"] == "pause")
     missing = tuple(name for name, there in zip(GATES, asked, strict=True) if not there)
     optional = [name for name in parameters if name.startswith(missing)]
     for name, tensor in model_weights(model, folder, optional=optional):

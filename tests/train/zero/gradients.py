@@ -98,7 +98,8 @@ def on_a_rank(case: dict[str, Any]) -> dict[str, Any]:
             own = depth.of(micro, 1, rank=engine.rank, ranks=engine.world_size)
             rows, weights = MicroBatch(sequence, sequence[:, 1:], None), weights_of(step, config)
             gates = halting_loss(step + 1, config)
-            loss = engine.micro_step(rows, ponder, own, pass_weights=weights, halting_loss=gates).loss
+            asked = {"pass_weights": weights, "halting_loss": gates, "refinements": depth.refinements}
+            loss = engine.micro_step(rows, ponder, own, **asked).loss
             total += loss.detach() / engine.micro_steps
             if step == 0 and micro == engine.micro_steps - 1:
                 for name, parameter in engine.module.named_parameters():
@@ -155,6 +156,7 @@ def loss_of(model: Any, batch: torch.Tensor, step: int, config: RunConfig) -> to
             pondering_steps=taken,
             backward_passes=passes,
             halting_loss=gates,
+            refinements=depth.refinements,
         ).loss
         for row, number in zip(rows, steps, strict=True)
         for taken, weight in ((min(index, number), weight) for index, weight in enumerate(weights))
