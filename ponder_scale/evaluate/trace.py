@@ -62,8 +62,8 @@ def trace_folder(
         raise ConfigError(f"--text has {ids.shape[1]} tokens; expected 1 to {most}, the positions of the model")
     if model.config.feedback in INTERLEAVED:
         raise ConfigError(
-            f"{folder}: its feedback is {model.config.feedback}, which adds positions, but trace shows what passes over "
-            "the same positions change; use evaluate ppl for the losses of its positions"
+            f"{folder}: its feedback is {model.config.feedback}, which adds positions, but trace shows what passes "
+            "over the same positions change; use evaluate ppl for the losses of its positions"
         )
     if steps is not None and steps < 0:
         raise ConfigError(f"--pondering-steps is {steps}; expected at least 0")

@@ -36,8 +36,9 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
 `generate(pondering_steps=k)` runs k pondering steps instead of {steps}. `generate(assistant_model=model.draft(0))`
-gives the same text, drafted by the same weights without pondering. {exits} Continuous batching (`generate_batch`) is refused: its cache has one slot a
-layer, and a pondering model needs one for each pass. `SHA256SUMS` is for `sha256sum -c`.
+gives the same text, drafted by the same weights without pondering. {exits} Continuous
+batching (`generate_batch`) is refused: its cache has one slot a layer, and a pondering model needs one for each pass.
+`SHA256SUMS` is for `sha256sum -c`.
 
 ## In other tools
 
