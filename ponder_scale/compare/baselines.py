@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 VANILLA = "vanilla"
 TWICE = "vanilla-twice"
 FLOPS = "vanilla-flops"
@@ -9,6 +11,11 @@ LONG, LONGER = "vanilla-long", 10
 TIME = "vanilla-time"
 
 FIXED = ("train.pondering.schedule=fixed", "train.pondering.mean=null", "train.pondering.per=step")
+# What methods that add positions do not have, at its default.
+POSITIONS = (
+    *("model.residual=accumulate", "model.halting=none", "model.pondering_top_k=null", "model.pondering_temperature=1"),
+    *("model.extra_heads=0", "train.pass_losses=last", "train.pondering.backward_passes=null", *FIXED),
+)
 PLAIN = ("model.pondering_steps=0", "model.initial_scale=1", *FIXED)
 # Baselines that you can add by name. They take as many pondering steps as the first pondering model.
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -20,6 +27,14 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "hidden": ("hidden states are added to the input instead of pondering embeddings", ("model.feedback=hidden",)),
     "both": ("hidden states are fed back beside pondering embeddings, by a learned gate", ("model.feedback=both",)),
+    "latent": (
+        "the hidden state of each position is the input of one more (PonderLM-2)",
+        ("model.feedback=latent", f"model.initial_scale={math.sqrt(2.5)}", *POSITIONS),
+    ),
+    "pause": (
+        "each token is followed by learned embeddings (pause tokens)",
+        ("model.feedback=pause", "model.initial_scale=1", *POSITIONS),
+    ),
     "halting": ("pondering in which each token halts by a learned gate", ("model.halting=gate",)),
     "exits": (
         "pondering in which each token learns after which pass to stop, by its expected loss",

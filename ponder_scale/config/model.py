@@ -10,6 +10,8 @@ from ponder_scale.settings import knob
 
 from .bounds import MOST_POSITIONS, MOST_VOCABULARY, MOST_WIDTH
 
+INTERLEAVED = ("latent", "pause")  # kinds of feedback that add positions instead of passes over the same ones
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -55,10 +57,12 @@ class ModelConfig:
         1.0, "Factor on the input embeddings e_0. The published `mutiply_pondering_steps` uses S.", min=1e-6, max=1e6
     )
     pondering_temperature: float = knob(1.0, "Temperature tau of the pondering softmax.", min=1e-3, max=1e3)
-    feedback: Literal["embedding", "hidden", "both"] = knob(
+    feedback: Literal["embedding", "hidden", "both", "latent", "pause"] = knob(
         "embedding",
         "What each pass feeds back to the next one (T). embedding: the pondering embedding. hidden: its hidden states. "
-        "both: both, through a learned gate.",
+        "both: both, through a learned gate. latent and pause are other methods. They follow each token by S more "
+        "positions. latent: the input of such a position is the hidden state of the position before (PonderLM-2). "
+        "pause: the input is a learned embedding (pause tokens).",
     )
     residual: Literal["accumulate", "restart", "replace"] = knob(
         "accumulate",

@@ -77,6 +77,8 @@ def _traced(config: RunConfig, configuration: Any, layers: int) -> Traced:
         options["halting_loss"] = train.halting.weight, train.halting.share
     if configuration.extra_heads:
         options["multi_token_weight"] = train.multi_token_weight
+    if configuration.feedback == "latent":
+        options["refinements"] = configuration.published_refinements[1]  # a step with the most has the peak
     text = json.dumps(values, sort_keys=True)
     return _trace(text, train.recompute, train.precision, size, tuple(options.items()))
 
