@@ -225,7 +225,7 @@ def _build(options: argparse.Namespace, command: str) -> None:
     if built is None:
         return
     for split, shards in built.manifest.splits.items():
-        documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
+        documents, tokens = sum(shard.documents for shard in shards), built.manifest.tokens(split)
         print(f"{split}: {documents:,} documents, {tokens:,} tokens, shards: {len(shards)}")
     for source, (documents, tokens) in kept(built.manifest).items():
         print(f"kept of {source}: {documents:,} documents, {tokens:,} tokens")
@@ -253,7 +253,7 @@ def _adopt(options: argparse.Namespace, command: str) -> None:
     from data_pipeline.commands.adopt import adopt
 
     manifest = adopt(**flags(options), command=command)
-    tokens = sum(info.tokens for infos in manifest.splits.values() for info in infos)
+    tokens = sum(map(manifest.tokens, manifest.splits))
     documents = sum(info.documents for infos in manifest.splits.values() for info in infos)
     print(
         f"adopted {len(options.files)} files, {documents:,} documents, {tokens:,} tokens, as {options.out}; the files "
