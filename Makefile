@@ -29,12 +29,14 @@ RANKS := $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 WORKERS ?= 2
 # a file goes to one worker, which makes its fixtures once; the order of the files is that of tests/conftest.py
 SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# with several --jobs, a make that a test starts would warn that it cannot share them
+PYTEST = MAKEFLAGS= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # where the environment with vLLM is kept between runs
 VLLM ?= $(HOME)/.cache/ponder-scale-vllm
 # the environment of mkdocs
 DOCS := .venv-docs
 
-.PHONY: quickstart evidence test test-fast test-slurm test-vllm vllm-packages faults mutants gpu wheel docs dist lock install lint clean
+.PHONY: quickstart evidence test test-fast pytest pytest-fast test-slurm test-vllm vllm-packages faults mutants gpu wheel docs dist lock install lint clean
 
 install: $(VENV)/installed
 
@@ -61,11 +63,16 @@ lint: install
 	$(BIN)/lint-imports
 	$(BIN)/python docs/check_prose.py
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) --ignore tests/slurm --ignore tests/serve
+# two targets, so that `make --jobs 2 test` has one processor look at the code while the tests have begun
+test: lint pytest
 
-test-fast: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not processes and not slow" --ignore tests/serve $(SHARED)
+test-fast: lint pytest-fast
+
+pytest: install
+	$(PYTEST) $(SHARED) --ignore tests/slurm --ignore tests/serve
+
+pytest-fast: install
+	$(PYTEST) -m "not processes and not slow" --ignore tests/serve $(SHARED)
 
 test-slurm: install
 	OMP_NUM_THREADS=1 REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm
@@ -79,7 +86,7 @@ test-vllm:
 	    --timeout 1200 -n $(WORKERS) --dist loadfile
 
 faults: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --ignore tests/serve $(SHARED)
+	$(PYTEST) -m faults --ignore tests/serve $(SHARED)
 
 mutants: install
 	$(BIN)/python -m tests.mutants
@@ -89,7 +96,7 @@ gpu:
 	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks gpu $(FLAGS)
 
 wheel: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_package.py
+	$(PYTEST) tests/test_package.py
 
 docs: $(DOCS)/installed
 	$(DOCS)/bin/mkdocs build --strict

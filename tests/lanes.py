@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 FOLDERS = ("benchmarks", "slurm")  # whose subject is processes of others and their time
-# what starts a process: of our helpers, of the standard library and of pytest
+# what starts a process: of our helpers, of the project and of the standard library
 WORKERS = r"\bworkers=[2-9]"  # of a build of data
 WORKERS_OF_A_CASE = r"\bworkers=$"  # behind which stands a parameter of the test
 SECONDS = {"slow": 20.0, "processes": 4.0}  # of a processor, about; a test with neither mark takes a tenth
 STARTERS = {"run_ranks", "run_command", "run_script", "subprocess", "multiprocessing", "fork", "system"}
+STARTERS |= {"calibrate", "train_run", "verify_in_fresh_process"}
 
 
 def starts_processes(test: pytest.Function) -> bool:
