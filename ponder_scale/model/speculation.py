@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from .cache import check_growing
 from .compat import CACHE_NAMES
@@ -61,6 +62,8 @@ class HeadDrafts:
         """
         _check(input_ids, generation_config, synced_gpus, options)
         cache = next((options[name] for name in CACHE_NAMES if options.get(name) is not None), None)
+        if cache is None and options.get("use_cache"):
+            cache = DynamicCache()  # transformers 5.0 leaves the usual one to the model
         check_growing(cache, "custom_generate with drafts of the heads")
         assert cache is not None
         if self._streamer is not None:
