@@ -80,6 +80,11 @@ def _add_generate(commands: Any) -> None:
         help="draft tokens with this many pondering steps and check them with all; the text stays the same",
     )
     generate.add_argument(
+        "--draft-heads",
+        action="store_true",
+        help="draft tokens with the extra heads of the model and check them; the text stays the same",
+    )
+    generate.add_argument(
         "--temperature", type=number(least=0), default=0.0, help="sampling temperature; 0 decodes greedily (default: 0)"
     )
     generate.add_argument(

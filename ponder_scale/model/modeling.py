@@ -51,6 +51,7 @@ from .halting import HaltingGates, KeptView, Opening
 from .losses import Wanted, losses, next_tokens
 from .multi_token import ExtraHeads
 from .passes import Watch, checked_steps
+from .speculation import HeadDrafts
 
 if TYPE_CHECKING:
     # Not imported, only named. transformers up to 5.0 caches the modules that this file names, and no others.
@@ -267,6 +268,16 @@ class Ponder(Checkpointing):
         other.config.pondering_steps = checked_steps(pondering_steps)  # type: ignore[attr-defined]
         other.generation_config.pondering_steps = None  # type: ignore[attr-defined]  # it would override the configuration
         return other
+
+    def draft_heads(self, streamer: Any = None) -> HeadDrafts:
+        """Let the extra heads draft: `generate(..., custom_generate=model.draft_heads())`. The text stays the same.
+
+        Args:
+            streamer: give it here and not to `generate`, see `speculation.HeadDrafts`.
+        """
+        if not self.config.extra_heads:  # type: ignore[attr-defined]
+            raise ValueError("this model has no extra_heads to draft with; use assistant_model=model.draft(0)")
+        return HeadDrafts(streamer)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Raises ValueError. Continuous batching keeps one key-value slot a layer, which the passes would overwrite."""
