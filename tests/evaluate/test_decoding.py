@@ -64,7 +64,7 @@ def test_every_way_to_decode_is_measured(
 
 
 def test_latents_are_measured_without_exits_and_are_not_traced(
-    shards: tuple[Path, Path], tiny_tokenizer: Path, tmp_path: Path
+    shards: tuple[Path, Path], tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fields = {"vocab_size": 300, "max_position_embeddings": 32, "eos_token_id": 0}
     model = make_confident("llama", pondering_steps=1, feedback="latent", scale_embeds=True, **fields)
@@ -73,6 +73,11 @@ def test_latents_are_measured_without_exits_and_are_not_traced(
     found = {way.name: way for way in measure(out, {"x": shards[0]}, sequences=1, prompt_tokens=6, new_tokens=6)}
     assert list(found) == ["plain", "0 pondering steps", "draft of 0 pondering steps"]
     assert found["draft of 0 pondering steps"].loss == found["plain"].loss != found["0 pondering steps"].loss
+    for flag in ({"exit_kl": 0.1}, {"compiled": True}):
+        with pytest.raises(ConfigError, match="is not for a model with feedback latent; leave it out"):
+            generate(out, "The quick", max_new_tokens=2, **flag)
+    generate(out, "The quick", max_new_tokens=3)
+    assert "early exit" not in capsys.readouterr().out
     with pytest.raises(ConfigError, match="its feedback is latent, which adds positions, but trace shows"):
         trace_folder(out, "The quick", steps=None, html_file=None)
 
