@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, Tex
 
 from ponder_scale.checkpoint.find import read_state
 from ponder_scale.checkpoint.weights import read_weights
+from ponder_scale.config import INTERLEAVED
 from ponder_scale.errors import CheckpointError, ConfigError
 from ponder_scale.evaluate.trust import installed_configuration
 from ponder_scale.setup.build import configuration_from_dict, model_class
@@ -149,6 +150,7 @@ def generate(
     model, tokenizer = load_folder(folder, trust_remote_code=trust_remote_code)
     if draft_heads and not getattr(model.config, "extra_heads", 0):
         raise ConfigError(f"--draft-heads: the model in {folder} has no extra heads; use --draft-steps 0")
+    _check_model(model.config, exit_kl=exit_kl, compiled=compiled)
     if pondering_steps is not None:
         model.config.pondering_steps = pondering_steps
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
@@ -180,6 +182,13 @@ def _check(*, exit_kl: float | None, draft_steps: int | None, pondering_steps: i
     for name, value in (("--exit-kl", exit_kl), ("--draft-steps", draft_steps), ("--pondering-steps", pondering_steps)):
         if value is not None and value < 0:
             raise ConfigError(f"{name} is {value}; expected at least 0")
+
+
+def _check_model(config: Any, *, exit_kl: float | None, compiled: bool) -> None:
+    for field, special in (("feedback", config.feedback in INTERLEAVED), ("halting", config.halting != "none")):
+        for flag, given in (("--exit-kl", exit_kl is not None), ("--compile", compiled)):
+            if special and given:
+                raise ConfigError(f"{flag} is not for a model with {field} {getattr(config, field)}; leave it out")
 
 
 def _prompts(prompt: str | None, *, interactive: bool) -> Iterable[str]:
@@ -264,7 +273,8 @@ def _speed(new: int, seconds: float) -> str:
 def passes_line(model: Any, counts: Counts) -> str:
     """The line about how many of the passes ran."""
     whole = counts.forwards * (model.config.pondering_steps + 1)
-    saved = f", {1 - counts.passes / whole:.0%} saved by early exit" if counts.passes < whole else ""
+    exits = counts.passes < whole and model.config.feedback not in INTERLEAVED  # a pause takes one pass over all
+    saved = f", {1 - counts.passes / whole:.0%} saved by early exit" if exits else ""
     return f"{counts.passes} passes in {counts.forwards} forwards{saved}"
 
 

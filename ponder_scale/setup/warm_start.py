@@ -135,8 +135,7 @@ def pondering_fields(values: dict[str, Any], *, latent: bool = False) -> dict[st
         if not latent:
             raise ValueError(
                 "interpolation is false, as PonderLM-2 writes it, and its loop and pause baselines do so, too; if "
-                "these are weights of PonderLM-2, add --latent to import-reference, or set model.feedback=latent in a "
-                "run"
+                "these are weights of PonderLM-2, give import-reference --latent, or a run model.feedback=latent"
             )
         scaled = bool(values.get("scale_embeds"))
         fields = {"feedback": "latent", "pondering_steps": int(values["num_latent_thoughts"]), "scale_embeds": scaled}

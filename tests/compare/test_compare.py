@@ -84,6 +84,19 @@ def test_the_baselines_are_equal_in_what_they_say() -> None:
     assert configure(runs["vanilla-flops/seed-1"].overrides).model == configure(runs["vanilla/seed-1"].overrides).model
 
 
+def test_latents_and_pauses_are_compared_even_with_a_recipe_that_they_refuse() -> None:
+    """A recipe may have what only passes over the same positions have."""
+    passes = ["model.residual=restart", "model.pondering_top_k=9", "train.pass_losses=uniform"]
+    runs = planned(extras=["latent", "pause"])
+    for name, scale in (("latent", math.sqrt(2.5)), ("pause", 1.0)):
+        run = next(run for run in runs.values() if run.member.name == name)
+        model = configure([*passes, *run.overrides]).model
+        assert (model.feedback, model.residual, model.pondering_top_k) == (name, "accumulate", None)
+        assert model.initial_scale == pytest.approx(scale) and run.member.pondering_steps == model.pondering_steps
+    flops = {run.member.name: run.member.flops for run in runs.values()}
+    assert flops["latent"] > flops["pondering-2"] > flops["pause"] > flops["vanilla"]
+
+
 @pytest.mark.parametrize("recipe", ["pythia-70m", "llama-1.4b", "gpt2-124m", "quickstart"])
 def test_twice_the_parameters_is_found_for_the_shipped_recipes(recipe: str) -> None:
     def of_recipe(more: Any = ()) -> RunConfig:

@@ -19,6 +19,7 @@ from ponder_scale.data.loader import heldout_batches, open_sources
 from ponder_scale.errors import ConfigError, ShardError, TokenizerError
 from ponder_scale.evaluate.decoding import measure
 from ponder_scale.evaluate.generate import generate
+from ponder_scale.evaluate.trace import trace_folder
 from ponder_scale.export.folder import write_folder
 from tests.model.architectures import make_confident
 
@@ -60,6 +61,25 @@ def test_every_way_to_decode_is_measured(
     printed = capsys.readouterr().out
     assert "3 sequences, 12 tokens after 10 each, S = 2, cpu" in printed
     assert [row["name"] for row in json.loads((tmp_path / "ways.json").read_text())] == list(ways)
+
+
+def test_latents_are_measured_without_exits_and_are_not_traced(
+    shards: tuple[Path, Path], tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"vocab_size": 300, "max_position_embeddings": 32, "eos_token_id": 0}
+    model = make_confident("llama", pondering_steps=1, feedback="latent", scale_embeds=True, **fields)
+    out = tmp_path / "latent"
+    write_folder(out, model.config, model.named_parameters(), dtype="float32", card=str, tokenizer=tiny_tokenizer)
+    found = {way.name: way for way in measure(out, {"x": shards[0]}, sequences=1, prompt_tokens=6, new_tokens=6)}
+    assert list(found) == ["plain", "0 pondering steps", "draft of 0 pondering steps"]
+    assert found["draft of 0 pondering steps"].loss == found["plain"].loss != found["0 pondering steps"].loss
+    for flag in ({"exit_kl": 0.1}, {"compiled": True}):
+        with pytest.raises(ConfigError, match="is not for a model with feedback latent; leave it out"):
+            generate(out, "The quick", max_new_tokens=2, **flag)
+    generate(out, "The quick", max_new_tokens=3)
+    assert "early exit" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="its feedback is latent, which adds positions, but trace shows"):
+        trace_folder(out, "The quick", steps=None, html_file=None)
 
 
 def test_what_cannot_be_measured_is_answered(folder: Path, shards: tuple[Path, Path], tiny_shards: Any) -> None:

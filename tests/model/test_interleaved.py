@@ -104,6 +104,27 @@ def test_a_cache_gives_what_a_position_after_the_other_gives_however_the_text_is
     assert one.changes.embed_norms.shape == (3,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_latents_of_a_prompt_rest_after_a_few_passes_and_are_then_exact(dtype: torch.dtype) -> None:
+    """In fp64 the iterations end when nothing changes, which is after the last of 40 latents at the latest."""
+    prompt = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
+    model = make("llama", feedback="latent", pondering_steps=1, scale_embeds=True).eval()
+    exact = model.double()(prompt, use_cache=True).logits
+    runs: list[int] = []
+
+    def counted(run_pass: Any, embeds: torch.Tensor, index: int, *arguments: Any, **options: Any) -> Any:
+        runs.append(index)
+        return run_pass(embeds, index, *arguments, **options)
+
+    model.wrappers = (counted,)
+    with torch.no_grad():
+        found = model.to(dtype)(prompt, use_cache=True).logits
+        assert len(runs) < 14
+        plain = model(prompt, refinements=39).logits
+    rounded = (plain.double() - exact).abs().max()
+    assert (found.double() - exact).abs().max() < 2 * rounded
+
+
 @ARCHITECTURES
 @FEEDBACKS
 def test_padding_on_the_left_and_several_documents_in_a_row_change_nothing(

@@ -91,6 +91,37 @@ def test_heads_of_a_folder_are_taken_new_ones_are_added_and_others_are_left_out_
         assert (said in caplog.text) == (heads < 2)
 
 
+@pytest.mark.parametrize("architecture", TINY)
+def test_a_pause_that_a_folder_does_not_have_starts_new_and_one_that_it_has_is_taken(
+    architecture: str, tmp_path: Path
+) -> None:
+    stock = stock_folder(architecture, tmp_path / "stock")
+    model = make(architecture, pondering_steps=2, feedback="pause").eval()
+    own = model.pause_embedding.weight.clone()
+    warm_start(model, tmp_path / "stock")
+    assert torch.equal(model.pause_embedding.weight, own) and own.abs().max() > 0
+    assert torch.equal(model(TOKENS, pondering_steps=0).logits, stock(TOKENS).logits)
+    model.save_pretrained(tmp_path / "pause")
+    again = make(architecture, seed=6, pondering_steps=2, feedback="pause").eval()
+    warm_start(again, tmp_path / "pause")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_a_run_of_latents_starts_from_a_published_folder_which_another_run_refuses(tmp_path: Path) -> None:
+    name = "latent_llama.K1.R3"
+    folder = published_folder(tmp_path / "theirs", name)
+    configuration = folder_configuration(folder, latent=True)
+    model = TINY["llama"].model(configuration).eval()
+    warm_start(model, folder)
+    inputs = load_file(ORACLE / "inputs.safetensors")
+    expected = load_file(ORACLE / CASES[name]["file"])[f"{name}/logits"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs["input_ids"]).logits, expected, atol=2e-5, rtol=0)
+    configuration.feedback = "embedding"
+    with pytest.raises(CheckpointError, match="give import-reference --latent, or a run"):
+        warm_start(TINY["llama"].model(configuration), folder)
+
+
 def test_a_warm_start_from_a_published_folder_computes_what_was_published(tmp_path: Path) -> None:
     name = "gpt_neox.S1.scale1.mult0"
     folder = published_folder(tmp_path / "theirs", name)
