@@ -3,6 +3,7 @@
 # make test         lint, types, layers and all tests but those of a cluster
 # make test-slurm   the templates on a real Slurm of twenty nodes, on this machine; Slurm has to be installed
 # make test-vllm    exported folders in vLLM against transformers, in an environment of its own that is kept
+# make vllm-packages   what test-vllm installs, but for this package; it comes while other tests run
 # make evidence     where pondering pays: five worlds of facts, the pondering model and every baseline, in about an hour
 # make faults       the tests that injure a run, and the table of what they did and what was left
 # make mutants      slips put into the arithmetic, one at a time: the tests have to notice each
@@ -12,7 +13,7 @@
 # make lock         the locks, made again from pyproject.toml and from what they hold; needs `uv`
 # make gpu          what is to be known of the GPU at hand, in ten minutes: its tests, its ceilings, every bench;
 #                   by .venv's Python where there is one, else $(PYTHON); FLAGS=--train trains for 20 minutes too
-# All but `test-vllm`, `docs`, `lock`, `gpu` and `clean` make .venv and install the locked versions first.
+# All but `test-vllm`, `vllm-packages`, `docs`, `lock`, `gpu` and `clean` make .venv and install the locked versions first.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,12 +27,16 @@ RANKS := $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
 # processes that share the test files; each may start two ranks of its own
 WORKERS ?= 2
+# a file goes to one worker, which makes its fixtures once; the order of the files is that of tests/conftest.py
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# with several --jobs, a make that a test starts would warn that it cannot share them
+PYTEST = MAKEFLAGS= OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # where the environment with vLLM is kept between runs
 VLLM ?= $(HOME)/.cache/ponder-scale-vllm
 # the environment of mkdocs
 DOCS := .venv-docs
 
-.PHONY: quickstart evidence test test-fast test-slurm test-vllm faults mutants gpu wheel docs dist lock install lint clean
+.PHONY: quickstart evidence test test-fast pytest pytest-fast test-slurm test-vllm vllm-packages faults mutants gpu wheel docs dist lock install lint clean
 
 install: $(VENV)/installed
 
@@ -58,14 +63,22 @@ lint: install
 	$(BIN)/lint-imports
 	$(BIN)/python docs/check_prose.py
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/slurm --ignore tests/serve
+# two targets, so that `make --jobs 2 test` has one processor look at the code while the tests have begun
+test: lint pytest
 
-test-fast: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not processes and not slow" --ignore tests/serve -n $(WORKERS) --dist loadfile
+test-fast: lint pytest-fast
+
+pytest: install
+	$(PYTEST) $(SHARED) --ignore tests/slurm --ignore tests/serve
+
+pytest-fast: install
+	$(PYTEST) -m "not processes and not slow" --ignore tests/serve $(SHARED)
 
 test-slurm: install
 	OMP_NUM_THREADS=1 REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/slurm
+
+vllm-packages:
+	@PYTHON=$(PYTHON) timeout 30m sh tests/serve/environment.sh "$(VLLM)" packages
 
 test-vllm:
 	@PYTHON=$(PYTHON) timeout 30m sh tests/serve/environment.sh "$(VLLM)"
@@ -73,7 +86,7 @@ test-vllm:
 	    --timeout 1200 -n $(WORKERS) --dist loadfile
 
 faults: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --ignore tests/serve -n $(WORKERS) --dist loadfile
+	$(PYTEST) -m faults --ignore tests/serve $(SHARED)
 
 mutants: install
 	$(BIN)/python -m tests.mutants
@@ -83,7 +96,7 @@ gpu:
 	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks gpu $(FLAGS)
 
 wheel: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_package.py
+	$(PYTEST) tests/test_package.py
 
 docs: $(DOCS)/installed
 	$(DOCS)/bin/mkdocs build --strict

@@ -10,7 +10,7 @@ import pytest
 from data_pipeline.tokenize.training import train_tokenizer
 from ponder_scale.shards.format import ShardSet
 from tests.faults import fault, print_fault_matrix
-from tests.lanes import starts_processes
+from tests.lanes import put_long_files_first, starts_processes
 from tests.tiny import TEXTS, TinyShards, make_shards
 
 __all__ = ["fault"]  # a fixture of the whole suite
@@ -35,10 +35,11 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts processes, so that the fast lane leaves it out without a list."""
+    """Mark what starts processes, so that the fast lane leaves it out without a list, and begin with long files."""
     for item in items:
         if isinstance(item, pytest.Function) and starts_processes(item):
             item.add_marker(pytest.mark.processes)
+    put_long_files_first(items)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -6,11 +6,12 @@ import ast
 import os
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.lanes import starts
+from tests.lanes import put_long_files_first, starts
 from tests.mutants.table import MUTANTS, Mutant
 from tests.ranks import REPOSITORY, run_ranks
 
@@ -109,12 +110,55 @@ def test_what_starts_processes_is_found_however_it_is_called(start: Any) -> None
     assert starts(start) and not starts(plain)
 
 
+def of_one_worker() -> list[str]:
+    return ["build", "workers=1"]
+
+
+def of_two_workers() -> list[str]:
+    return [*of_one_worker(), "workers=2"]
+
+
+def of_its_workers(workers: int) -> list[str]:
+    return ["build", f"workers={workers}"]
+
+
+def test_a_build_by_several_workers_starts_processes() -> None:
+    assert starts(of_two_workers) and starts(of_two_workers, alone=True) and not starts(of_one_worker)
+    assert starts(of_its_workers) and not starts(of_its_workers, alone=True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_case_of_one_worker_is_in_the_fast_lane(request: pytest.FixtureRequest, workers: int) -> None:
+    assert of_its_workers(workers)
+    assert bool(request.node.get_closest_marker("processes")) == (workers == 2)
+
+
 def test_a_test_whose_fixture_starts_ranks_is_not_in_the_fast_lane(request: pytest.FixtureRequest, ranks: Any) -> None:
     assert request.node.get_closest_marker("processes")
 
 
 def test_a_test_that_starts_nothing_is_in_the_fast_lane(request: pytest.FixtureRequest, tiny_shards: Any) -> None:
     assert not request.node.get_closest_marker("processes")
+
+
+class Collected:
+    """What is asked of a test that pytest has collected."""
+
+    def __init__(self, path: str, name: str, *marks: str) -> None:
+        self.path, self.name, self.get_closest_marker = Path(path), name, {mark: mark for mark in marks}.get
+
+
+def test_files_whose_tests_take_long_come_first_and_stay_whole() -> None:
+    """A worker that begins a long file when the others have ended keeps them all waiting."""
+    items: Any = [Collected("many", str(number)) for number in range(30)]
+    items += [Collected("a commands", "one", "processes"), Collected("a compiler", "whole", "processes", "slow")]
+    items += [Collected("z commands", name, "processes") for name in ("b", "a")]
+    items.insert(7, items.pop())  # as a file that pytest has been given twice
+    put_long_files_first(items)
+    assert [str(item.path) for item in items if item.path != Path("many")] == [
+        *("a compiler", "z commands", "z commands", "a commands")
+    ]
+    assert [item.name for item in items[:3]] == ["whole", "a", "b"] and items[-1].name == "29"
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)

@@ -46,6 +46,9 @@ def _add_reference(commands: Any) -> None:
     )
     imported.add_argument("source", type=path, help="folder with its config.json and weights")
     imported.add_argument("out", type=new_folder, help="folder to create")
+    imported.add_argument(
+        "--latent", action="store_true", help="these are weights of PonderLM-2, whose config.json does not say so"
+    )
     _add_format(imported)
     imported.set_defaults(run=_import_reference)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ponder_scale.config import DataConfig, SourceConfig
+from ponder_scale.config import INTERLEAVED, DataConfig, SourceConfig
 from ponder_scale.data.loader import heldout_batches, open_sources
 from ponder_scale.errors import ConfigError, ShardError
 from ponder_scale.evaluate.generate import counted, load_folder
@@ -115,7 +115,8 @@ def _rows(folder: Path, data: Mapping[str, Path], sequences: int, length: int, d
 def _ways(bench: _Bench, exit_kl: Sequence[float]) -> Iterator[Way]:
     plain = bench.way("plain")
     yield plain
-    for threshold in exit_kl:
+    positions = bench.model.config.feedback in INTERLEAVED  # which have no earlier pass to end at
+    for threshold in () if positions else exit_kl:
         yield bench.way(f"early exit at {threshold:g} nats", exit_kl=threshold)
     for steps in range(bench.steps):
         yield bench.way(f"{steps} pondering steps", pondering_steps=steps)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ponder_scale.checkpoint.find import average_since
+from ponder_scale.config import INTERLEAVED
 from ponder_scale.figures import perplexity, shown
 from ponder_scale.model.compat import NEWEST, OLDEST
 from ponder_scale.setup.build import configuration_from_dict
@@ -35,9 +36,9 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
 `generate(pondering_steps=k)` runs k pondering steps instead of {steps}. `generate(assistant_model=model.draft(0))`
-gives the same text, drafted by the same weights without pondering. `generate(exit_kl=0.01)` stops pondering on a token
-when a pass changed its prediction by less. Continuous batching (`generate_batch`) is refused: its cache has one slot a
-layer, and a pondering model needs one for each pass. `SHA256SUMS` is for `sha256sum -c`.
+gives the same text, drafted by the same weights without pondering. {exits} Continuous
+batching (`generate_batch`) is refused: its cache has one slot a layer, and a pondering model needs one for each pass.
+`SHA256SUMS` is for `sha256sum -c`.
 
 ## In other tools
 
@@ -78,7 +79,13 @@ _FEEDBACK = {
     "both": "after each of the first {steps} passes the probability-weighted sum of all token embeddings and, through\n"
     "a learned gate, the hidden states are fed back into its input",
     "hidden": "after each of the first {steps} passes its hidden states are fed back into its input",
+    "latent": "the input of each run but the first is the hidden state of the one before, at a position of its own\n"
+    "([PonderLM-2](https://arxiv.org/abs/2509.23184))",
+    "pause": "the input of each run but the first is a learned embedding, at a position of its own\n"
+    "([pause tokens](https://arxiv.org/abs/2310.02226))",
 }
+_EXITS = "`generate(exit_kl=0.01)` stops pondering on a token\nwhen a pass changed its prediction by less."
+_REFUSES_EXITS = "`exit_kl` is refused, because only the\nlast position of a token predicts."
 
 
 def _halting(configuration: Any) -> dict[str, str]:
@@ -114,6 +121,7 @@ def model_card(
         name=name,
         passes=configuration.pondering_steps + 1,
         steps=configuration.pondering_steps,
+        exits=_REFUSES_EXITS if configuration.feedback in INTERLEAVED else _EXITS,
         feedback=_FEEDBACK[configuration.feedback].format(steps=configuration.pondering_steps),
         licence=f"license: {licence}\n" if licence else "",
         rows=_table(rows),

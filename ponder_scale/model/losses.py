@@ -111,8 +111,8 @@ def _ahead(watch: Watch, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _shares(halting: Halting, counted: Tensor) -> Tensor:
-    """The number of tokens that count and are active in each pass, (S + 1,). In the training of exits a mean number."""
-    shares = [torch.ones_like(halting.remaining[0]), *halting.remaining] if halting.by_exit else halting.active
+    """The number of tokens that count and are active in each pass, (S + 1,). Where none halts, the mean number."""
+    shares = halting.active if halting.halts else [torch.ones_like(halting.remaining[0]), *halting.remaining]
     return torch.stack([(share.flatten() * counted).sum() for share in shares])
 
 

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     # Not imported, only named. transformers up to 5.0 caches the modules that this file names, and no others.
     from .attention import mix  # noqa: F401
     from .backends import wide  # noqa: F401
+    from .interleaved import Interleaved  # noqa: F401
     from .kernels import LOG2_E  # noqa: F401
     from .learned import Learned  # noqa: F401
     from .operators import NAMESPACE  # noqa: F401
@@ -120,6 +121,8 @@ class Ponder(Checkpointing):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.feedback == "both" and config.pondering_steps > 0:
             self.hidden_gate = HiddenGate(config.hidden_size)
+        if config.feedback == "pause" and config.pondering_steps > 0:
+            self.pause_embedding = nn.Embedding(1, config.hidden_size)
         if config.halting != "none" and config.pondering_steps > 0:
             self.halting_gates = HaltingGates(config.hidden_size, config.pondering_steps)
         if config.extra_heads:
@@ -181,6 +184,7 @@ class Ponder(Checkpointing):
         exit_kl: float | None = None,
         sequence_steps: Tensor | None = None,
         backward_passes: int | None = None,
+        refinements: int | None = None,
         z_loss: float = 0.0,
         pass_weights: Sequence[float] | None = None,
         halting_loss: tuple[float, float] | None = None,
@@ -204,6 +208,8 @@ class Ponder(Checkpointing):
                 passes after a sequence's own last one do not change it, so its loss in them is that of its last.
             backward_passes: number of the last passes that gradients flow through. The feedback of earlier passes
                 counts as a constant, and they keep nothing for backward. e_0 keeps its gradient.
+            refinements: with feedback "latent", the Jacobi iterations after the first ones, see `interleaved.py`. The
+                default is 3. With a cache the latents are exact, and this number is not used.
             num_items_in_batch, z_loss, pass_weights, halting_loss, multi_token_weight: what the loss is made of, see
                 `losses.Wanted`.
             extra_logits: also return the logits of the extra heads, see `multi_token.py`.
@@ -218,7 +224,7 @@ class Ponder(Checkpointing):
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
         kwargs |= {"past_key_values": one_cache(past_key_values, cache), "use_cache": use_cache, "exit_kl": exit_kl}
         kwargs |= {"pondering_steps": pondering_steps, "sequence_steps": sequence_steps}
-        kwargs |= {"backward_passes": backward_passes, "return_dict": True}
+        kwargs |= {"backward_passes": backward_passes, "refinements": refinements, "return_dict": True}
         inner = self.base_model(input_ids, watch=watch, **kwargs)  # type: ignore[attr-defined]
         seen = {} if watch.targets is None else losses(watch, inner.last_hidden_state, wanted, position_ids)
         if skip_logits is None:

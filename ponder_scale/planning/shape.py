@@ -40,6 +40,7 @@ def model_shape(configuration: Any, seq_len: int, backward_passes: int | None = 
         top_k=None if top_k is None or top_k >= configuration.vocab_size else top_k,
         tied=head is model.get_input_embeddings().weight,
         backward_passes=backward_passes,
+        refinements=configuration.published_refinements if configuration.feedback == "latent" else (0, 0),
         layer_matrices=sum(weight.ndim > 1 for weight in layer.parameters()),
         layer_modules=sum(1 for _ in layer.modules()),
         extra_heads=configuration.extra_heads,

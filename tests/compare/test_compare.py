@@ -17,9 +17,10 @@ import pytest
 from ponder_scale.cli import _parser
 from ponder_scale.compare.answers import Answers
 from ponder_scale.compare.answers import chart as answers_chart
+from ponder_scale.compare.baselines import EXTRAS
 from ponder_scale.compare.findings import Result, Verdict, half_width, read_result, time_ratio, verdicts
 from ponder_scale.compare.grid import fit_runs
-from ponder_scale.compare.members import EXTRAS, Member, Run, plan_runs
+from ponder_scale.compare.members import Member, Run, plan_runs
 from ponder_scale.compare.report import write_report
 from ponder_scale.config import RunConfig, TrainConfig, load_recipe
 from ponder_scale.errors import ConfigError

@@ -61,6 +61,7 @@ def test_damaged_files_have_a_bound_of_their_own(tiny_tokenizer, tmp_path, capsy
     assert counts["documents"] == 200 and counts["drops"] == {"compressed data is damaged or cut off": 1}
 
 
+@pytest.mark.slow  # as many workers as there are processors
 @pytest.mark.parametrize("more", [[], ["deduplicate=exact"], ["shuffle=true"]])
 def test_when_the_input_is_mended_the_same_command_goes_on(tiny_tokenizer, tmp_path, capsys, more):
     texts = make_texts(300)

@@ -218,6 +218,7 @@ def _zombie(pid: str) -> bool:
         return True
 
 
+@pytest.mark.slow  # as many workers as there are processors
 def test_an_unfinished_build_of_something_else_is_not_thrown_away(corpus, tiny_tokenizer, tmp_path, capsys):
     out = tmp_path / "out"
     bad = arguments(corpus, tiny_tokenizer, out, "shard_bytes=40000", "max_bad_fraction=0")

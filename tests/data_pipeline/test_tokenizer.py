@@ -260,6 +260,7 @@ def test_the_declared_end_token_of_a_sentencepiece_model_is_taken(sentencepiece,
     ],
     ids=["prefix space", "added token", "stripping token", "extra special token"],
 )
+@pytest.mark.slow  # a process imports transformers
 def test_a_tokenizer_that_transformers_reads_otherwise_is_refused_and_can_be_mended(
     tiny_tokenizer, tmp_path, capsys, settings, message
 ):

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,14 @@ def report(dtype: str, capability: tuple[int, int]) -> dict[str, dict[str, Any]]
     return found
 
 
+def tried(dtype: str, capability: tuple[int, int]) -> dict[str, dict[str, Any]] | str:
+    """The report of a capability, or what the compiler said, so that the others are reported all the same."""
+    try:
+        return report(dtype, capability)
+    except Exception:
+        return traceback.format_exc()
+
+
 def named(text: str) -> tuple[int, int]:
     major, minor = text.split(".")
     return int(major), int(minor)
@@ -144,9 +153,9 @@ def main() -> None:
     dtype, *asked = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
     capabilities = list(tiles.SHARED_MEMORY) if asked == ["all"] else [named(text) for text in asked]
     if "--table" not in sys.argv:
-        print(json.dumps({".".join(map(str, found)): report(dtype, found) for found in capabilities}))
+        print(json.dumps({".".join(map(str, found)): tried(dtype, found) for found in capabilities}))
         return
-    print("| capability | kernel | tiles | shared memory | registers | spills | FLOP a byte |\n|" + "---|" * 7)
+    print("| capability | kernel | tiles | shared memory | registers | spilled bytes | FLOP a byte |\n|" + "---|" * 7)
     for capability in capabilities:
         for name, made in report(dtype, capability).items():
             shape = " x ".join(map(str, made["tiles"][:3])) + f", {made['tiles'][3]} warps, {made['tiles'][4]} stages"

@@ -1,5 +1,9 @@
 """Kernels that do not start, under Triton's interpreter: prints as JSON what became of the numbers and what was logged.
 
+    python -m tests.model.fall_back exp_product:launch none:capability      case -> numbers
+
+Each case has a process of its own, forked from the one that imports: what falls back does so for good.
+
 Run by test_kernels.py in a process of its own: TRITON_INTERPRET=1 counts when triton is imported.
 """
 
@@ -7,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import sys
 from typing import Any
 
@@ -50,16 +55,16 @@ def passes(count: int) -> dict[str, Any]:
     return {"error": max(worst, relative(total, wanted))}
 
 
-def main() -> None:
+def fallen(case: str) -> dict[str, Any]:
+    """What comes of a case `kernel:kind`."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("ponder_scale.model.tiles").addHandler(handler)
-    name, kind = sys.argv[1:]
+    name, kind = case.split(":")
     if kind == "capability":
         tiles.INTERPRETED = (7, 5)
-        print(json.dumps({**passes(2), "lines": lines}))
-        return
+        return {**passes(2), "lines": lines}
     error = torch.OutOfMemoryError("no memory") if kind == "memory" else OutOfResources(131072, 101376, "shared memory")
     refused = Refused(getattr(kernels, name), error)
     setattr(kernels, name, refused)
@@ -67,7 +72,13 @@ def main() -> None:
         found = passes(3)
     except torch.OutOfMemoryError as raised:
         found = {"raised": str(raised)}
-    print(json.dumps({**found, "lines": lines, "asked": refused.asked}))
+    return {**found, "lines": lines, "asked": refused.asked}
+
+
+def main() -> None:
+    cases = sys.argv[1:]
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        print(json.dumps(dict(zip(cases, pool.map(fallen, cases, chunksize=1), strict=True))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Run the Triton backend on the CPU by Triton's interpreter and print its errors against float64, as JSON.
 
-`python -m tests.model.interpret_kernels bf16` does so in bf16, which the interpreter itself multiplies as integers.
+`python -m tests.model.interpret_kernels fp16 bf16` does so in both: dtype -> case -> errors.
 
 Run by test_kernels.py in a process of its own: TRITON_INTERPRET=1 counts when triton is imported.
 """
@@ -19,6 +19,7 @@ from ponder_scale.model.sparse import gradients_by_kernels
 from tests.model.interpret_bf16 import right_bf16
 
 TOKENS, WIDTH, VOCABULARY = 150, 80, 1003  # no multiple of any tile
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAMES = ("value", "loss", "entropy", "hidden", "head", "table")
 
 
@@ -94,13 +95,9 @@ def sparse_errors(dtype: torch.dtype) -> dict[str, float]:
     return {"hidden": relative(d_weights, wanted), "table": relative(d_table, dense.t() @ upstream.double())}
 
 
-def main() -> None:
-    """Errors of every case: blocks small enough that there are several, the last of them of few tokens."""
-    kernels.TOKEN_BLOCK, kernels.VOCABULARY_BLOCK = 96, 512
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[sys.argv[1]]
-    right_bf16()
-    assert tiles.FEW_TOKENS < kernels.TOKEN_BLOCK and TOKENS % kernels.TOKEN_BLOCK <= tiles.FEW_TOKENS
-    cases = {
+def errors(dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """Of every case in a dtype."""
+    return {
         "plain": embedding_errors(dtype, False),
         "temperature and scale": embedding_errors(dtype, False, temperature=0.9, scale=2.5),
         "tied": embedding_errors(dtype, True, temperature=0.9, scale=2.5),
@@ -112,7 +109,14 @@ def main() -> None:
         "loss": loss_errors(dtype),
         "loss with z-loss": loss_errors(dtype, z_loss=0.05),
     }
-    print(json.dumps(cases))
+
+
+def main() -> None:
+    """Blocks are small enough that there are several, the last of them of few tokens."""
+    kernels.TOKEN_BLOCK, kernels.VOCABULARY_BLOCK = 96, 512
+    right_bf16()
+    assert tiles.FEW_TOKENS < kernels.TOKEN_BLOCK and TOKENS % kernels.TOKEN_BLOCK <= tiles.FEW_TOKENS
+    print(json.dumps({name: errors(DTYPES[name]) for name in sys.argv[1:]}))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ from ponder_scale.model.pondering_embedding import cross_entropy, pondering_embe
 ROOT = Path(__file__).parents[2]
 # shared memory that one block may ask for, as NVIDIA's CUDA programming guide has it (99, 163 and 227 KiB)
 SHARED_MEMORY_BYTES = {"8.0": 166_912, "8.6": 101_376, "8.9": 101_376, "9.0": 232_448, "10.0": 232_448, "12.0": 101_376}
+DTYPES = ("fp32", "fp16", "bf16")
+COMPILED = {"bf16": [*SHARED_MEMORY_BYTES], "fp16": [*SHARED_MEMORY_BYTES], "fp32": ["9.0"]}
+PRODUCTS = ("exp_product", "scaled_product", "gradient_products", "loss_gradient")
+FALLING = ("none:capability", *(f"{kernel}:launch" for kernel in PRODUCTS), "scaled_product:memory")
 
 
+@cache
 def run(module: str, *arguments: str, **environment: str) -> Any:
-    """What `python -m tests.model.<module>` prints as JSON."""
+    """What `python -m tests.model.<module>` prints as JSON; one process for all cases, as most of one is imports."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", f"tests.model.{module}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
@@ -34,7 +40,7 @@ def run(module: str, *arguments: str, **environment: str) -> Any:
     ("dtype", "values", "statistics"), [("fp32", 1e-6, 1e-6), ("fp16", 1e-3, 1e-5), ("bf16", 1e-2, 1e-5)]
 )
 def test_interpreted_kernels_are_the_equation(dtype: str, values: float, statistics: float) -> None:
-    for case, errors in run("interpret_kernels", dtype, TRITON_INTERPRET="1").items():
+    for case, errors in run("interpret_kernels", *DTYPES, TRITON_INTERPRET="1")[dtype].items():
         assert errors.pop("changed by statistics", 0.0) == 0.0, case
         for name, error in errors.items():
             bound = statistics if name in ("loss", "entropy") else values
@@ -42,7 +48,9 @@ def test_interpreted_kernels_are_the_equation(dtype: str, values: float, statist
 
 
 def check_compiled(dtype: str, capability: str) -> None:
-    for name, made in run("compile_kernels", dtype, capability)[capability].items():
+    kernels = run("compile_kernels", dtype, *COMPILED[dtype])[capability]
+    assert isinstance(kernels, dict), kernels  # or what the compiler said
+    for name, made in kernels.items():
         assert made["spills"] == 0, (name, made)
         assert made["shared"] <= SHARED_MEMORY_BYTES[capability], (name, made)
         assert (made["tensor cores"] > 0) == (dtype != "fp32" and not name.startswith("pick")), (name, made)
@@ -54,7 +62,7 @@ def test_kernels_compile_for_each_gpu_to_tensor_cores_within_its_memory_and_with
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "capability"), [*(("fp16", each) for each in SHARED_MEMORY_BYTES), ("fp32", "9.0")])
+@pytest.mark.parametrize(("dtype", "capability"), [(d, each) for d in ("fp16", "fp32") for each in COMPILED[d]])
 def test_kernels_compile_in_the_other_dtypes_too(dtype: str, capability: str) -> None:
     check_compiled(dtype, capability)
 
@@ -65,7 +73,7 @@ def test_every_row_of_the_table_is_compiled_by_these_tests() -> None:
 
 
 def test_a_gpu_without_tiles_takes_chunked_and_says_so_once() -> None:
-    found = run("fall_back", "none", "capability", TRITON_INTERPRET="1")
+    found = run("fall_back", *FALLING, TRITON_INTERPRET="1")["none:capability"]
     assert found["error"] < 1e-5
     assert len(found["lines"]) == 1
     assert "compute capability 7.5 (known: 8.0, 8.6" in found["lines"][0] and "'chunked'" in found["lines"][0]
@@ -78,10 +86,10 @@ def test_a_hidden_size_that_is_no_whole_step_takes_chunked_and_says_so_once(capl
         assert all(64 % shape.k == 0 for shape in row)
 
 
-@pytest.mark.parametrize("kernel", ["exp_product", "scaled_product", "gradient_products", "loss_gradient"])
+@pytest.mark.parametrize("kernel", PRODUCTS)
 def test_a_launch_that_fails_falls_back_once_and_says_so(kernel: str) -> None:
     """Forward or backward, the step at hand is finished with right numbers, and no launch is tried again."""
-    found = run("fall_back", kernel, "launch", TRITON_INTERPRET="1")
+    found = run("fall_back", *FALLING, TRITON_INTERPRET="1")[f"{kernel}:launch"]
     assert found["error"] < 1e-5
     assert found["asked"] == 1
     assert len(found["lines"]) == 1
@@ -89,7 +97,7 @@ def test_a_launch_that_fails_falls_back_once_and_says_so(kernel: str) -> None:
 
 
 def test_memory_that_is_short_is_not_taken_for_a_kernel_that_fails() -> None:
-    found = run("fall_back", "scaled_product", "memory", TRITON_INTERPRET="1")
+    found = run("fall_back", *FALLING, TRITON_INTERPRET="1")["scaled_product:memory"]
     assert found == {"raised": "no memory", "lines": [], "asked": 1}
 
 

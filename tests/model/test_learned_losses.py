@@ -94,6 +94,7 @@ def test_a_loss_scale_that_fp16_cannot_hold_leaves_gradients_that_it_can() -> No
             assert (got.grad.double() - wanted.grad).norm() / wanted.grad.norm() < 2e-3, (options, backend)
 
 
+@pytest.mark.slow  # finite differences of every element
 @pytest.mark.parametrize(("options", "backend"), CASES)
 def test_gradcheck_of_mixture_and_losses(options: dict[str, Any], backend: str) -> None:
     def both(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

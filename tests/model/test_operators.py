@@ -118,9 +118,18 @@ def test_the_gradient_of_a_gradient_is_refused() -> None:
             gradient.square().sum().backward()
 
 
+def case(place: int, variant: int, *values: Any) -> Any:
+    """Of parameters: a compilation takes seconds, so each architecture has one variant in the fast lane."""
+    return pytest.param(*values, marks=[] if place == variant else [pytest.mark.slow])
+
+
 # what dynamo takes in for each of them; what comes after it is the same for all, so it is tried with one
-CASES = [(architecture, variant, "eager") for architecture in TINY for variant in VARIANTS]
-CASES += [("llama", VARIANTS[0], "aot_eager"), ("llama", VARIANTS[1], "aot_eager")]
+CASES = [
+    case(place, number, architecture, variant, "eager")
+    for place, architecture in enumerate(TINY)
+    for number, variant in enumerate(VARIANTS)
+]
+CASES += [case(0, -1, "llama", VARIANTS[0], "aot_eager"), case(0, -1, "llama", VARIANTS[1], "aot_eager")]
 
 
 def small(architecture: str, **fields: Any) -> Any:
@@ -149,7 +158,9 @@ def check_compiled(model: Any, compiled: Any, **options: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "backend"), [*((variant, "eager") for variant in VARIANTS), (VARIANTS[0], "aot_eager")], ids=str
+    ("variant", "backend"),
+    [*(case(1, n, variant, "eager") for n, variant in enumerate(VARIANTS)), case(1, -1, VARIANTS[0], "aot_eager")],
+    ids=str,
 )
 def test_a_step_of_which_every_pass_learns_is_one_graph_too(variant: dict[str, Any], backend: str) -> None:
     model = small("llama", **{**variant, "pondering_steps": 2}).train()
@@ -175,6 +186,7 @@ def test_a_decoding_step_is_one_graph_at_every_position(
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_a_forward_of_other_lengths_is_compiled_once_more_for_all_of_them() -> None:
     model = small("llama").train()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -63,6 +63,31 @@ def test_passes_without_gradient_count_their_forward_alone() -> None:
     assert flops_per_token(replace(shape, feedback="both"), "pass") == flops
 
 
+def test_positions_between_the_tokens_by_hand() -> None:
+    """Latents, K = 1 and 2 to 3 refinements: a pass over T positions, then 3.5 over 2 T; pauses: one over 2 T.
+
+    A position sees (n T + 1) / 2 keys, so n (n T + 1) is 17 for T positions and 66 for 2 T.
+    """
+    latent = replace(SHAPE, pondering_steps=1, feedback="latent", refinements=(2, 3))
+    flops = flops_per_token(latent, "layer")
+    forward = 2 * 600 * (1 + 3.5 * 2) + 2 * 2 * 8 * (17 + 3.5 * 66)
+    assert (flops.passes, flops.pondering, flops.loss) == (3 * forward, 0, 3 * 800)
+    assert flops.recomputed == forward + 800  # the statistics of the first position take a product
+    assert flops_per_token(latent, "selective").recomputed == 2 * 600 * 8 + 800
+    assert latent.passes(1) == 4.5 and latent.passes(1, 2) == 4 and latent.differentiated(1) == 4.5
+    three = step_flops(latent, "none", 1, 7, refinements=3)
+    assert three.passes == 7 * 3 * (2 * 600 * 9 + 2 * 2 * 8 * (17 + 4 * 66))
+    two = flops_per_token(replace(latent, pondering_steps=2), "none", refinements=2)  # 1, 2, then three times 3 T
+    assert two.passes == 3 * (2 * 600 * 12 + 2 * 2 * 8 * (17 + 66 + 3 * 3 * 49))
+    pause = flops_per_token(replace(latent, feedback="pause"), "none")
+    assert (pause.passes, pause.loss, pause.recomputed) == (3 * (2 * 600 * 2 + 2 * 2 * 8 * 66), 2400, 800)
+    for feedback in ("latent", "pause"):
+        shape = replace(latent, feedback=feedback)
+        assert flops_per_token(shape, "none", 0).model == flops_per_token(SHAPE, "none", 0).model
+        assert square_attention(shape, 0) == square_attention(SHAPE, 0)
+    assert square_attention(latent) == 3 * 2 * 2 * 8 * (15 + 3.5 * 2 * 31)
+
+
 def test_a_mixture_of_k_tokens_counts_its_scores_and_k_rows() -> None:
     """Scores over the whole vocabulary once, 800; forward 2 K D, and 8 K D backward: dE, dp, dW and dh."""
     flops = flops_per_token(replace(SHAPE, top_k=5), "none")

@@ -116,6 +116,26 @@ def test_extra_heads_cost_a_layer_and_a_loss_each_by_torchs_count(policy: str) -
     assert counted[1] - counted[0] == pytest.approx(planned[1] - planned[0] + halves * half, rel=0.02)
 
 
+@pytest.mark.parametrize(("feedback", "refinements"), [("latent", 2), ("pause", None)])
+def test_positions_cost_what_torch_counts_and_take_memory(feedback: str, refinements: int | None) -> None:
+    config, configuration = small(f"model.feedback={feedback}", "model.pondering_steps=2")
+    traced = micro_batch(config, configuration)
+    _, plain = small("model.pondering_steps=0")
+    assert traced.peak_bytes > 2.5 * micro_batch(config, plain).peak_bytes
+    configuration._attn_implementation = "eager"
+    model, tokens = build_model(configuration, seed=0), torch.zeros(2, SEQUENCE, dtype=torch.int64)
+    options = {"skip_logits": True, "ops": Ops(cross_entropy=plain_cross_entropy), "refinements": refinements}
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, shift_labels=tokens, **options).loss.backward()
+    shape = model_shape(configuration, SEQUENCE)
+    flops = flops_per_token(shape, "none", refinements=refinements)
+    positions, keys = shape.positions(2, refinements)
+    masked = 3 * 2 * shape.layers * shape.hidden * (keys - 2 * positions)  # of attention's square, but computed
+    assert counter.get_total_flops() / tokens.numel() == pytest.approx(flops.hardware + masked, rel=0.02)
+    plan = plan_run(config, settle_sharding(config, STAGE_1, configuration, ALONE), configuration, ALONE, traced=traced)
+    assert plan.step.seconds > 0 and plan.flops == flops_per_token(shape, config.train.recompute)
+
+
 def plain_cross_entropy(
     hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, z_loss: float = 0.0
 ) -> tuple[Any, Statistics]:
@@ -298,6 +318,8 @@ MEASURED = [
     ("pass", []),
     ("layer", TIED),
     ("pass", NEOX),
+    ("none", ["model.halting=exit", "train.pass_losses=exit"]),
+    pytest.param("pass", ["model.halting=gate"], marks=pytest.mark.slow),
     pytest.param("none", [], marks=pytest.mark.slow),
     pytest.param("selective", [], marks=pytest.mark.slow),
     pytest.param("layer", [], marks=pytest.mark.slow),

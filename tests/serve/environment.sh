@@ -1,5 +1,6 @@
 #!/bin/sh
 # environment.sh FOLDER: an environment with vLLM for CPUs in FOLDER/venv, made once, and this package put into it.
+# environment.sh FOLDER packages: all but this package, which is built in the clone.
 # vLLM pins versions of its own, so it shares no environment with training.
 set -eu
 repository=$(cd "$(dirname "$0")/../.." && pwd)
@@ -27,4 +28,5 @@ if [ "$(cat installed 2>/dev/null)" != "$made_of" ] || ! "$bin/python" -c "impor
     printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$version" >"$metadata/METADATA"
     echo "$made_of" >installed
 fi
+[ "${2:-}" != packages ] || exit 0
 pip install --no-deps --force-reinstall "$repository"

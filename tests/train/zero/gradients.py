@@ -97,7 +97,9 @@ def on_a_rank(case: dict[str, Any]) -> dict[str, Any]:
             sequence = batch[row : row + 1]
             own = depth.of(micro, 1, rank=engine.rank, ranks=engine.world_size)
             rows = MicroBatch(sequence, sequence[:, 1:], None)
-            loss = engine.micro_step(rows, ponder, own, **trained_losses(step + 1, depth.most, config)).loss
+            loss = engine.micro_step(
+                rows, ponder, own, refinements=depth.refinements, **trained_losses(step + 1, depth.most, config)
+            ).loss
             total += loss.detach() / engine.micro_steps
             if step == 0 and micro == engine.micro_steps - 1:
                 for name, parameter in engine.module.named_parameters():
@@ -156,6 +158,7 @@ def loss_of(model: Any, batch: torch.Tensor, step: int, config: RunConfig) -> to
             halting_loss=gates,
             # only the last of the forwards has the heads, whose weight must not depend on the passes'
             multi_token_weight=config.train.multi_token_weight / weight if heads and index == depth.most else None,
+            refinements=depth.refinements,
         ).loss
         for row, number in zip(rows, steps, strict=True)
         for index, weight in enumerate(weights)

@@ -133,6 +133,28 @@ def test_sequences_that_take_their_own_number_of_steps_are_as_if_alone(tmp_path:
     )
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_latents_and_pause_tokens_have_the_gradients_of_plain_torch(stage: int, tmp_path: Path) -> None:
+    """The number of passes changes with the refinements of a step, and the pause is not used in every step."""
+    latent = ["model.feedback=latent", "train.steps=4"]
+    drawn = ["train.pondering.schedule=uniform", "train.pondering.low=0", "seed=4", "train.steps=4"]
+    config = run_config({**RANDOM, "overrides": latent})
+    assert len({step_depth(step, config).refinements for step in range(1, 5)}) == 2
+    ways = [
+        ("none", False, latent),
+        ("selective", True, [*latent, *drawn]),
+        ("layer", False, ["model.feedback=pause", *drawn]),
+        ("pass", True, ["model.feedback=pause"]),
+        ("pass+layer", False, [*latent, "model.pondering_steps=1", "train.offload_activations=true"]),
+    ]
+    check(
+        [
+            {"deepspeed": small_buckets(tmp_path, stage), "policy": policy, "tied": tied, "overrides": overrides}
+            for policy, tied, overrides in ways
+        ]
+    )
+
+
 def in_mixed_precision(case: dict[str, Any]) -> dict[str, Any]:
     """The first step in one process: the model in bf16, a sequence at a time as on the ranks, summed in fp32."""
     config = run_config(case)
