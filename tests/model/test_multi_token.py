@@ -222,6 +222,9 @@ def test_what_would_be_wrong_is_refused(tokens: torch.Tensor) -> None:
     for kind in ("gate", "exit"):
         with pytest.raises(ValueError, match=f"extra_heads is 1 with halting '{kind}': the heads read the last pass"):
             make(extra_heads=1, halting=kind)
+    for feedback in ("latent", "pause"):
+        with pytest.raises(ValueError, match=f"extra_heads is 1 with feedback '{feedback}', which adds positions"):
+            make(extra_heads=1, feedback=feedback)
     for number in (-1, 1.5, True):
         with pytest.raises(ValueError, match=f"extra_heads is {number}; expected an integer of at least 0"):
             make(extra_heads=number)

@@ -69,6 +69,24 @@ def test_greedy_text_is_that_of_plain_decoding(architecture: str) -> None:
     assert 0 <= forwards + drafts.accepted - NEW * len(prompts) <= len(prompts)
 
 
+def test_the_draft_is_what_the_heads_say_at_the_last_token_that_was_kept() -> None:
+    """Counted without a cache along the plain text. A draft of another token would only be accepted less often."""
+    model, drafts, proposed, accepted = trained("llama"), trained("llama").draft_heads(), 0, 0
+    for prompt in rows(3, 91)[:, :6].split(1):
+        text = generate(model, prompt)
+        assert torch.equal(generate(model, prompt, custom_generate=drafts), text)
+        known, whole = prompt.shape[1] + 1, text.shape[1]
+        while known < whole:
+            with torch.no_grad():  # the last known token has not been read
+                ahead = model(text[:, : known - 1], extra_logits=True).extra_logits[:, 0, -1].argmax(-1)
+            ahead = ahead[: whole - known - 1].tolist()
+            same = 0
+            while same < len(ahead) and ahead[same] == text[0, known + same]:
+                same += 1
+            proposed, accepted, known = proposed + len(ahead), accepted + same, known + same + 1
+    assert (drafts.proposed, drafts.accepted) == (proposed, accepted)
+
+
 @pytest.mark.parametrize(
     "options",
     [

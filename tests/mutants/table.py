@@ -59,6 +59,7 @@ SPECULATION = " ".join(
     for name in (
         "greedy_text_is_that_of_plain_decoding[llama]",
         "every_layer_of_the_cache_holds_what_was_read_of_the_text_and_goes_on[2]",
+        "the_draft_is_what_the_heads_say_at_the_last_token_that_was_kept",
         "a_cache_without_the_heads_or_of_other_steps_is_refused",
     )
 )

@@ -320,6 +320,8 @@ MEASURED = [
     ("pass", NEOX),
     ("none", ["model.halting=exit", "train.pass_losses=exit"]),
     pytest.param("pass", ["model.halting=gate"], marks=pytest.mark.slow),
+    pytest.param("pass", ["model.extra_heads=2"], marks=pytest.mark.slow),
+    pytest.param("none", ["model.extra_heads=4", *TIED], marks=pytest.mark.slow),
     pytest.param("none", [], marks=pytest.mark.slow),
     pytest.param("selective", [], marks=pytest.mark.slow),
     pytest.param("layer", [], marks=pytest.mark.slow),
