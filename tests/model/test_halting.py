@@ -120,6 +120,24 @@ def test_exits_halt_after_training_by_what_their_gates_leave(architecture: str, 
         torch.testing.assert_close(model.eval()(tokens).logits, plain.logits, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("kind", "passes"), [("gate", 0), ("exit", 1)])
+def test_a_token_continues_at_its_threshold_and_halts_a_bit_above_it(
+    kind: str, passes: int, tokens: torch.Tensor
+) -> None:
+    """Gates of g for every token: of "gate" each leaves g, of "exit" the second leaves g^2."""
+    model = halting(kind=kind, pondering_steps=2, halting_threshold=0.0).eval()
+    with torch.no_grad():
+        for gate in model.halting_gates:
+            gate.down.weight.zero_()
+        (g,) = model.halting_gates[0](torch.zeros(*tokens.shape, model.config.hidden_size).double()).unique().tolist()
+        left = {"gate": g, "exit": g * g}[kind]
+        all_passes, fewer = (model(tokens, pondering_steps=steps).logits for steps in (2, passes))
+        assert not torch.allclose(all_passes, fewer)
+        for threshold, expected in ((left, all_passes), (math.nextafter(left, 1.0), fewer)):
+            model.config.halting_threshold = threshold
+            torch.testing.assert_close(model(tokens).logits, expected, atol=1e-12, rtol=1e-12)
+
+
 def test_a_gate_that_is_surely_open_has_a_finite_gradient(tokens: torch.Tensor) -> None:
     """The probability of an exit is 0 then, of which the entropy takes the logarithm."""
     model = halting(kind="exit").float()

@@ -204,7 +204,7 @@ def test_a_label_that_is_no_token_stops_compiled_code_too(feedback: str) -> None
         compiled(PROMPT, labels=torch.full_like(PROMPT, VOCABULARY))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_documents_that_would_see_each_other_stop_compiled_code_too(backend: str) -> None:
     model = small("llama")
     compiled = torch.compile(model, backend=backend, fullgraph=True)

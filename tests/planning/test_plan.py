@@ -183,6 +183,7 @@ def test_gathering_follows_the_limits() -> None:
     assert {**gather_limits(written, shape, keep=True), **written} == gather_limits(written, shape, keep=True)
 
 
+@pytest.mark.slow  # traces three steps
 def test_weights_stay_gathered_only_where_they_fit() -> None:
     config, configuration = small("train.deepspeed=zero3", "model.num_hidden_layers=8")
     sharding = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000, "zero_hpz_partition_size": "auto"}}
@@ -251,6 +252,7 @@ def test_auto_says_what_it_chose_and_the_runner_up() -> None:
     assert settle(config, {}, None, ALONE) == (config, [])  # nothing is left open
 
 
+@pytest.mark.slow  # traces many steps
 def test_no_choice_that_fits_is_faster_than_that_of_auto() -> None:
     """Policy, micro-batch and stage together, each traced anew."""
     config, configuration = shallow("train.recompute=auto", "train.micro_batch=auto", "train.deepspeed=auto")
@@ -286,6 +288,7 @@ def test_a_micro_batch_is_foretold_from_one_and_two_sequences() -> None:
     assert 0.8 * six.peak_bytes < one.peak_bytes + 5 * (two.peak_bytes - one.peak_bytes) <= six.peak_bytes
 
 
+@pytest.mark.slow  # traces five steps
 def test_policies_differ_by_what_they_compute_again() -> None:
     """Of the time: `none` nothing, `selective` all but attention, `pass+layer` about twice as much as `pass`."""
     steps = {}
@@ -346,6 +349,7 @@ def test_planned_memory_is_up_to_10_percent_above_the_measured_peak_and_never_be
     assert 1.0 <= plan.memory_bytes / int(done.stdout) <= 1.1
 
 
+@pytest.mark.slow  # traces six steps
 def test_losses_of_earlier_passes_keep_four_bytes_a_token_or_the_gradients_of_hidden_states() -> None:
     """A loss of each token until its mixture has gone backward; with hidden feedback the gradients of the hidden states
     and of the head, which are there when the last pass's loss ends."""

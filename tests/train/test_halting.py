@@ -88,6 +88,7 @@ def test_what_does_not_go_with_it_is_refused(setting: str, said: str, shards: An
         load(RunConfig, None, overrides(tmp_path, shards, *GATE, *extra, setting))
 
 
+@pytest.mark.slow
 def test_the_planner_traces_it(shards: Any, tmp_path: Path) -> None:
     """Without values: the masks are fake, and what halted tokens keep is counted under every policy."""
     from ponder_scale.planning.activations import micro_batch
