@@ -104,8 +104,10 @@ def _trace(
         warnings.simplefilter("ignore")
         model = model.to_empty(device="cpu")
         apply_recompute(model, recompute)
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)  # `cost` counts gradients with the states
+        for name, parameter in model.named_parameters():
+            # `cost` counts gradients with the states. Those of the extra heads are there before the passes go backward.
+            if not name.startswith("extra_heads."):
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
         tokens = torch.zeros(size, dtype=torch.int64)
         tracker, counting = MemTracker(), Counting()
         at_op = dict.fromkeys(OPS, 0)

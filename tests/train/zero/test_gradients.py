@@ -199,8 +199,8 @@ def test_compiled_layers_under_zero_give_the_gradients_of_plain_torch(tmp_path: 
     compiled = ["train.compile=true"]
     check(
         [
-            {"deepspeed": small_buckets(tmp_path, stage), "policy": policy, "tied": False, "overrides": overrides}
-            for stage, policy, overrides in ((2, "none", compiled), (3, "pass", [*compiled, "model.extra_heads=1"]))
+            {"deepspeed": small_buckets(tmp_path, stage), "policy": policy, "tied": False, "overrides": compiled}
+            for stage, policy in ((2, "none"), (3, "pass"))
         ],
         timeout=500.0,
     )
