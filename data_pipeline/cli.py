@@ -12,14 +12,13 @@ import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.build.parallel import one_thread
-from data_pipeline.config import BuildConfig, SourceConfig
+from data_pipeline.commands.learn import MAX_BAD_FRACTION, build_to_learn_from
+from data_pipeline.config import RECIPES, BuildConfig, SourceConfig
 from data_pipeline.progress import Progress
-from data_pipeline.read.remote import is_remote
 from ponder_scale.errors import ConfigError, ShardError, UserError
 from ponder_scale.settings import MISSING, find_recipe, load
 from ponder_scale.settings.commandline import Parser, flags, new_folder, number, outlive_readers, parse, path, whole
@@ -27,9 +26,6 @@ from ponder_scale.shards.manifest import read_manifest, verify
 from ponder_scale.version import __version__
 
 KINDS = ("megatron", "datatrove", "raw")  # kinds of token files that you can adopt
-RECIPES = Path(str(resources.files("data_pipeline"))) / "recipes"
-MAX_TRAINING_BYTES = 2**26  # of one text that a tokenizer learns from
-MAX_BAD_FRACTION = 0.01  # bad share of the records that a tokenizer could learn from
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,7 +123,7 @@ def _add_plan(commands: Any) -> None:
 def _add_adopt(commands: Any) -> None:
     command = commands.add_parser("adopt", help="use token files that other programs made, without copying them")
     command.add_argument("files", nargs="+", type=path, metavar="FILE", help="token files in reading order")
-    command.add_argument("--kind", choices=KINDS, required=True, help="program that made the files")
+    command.add_argument("--kind", choices=KINDS, required=True, help="format of the files")
     command.add_argument(
         "--tokenizer",
         dest="tokenizer_path",
@@ -153,7 +149,7 @@ def _add_grow(commands: Any) -> None:
     )
     command.add_argument("folder", type=path, help="folder that `ponder-data build` made")
     command.add_argument(
-        "settings", nargs="*", metavar="key=value", help="settings as in build: the sources of the new files"
+        "settings", nargs="*", metavar="key=value", help="the sources of the new files, written as for build"
     )
     command.set_defaults(run=_append)
 
@@ -166,7 +162,10 @@ def _add_grow(commands: Any) -> None:
         "--allow-duplicates", action="store_true", help="merge even if the folders share files or documents"
     )
     command.add_argument(
-        "--without-last", type=whole(1), metavar="N", help="take one folder as it was before its last N appends"
+        "--without-last",
+        type=whole(1),
+        metavar="N",
+        help="give one FOLDER, and get it as it was before its last N appends",
     )
     command.set_defaults(run=_merge)
 
@@ -226,7 +225,7 @@ def _build(options: argparse.Namespace, command: str) -> None:
     if built is None:
         return
     for split, shards in built.manifest.splits.items():
-        documents, tokens = sum(shard.documents for shard in shards), sum(shard.tokens for shard in shards)
+        documents, tokens = sum(shard.documents for shard in shards), built.manifest.tokens(split)
         print(f"{split}: {documents:,} documents, {tokens:,} tokens, shards: {len(shards)}")
     for source, (documents, tokens) in kept(built.manifest).items():
         print(f"kept of {source}: {documents:,} documents, {tokens:,} tokens")
@@ -254,7 +253,7 @@ def _adopt(options: argparse.Namespace, command: str) -> None:
     from data_pipeline.commands.adopt import adopt
 
     manifest = adopt(**flags(options), command=command)
-    tokens = sum(info.tokens for infos in manifest.splits.values() for info in infos)
+    tokens = sum(map(manifest.tokens, manifest.splits))
     documents = sum(info.documents for infos in manifest.splits.values() for info in infos)
     print(
         f"adopted {len(options.files)} files, {documents:,} documents, {tokens:,} tokens, as {options.out}; the files "
@@ -335,7 +334,9 @@ def _train_tokenizer(options: argparse.Namespace, command: str) -> None:
     from data_pipeline.tokenize.texts import Read, texts_to_learn
     from data_pipeline.tokenize.training import train_tokenizer
 
-    config, counts = _to_learn_from(options), dict[str, Read]()
+    chosen = ("recipe", "out", "field", "pattern", "exclude", "max_bad_fraction")
+    config = build_to_learn_from(options.inputs, **{name: getattr(options, name) for name in chosen})
+    counts: dict[str, Read] = {}
     size = train_tokenizer(texts_to_learn(config, counts), options.vocab_size, options.kind, options.out)
     for source, read in counts.items():
         print(f"learned from {source}: {read.documents:,} documents, {read.bytes:,} bytes of text")
@@ -344,57 +345,6 @@ def _train_tokenizer(options: argparse.Namespace, command: str) -> None:
     if size < options.vocab_size:
         print(f"the texts support no more than {size:,} tokens, of {options.vocab_size:,} asked for")
     print(f"trained {options.out}: {size:,} tokens")
-
-
-def _is_override(text: str) -> bool:
-    return "=" in text and not is_remote(text) and not Path(text).exists()
-
-
-def _to_learn_from(options: argparse.Namespace) -> BuildConfig:
-    """A configuration with the sources of a recipe and overrides, or of files and folders. Raises ConfigError for a
-    mixture.
-    """
-    from data_pipeline.read.sources import kind_of
-
-    inputs, recipe = list(options.inputs), options.recipe
-    if recipe is None and inputs and inputs[0].endswith((".yaml", ".yml")):
-        recipe = inputs.pop(0)
-    if recipe is None and inputs and all(map(_is_override, inputs)):
-        recipe = ""  # overrides without a recipe
-    unused = [f"out={options.out}", "tokenizer=none"]
-    if recipe is not None:
-        if (
-            (files := [name for name in inputs if "=" not in name or is_remote(name)])
-            or options.field
-            or options.pattern
-        ):
-            what = files[0] if files else "--field" if options.field else "--pattern"
-            raise ConfigError(
-                f"{what} cannot be used with a recipe, whose sources say what to read; change them with key=value"
-            )
-        more = [] if options.max_bad_fraction is None else [f"max_bad_fraction={options.max_bad_fraction}"]
-        return load(BuildConfig, find_recipe(recipe, RECIPES) if recipe else None, [*unused, *inputs, *more])
-    if not inputs:
-        raise ConfigError("nothing to learn from: give files and folders, or a recipe by --recipe")
-    sources = {}
-    for name in inputs:
-        sources[name] = SourceConfig(
-            kind="folder" if Path(name).is_dir() else kind_of(name),
-            path=name,
-            field=options.field or "text",
-            pattern=options.pattern or "**/*",
-            exclude=options.exclude,
-        )
-    bound = MAX_BAD_FRACTION if options.max_bad_fraction is None else options.max_bad_fraction
-    if not 0 <= bound <= 1:
-        raise ConfigError(f"--max-bad-fraction is {bound:g}; expected 0 to 1")
-    return BuildConfig(
-        out=str(options.out),
-        tokenizer="none",
-        sources=sources,
-        max_document_bytes=MAX_TRAINING_BYTES,
-        max_bad_fraction=bound,
-    )
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 from ponder_scale.errors import ConfigError
 from ponder_scale.settings import MISSING, knob
 
+RECIPES = Path(str(resources.files("data_pipeline"))) / "recipes"
 WITH_FIELDS = ("jsonl", "parquet", "dataset")  # kinds whose records have fields
 SourceKind = Literal["jsonl", "parquet", "text", "folder", "dataset"]
 
@@ -127,7 +130,9 @@ class BuildConfig:
     append_eod: bool = knob(True, "End each document with the end-of-document token.")
     bos_token: str | None = knob(None, "Begin each document with this token. `null` adds none.")
     special_tokens_in_text: Literal["text", "tokens"] = knob(
-        "text", "What </s> and the like inside a document become. text: ordinary text. tokens: the special token."
+        "text",
+        "How to encode </s> and other special tokens that stand in a document. text: as ordinary text. tokens: as the "
+        "special token.",
     )
     keep_dropped: bool = knob(
         False, "Write each text that filters and deduplication drop to dropped.jsonl, with the reason."

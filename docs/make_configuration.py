@@ -22,8 +22,8 @@ A recipe is a YAML file with these keys, nested at the dots. Overrides `key=valu
 over earlier ones. If you mistype a key, the error names the nearest right one. `null` switches a key off or does what
 its description says.
 
-- **Base.** A recipe may begin with `base: other.yaml`. We look for that file in the folder of the recipe. What your
-  recipe says wins over it, by the rules for overrides below.
+- **Base.** A recipe may begin with `base: other.yaml`. We look for that file in the folder of the recipe. The keys of
+  your recipe win over those of the base, by the rules for overrides below.
 - **Text.** Text and choices are taken as you type them. `run_dir=0123`, `run_dir="exp #2"` and `log.wandb=off` mean
   these very words, in overrides and in recipes. In a recipe, ` #` begins a comment and quotes are not part of the text.
 - **Paths.** `~` becomes your home folder. `$NAME` and `${NAME}` become the environment variable. A variable that is

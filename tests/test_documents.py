@@ -15,6 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_pipeline import cli as data
+from data_pipeline.config import BuildConfig
+from ponder_scale import cli as scale
+from ponder_scale.config import RunConfig
+from ponder_scale.settings.commandline import parse
 from tests.commands import run_command, run_script
 
 REPOSITORY = Path(__file__).parents[1]
@@ -42,6 +47,12 @@ def _commands(document: Path) -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", document.read_text(), flags=re.DOTALL)
     lines = [line for block in blocks for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
     return [re.sub(r"\s+#.*", "", line).strip() for line in lines]
+
+
+def _code(document: Path) -> str:
+    """The lines of its blocks of code, fenced or indented."""
+    text, fenced = document.read_text(), re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    return "\n".join([*fenced.findall(text), *re.findall(r"^    .*", fenced.sub("", text), re.MULTILINE)])
 
 
 # each once, in the order of reading
@@ -92,6 +103,33 @@ def test_a_command_of_the_documents_runs(command: str, workplace: tuple[Path, st
         command += " " + " ".join(AGAIN)
     done = run_command(*shlex.split(command.replace('"$STDLIB"', "corpus")), folder=workplace[0])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+SHOWN = sorted(
+    {
+        command
+        for document in (*DOCUMENTS, *REPOSITORY.glob("*/README.md"), *REPOSITORY.glob("examples/*/README.md"))
+        for command in re.findall(
+            r"^ *(ponder-(?:scale|data) [a-z].*)$", re.sub(r"\\\n\s*", " ", _code(document)), re.MULTILINE
+        )
+    }
+)
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_a_command_that_a_document_shows_has_these_arguments(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every block, also of those whose commands cannot run here. Folders of `runs` are there already."""
+    monkeypatch.chdir(tmp_path)
+    command = re.sub(r"\$\(\(.*?\)\)|\$\w+", "1", re.sub(r"\s#.*| \| .*| &&.*", "", command)).replace("...", "")
+    for name in re.findall(r"runs/\w+(?=/)", command):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    program, *words = shlex.split(command)
+    if program == "ponder-scale":
+        assert parse(scale._parser(), words, RunConfig, "overrides").run
+    else:
+        assert parse(data._parser(), words, BuildConfig, "settings").run
 
 
 def test_the_readmes_python_generates(workplace: tuple[Path, str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from data_pipeline import cli as data_cli
 from ponder_scale import cli
 from ponder_scale.commands.examples import EXAMPLES, leaves
+from ponder_scale.compare.baselines import EXTRAS
 from ponder_scale.config import RunConfig
 from ponder_scale.settings.commandline import parse
 from tests.commands import run_command
@@ -47,3 +48,10 @@ def test_help_shows_the_example_and_the_shipped_recipes() -> None:
     done = run_command("ponder-scale", "train", "--help", COLUMNS="200")
     assert done.returncode == 0 and "quickstart" in done.stdout and "llama-1.4b" in done.stdout
     assert done.stdout.rstrip().endswith(EXAMPLES["train"])
+
+
+def test_compare_lists_every_model_that_you_can_add() -> None:
+    (added,) = [
+        action for words, action in arguments(cli._parser()) if words == "compare" and "--with" in action.option_strings
+    ]
+    assert [name for name in EXTRAS if name not in str(added.help)] == [] and len(EXTRAS) > 5

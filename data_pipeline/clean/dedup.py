@@ -200,7 +200,7 @@ def open_keys(path: Path) -> np.ndarray:
 
 
 def unite(sets: Sequence[np.ndarray], stream: IO[bytes]) -> int:
-    """Write the keys of several sets as those of one set. Returns how many repeated keys were left out."""
+    """Write the keys of several sets as those of one set. Returns how many keys are in more than one of them."""
     sizes, shared = sum(map(len, sets)), 0
     total = buckets(sizes)
     for bucket in range(total):
@@ -208,8 +208,8 @@ def unite(sets: Sequence[np.ndarray], stream: IO[bytes]) -> int:
         for keys in sets:
             begin, end = (_first_of_bucket(keys, some, total) for some in (bucket, bucket + 1))
             parts.append(np.array(keys[begin:end]))
-        found = np.unique(np.concatenate(parts))
-        shared += sum(map(len, parts)) - len(found)
+        found, times = np.unique(np.concatenate(parts), return_counts=True)
+        shared += int(np.count_nonzero(times > 1))  # a set has each of its keys once
         stream.write(found.astype("<u8").tobytes())
     return shared
 

@@ -1,1 +1,1 @@
-"""The commands of `ponder-data` besides build: adopt, append, merge, plan, inspect."""
+"""The commands of `ponder-data` besides build, and what train-tokenizer reads."""

@@ -118,13 +118,18 @@ def before_appends(out: Path, folder: Path, appends: int, command: str) -> Manif
     """Create the folder `out` with a set as it was before its last appends, for a run that began with that set.
 
     Raises:
-        ConfigError, ShardError: the set has had fewer appends, or `out` exists.
+        ConfigError, ShardError: the set has had no or fewer appends, or `out` exists.
     """
     now = _opened(folder.resolve())
     grown = now.manifest.provenance.get("grown", [])
+    if not grown:
+        raise ConfigError(
+            f"merge: --without-last is {appends}; {folder} has had no append, so nothing can be left out; use {folder} "
+            "as it is"
+        )
     if not 0 < appends <= len(grown):
         raise ConfigError(
-            f"merge: --without-last is {appends}; {folder} has had {len(grown)} appends; give at most that many"
+            f"merge: --without-last is {appends}; {folder} has had {len(grown)} appends; expected 1 to {len(grown)}"
         )
     was = grown[-appends]
     manifest = replace(

@@ -54,8 +54,7 @@ def _counts(shards: ShardSet) -> Iterator[str]:
     for split in manifest.splits:
         of_split = shards.split(split)
         documents = sum(shard.info.documents for shard in of_split)
-        tokens = sum(shard.info.tokens for shard in of_split)
-        yield f"{split:<12}{documents:,} documents, {tokens:,} tokens, shards: {len(of_split):,}"
+        yield f"{split:<12}{documents:,} documents, {manifest.tokens(split):,} tokens, shards: {len(of_split):,}"
         yield from _loss(manifest.splits[split])
         if documents:
             lengths = Lengths()

@@ -129,7 +129,9 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LEFT_OUT = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
 
-def model_weights(model: Any, folder: Path, *, optional: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+def model_weights(
+    model: Any, folder: Path, *, optional: Collection[str] = (), dropped: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a folder under the names of the model's parameters. A tied weight comes once.
 
     The folder may be one of our exports, or come from transformers' stock classes or from the published code, or be a
@@ -137,6 +139,7 @@ def model_weights(model: Any, folder: Path, *, optional: Collection[str] = ()) -
 
     Args:
         optional: names of parameters that the folder need not have.
+        dropped: beginnings of the names of tensors that are left out.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape, or there is a tensor too many.
@@ -148,6 +151,8 @@ def model_weights(model: Any, folder: Path, *, optional: Collection[str] = ()) -
         if name not in expected and f"{model.base_model_prefix}.{name}" in expected:
             name = f"{model.base_model_prefix}.{name}"  # the folder was saved from a bare backbone
         if stored == "adapter.weight" or stored.endswith(_LEFT_OUT) or (name == "lm_head.weight" and tied):
+            continue
+        if stored.startswith(dropped):
             continue
         shape = expected.pop(name, None)
         if shape is not None and tensor.shape == (shape.numel(),):

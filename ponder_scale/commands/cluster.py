@@ -23,7 +23,7 @@ def add_commands(commands: Any) -> None:
     templates = commands.add_parser(
         "templates", help="copy the Slurm files to a folder where you can edit them for your site"
     )
-    templates.add_argument("folder", type=new_folder, metavar="DIR", help="folder to write them to")
+    templates.add_argument("folder", type=new_folder, metavar="DIR", help="folder to copy the files to")
     templates.add_argument("--overwrite", action="store_true", help="replace files that exist and differ")
     templates.set_defaults(run=_templates)
     for name, help_text, action in (

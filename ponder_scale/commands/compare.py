@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ponder_scale.commands.training import open_data
+from ponder_scale.compare.baselines import EXTRAS, TIME
 from ponder_scale.config import RunConfig, load_recipe
 from ponder_scale.errors import ConfigError
 from ponder_scale.files.places import check_folder
@@ -20,7 +21,9 @@ from ponder_scale.settings.commandline import flags, new_file, path, whole
 def add_commands(commands: Any) -> None:
     """Add the command to the parser."""
     compare = commands.add_parser(
-        "compare", help="train a pondering model and its baselines on the same data, and report which is better"
+        "compare",
+        help="train a pondering model and its baselines on the same data, and report which is better",
+        description="\n".join(["models for --with:", *(f"  {name:<18}{about}" for name, (about, _) in EXTRAS.items())]),
     )
     compare.add_argument("recipe", help="a YAML file or the name of a shipped recipe; all runs go under its run_dir")
     compare.add_argument(
@@ -41,7 +44,8 @@ def add_commands(commands: Any) -> None:
         dest="extras",
         nargs="+",
         default=[],
-        help="add baselines: looped, hidden, vanilla-unscaled, vanilla-time, vanilla-long",
+        metavar="NAME",
+        help=f"also train these models, which the list above describes: {', '.join(EXTRAS)}",
     )
     compare.add_argument(
         "--for",
@@ -55,7 +59,7 @@ def add_commands(commands: Any) -> None:
     compare.add_argument(
         "--answers",
         metavar="ITEMS",
-        help="also test each finished run on these items; see `ponder-scale evaluate answers`",
+        help="also ask each finished run the items of this file; see `ponder-scale evaluate answers --help`",
     )
     compare.add_argument("--answer-steps", type=whole(0), nargs="+", help="numbers of pondering steps to answer with")
     compare.add_argument("--nproc", type=whole(1), help="local ranks of each run (default: one for each GPU, or one)")
@@ -94,7 +98,7 @@ def _compare(options: argparse.Namespace, _: list[str]) -> int:
             "under the launcher"
         )
     from ponder_scale.compare.findings import read_result, time_ratio
-    from ponder_scale.compare.members import TIME, plan_runs
+    from ponder_scale.compare.members import plan_runs
     from ponder_scale.compare.report import write_report
     from ponder_scale.compare.run import choose, train_runs
     from ponder_scale.train.launch import default_processes

@@ -35,14 +35,14 @@ def _add_json(kind: Any, what: str) -> None:
 
 
 def _add_perplexity(kinds: Any) -> None:
-    ppl = _add_folder(kinds, "ppl", "held-out loss of an exported folder after each pass, by source")
+    ppl = _add_folder(kinds, "ppl", "measure the held-out loss of an exported folder after each pass, by source")
     ppl.add_argument("--steps", type=whole(0), help="largest number of pondering steps (default: as trained)")
     ppl.add_argument("--seq-len", type=whole(1), help="tokens in a sequence (default: the longest the model accepts)")
     ppl.add_argument(
         "--document-mask", action="store_true", help="keep attention within documents, like data.document_mask=true"
     )
     ppl.set_defaults(run=_evaluate_ppl)
-    run = kinds.add_parser("run", help="held-out loss of every checkpoint that a run has kept")
+    run = kinds.add_parser("run", help="measure the held-out loss of every checkpoint that a run has kept")
     run.add_argument("run_dir", type=path, help="a run folder")
     run.set_defaults(run=_evaluate_run)
     for kind in (ppl, run):
@@ -64,7 +64,7 @@ def _add_perplexity(kinds: Any) -> None:
 
 
 def _add_tasks(kinds: Any) -> None:
-    tasks = _add_folder(kinds, "tasks", "tasks of lm-evaluation-harness")
+    tasks = _add_folder(kinds, "tasks", "run tasks of lm-evaluation-harness")
     tasks.add_argument(
         "--tasks", nargs="+", default=[], help="names of tasks (default: the nine of the paper, or all in --include)"
     )
@@ -89,7 +89,7 @@ def _add_tasks(kinds: Any) -> None:
 
 
 def _add_answers(kinds: Any) -> None:
-    answers = _add_folder(kinds, "answers", "share of prompts that the model answers right, by group")
+    answers = _add_folder(kinds, "answers", "count the prompts that a model answers right, by group")
     answers.add_argument(
         "--items",
         dest="file",
@@ -106,13 +106,13 @@ def _add_answers(kinds: Any) -> None:
 
 
 def _add_decoding(kinds: Any) -> None:
-    decoding = _add_folder(kinds, "decoding", "what early exit, fewer steps and drafts save and cost")
+    decoding = _add_folder(kinds, "decoding", "measure what early exit, fewer steps and drafts save and cost")
     decoding.add_argument(
         "--data",
         action="append",
         required=True,
         metavar="SHARDS",
-        help="folder of shards; its held-out texts are prompts",
+        help="folder of shards, whose held-out texts are the prompts",
     )
     decoding.add_argument("--sequences", type=whole(1), default=8, help="prompts to continue (default: 8)")
     decoding.add_argument("--prompt-tokens", type=whole(1), default=64, help="tokens in a prompt (default: 64)")

@@ -46,6 +46,9 @@ def _add_reference(commands: Any) -> None:
     )
     imported.add_argument("source", type=path, help="folder with its config.json and weights")
     imported.add_argument("out", type=new_folder, help="folder to create")
+    imported.add_argument(
+        "--latent", action="store_true", help="these are weights of PonderLM-2, whose config.json does not say so"
+    )
     _add_format(imported)
     imported.set_defaults(run=_import_reference)
 
@@ -75,6 +78,11 @@ def _add_generate(commands: Any) -> None:
         "--draft-steps",
         type=whole(0),
         help="draft tokens with this many pondering steps and check them with all; the text stays the same",
+    )
+    generate.add_argument(
+        "--draft-heads",
+        action="store_true",
+        help="draft tokens with the extra heads of the model and check them; the text stays the same",
     )
     generate.add_argument(
         "--temperature", type=number(least=0), default=0.0, help="sampling temperature; 0 decodes greedily (default: 0)"

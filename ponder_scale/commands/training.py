@@ -44,7 +44,7 @@ def add_commands(commands: Any) -> None:
     train.add_argument(
         "--nproc",
         type=whole(1),
-        help="ranks to start on this machine (default: one for each GPU, or one); not for use under a launcher",
+        help="ranks to start on this machine (default: one for each GPU, or one); leave it out under a launcher",
     )
     train.set_defaults(run=_train)
     _add_plan(commands)
@@ -86,7 +86,7 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument(
         "--mfu",
         type=number(above=0, most=1),
-        help="compute time from this share of the peak FLOP/s instead, which you know from your own runs",
+        help="compute the time from this share of the peak FLOP/s, which your own runs have reached",
     )
     plan.add_argument(
         "--failures",
@@ -101,7 +101,7 @@ def _add_plan(commands: Any) -> None:
         "--save-seconds",
         type=number(above=0),
         default=60.0,
-        help="with --failures: seconds that a checkpoint stops training (default: 60)",
+        help="with --failures: seconds for which a save stops training (default: 60)",
     )
     plan.add_argument(
         "--restart-seconds",

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ponder_scale.compare.members import VANILLA, Member, Run
+from ponder_scale.compare.baselines import VANILLA
+from ponder_scale.compare.members import Member, Run
 from ponder_scale.runs import records
 
 # Two-sided 95% quantiles of Student's t for one to nine degrees of freedom. More degrees use the last, which is wider

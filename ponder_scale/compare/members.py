@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ponder_scale.compare.baselines import EXTRAS, FLOPS, LONG, LONGER, PLAIN, TIME, TWICE, VANILLA
 from ponder_scale.config import ModelConfig, RunConfig, TrainConfig
 from ponder_scale.errors import ConfigError
 from ponder_scale.planning.cost import flops_per_token, steps_to_tokens
@@ -19,40 +20,7 @@ from ponder_scale.planning.depth import mean_steps
 from ponder_scale.planning.shape import model_shape, run_shape
 from ponder_scale.setup.build import model_configuration
 
-VANILLA = "vanilla"
-TWICE = "vanilla-twice"
-FLOPS = "vanilla-flops"
-LONG, LONGER = "vanilla-long", 10
-TIME = "vanilla-time"
 EVALUATIONS = 20  # points of a curve if the recipe does not say how often to evaluate
-
-FIXED = ("train.pondering.schedule=fixed", "train.pondering.mean=null", "train.pondering.per=step")
-PLAIN = ("model.pondering_steps=0", "model.initial_scale=1", *FIXED)
-# Baselines that you can add by name. They take as many pondering steps as the first pondering model.
-EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
-    TIME: ("equal parameters and training time, so more tokens", PLAIN),
-    LONG: (f"equal parameters, {LONGER} times the steps", PLAIN),
-    "looped": (
-        "the same passes, each on the hidden states of the one before (a looped transformer)",
-        ("model.feedback=hidden", "model.residual=replace"),
-    ),
-    "hidden": ("hidden states are added to the input instead of pondering embeddings", ("model.feedback=hidden",)),
-    "both": ("hidden states are fed back beside pondering embeddings, by a learned gate", ("model.feedback=both",)),
-    "halting": ("pondering in which each token halts by a learned gate", ("model.halting=gate",)),
-    "exits": (
-        "pondering that learns by the expected loss over the exits of each token",
-        ("model.halting=exit", "train.pass_losses=exit"),
-    ),
-    "vanilla-unscaled": (
-        "vanilla without the factor sqrt(D) on its embeddings",
-        (
-            "model.pondering_steps=0",
-            "model.scale_embeds=false",
-            "model.initial_scale=1",
-            *FIXED,
-        ),
-    ),
-}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from ponder_scale.settings import knob
 
 from .bounds import MOST_POSITIONS, MOST_VOCABULARY, MOST_WIDTH
 
+INTERLEAVED = ("latent", "pause")  # kinds of feedback that add positions instead of passes over the same ones
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -48,20 +50,24 @@ class ModelConfig:
         None, "Use the embedding table as the head. `null` follows the architecture."
     )
     pondering_steps: int = knob(
-        3, "S: how often the pondering embedding is fed back. The model runs S + 1 passes.", min=0, max=64
+        3, "S: how often a pass feeds back to the next one. The model runs S + 1 passes.", min=0, max=64
     )
     scale_embeds: bool = knob(True, "Multiply embeddings by sqrt(hidden_size).")
     initial_scale: float = knob(
         1.0, "Factor on the input embeddings e_0. The published `mutiply_pondering_steps` uses S.", min=1e-6, max=1e6
     )
     pondering_temperature: float = knob(1.0, "Temperature tau of the pondering softmax.", min=1e-3, max=1e3)
-    feedback: Literal["embedding", "hidden", "both"] = knob(
+    feedback: Literal["embedding", "hidden", "both", "latent", "pause"] = knob(
         "embedding",
-        "What a pass feeds back (T): the pondering embedding, its hidden states, or both through a learned gate.",
+        "What each pass feeds back to the next one (T). embedding: the pondering embedding. hidden: its hidden states. "
+        "both: both, through a learned gate. latent and pause are other methods. They follow each token by S more "
+        "positions. latent: the input of such a position is the hidden state of the position before (PonderLM-2). "
+        "pause: the input is a learned embedding (pause tokens).",
     )
     residual: Literal["accumulate", "restart", "replace"] = knob(
         "accumulate",
-        "What the input e_s of pass s is, with feedback T. accumulate: e_{s-1} + T. restart: e_0 + T. replace: T.",
+        "How the input e_s of pass s is made from the feedback T. accumulate: e_{s-1} + T. restart: e_0 + T. replace: "
+        "T alone.",
     )
     pondering_top_k: int | None = knob(
         None,
@@ -77,10 +83,17 @@ class ModelConfig:
     )
     halting_threshold: float = knob(
         1e-4,
-        "A token halts when it falls below this value. With `gate` that is the gate of the pondering step, with `exit` "
-        "the product of its gates so far. A higher value saves more.",
+        "A token halts when its gate falls below this value (`halting=gate`), or when the product of its gates so far "
+        "does (`halting=exit`). A higher value saves more.",
         min=0,
         max=1,
+    )
+    extra_heads: int = knob(
+        0,
+        "Multi-token prediction: heads that predict the tokens 2, 3, ... ahead, besides the next one. Each is one more "
+        "layer. They draft tokens when the model generates, and else change nothing.",
+        min=0,
+        max=64,
     )
     init_by_passes: bool | None = knob(
         None,
@@ -90,7 +103,7 @@ class ModelConfig:
     init_from: str | None = knob(
         None, "Start a new run from the weights of this Hugging Face folder, pondering or not.", path=True
     )
-    extra: dict[str, Any] = knob({}, "More fields of the transformers configuration, under their own names.")
+    extra: dict[str, Any] = knob({}, "More fields for the configuration of transformers, under their own names.")
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:

@@ -10,7 +10,7 @@ from ponder_scale.files.shipped import RECIPES
 from ponder_scale.settings import MISSING, find_recipe, knob, load
 
 from .data import DataConfig
-from .model import ModelConfig
+from .model import INTERLEAVED, ModelConfig
 from .train import OptimConfig, TrainConfig
 from .watch import CheckpointConfig, EvaluateConfig, HealthConfig, LogConfig
 
@@ -54,6 +54,8 @@ class RunConfig:
             )
         self._check_pondering()
         self._check_halting()
+        self._check_heads()
+        self._check_interleaved()
         if self.train.offload_activations and self.train.recompute == "none":
             raise ConfigError(
                 "train.offload_activations is true, but train.recompute is none, which keeps every activation; use "
@@ -85,6 +87,40 @@ class RunConfig:
             raise ConfigError(
                 f"train.compile is true with model.halting {self.model.halting}, whose layers are not compiled: the "
                 "keys and values that halted tokens keep change from pass to pass; set train.compile=false"
+            )
+
+    def _check_heads(self) -> None:
+        heads = self.model.extra_heads
+        if heads and self.model.halting != "none":
+            raise ConfigError(
+                f"model.extra_heads is {heads} with model.halting {self.model.halting}: the heads read the last pass, "
+                "in which halted tokens have no state of their own; set extra_heads to 0 or halting to none"
+            )
+        if heads >= self.data.seq_len:
+            raise ConfigError(
+                f"model.extra_heads is {heads}, but data.seq_len is {self.data.seq_len}, so the last of them would "
+                "have no label in a sequence; lower model.extra_heads"
+            )
+
+    def _check_interleaved(self) -> None:
+        """Refuse what passes over the same positions have, and positions between the tokens do not."""
+        if self.model.feedback not in INTERLEAVED:
+            return
+        pondering = self.train.pondering
+        for name, value, default in (
+            ("pondering.per", pondering.per, "step"),
+            ("pondering.backward_passes", pondering.backward_passes, None),
+            ("pass_losses", self.train.pass_losses, "last"),
+        ):
+            if value != default:
+                raise ConfigError(
+                    f"train.{name} is {value} with model.feedback {self.model.feedback}, which has one prediction a "
+                    f"token and no earlier passes to choose from; leave train.{name} at its default"
+                )
+        if self.train.attention == "flash_attention_2":
+            raise ConfigError(
+                f"train.attention is flash_attention_2 with model.feedback {self.model.feedback}, whose positions "
+                "repeat, so each would count as a new document; use sdpa"
             )
 
     def _check_pondering(self) -> None:

@@ -35,13 +35,13 @@ class PonderingSchedule:
     )
     per: Literal["step", "sequence"] = knob(
         "step",
-        "What uniform and lognormal-poisson draw a number for. step: for each optimizer step, and all its sequences "
-        "take it. sequence: for each sequence. Every sequence then costs as much as the one with the most steps.",
+        "How often uniform and lognormal-poisson draw. step: once for each optimizer step, for all its sequences. "
+        "sequence: once for each sequence. Every sequence then costs as much as the one with the most steps.",
     )
     backward_passes: int | None = knob(
         None,
-        "Let gradients flow through the last passes only, this many of them. This saves memory and time. `null` uses "
-        "all passes. In published runs, passes were worth less in this way (phi 0.38 instead of 0.46, arXiv "
+        "Number of passes through which gradients flow, counted from the last. `null` uses all passes. A lower number "
+        "saves memory and time. In published runs, passes were then worth less (phi 0.38 instead of 0.46, arXiv "
         "2604.21106).",
         unit="passes",
         min=1,
@@ -78,20 +78,21 @@ class HaltingLoss:
 
     weight: float = knob(
         0.1,
-        "gate: weight of the mean of the smallest gates in the loss. exit: weight of the entropy of the probabilities "
-        "that a pass is the last.",
+        "Weight of a term in the loss. gate: the mean of the smallest gates. exit: the entropy of the probabilities "
+        "with which each pass is the last.",
         min=0,
         max=1e6,
     )
     share: float = knob(
         0.1,
-        "gate: that mean is over this share of the gates. Training halts about this share of the pondering.",
+        "gate: share of the gates, the smallest ones, whose mean is in the loss. Training then halts about this share "
+        "of the pondering.",
         min=0,
         max=1,
     )
     warmup_steps: int = knob(
         1000,
-        "gate: steps over which the share rises from 0 to its value.",
+        "gate: steps over which `share` rises from 0 to its value.",
         unit="optimizer steps",
         min=0,
         max=MOST_STEPS,
@@ -138,14 +139,16 @@ class TrainConfig:
     )
     memory_gib: float | None = knob(
         None,
-        "Memory of a device with which the planner plans `auto` and ZeRO-3's limits. `null` uses all of the device.",
+        "Memory of each device that the planner may use, when it chooses for `auto` and sets ZeRO-3's limits. `null` "
+        "allows all of it.",
         unit="GiB",
         above=0,
         max=2**20,
     )
     hardware: str | None = knob(
         None,
-        "File that `ponder-scale plan --calibrate` wrote. `auto` uses its times. `null` uses the planner's table.",
+        "File that `ponder-scale plan --calibrate` wrote. `auto` then chooses by the figures in it. `null` uses the "
+        "planner's own table.",
         path=True,
     )
     offload_activations: bool = knob(False, "Move the activations that are kept for backward to host memory.")
@@ -165,6 +168,9 @@ class TrainConfig:
         "`model.halting=exit`.",
     )
     halting: HaltingLoss = field(default_factory=HaltingLoss)
+    multi_token_weight: float = knob(
+        1.0, "Weight of the sum of the losses of `model.extra_heads` in the loss.", above=0, max=1e6
+    )
     deepspeed: str = knob(
         "zero3",
         "How to shard the run: the name of a file in deepspeed_configs/, or a path. auto: of the ZeRO stages that fit, "

@@ -17,7 +17,7 @@ class CheckpointConfig:
 
     every_steps: int | None = knob(
         None,
-        "Save a checkpoint at every multiple of this step. `null` does not save by steps.",
+        "Save a checkpoint at each step that is a multiple of this number. `null` does not save by steps.",
         unit="steps",
         min=1,
         max=MOST_STEPS,
@@ -51,7 +51,7 @@ class EvaluateConfig:
 
     every_steps: int | None = knob(
         None,
-        "Evaluate at every multiple of this step. `null` evaluates only after the last step.",
+        "Evaluate at each step that is a multiple of this number. `null` evaluates only after the last step.",
         unit="steps",
         min=1,
         max=MOST_STEPS,
@@ -66,7 +66,7 @@ class EvaluateConfig:
     tasks: list[str] = knob([], "Tasks of lm-evaluation-harness to ask the model while it trains. [] asks none.")
     tasks_every_steps: int | None = knob(
         None,
-        "Ask the tasks at every multiple of this step. `null` asks only after the last step.",
+        "Ask the tasks at each step that is a multiple of this number. `null` asks only after the last step.",
         unit="steps",
         min=1,
         max=MOST_STEPS,
@@ -149,7 +149,7 @@ class HealthConfig:
     )
     check_replicas_every: int | None = knob(
         100,
-        "Compare the weights of all ranks at every multiple of this step. They must be equal. `null` "
+        "Compare the weights of all ranks at each step that is a multiple of this number. They must be equal. `null` "
         "disables the check.",
         unit="steps",
         min=1,
@@ -169,7 +169,11 @@ class LogConfig:
     """What a run logs besides metrics.jsonl, which it always writes."""
 
     every_steps: int = knob(
-        10, "Write a line of metrics at every multiple of this step.", unit="steps", min=1, max=MOST_STEPS
+        10,
+        "Write a line of metrics at each step that is a multiple of this number.",
+        unit="steps",
+        min=1,
+        max=MOST_STEPS,
     )
     wandb: Literal["off", "online", "offline"] = knob("off", "Report to Weights & Biases.")
     wandb_project: str = knob("ponder-scale", "Project name in Weights & Biases.")
@@ -183,10 +187,10 @@ class LogConfig:
         min=0,
         max=MOST_STEPS,
     )
-    profile_ranks: list[int] = knob([0], "Ranks that are traced.", min=0, max=10**6)
+    profile_ranks: list[int] = knob([0], "Ranks to trace.", min=0, max=10**6)
     track_tokens: int = knob(
         64,
-        "On logged steps, what each pass changes is measured on this many tokens of each micro-batch.",
+        "Tokens of each micro-batch on which a logged step measures how much each pass changes.",
         unit="tokens",
         min=1,
         max=MOST_POSITIONS,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ponder_scale.errors import ConfigError
 from ponder_scale.figures import json_text
+from ponder_scale.model.backends import IGNORE_INDEX
 
 BATCH_TOKENS = 16384
 ALL = "all"
@@ -36,10 +37,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Score:
-    """The right answers of a group. With k pondering steps, `right[k]` of `items` are right."""
+    """The right answers of a group. With k pondering steps, `right[k]` of `items` are right.
+
+    Args:
+        taken: mean number of steps that a token of the prompts took, where tokens may halt before k steps.
+    """
 
     items: int
     right: dict[int, int]
+    taken: dict[int, float] = field(default_factory=dict)
 
     def share(self, steps: int) -> float:
         """The share of right answers, between 0 and 1."""
@@ -101,18 +107,26 @@ def score(model: Any, tokenizer: Any, items: Sequence[Item], steps: Sequence[int
         groups.setdefault(item.group, []).append(index)
     if len(groups) > 1:
         groups[ALL] = list(range(len(items)))
-    return {name: Score(len(own), {k: int(right[k][own].sum()) for k in steps}) for name, own in groups.items()}
+    taken = {name: _taken(model, [encoded[i] for i in own], steps) for name, own in groups.items()}
+    return {
+        name: Score(len(own), {k: int(right[k][own].sum()) for k in steps}, taken[name]) for name, own in groups.items()
+    }
 
 
 def table(scores: Mapping[str, Score]) -> list[str]:
     """The lines of a Markdown table with a row for each group and a column for each number of steps.
 
-    Each cell has the share of right answers and its 95% interval.
+    Each cell has the share of right answers and its 95% interval. If tokens may halt, it also has the mean number of
+    steps that a token of the prompts took.
     """
     steps = list(next(iter(scores.values())).right)
     lines = [f"| group | items | {' | '.join(f'S = {k}' for k in steps)} |", "|---" * (len(steps) + 2) + "|"]
     for name, found in scores.items():
-        cells = (f"{found.share(k):.3f} ({low:.3f} to {high:.3f})" for k in steps for low, high in [found.interval(k)])
+        cells = [f"{found.share(k):.3f} ({low:.3f} to {high:.3f})" for k in steps for low, high in [found.interval(k)]]
+        cells = [
+            cell + (f", {found.taken[k]:.2f} steps" if k in found.taken else "")
+            for k, cell in zip(steps, cells, strict=True)
+        ]
         lines.append(f"| {name} | {found.items:,} | {' | '.join(cells)} |")
     return lines
 
@@ -144,6 +158,7 @@ def as_plain(scores: Mapping[str, Score]) -> dict[str, Any]:
             "items": found.items,
             "right": {str(k): count for k, count in found.right.items()},
             "share": {str(k): found.share(k) for k in found.right},
+            **({"steps taken": {str(k): mean for k, mean in found.taken.items()}} if found.taken else {}),
         }
         for name, found in scores.items()
     }
@@ -175,6 +190,25 @@ def _batches(order: Sequence[int], encoded: Sequence[tuple[list[int], int]]) -> 
             batches.append([])
         batches[-1].append(index)
     return batches
+
+
+@torch.no_grad()
+def _taken(model: Any, encoded: Sequence[tuple[list[int], int]], steps: Sequence[int]) -> dict[int, float]:
+    """The mean number of pondering steps of a token of the prompts, by the number asked for. Empty without halting."""
+    if getattr(model.config, "halting", "none") == "none":
+        return {}
+    sums, tokens = dict.fromkeys(steps, 0.0), sum(prompt for _, prompt in encoded)
+    for batch in _batches(range(len(encoded)), encoded):
+        prompts = [encoded[i][0][: encoded[i][1]] for i in batch]
+        longest = max(map(len, prompts))
+        rows = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device)
+        counts = torch.tensor([[i < len(prompt) for i in range(longest)] for prompt in prompts], device=model.device)
+        for k in steps:
+            # a token counts where it has a label, whatever the label is
+            output = model(rows, shift_labels=rows.where(counts, IGNORE_INDEX), skip_logits=True, pondering_steps=k)
+            shares = [] if output.pass_shares is None else output.pass_shares[1:]
+            sums[k] += sum(map(float, shares)) * int(counts.sum())
+    return {k: total / tokens for k, total in sums.items()}
 
 
 @torch.no_grad()

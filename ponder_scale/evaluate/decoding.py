@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ponder_scale.config import DataConfig, SourceConfig
+from ponder_scale.config import INTERLEAVED, DataConfig, SourceConfig
 from ponder_scale.data.loader import heldout_batches, open_sources
 from ponder_scale.errors import ConfigError, ShardError
 from ponder_scale.evaluate.generate import counted, load_folder
@@ -115,12 +115,15 @@ def _rows(folder: Path, data: Mapping[str, Path], sequences: int, length: int, d
 def _ways(bench: _Bench, exit_kl: Sequence[float]) -> Iterator[Way]:
     plain = bench.way("plain")
     yield plain
-    for threshold in exit_kl:
+    positions = bench.model.config.feedback in INTERLEAVED  # which have no earlier pass to end at
+    for threshold in () if positions else exit_kl:
         yield bench.way(f"early exit at {threshold:g} nats", exit_kl=threshold)
     for steps in range(bench.steps):
         yield bench.way(f"{steps} pondering steps", pondering_steps=steps)
     for steps in range(bench.steps):
         yield bench.drafted(steps, plain)
+    if getattr(bench.model.config, "extra_heads", 0):
+        yield bench.drafted_by_heads(plain)
 
 
 class _Bench:
@@ -150,6 +153,15 @@ class _Bench:
         passes = [each.passes / self._generated for each in (counts, drafts)]
         name = f"draft of {steps} pondering steps"
         return Way(name, plain.loss, 0.0, passes[0], self._speed(seconds), passes[1], accepted)
+
+    def drafted_by_heads(self, plain: Way) -> Way:
+        """Self-speculation with the extra heads, which take no pass of their own."""
+        drafts = self.model.draft_heads()
+        with counted(self.model) as counts:
+            seconds = self._free({"custom_generate": drafts})
+        accepted = drafts.accepted / max(1, drafts.proposed)
+        passes, name = counts.passes / self._generated, f"draft of {self.model.config.extra_heads} extra heads"
+        return Way(name, plain.loss, 0.0, passes, self._speed(seconds), 0.0, accepted)
 
     @property
     def _generated(self) -> int:

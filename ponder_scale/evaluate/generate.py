@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, Tex
 
 from ponder_scale.checkpoint.find import read_state
 from ponder_scale.checkpoint.weights import read_weights
+from ponder_scale.config import INTERLEAVED
 from ponder_scale.errors import CheckpointError, ConfigError
 from ponder_scale.evaluate.trust import installed_configuration
 from ponder_scale.setup.build import configuration_from_dict, model_class
@@ -124,6 +125,7 @@ def generate(
     seed: int = 1,
     exit_kl: float | None = None,
     draft_steps: int | None = None,
+    draft_heads: bool = False,
     compiled: bool = False,
     interactive: bool = False,
     trust_remote_code: bool = False,
@@ -134,6 +136,7 @@ def generate(
         prompt: the text to continue. None reads all of standard input.
         exit_kl: stop pondering on a token when a pass has changed the prediction by less than this, in nats.
         draft_steps: let the same weights draft with this number of pondering steps. This does not change the text.
+        draft_heads: let the extra heads of the model draft. This does not change the text, either.
         compiled: decode with one compiled graph for each token, with caches of a fixed size.
         interactive: read prompts from standard input, one in each line, and continue each by itself.
         trust_remote_code: passed on to `load_folder`.
@@ -141,9 +144,13 @@ def generate(
     Raises:
         ConfigError: settings exclude each other or are out of range, or a prompt is empty.
     """
-    _check(exit_kl=exit_kl, draft_steps=draft_steps, pondering_steps=pondering_steps, compiled=compiled)
+    _check(exit_kl=exit_kl, draft_steps=draft_steps, pondering_steps=pondering_steps)
+    _check_ways(exit_kl=exit_kl is not None, drafts=draft_steps is not None, heads=draft_heads, compiled=compiled)
     texts = _prompts(prompt, interactive=interactive)
     model, tokenizer = load_folder(folder, trust_remote_code=trust_remote_code)
+    if draft_heads and not getattr(model.config, "extra_heads", 0):
+        raise ConfigError(f"--draft-heads: the model in {folder} has no extra heads; use --draft-steps 0")
+    _check_model(model.config, exit_kl=exit_kl, compiled=compiled)
     if pondering_steps is not None:
         model.config.pondering_steps = pondering_steps
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
@@ -155,20 +162,33 @@ def generate(
         inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
         if not inputs.input_ids.shape[1]:
             raise ConfigError("the prompt is empty; give at least one token")
-        print(_continued(model, tokenizer, inputs, options, draft_steps, compiled=compiled))
+        print(_continued(model, tokenizer, inputs, options, draft_steps, heads=draft_heads, compiled=compiled))
 
 
-def _check(*, exit_kl: float | None, draft_steps: int | None, pondering_steps: int | None, compiled: bool) -> None:
-    if exit_kl is not None and draft_steps is not None:
-        raise ConfigError("--exit-kl and --draft-steps exclude each other, because all passes check a draft; give one")
-    if compiled and (exit_kl is not None or draft_steps is not None):
+def _check_ways(*, exit_kl: bool, drafts: bool, heads: bool, compiled: bool) -> None:
+    draft = "--draft-steps" if drafts else "--draft-heads"
+    if drafts and heads:
+        raise ConfigError("--draft-steps and --draft-heads exclude each other, because each makes a draft; give one")
+    if exit_kl and (drafts or heads):
+        raise ConfigError(f"--exit-kl and {draft} exclude each other, because all passes check a draft; give one")
+    if compiled and (exit_kl or drafts or heads):
         raise ConfigError(
-            "--compile makes one graph of all passes of one token, but --exit-kl leaves passes out and --draft-steps "
+            f"--compile makes one graph of all passes of one token, but --exit-kl leaves passes out and {draft} "
             "feeds several tokens; give one of the three"
         )
+
+
+def _check(*, exit_kl: float | None, draft_steps: int | None, pondering_steps: int | None) -> None:
     for name, value in (("--exit-kl", exit_kl), ("--draft-steps", draft_steps), ("--pondering-steps", pondering_steps)):
         if value is not None and value < 0:
             raise ConfigError(f"{name} is {value}; expected at least 0")
+
+
+def _check_model(config: Any, *, exit_kl: float | None, compiled: bool) -> None:
+    for field, special in (("feedback", config.feedback in INTERLEAVED), ("halting", config.halting != "none")):
+        for flag, given in (("--exit-kl", exit_kl is not None), ("--compile", compiled)):
+            if special and given:
+                raise ConfigError(f"{flag} is not for a model with {field} {getattr(config, field)}; leave it out")
 
 
 def _prompts(prompt: str | None, *, interactive: bool) -> Iterable[str]:
@@ -198,7 +218,14 @@ def _typed() -> Iterator[str]:
 
 
 def _continued(
-    model: Any, tokenizer: Any, inputs: Any, options: dict[str, Any], draft_steps: int | None, *, compiled: bool
+    model: Any,
+    tokenizer: Any,
+    inputs: Any,
+    options: dict[str, Any],
+    draft_steps: int | None,
+    *,
+    heads: bool,
+    compiled: bool,
 ) -> str:
     """Stream one continuation. Returns the lines about its speed and its passes."""
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
@@ -207,6 +234,13 @@ def _continued(
         new = model.generate(**inputs, **options, streamer=streamer).shape[1] - prompt_tokens
         passes = new * (model.config.pondering_steps + 1)
         return f"{_speed(new, time.monotonic() - begin)}, compilation included; {passes} passes in {new} forwards"
+    if heads:
+        drafts = model.draft_heads(streamer)
+        with counted(model) as counts:
+            new = model.generate(**inputs, **options, custom_generate=drafts).shape[1] - prompt_tokens
+        said = f"{_speed(new, time.monotonic() - begin)}; {passes_line(model, counts)}"
+        proposed = f"{drafts.accepted} of {drafts.proposed} proposed tokens accepted"
+        return f"{said}\ndraft of {model.config.extra_heads} extra heads: {proposed}"
     draft = None if draft_steps is None else model.draft(draft_steps)
     if draft is not None:
         options = {**options, "assistant_model": draft}
@@ -239,7 +273,8 @@ def _speed(new: int, seconds: float) -> str:
 def passes_line(model: Any, counts: Counts) -> str:
     """The line about how many of the passes ran."""
     whole = counts.forwards * (model.config.pondering_steps + 1)
-    saved = f", {1 - counts.passes / whole:.0%} saved by early exit" if counts.passes < whole else ""
+    exits = counts.passes < whole and model.config.feedback not in INTERLEAVED  # a pause takes one pass over all
+    saved = f", {1 - counts.passes / whole:.0%} saved by early exit" if exits else ""
     return f"{counts.passes} passes in {counts.forwards} forwards{saved}"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ponder_scale.config import INTERLEAVED
 from ponder_scale.errors import ConfigError
 from ponder_scale.evaluate.generate import load_folder, within
 from ponder_scale.runs.page import page
@@ -59,6 +60,11 @@ def trace_folder(
     most = model.config.max_position_embeddings
     if not 1 <= ids.shape[1] <= most:
         raise ConfigError(f"--text has {ids.shape[1]} tokens; expected 1 to {most}, the positions of the model")
+    if model.config.feedback in INTERLEAVED:
+        raise ConfigError(
+            f"{folder}: its feedback is {model.config.feedback}, which adds positions, but trace shows what passes "
+            "over the same positions change; use evaluate ppl for the losses of its positions"
+        )
     if steps is not None and steps < 0:
         raise ConfigError(f"--pondering-steps is {steps}; expected at least 0")
     trace = trace_tokens(model, tokenizer, ids, steps)

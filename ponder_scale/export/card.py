@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ponder_scale.checkpoint.find import average_since
+from ponder_scale.config import INTERLEAVED
 from ponder_scale.figures import perplexity, shown
 from ponder_scale.model.compat import NEWEST, OLDEST
 from ponder_scale.setup.build import configuration_from_dict
@@ -35,9 +36,9 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
 `generate(pondering_steps=k)` runs k pondering steps instead of {steps}. `generate(assistant_model=model.draft(0))`
-gives the same text, drafted by the same weights without pondering. `generate(exit_kl=0.01)` stops pondering on a token
-when a pass changed its prediction by less. Continuous batching (`generate_batch`) is refused: its cache has one slot a
-layer, and a pondering model needs one for each pass. `SHA256SUMS` is for `sha256sum -c`.
+gives the same text, drafted by the same weights without pondering. {exits} Continuous
+batching (`generate_batch`) is refused: its cache has one slot a layer, and a pondering model needs one for each pass.
+`SHA256SUMS` is for `sha256sum -c`.
 
 ## In other tools
 
@@ -78,13 +79,25 @@ _FEEDBACK = {
     "both": "after each of the first {steps} passes the probability-weighted sum of all token embeddings and, through\n"
     "a learned gate, the hidden states are fed back into its input",
     "hidden": "after each of the first {steps} passes its hidden states are fed back into its input",
+    "latent": "the input of each run but the first is the hidden state of the one before, at a position of its own\n"
+    "([PonderLM-2](https://arxiv.org/abs/2509.23184))",
+    "pause": "the input of each run but the first is a learned embedding, at a position of its own\n"
+    "([pause tokens](https://arxiv.org/abs/2310.02226))",
 }
+_EXITS = "`generate(exit_kl=0.01)` stops pondering on a token\nwhen a pass changed its prediction by less."
+_REFUSES_EXITS = "`exit_kl` is refused, because only the\nlast position of a token predicts."
 
 
 def _halting(configuration: Any) -> dict[str, str]:
     if configuration.halting == "none" or configuration.pondering_steps == 0:
         return {}
     return {"halting": f"{configuration.halting}, below {configuration.halting_threshold:g}"}
+
+
+def _heads(configuration: Any) -> dict[str, str]:
+    if not configuration.extra_heads:
+        return {}
+    return {"extra heads, for the tokens further ahead": str(configuration.extra_heads)}
 
 
 def model_card(
@@ -100,6 +113,7 @@ def model_card(
         "feedback, residual, embedding scale": f"{configuration.feedback}, {configuration.residual}, "
         f"{'sqrt(D)' if configuration.scale_embeds else '1'} x {configuration.initial_scale:g} at the start",
         **_halting(configuration),
+        **_heads(configuration),
         **facts,
         "licence": licence or "not stated",
     }
@@ -107,6 +121,7 @@ def model_card(
         name=name,
         passes=configuration.pondering_steps + 1,
         steps=configuration.pondering_steps,
+        exits=_REFUSES_EXITS if configuration.feedback in INTERLEAVED else _EXITS,
         feedback=_FEEDBACK[configuration.feedback].format(steps=configuration.pondering_steps),
         licence=f"license: {licence}\n" if licence else "",
         rows=_table(rows),

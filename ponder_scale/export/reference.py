@@ -24,7 +24,7 @@ from ponder_scale.export.tokenizer import copy_file, read_json, tokenizer_config
 from ponder_scale.export.writer import write_safetensors
 from ponder_scale.model.configuration import PONDERING_FIELDS
 from ponder_scale.setup.build import ARCHITECTURES, configuration_from_dict
-from ponder_scale.setup.warm_start import NOT_THE_MODEL, folder_configuration, read_configuration
+from ponder_scale.setup.warm_start import HEADS, NOT_THE_MODEL, folder_configuration, read_configuration
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,15 @@ GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
-def import_reference(source: Path, out: Path, *, dtype: str = "float32", licence: str | None = None) -> Path:
+def import_reference(
+    source: Path, out: Path, *, dtype: str = "float32", licence: str | None = None, latent: bool = False
+) -> Path:
     """Convert a folder of the published code to our format. Makes the folder `out` and returns it.
 
     `source` may also be our own folder from an export by another version. `out` then has the code of this version.
+
+    Args:
+        latent: take a folder whose keys PonderLM-2 and its baselines share for PonderLM-2.
 
     Raises:
         CheckpointError: the architecture is not one of the published code, or the settings mean another model.
@@ -48,7 +53,7 @@ def import_reference(source: Path, out: Path, *, dtype: str = "float32", licence
             f"{source / 'config.json'}: model_type is {architecture!r}; expected one of {', '.join(CLASSES)}, or that "
             "of a folder that ponder-scale exported"
         )
-    configuration = folder_configuration(source)
+    configuration = folder_configuration(source, latent=latent)
     has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)
     parameters = write_folder(
         out,
@@ -85,6 +90,13 @@ def export_reference(source: Path, out: Path) -> Path:
             f"{source / 'config.json'}: model_type is {values.get('model_type')!r}; expected one of {known}"
         )
     configuration = configuration_from_dict(values)
+    if configuration.extra_heads:
+        logger.warning(
+            "%s: its %d extra heads are left out, because the published code has none; they only draft, so the text "
+            "stays the same",
+            *(source, configuration.extra_heads),
+        )
+        configuration.extra_heads = 0
     keys = published_keys(architecture, configuration)
     model = meta_model(configuration)
     shapes = {_published_name(architecture, name): parameter.shape for name, parameter in model.named_parameters()}
@@ -93,7 +105,7 @@ def export_reference(source: Path, out: Path) -> Path:
         unused["adapter.weight"] = torch.Size((configuration.hidden_size, 2 * configuration.hidden_size))
 
     def weights() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in model_weights(model, source):
+        for name, tensor in model_weights(model, source, dropped=(HEADS,)):
             yield _published_name(architecture, name), tensor
         for name, shape in unused.items():
             yield name, torch.zeros(shape)
@@ -124,10 +136,10 @@ def published_keys(architecture: str, configuration: Any) -> dict[str, Any]:
     """
     steps, scale = configuration.pondering_steps, configuration.initial_scale
     refused = {
+        "feedback": configuration.feedback != "embedding",
         "pondering_top_k": configuration.pondering_top_k is not None,
         "initial_scale": scale not in (1.0, float(steps)),
         "pondering_temperature": architecture == "gpt_neox" and configuration.pondering_temperature != 1.0,
-        "feedback": configuration.feedback != "embedding",
         "halting": configuration.halting != "none",
         "residual": configuration.residual == "replace"
         or (configuration.residual == "restart" and (architecture != "llama" or scale != 1.0)),

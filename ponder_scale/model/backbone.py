@@ -27,7 +27,9 @@ from .compat import (
     parameters,
     warn_of_untested_version,
 )
+from .configuration import INTERLEAVED
 from .halting import refuse_with_halting
+from .interleaved import Interleaved, own_options, refuse_with_interleaving
 from .passes import Passes, Watch, checked_sequence_steps
 
 
@@ -114,6 +116,7 @@ class PonderBackbone(Checkpointing):
         exit_kl: float | None = None,
         sequence_steps: Tensor | None = None,
         backward_passes: int | None = None,
+        refinements: int | None = None,
         return_dict: bool | None = None,
         watch: Watch | None = None,
         **options: Any,
@@ -121,7 +124,7 @@ class PonderBackbone(Checkpointing):
         """The stock output of the last of the S + 1 passes, with the hidden states (B, T, D) that the head reads.
 
         Args:
-            pondering_steps, exit_kl, sequence_steps, backward_passes: see `Ponder.forward`.
+            pondering_steps, exit_kl, sequence_steps, backward_passes, refinements: see `Ponder.forward`.
             watch: records the statistics, losses and changes of each pass.
             options: arguments of the stock backbone, for each pass.
 
@@ -142,10 +145,23 @@ class PonderBackbone(Checkpointing):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         sequence_steps = checked_sequence_steps(sequence_steps, inputs_embeds, backward_passes)
-        if self.config.halting != "none":  # type: ignore[attr-defined]
-            refuse_with_halting(self, exit_kl, sequence_steps, backward_passes, options)
-        passes = Passes(watch, pondering_steps, found, exit_kl, backward_passes)
-        output = passes.run(inputs_embeds, sequence_steps, **options)
+        if self.config.feedback in INTERLEAVED:  # type: ignore[attr-defined]
+            given: dict[str, Any] = {
+                "exit_kl": exit_kl,
+                "sequence_steps": sequence_steps,
+                "backward_passes": backward_passes,
+            }
+            given["pass_weights"] = watch.weights
+            refuse_with_interleaving(self, pondering_steps, refinements, given, options)
+            interleaved = Interleaved(watch, pondering_steps, found, refinements)
+            output = interleaved.run(inputs_embeds, **own_options(options))
+        else:
+            if refinements is not None:
+                raise ValueError("refinements belong to feedback 'latent'; leave it out")
+            if self.config.halting != "none":  # type: ignore[attr-defined]
+                refuse_with_halting(self, exit_kl, sequence_steps, backward_passes, options)
+            passes = Passes(watch, pondering_steps, found, exit_kl, backward_passes)
+            output = passes.run(inputs_embeds, sequence_steps, **options)
         name = "cache" if hasattr(output, "cache") else "past_key_values"
         if found is not None:  # return the whole cache instead of the view that the pass returned
             setattr(output, name, found)

@@ -112,12 +112,13 @@ class PassView(Cache):
         return getattr(self._cache, name)
 
 
-def grow(cache: Cache, passes: int, layers: int) -> None:
-    """Extend a cache for L layers, as `generate` creates it, to `passes` * L layers.
+def grow(cache: Cache, passes: int, layers: int, heads: int = 0) -> None:
+    """Extend a cache for L layers, as `generate` creates it, to `passes` * L layers, and one for each extra head.
 
     Raises:
-        ValueError: the cache was filled with another number of pondering steps.
+        ValueError: the cache was filled with another number of pondering steps, or without the heads.
     """
+    _check_heads(cache, passes, layers, heads)
     if not getattr(cache, "offloading", False):  # offloading replaces the tensors at every token
         if cache.layer_class_to_replicate is DynamicLayer:
             cache.layer_class_to_replicate = GrowingLayer
@@ -125,7 +126,7 @@ def grow(cache: Cache, passes: int, layers: int) -> None:
             if type(layer) is DynamicLayer:
                 layer.__class__ = GrowingLayer
     if cache.layer_class_to_replicate is None:
-        while len(cache.layers) < passes * layers:
+        while len(cache.layers) < passes * layers + heads:
             if cache.get_seq_length() > 0:
                 raise ValueError(
                     f"the cache holds {len(cache.layers) // layers} passes, but {passes} are needed; continue with "
@@ -142,6 +143,19 @@ def grow(cache: Cache, passes: int, layers: int) -> None:
             f"the cache holds {filled[0]} tokens for the first pass and {filled[1]} for pass {passes}; continue with "
             "the pondering_steps it was filled with, or start an empty cache"
         )
+
+
+def _check_heads(cache: Cache, passes: int, layers: int, heads: int) -> None:
+    """Raise ValueError if the keys of extra heads would be taken for those of a pass, or would lack tokens."""
+    first = getattr(cache, "passes_before_heads", passes)  # the heads' own layers follow the passes of that forward
+    whole = not heads or cache.get_seq_length(passes * layers) == cache.get_seq_length()
+    if passes > first or (heads and passes != first) or not whole:
+        raise ValueError(
+            "the cache was filled without the extra heads, or with them and another number of pondering_steps; "
+            "start an empty cache"
+        )
+    if heads:
+        cache.passes_before_heads = passes
 
 
 def check_growing(cache: Cache | None, option: str) -> None:

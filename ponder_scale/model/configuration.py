@@ -8,11 +8,13 @@ from typing import Any
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Olmo2Config
 
 RESIDUALS = ("accumulate", "restart", "replace")
-FEEDBACKS = ("embedding", "hidden", "both")
+INTERLEAVED = ("latent", "pause")  # see interleaved.py
+FEEDBACKS = ("embedding", "hidden", "both", *INTERLEAVED)
 HALTINGS = ("none", "gate", "exit")
 PONDERING_FIELDS = (
     *("pondering_steps", "scale_embeds", "initial_scale", "pondering_temperature", "feedback", "residual"),
     *("pondering_top_k", "init_by_passes", "halting", "halting_threshold"),
+    "extra_heads",
 )
 
 
@@ -28,7 +30,8 @@ class PonderingFields:
         pondering_temperature: tau, divides the logits of the pondering softmax.
         feedback: T, what a pass passes on to the next: its pondering "embedding", or its "hidden" states after the last
             norm. "hidden" with the residual "replace" is a looped transformer. "both" adds the hidden states to the
-            pondering embedding through a learned gate, see `gate.py`.
+            pondering embedding through a learned gate, see `gate.py`. "latent" and "pause" are other methods, which
+            follow each token by S more positions, see `interleaved.py`.
         residual: "accumulate" feeds e_{s-1} + T, "restart" feeds e_0 + T, "replace" feeds T.
         pondering_top_k: use only the K most probable tokens, renormalised. None uses the whole vocabulary.
         init_by_passes: also divide the initial output projections by sqrt(S + 1). None does what the published code of
@@ -37,12 +40,16 @@ class PonderingFields:
             steps.
         halting_threshold: a token halts when what its gates leave is below this. A higher one saves more, after
             training too.
+        extra_heads: further heads, which predict the tokens 2, 3, ... ahead, see `multi_token.py`. They change neither
+            the logits nor the next token.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of its range, or fields exclude each other.
     """
 
     published_init_by_passes = False
+    # Fewest and most refinements that the published code of "latent" draws for a training step.
+    published_refinements = (2, 3)
 
     def __init__(
         self,
@@ -56,6 +63,7 @@ class PonderingFields:
         init_by_passes: bool | None = None,
         halting: str = "none",
         halting_threshold: float = 1e-4,
+        extra_heads: int = 0,
         **kwargs: Any,
     ) -> None:
         self.pondering_steps = pondering_steps
@@ -68,6 +76,7 @@ class PonderingFields:
         self.init_by_passes = self.published_init_by_passes if init_by_passes is None else init_by_passes
         self.halting = halting
         self.halting_threshold = halting_threshold
+        self.extra_heads = extra_heads
         self.check_pondering()
         if kwargs.get("dtype") is not None:
             kwargs.pop("torch_dtype", None)  # it is also written, for older readers
@@ -93,11 +102,26 @@ class PonderingFields:
         threshold = self.halting_threshold
         if not isinstance(threshold, (int, float)) or isinstance(threshold, bool) or not 0 <= threshold <= 1:
             raise ValueError(f"halting_threshold is {threshold!r}; expected a number from 0 to 1")
-        if self.feedback == "hidden" and (self.pondering_top_k is not None or self.pondering_temperature != 1.0):
+        if not _is_integer(self.extra_heads, 0):
+            raise ValueError(f"extra_heads is {self.extra_heads!r}; expected an integer of at least 0")
+        if self.extra_heads and self.halting != "none":
             raise ValueError(
-                "pondering_top_k and pondering_temperature belong to the pondering softmax, which feedback 'hidden' "
-                "does not use; leave them at their defaults"
+                f"extra_heads is {self.extra_heads} with halting {self.halting!r}: the heads read the last pass, in "
+                "which halted tokens have no state of their own; set extra_heads to 0 or halting to 'none'"
             )
+        softmax = self.feedback not in ("hidden", *INTERLEAVED)
+        if not softmax and (self.pondering_top_k is not None or self.pondering_temperature != 1.0):
+            raise ValueError(
+                f"pondering_top_k and pondering_temperature belong to the pondering softmax, which feedback "
+                f"{self.feedback!r} does not use; leave them at their defaults"
+            )
+        if self.feedback in INTERLEAVED:
+            for field, default in (("residual", "accumulate"), ("halting", "none"), ("extra_heads", 0)):
+                if getattr(self, field) != default:
+                    raise ValueError(
+                        f"{field} is {getattr(self, field)!r} with feedback {self.feedback!r}, which adds positions "
+                        f"and repeats none; leave {field} at {default!r}"
+                    )
         if self.pondering_top_k is not None and not _is_integer(self.pondering_top_k, 1):
             raise ValueError(f"pondering_top_k is {self.pondering_top_k!r}; expected an integer of at least 1, or None")
 
@@ -145,6 +169,7 @@ class PonderGPTNeoXConfig(PonderingFields, GPTNeoXConfig):
 
     model_type = "ponder_gpt_neox"
     published_init_by_passes = True
+    published_refinements = (2, 4)
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

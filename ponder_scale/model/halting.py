@@ -135,6 +135,7 @@ class Halting:
         may_stop: end the forward once every token has halted. The caches of the passes that are left out get a copy.
 
     Attributes:
+        halts: whether tokens halt in this forward.
         remaining: r of each pondering step, (B, T) each, with gradient.
         active: m of each pass, (B, T) each.
     """
@@ -145,7 +146,7 @@ class Halting:
         self._modules, self._threshold, self._steps = modules, config.halting_threshold, steps
         self._cache, self._layers, self._may_stop = cache, layers, may_stop
         self._hidden: Tensor | None = None
-        self.by_exit = config.halting == "exit"
+        self.by_exit, self.halts = config.halting == "exit", cache is not None
         self.remaining: list[Tensor] = []
         self.active: list[Tensor] = []
 
@@ -228,14 +229,15 @@ def expected_loss(
     return expected + entropy_weight * (p * log_p * counted).sum()
 
 
-def packing_mask(position_ids: Tensor | None, embeds: Tensor, config: Any) -> Tensor | None:
-    """The attention mask (B, 1, T, T) of rows that hold several documents; None where no row does.
+def packing_mask(position_ids: Tensor | None, embeds: Tensor, config: Any, each: int = 1) -> Tensor | None:
+    """The attention mask (B, 1, N, N) of rows that hold several documents; None where no row does.
 
     transformers makes it from positions that start again, but only without a cache.
 
     Args:
         position_ids: (B, T) or (1, T), from 0 in each document.
-        embeds: (B, T, D).
+        embeds: its batch, dtype and device are those of the mask.
+        each: positions of each token, N = each * T.
 
     Raises:
         ValueError: a row holds several documents, and this attention takes no such mask.
@@ -251,7 +253,7 @@ def packing_mask(position_ids: Tensor | None, embeds: Tensor, config: Any) -> Te
             f"attention is {attention!r}, which cannot separate the documents of a row beside learned halting; use "
             "'sdpa', 'eager' or flash attention"
         )
-    document = starts.cumsum(-1)
+    document = starts.cumsum(-1).repeat_interleave(each, -1)
     length = document.shape[-1]
     causal = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()
     seen = (document[:, None, :, None] == document[:, None, None, :]) & causal

@@ -47,14 +47,17 @@ from .changes import PassChanges
 from .compat import by_position, cache_name, one_cache
 from .configuration import PonderGPT2Config, PonderGPTNeoXConfig, PonderLlamaConfig, PonderOlmo2Config
 from .gate import HiddenGate
-from .halting import HaltingGates, KeptView, Opening, check_halting_loss
-from .losses import losses, next_tokens
+from .halting import HaltingGates, KeptView, Opening
+from .losses import Wanted, losses, next_tokens
+from .multi_token import ExtraHeads
 from .passes import Watch, checked_steps
+from .speculation import HeadDrafts
 
 if TYPE_CHECKING:
     # Not imported, only named. transformers up to 5.0 caches the modules that this file names, and no others.
     from .attention import mix  # noqa: F401
     from .backends import wide  # noqa: F401
+    from .interleaved import Interleaved  # noqa: F401
     from .kernels import LOG2_E  # noqa: F401
     from .learned import Learned  # noqa: F401
     from .operators import NAMESPACE  # noqa: F401
@@ -84,6 +87,9 @@ class PonderOutput(CausalLMOutputWithPast):
         pass_shares: share of the labels that count whose token is active in each pass, fp32 (S + 1,). None without
             halting.
         halting_loss: `loss` minus the loss of the last pass, where `halting_loss` was given; without gradient.
+        multi_token_losses: mean cross-entropy of each extra head over its own labels in nats, (n,), without gradient.
+            None without `multi_token_weight`.
+        extra_logits: those of the extra heads at the same positions as `logits`, (n, B, T, V), where asked for.
         changes: what each pass changed. None if `track` was not given.
     """
 
@@ -92,6 +98,8 @@ class PonderOutput(CausalLMOutputWithPast):
     z_loss: Tensor | None = None
     pass_shares: Tensor | None = None
     halting_loss: Tensor | None = None
+    multi_token_losses: Tensor | None = None
+    extra_logits: Tensor | None = None
     changes: PassChanges | None = None
 
 
@@ -100,7 +108,7 @@ class Ponder(Checkpointing):
 
     backbone_class: Any
     output_projections: tuple[str, ...] = ()  # ends of the names of the modules that write into the residual stream
-    layers_name = "layers"  # the name of the backbone's list of layers
+    layers_name, norm_name = "layers", "norm"  # the names of the backbone's list of layers and of its last norm
     wrappers: tuple[PassWrapper, ...] = ()  # around each pass, the last one outermost; for recomputation and counts
     _initialized = False
 
@@ -113,8 +121,12 @@ class Ponder(Checkpointing):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.feedback == "both" and config.pondering_steps > 0:
             self.hidden_gate = HiddenGate(config.hidden_size)
+        if config.feedback == "pause" and config.pondering_steps > 0:
+            self.pause_embedding = nn.Embedding(1, config.hidden_size)
         if config.halting != "none" and config.pondering_steps > 0:
             self.halting_gates = HaltingGates(config.hidden_size, config.pondering_steps)
+        if config.extra_heads:
+            self.extra_heads = ExtraHeads(config, type(self.layers[-1]))
         self.post_init()
 
     def run_pass(self, embeds: Tensor, index: int, view: PassView | None, **kwargs: Any) -> Any:
@@ -124,8 +136,14 @@ class Ponder(Checkpointing):
             run = partial(wrapper, run)
         return run(embeds, index, view, **kwargs)
 
-    def _one_pass(self, embeds: Tensor, index: int, view: PassView | None, **kwargs: Any) -> Any:
-        output = self.base_model.one_pass(embeds, view, **kwargs)  # type: ignore[attr-defined]
+    def _one_pass(self, embeds: Tensor, index: int, view: PassView | None, heads: bool = False, **kwargs: Any) -> Any:
+        one_pass = partial(self.base_model.one_pass, embeds, view, **kwargs)  # type: ignore[attr-defined]
+        if heads:
+            norm = getattr(self.base_model, self.norm_name)  # type: ignore[attr-defined]
+            output, ahead = self.extra_heads.beside(self.layers[-1], norm, one_pass)
+            output.ahead = ahead
+            return output
+        output = one_pass()
         if isinstance(view, KeptView):
             output.last_hidden_state = view.keep(output.last_hidden_state)
         return output
@@ -166,9 +184,12 @@ class Ponder(Checkpointing):
         exit_kl: float | None = None,
         sequence_steps: Tensor | None = None,
         backward_passes: int | None = None,
+        refinements: int | None = None,
         z_loss: float = 0.0,
         pass_weights: Sequence[float] | None = None,
         halting_loss: tuple[float, float] | None = None,
+        multi_token_weight: float | None = None,
+        extra_logits: bool = False,
         track: int | None = None,
         ops: Ops | None = None,
         **kwargs: Any,
@@ -180,7 +201,6 @@ class Ponder(Checkpointing):
             labels: (B, T), shifted here as in the stock class; -100 is ignored. Or `shift_labels`, already shifted.
             return_dict: False gives the stock class's tuple.
             pondering_steps: overrides the configuration's S.
-            num_items_in_batch: divides the summed loss. The default is the number of labels that count.
             skip_logits: leave `logits` None and never build them, (B, T, V). This is the default in training with
                 labels.
             exit_kl: in decoding, stop when a pass moved the prediction by less than this KL divergence in nats.
@@ -188,38 +208,40 @@ class Ponder(Checkpointing):
                 passes after a sequence's own last one do not change it, so its loss in them is that of its last.
             backward_passes: number of the last passes that gradients flow through. The feedback of earlier passes
                 counts as a constant, and they keep nothing for backward. e_0 keeps its gradient.
-            z_loss: factor of the mean squared log-sum-exp of the last pass's logits, which is added to the loss.
-            pass_weights: w_0 to w_S. The loss is sum_s w_s CE_s over the passes. The default is that of the last pass.
-            halting_loss: (weight, share). With halting "gate" it adds weight times the mean of the smallest share of
-                the gates to the loss, so that about this share of the pondering is saved, see
-                `halting.smallest_gates`. With "exit" the loss becomes the expected one over the exits, minus weight
-                times their entropy, see `halting.expected_loss`.
+            refinements: with feedback "latent", the Jacobi iterations after the first ones, see `interleaved.py`. The
+                default is 3. With a cache the latents are exact, and this number is not used.
+            num_items_in_batch, z_loss, pass_weights, halting_loss, multi_token_weight: what the loss is made of, see
+                `losses.Wanted`.
+            extra_logits: also return the logits of the extra heads, see `multi_token.py`.
             track: number of tokens on which to measure what each pass changes, see `changes`.
             ops: other code for the pondering embedding and the loss, see `readout`.
 
         Raises the errors of `PonderBackbone.forward`.
         """
         watch = Watch(self, next_tokens(labels, shift_labels), track, ops, pass_weights)
-        check_halting_loss(halting_loss, self.config.halting, z_loss, pass_weights)  # type: ignore[attr-defined]
-        learns = halting_loss is not None and watch.targets is not None
-        watch.exits = learns and self.config.halting == "exit"  # type: ignore[attr-defined]
-        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
-        kwargs |= {"past_key_values": one_cache(past_key_values, cache), "use_cache": use_cache}
-        kwargs |= {"pondering_steps": pondering_steps, "exit_kl": exit_kl, "sequence_steps": sequence_steps}
-        kwargs |= {"backward_passes": backward_passes}
-        inner = self.base_model(  # type: ignore[attr-defined]
-            input_ids, inputs_embeds=inputs_embeds, return_dict=True, watch=watch, **kwargs
-        )
-        wanted = (z_loss, halting_loss, num_items_in_batch)
-        seen = {} if watch.targets is None else losses(watch, inner.last_hidden_state, *wanted)
+        wanted = Wanted(num_items_in_batch, z_loss, pass_weights, halting_loss, multi_token_weight)
+        wanted.tell(watch, extra_logits, exit_kl)
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        kwargs |= {"past_key_values": one_cache(past_key_values, cache), "use_cache": use_cache, "exit_kl": exit_kl}
+        kwargs |= {"pondering_steps": pondering_steps, "sequence_steps": sequence_steps}
+        kwargs |= {"backward_passes": backward_passes, "refinements": refinements, "return_dict": True}
+        inner = self.base_model(input_ids, watch=watch, **kwargs)  # type: ignore[attr-defined]
+        seen = {} if watch.targets is None else losses(watch, inner.last_hidden_state, wanted, position_ids)
         if skip_logits is None:
             skip_logits = self.training and watch.targets is not None  # type: ignore[attr-defined]
-        logits = None if skip_logits else self._logits(inner.last_hidden_state, logits_to_keep)
-        stock = {"loss": seen.pop("loss", None), "logits": logits}
+        if not skip_logits:
+            seen["logits"] = self._logits(inner.last_hidden_state, logits_to_keep)
+        if extra_logits and watch.ahead is not None:
+            seen["extra_logits"] = torch.stack([self._logits(each, logits_to_keep) for each in watch.ahead])
+        return self._output(inner, seen, watch.changes(), return_dict)
+
+    def _output(self, inner: Any, seen: dict[str, Any], changes: PassChanges | None, return_dict: bool | None) -> Any:
+        """The output of `forward`, from the backbone's and from what was computed of it."""
+        stock = {name: seen.pop(name, None) for name in ("loss", "logits")}
         stock |= {name: inner.get(name) for name in (CACHE_NAME, "hidden_states", "attentions")}
         if not (self.config.return_dict if return_dict is None else return_dict):  # type: ignore[attr-defined]
             return CausalLMOutputWithPast(**stock).to_tuple()
-        return PonderOutput(**stock, **seen, changes=watch.changes())
+        return PonderOutput(**stock, **seen, changes=changes)
 
     def _logits(self, hidden: Tensor, kept: int | Tensor) -> Tensor:
         """The logits (B, n, V) of hidden states (B, T, D): of the last `kept` (0 for all), or of the indices in it."""
@@ -246,6 +268,16 @@ class Ponder(Checkpointing):
         other.config.pondering_steps = checked_steps(pondering_steps)  # type: ignore[attr-defined]
         other.generation_config.pondering_steps = None  # type: ignore[attr-defined]  # it would override the configuration
         return other
+
+    def draft_heads(self, streamer: Any = None) -> HeadDrafts:
+        """Let the extra heads draft: `generate(..., custom_generate=model.draft_heads())`. The text stays the same.
+
+        Args:
+            streamer: give it here and not to `generate`, see `speculation.HeadDrafts`.
+        """
+        if not self.config.extra_heads:  # type: ignore[attr-defined]
+            raise ValueError("this model has no extra_heads to draft with; use assistant_model=model.draft(0)")
+        return HeadDrafts(streamer)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Raises ValueError. Continuous batching keeps one key-value slot a layer, which the passes would overwrite."""
@@ -337,7 +369,7 @@ class PonderGPT2LMHeadModel(Ponder, GPT2LMHeadModel):
     config_class = PonderGPT2Config
     backbone_class = PonderGPT2Model
     output_projections = ("attn.c_proj", "mlp.c_proj")
-    layers_name = "h"
+    layers_name, norm_name = "h", "ln_f"
 
 
 class PonderGPTNeoXModel(PonderBackbone, GPTNeoXModel):
@@ -352,6 +384,7 @@ class PonderGPTNeoXForCausalLM(Ponder, GPTNeoXForCausalLM):
     config_class = PonderGPTNeoXConfig
     backbone_class = PonderGPTNeoXModel
     output_projections = ("attention.dense", "mlp.dense_4h_to_h")
+    norm_name = "final_layer_norm"
     _tied_weights_keys = (
         {"lm_head.weight": "gpt_neox.embed_in.weight"}
         if isinstance(GPTNeoXForCausalLM._tied_weights_keys, dict)

@@ -40,10 +40,13 @@ class Watch:
         halting: which tokens are active in each pass, where the model has gates and ponders.
         exits: whether the expected loss over the exits is learned, which needs differentiable losses of each token.
         token_losses: these, of each pass but the last, (N,).
+        heads: whether the extra heads run beside the last pass.
+        ahead: their hidden states, (n, B, T, D).
     """
 
     halting: Halting | None = None
-    exits = False
+    exits = heads = False
+    ahead: Tensor | None = None
 
     def __init__(
         self,
@@ -137,7 +140,7 @@ class Passes:
             check_growing(cache, "exit_kl")
         self.halting = self._begin_halting() if self.config.halting != "none" and self.steps > 0 else None
         if self.cache is not None:
-            grow(self.cache, self.steps + 1, self.layers)
+            grow(self.cache, self.steps + 1, self.layers, len(self.model.extra_heads) if self.watch.heads else 0)
 
     def _begin_halting(self) -> Halting:
         if self.gates is None:
@@ -169,7 +172,10 @@ class Passes:
             options["attention_mask"] = packing_mask(options.get("position_ids"), embeds, self.config)
 
         def one_pass(e: Tensor, index: int) -> Tensor:
-            self.output = self.model.run_pass(e, index, self._view(index), **options)
+            heads = {"heads": True} if self.watch.heads and index == self.steps else {}
+            self.output = self.model.run_pass(e, index, self._view(index), **options, **heads)
+            if heads:
+                self.watch.ahead = self.output.ahead
             if self.watch.tracker is not None:
                 self.watch.tracker.saw(e, self.output.last_hidden_state)
             return self.output.last_hidden_state

@@ -70,7 +70,15 @@ def _traced(config: RunConfig, configuration: Any, layers: int) -> Traced:
     values["n_layer" if "n_layer" in values else "num_hidden_layers"] = layers
     size = config.train.micro_batch_sequences, config.data.seq_len
     train, steps = config.train, configuration.pondering_steps
-    options = {"pass_weights": _weights(train.pass_losses, steps), "backward_passes": train.pondering.backward_passes}
+    options: dict[str, Any] = {"backward_passes": train.pondering.backward_passes}
+    if train.pass_losses != "exit":  # the gates weigh the losses instead
+        options["pass_weights"] = _weights(train.pass_losses, steps)
+    if configuration.halting != "none":
+        options["halting_loss"] = train.halting.weight, train.halting.share
+    if configuration.extra_heads:
+        options["multi_token_weight"] = train.multi_token_weight
+    if configuration.feedback == "latent":
+        options["refinements"] = configuration.published_refinements[1]  # a step with the most has the peak
     text = json.dumps(values, sort_keys=True)
     return _trace(text, train.recompute, train.precision, size, tuple(options.items()))
 

@@ -9,6 +9,8 @@ A product of (m, k) and (k, n) counts 2 m k n. With G = 2 V D for one product of
     an earlier pass's loss     nothing                        the mixture makes z, dh and dW already
     the same beside K tokens   2 G backward                   dh and dW over all of the vocabulary
     the same, hidden feedback  1 G forward, 2 G backward      as for the last pass
+    an extra head              a layer once, and 1 G forward, 2 G backward
+    n positions a token        n (2 P_block + 2 L D (n T + 1))  feedback latent and pause, see `Shape.positions`
 
 Model FLOPs, for MFU, count what the mathematics needs: 3 forwards for a pass, 6 G for a pondering step (G + 10 K D with
 K tokens) and 3 G for the loss. Hardware FLOPs, for HFU, add what is computed twice. That is 1 G for a pondering step,
@@ -26,7 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ponder_scale.config import RunConfig
+from ponder_scale.config import INTERLEAVED, RunConfig
 
 GIB = 2**30
 CHUNK_ELEMENTS = 2**22  # most scores that exist at a time on a CPU
@@ -55,17 +57,49 @@ class Shape:
     top_k: int | None = None  # rows in a mixture; None is the whole vocabulary
     tied: bool = False  # the head is the embedding table
     backward_passes: int | None = None  # the last ones, that gradients flow through; None: all
+    refinements: tuple[int, int] = (0, 0)  # fewest and most that a step of feedback "latent" draws
     layer_matrices: int = 7  # matrices of a layer, each of which is gathered by itself
     layer_modules: int = 16  # modules of a layer, each of which has ZeRO-3's hooks
+    extra_heads: int = 0  # heads for the tokens further ahead, each of which is a layer that runs once
+    head_parameters: int = 0  # of all of them
 
     @property
     def block_parameters(self) -> int:
         """The parameters of the layers, which every pass multiplies with. The few of norms and biases are included."""
-        return self.parameters - self.table_parameters
+        return self.parameters - self.table_parameters - self.head_parameters
+
+    @property
+    def mean_refinements(self) -> float:
+        """Those of an average step."""
+        return sum(self.refinements) / 2
+
+    def passes(self, pondering_steps: float, refinements: float | None = None) -> float:
+        """The number of passes, for a number of pondering steps."""
+        if self.feedback not in INTERLEAVED:
+            return pondering_steps + 1
+        if self.feedback == "pause" or pondering_steps == 0:
+            return 1.0
+        return pondering_steps + (self.mean_refinements if refinements is None else refinements) + 1
+
+    def positions(self, pondering_steps: float, refinements: float | None = None) -> tuple[float, float]:
+        """The positions of a token over all passes, and for each of these the keys that it sees, added up.
+
+        A pass over n positions a token has n of them, which see (n T + 1) / 2 keys on average. The second number is
+        twice theirs. Of latents the first passes have 1 to K positions, and the others K + 1.
+        """
+        k, passes = pondering_steps, self.passes(pondering_steps, refinements)
+        if self.feedback not in INTERLEAVED:
+            return passes, passes * (self.sequence + 1)
+        whole = passes - (k if self.feedback == "latent" else 0)
+        positions = whole * (k + 1)
+        squares = whole * (k + 1) ** 2
+        if self.feedback == "latent":
+            positions, squares = positions + k * (k + 1) / 2, squares + k * (k + 1) * (2 * k + 1) / 6
+        return positions, self.sequence * squares + positions
 
     def differentiated(self, pondering_steps: float) -> float:
         """The number of passes that gradients flow through, for a number of pondering steps."""
-        passes = pondering_steps + 1
+        passes = self.passes(pondering_steps)
         return passes if self.backward_passes is None else min(self.backward_passes, passes)
 
 
@@ -95,14 +129,28 @@ def learned_passes(pass_losses: str, pondering_steps: float) -> float:
 
 
 def flops_per_token(
-    shape: Shape, recompute: str, pondering_steps: float | None = None, pass_losses: str = "last"
+    shape: Shape,
+    recompute: str,
+    pondering_steps: float | None = None,
+    pass_losses: str = "last",
+    refinements: float | None = None,
 ) -> Flops:
-    """The FLOPs of training on one token, forward and backward. `pondering_steps` replaces the model's number."""
+    """The FLOPs of training on one token, forward and backward. `pondering_steps` replaces the model's number.
+
+    Args:
+        refinements: those of latents, by default of an average step.
+    """
     steps = shape.pondering_steps if pondering_steps is None else pondering_steps
     product = 2.0 * shape.vocabulary * shape.hidden
+    if shape.feedback in INTERLEAVED:
+        return _interleaved_flops(shape, recompute, steps, refinements)
     attention = 2.0 * shape.layers * shape.hidden * (shape.sequence + 1)
     forward = 2.0 * shape.block_parameters + attention
-    again = forward - attention if recompute == "selective" else forward
+    heads_attention = 2.0 * shape.extra_heads * shape.hidden * (shape.sequence + 1)
+    heads = 2.0 * shape.head_parameters + heads_attention
+    again, heads_again = forward, heads
+    if recompute == "selective":
+        again, heads_again = forward - attention, heads - heads_attention
     learned = learned_passes(pass_losses, steps) * product
     backward = shape.differentiated(steps)  # the last of them feeds nothing back
     mixture, gradient, losses, scores = 2.0 * product, 4.0 * product, 0.0, (backward - 1) * product
@@ -119,23 +167,48 @@ def flops_per_token(
             read, losses, scores = steps + 1.0, 0.0, 0.0
         last, scores = read * 6.0 * product, scores + read * product
     return Flops(
-        passes=(steps + 1 + 2.0 * backward) * forward,
+        passes=(steps + 1 + 2.0 * backward) * forward + 3.0 * heads,
         pondering=steps * mixture + (backward - 1) * gradient,
-        loss=last + losses,
-        recomputed=RECOMPUTED_FORWARDS[recompute] * backward * again + scores,
+        loss=last + losses + 3.0 * shape.extra_heads * product,
+        recomputed=RECOMPUTED_FORWARDS[recompute] * (backward * again + heads_again) + scores,
+    )
+
+
+def _interleaved_flops(shape: Shape, recompute: str, steps: float, refinements: float | None) -> Flops:
+    """The FLOPs of a token and the positions after it. Nothing is fed back but hidden states."""
+    product = 2.0 * shape.vocabulary * shape.hidden
+    positions, keys = shape.positions(steps, refinements)
+    attention = 2.0 * shape.layers * shape.hidden * keys
+    forward = 2.0 * shape.block_parameters * positions + attention
+    again = forward - attention if recompute == "selective" else forward
+    return Flops(
+        passes=3.0 * forward,
+        pondering=0.0,
+        loss=3.0 * product,
+        recomputed=RECOMPUTED_FORWARDS[recompute] * again + steps * product,  # the statistics of the other positions
     )
 
 
 def square_attention(shape: Shape, pondering_steps: float | None = None) -> float:
     """The FLOPs that PaLM's convention adds to `flops_per_token(...).model`: the masked half of attention's square."""
     steps = shape.pondering_steps if pondering_steps is None else pondering_steps
+    if shape.feedback in INTERLEAVED:
+        positions, keys = shape.positions(steps)
+        return 3.0 * 2.0 * shape.layers * shape.hidden * (keys - 2.0 * positions)
     forwards = steps + 1 + 2.0 * shape.differentiated(steps)  # a backward takes two
-    return forwards * 2.0 * shape.layers * shape.hidden * (shape.sequence - 1)
+    return (forwards * shape.layers + 3.0 * shape.extra_heads) * 2.0 * shape.hidden * (shape.sequence - 1)
 
 
-def step_flops(shape: Shape, recompute: str, pondering_steps: int, tokens: int, pass_losses: str = "last") -> Flops:
-    """The FLOPs of one optimizer step over all devices, for the number of pondering steps that it took."""
-    each = flops_per_token(shape, recompute, pondering_steps, pass_losses)
+def step_flops(
+    shape: Shape,
+    recompute: str,
+    pondering_steps: int,
+    tokens: int,
+    pass_losses: str = "last",
+    refinements: int | None = None,
+) -> Flops:
+    """The FLOPs of one optimizer step over all devices, for the pondering steps and refinements that it took."""
+    each = flops_per_token(shape, recompute, pondering_steps, pass_losses, refinements)
     return Flops(tokens * each.passes, tokens * each.pondering, tokens * each.loss, tokens * each.recomputed)
 
 
@@ -183,14 +256,16 @@ def block_bytes(shape: Shape, tokens: int, *, learned: bool = False) -> tuple[in
             copy of W and E and of their gradients, K tokens a second gradient of W.
     """
     scores = 2 * 4 * min(tokens * shape.vocabulary, CHUNK_ELEMENTS) + 4 * shape.vocabulary * shape.hidden
+    of_heads = 4 * shape.vocabulary * shape.hidden  # the heads have one loss for all of their tokens
+    of_heads += 2 * 4 * min(max(1, shape.extra_heads) * tokens * shape.vocabulary, CHUNK_ELEMENTS)
     attention, table = shape.tied and shape.top_k is None, 4 * shape.vocabulary * shape.hidden
     mixture = ATTENTION_ROWS * 4 * tokens * shape.hidden if attention else scores
     if not learned:
-        return mixture, mixture, scores
+        return mixture, mixture, of_heads
     if attention:
-        return mixture, mixture + 4 * table, scores
+        return mixture, mixture + 4 * table, of_heads
     more = 4 * min(tokens * shape.vocabulary, CHUNK_ELEMENTS) if shape.top_k is None else table
-    return mixture, mixture + more, scores
+    return mixture, mixture + more, of_heads
 
 
 def kernel_bytes(shape: Shape, tokens: int) -> tuple[int, int, int]:
@@ -200,7 +275,8 @@ def kernel_bytes(shape: Shape, tokens: int) -> tuple[int, int, int]:
     `model/kernels.py`.
     """
     forward = 2 * min(tokens, KERNEL_BLOCK) * shape.vocabulary
-    return forward, 2 * 2 * tokens * min(shape.vocabulary, KERNEL_BLOCK), forward
+    loss = 2 * min(max(1, shape.extra_heads) * tokens, KERNEL_BLOCK) * shape.vocabulary
+    return forward, 2 * 2 * tokens * min(shape.vocabulary, KERNEL_BLOCK), loss
 
 
 LIVE, REUSE, PREFETCH = "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"
@@ -260,7 +336,8 @@ def gathering(
     """The all-gathers of S + 1 passes under the limits of `gather_limits`. None for stages other than 3.
 
     If all weights fit within both limits, each is gathered once a micro-step. Otherwise that is true of the tables
-    only, and each layer is gathered for each sweep through the layers: a pass, its backward, its recomputation.
+    only, and of the extra heads, which are the last in forward and the first in backward. Each layer is gathered for
+    each sweep through the layers: a pass, its backward, its recomputation.
     `python -m benchmarks comm` counts the same on real ranks.
 
     Args:
@@ -273,9 +350,10 @@ def gathering(
     blocks = shape.block_parameters / shape.parameters
     steps = shape.pondering_steps if pondering_steps is None else pondering_steps
     backward, again = shape.differentiated(steps), recompute in SWEEPS_AGAIN
-    sweeps, turns = steps + 1 + backward * (2 if again else 1), 2 * backward - 1 if again else 1
+    sweeps, turns = shape.passes(steps) + backward * (2 if again else 1), 2 * backward - 1 if again else 1
     rounds = sweeps - turns * min(1.0, KEPT_AT_TURN / shape.layers)
-    live_share = min(1.0, (1.0 - blocks) + LIVE_LAYERS * blocks / shape.layers)
+    # the heads are layers too, which take turns
+    live_share = min(1.0, shape.table_parameters / shape.parameters + LIVE_LAYERS * blocks / shape.layers)
     return Gathering(
         "ZeRO-3 gathers each layer once per pass and releases it", rounds * blocks + (1.0 - blocks), live_share, rounds
     )

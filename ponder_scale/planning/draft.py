@@ -55,7 +55,7 @@ def draft(sources: Mapping[str, ShardSet], *, pondering_steps: int, gpu: bool, r
     Raises:
         ConfigError: the shards have too few tokens for a training step.
     """
-    tokens = {name: _tokens(shards, "train") for name, shards in sources.items()}
+    tokens = {name: shards.manifest.tokens("train") for name, shards in sources.items()}
     total, packed = sum(tokens.values()), _packed(sources)
     seq_len = packed or (2048 if gpu else 256)
     wanted = max(1.0, min(MOST_BATCH_TOKENS, total / STEPS_WISHED) / seq_len)
@@ -84,7 +84,7 @@ def draft(sources: Mapping[str, ShardSet], *, pondering_steps: int, gpu: bool, r
         "train": {**train, "precision": "bf16" if gpu else "fp32", "recompute": "auto"},
         "optim": {"lr": rate, "min_lr": rate / 10, "warmup_steps": max(1, round(steps / 50))},
         "checkpoint": often,
-        "evaluate": often if any(_tokens(shards, "heldout") for shards in sources.values()) else {},
+        "evaluate": often if any(shards.manifest.tokens("heldout") for shards in sources.values()) else {},
     }
     summary = (
         f"a LLaMA of {count(parameters)} parameters with S = {pondering_steps}, {steps:,} steps of "
@@ -98,10 +98,6 @@ def _head(names: list[str], summary: str) -> list[str]:
         f"# A first recipe for {', '.join(names)}: {summary}.",
         f"# The size is a starting point, {TOKENS_A_PARAMETER} tokens a parameter. A key behind a # has its default.",
     ]
-
-
-def _tokens(shards: ShardSet, split: str) -> int:
-    return sum(info.tokens for info in shards.manifest.splits.get(split, ()))
 
 
 def _packed(sources: Mapping[str, ShardSet]) -> int | None:

@@ -33,6 +33,10 @@ GIB = 2**30
 FORMAT = "ponder-scale hardware 1"
 VOCABULARY_WAYS = ("mixture", "tied", "loss", "top_k")
 COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter")
+SOURCES = (
+    "peaks and bandwidths: the makers' data sheets; large products: github.com/stas00/ml-engineering, "
+    "compute/accelerator/README.md; latencies: NCCL, src/graph/tuning.cc; the rest: our judgement"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Hardware:
     optimizer_bytes_per_second: float = math.inf
     call_seconds: float = 0.0  # time that the host needs to start an operation
     asynchronous: bool = True  # the host runs ahead of the device, and links work while it computes
-    source: str = "data sheets and published measurements, see docs/performance.md"
+    source: str = SOURCES
 
     def peak(self, precision: str) -> float:
         """The dense FLOP/s in the precision of a run."""

@@ -146,6 +146,7 @@ def plan_run(
         per_node=devices.per_node,
         width=width,
         learned_passes=learned_passes(train.pass_losses, steps),
+        exits=train.pass_losses == "exit",
     )
     learned = job.learned_passes > 0
     blocks = kernel_bytes(shape, tokens) if devices.gpu and width == 2 else block_bytes(shape, tokens, learned=learned)

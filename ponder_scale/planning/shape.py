@@ -27,7 +27,7 @@ def model_shape(configuration: Any, seq_len: int, backward_passes: int | None = 
     embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     head = model.get_output_embeddings().weight
     tables = {id(weight): weight for weight in (*embeddings, head)}
-    top_k, layer = configuration.pondering_top_k, model.layers[0]
+    top_k, layer, heads = configuration.pondering_top_k, model.layers[0], getattr(model, "extra_heads", ())
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         table_parameters=sum(weight.numel() for weight in tables.values()),
@@ -40,6 +40,9 @@ def model_shape(configuration: Any, seq_len: int, backward_passes: int | None = 
         top_k=None if top_k is None or top_k >= configuration.vocab_size else top_k,
         tied=head is model.get_input_embeddings().weight,
         backward_passes=backward_passes,
+        refinements=configuration.published_refinements if configuration.feedback == "latent" else (0, 0),
         layer_matrices=sum(weight.ndim > 1 for weight in layer.parameters()),
         layer_modules=sum(1 for _ in layer.modules()),
+        extra_heads=configuration.extra_heads,
+        head_parameters=sum(weight.numel() for head in heads for weight in head.parameters()),
     )

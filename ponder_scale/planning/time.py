@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ponder_scale.config import INTERLEAVED
 from ponder_scale.figures import span
 from ponder_scale.planning.cost import PREFETCH, Shape, gathering, weights_kept
 from ponder_scale.planning.hardware import Hardware, Link
@@ -50,6 +51,7 @@ class Job:
         zero: `zero_optimization` of the sharding, with its limits settled.
         width: bytes of a weight, and of its gradient.
         learned_passes: passes before the last whose loss is trained, on average.
+        exits: the loss is the expected one over the exits, whose losses of single tokens the mixture's op computes.
     """
 
     operations: Operations
@@ -63,6 +65,7 @@ class Job:
     per_node: int
     width: int
     learned_passes: float = 0.0
+    exits: bool = False
 
     @property
     def precision(self) -> str:
@@ -76,8 +79,11 @@ class Job:
 
     @property
     def share(self) -> float:
-        """The passes of an average step over the passes that `operations` were counted for."""
-        return (self.pondering_steps + 1) / (self.shape.pondering_steps + 1)
+        """The positions of an average step over those that `operations` were counted for."""
+        shape = self.shape
+        return (
+            shape.positions(self.pondering_steps)[0] / shape.positions(shape.pondering_steps, shape.refinements[1])[0]
+        )
 
     @property
     def differentiated(self) -> float:
@@ -210,15 +216,19 @@ def _vocabulary(job: Job, hardware: Hardware) -> float:
     def times(counts: tuple[int, int]) -> float:
         return counts[0] * job.pondering_steps + counts[1] * (job.differentiated - 1)
 
-    loss = products("loss", LOSS_PRODUCTS)
-    if shape.feedback == "hidden":
+    mixture = "tied" if shape.tied else "mixture"
+    last = products(mixture, sum(MIXTURE_PRODUCTS)) if job.exits else products("loss", LOSS_PRODUCTS)
+    loss = last + products("loss", LOSS_PRODUCTS * shape.extra_heads)
+    if shape.feedback == "hidden" or shape.feedback in INTERLEAVED:
+        if job.exits:  # each pass is read like the last
+            return loss + job.pondering_steps * last
         statistics = job.pondering_steps + LEARNED_PRODUCTS["hidden"] * job.learned_passes
         return loss + products("loss", statistics)
     if shape.top_k is not None:
         rows = times(TOP_K_ROWS) * tokens * shape.top_k * shape.hidden * job.width
         loss += products("loss", LEARNED_PRODUCTS["top_k"] * job.learned_passes)
         return loss + products("top_k", job.pondering_steps) + rows / hardware.memory_bytes_per_second
-    return loss + products("tied" if shape.tied else "mixture", times(MIXTURE_PRODUCTS))
+    return loss + products(mixture, times(MIXTURE_PRODUCTS))
 
 
 def _host(job: Job, hardware: Hardware, computing: float) -> float:
@@ -226,7 +236,7 @@ def _host(job: Job, hardware: Hardware, computing: float) -> float:
     hooks = 0.0
     if job.stage == 3:
         again = any(product.phase == AGAIN for product in job.operations.products)
-        sweeps = job.pondering_steps + 1 + job.differentiated * (2 if again else 1)
+        sweeps = job.shape.passes(job.pondering_steps) + job.differentiated * (2 if again else 1)
         hooks = sweeps * job.shape.layers * job.shape.layer_modules * HOOK_CALLS * hardware.call_seconds
     if not hardware.asynchronous:
         return hooks
@@ -248,7 +258,7 @@ def _gathers(job: Job, hardware: Hardware, computing: float) -> tuple[float, flo
     size *= 0.5 if job.zero.get("zero_quantized_weights") else 1.0
     if weights_kept(job.shape, job.zero):
         calls, sweeps = 1.0 * math.ceil(job.shape.parameters / float(job.zero[PREFETCH])), 1.0
-        hiding = computing / (3 * (job.pondering_steps + 1))  # the first pass's forward
+        hiding = computing / (3 * job.shape.passes(job.pondering_steps))  # the first pass's forward
     else:
         sweeps = gathers.rounds
         calls = sweeps * job.shape.layers * job.shape.layer_matrices

@@ -27,11 +27,12 @@ from ponder_scale.serve.parts import (
     unfit,
 )
 
-# The fields of a folder's configuration that `model.py` uses. `init_by_passes` only affects training.
+# The fields of a folder's configuration that `model.py` uses. `init_by_passes` only affects training, and the extra
+# heads are left out.
 SERVED_FIELDS = frozenset(
     {
         *("pondering_steps", "scale_embeds", "initial_scale", "pondering_temperature", "feedback", "residual"),
-        *("pondering_top_k", "init_by_passes"),
+        *("pondering_top_k", "init_by_passes", "extra_heads"),
     }
 )
 SERVED_RESIDUALS, SERVED_FEEDBACKS = ("accumulate", "restart", "replace"), ("embedding", "hidden")
@@ -89,6 +90,12 @@ def check_configuration(config: VllmConfig) -> None:
             "the key-value cache of %s is lossy: each pass reads it and feeds the error to the next, and greedy text "
             "was seen to change; use --kv-cache-dtype auto to keep the dtype of the model",
             cache,
+        )
+    if hf.extra_heads:
+        logger.warning(
+            "the %d extra heads of this model are left out, because they only draft and the plugin has no drafts of "
+            "theirs; the text is the same without them",
+            hf.extra_heads,
         )
     if getattr(config, "use_v2_model_runner", False):
         logger.warning(

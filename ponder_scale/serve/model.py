@@ -105,7 +105,7 @@ class Ponder:
         stock = stock_configuration(hf)
         engine = vllm_config.with_hf_config(stock, [STOCK[type(self).__name__][0]])
         super().__init__(vllm_config=engine, prefix=prefix)  # type: ignore[call-arg]
-        self.tensors: Tensors | None = Tensors(stock)
+        self.tensors: Tensors | None = Tensors(stock, ("extra_heads.",) if hf.extra_heads else ())
         self.switches = self._switches(vllm_config)
         modules = list(self.modules())  # type: ignore[attr-defined]
         tables = [m for m in modules if isinstance(m, VocabParallelEmbedding) and not isinstance(m, ParallelLMHead)]

@@ -22,9 +22,11 @@ class Tensors:
 
     Args:
         stock: the stock configuration of transformers.
+        dropped: beginnings of the names of tensors that are not served, and not loaded.
     """
 
-    def __init__(self, stock: Any) -> None:
+    def __init__(self, stock: Any, dropped: tuple[str, ...] = ()) -> None:
+        self._dropped = dropped
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(stock)
         self._prefix = f"{model.base_model_prefix}."
@@ -33,12 +35,14 @@ class Tensors:
         self._seen: set[str] = set()
 
     def noted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the same weights and record their names.
+        """Yield the same weights, but for the dropped ones, and record their names.
 
         Raises:
             ValueError: the model has no tensor of that name.
         """
         for name, tensor in weights:
+            if name.startswith(self._dropped):
+                continue
             bare = name.removeprefix(self._prefix)
             if bare not in self._expected | self._tied and not name.endswith(BUFFERS):
                 raise ValueError(

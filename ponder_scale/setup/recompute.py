@@ -57,14 +57,15 @@ def apply_recompute(model: Any, policy: str, *, offload: bool = False) -> None:
             "train.attention to sdpa, or train.recompute to layer"
         )
     model.wrappers = tuple(wrapper for wrapper in model.wrappers if not hasattr(wrapper, "recomputes"))
-    for layer in model.layers:
+    layers = (*model.layers, *getattr(model, "extra_heads", ()))
+    for layer in layers:
         if hasattr(layer.__dict__.get("forward"), "recomputes"):
             del layer.__dict__["forward"]
     outer = "pass" in policy.split("+")
     if outer:
         model.wrappers = (*model.wrappers, _recompute(offload=offload))
     if policy in ("layer", "selective", "pass+layer"):
-        for layer in model.layers:
+        for layer in layers:
             # In a recomputed pass, the inputs of the layers live only during that pass, so they stay on the device.
             wrapper = _recompute(offload=offload and not outer, keep_attention=policy == "selective")
             layer.forward = update_wrapper(partial(wrapper, layer.forward), layer.forward)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ponder_scale.config import TrainConfig
+from ponder_scale.config import INTERLEAVED, TrainConfig
 from ponder_scale.errors import ConfigError
 
 FLASH = "flash_attention_2"
@@ -25,7 +25,7 @@ def apply_speed(model: Any, train: TrainConfig) -> None:
     Raises:
         ConfigError: an option of the recipe cannot work here.
     """
-    model.set_attn_implementation(_attention(train))
+    model.set_attn_implementation(_attention(train, model.config.feedback))
     if train.kernels == "liger":
         _apply_liger(model)
     if train.compile:
@@ -53,11 +53,11 @@ def document_arguments(model: Any, position_ids: Tensor) -> dict[str, Any]:
     }
 
 
-def _attention(train: TrainConfig) -> str:
+def _attention(train: TrainConfig, feedback: str) -> str:
     selective = train.recompute == "selective"
     missing = _flash_is_missing(train)
     if train.attention == "auto":
-        return "sdpa" if missing or selective else FLASH
+        return "sdpa" if missing or selective or feedback in INTERLEAVED else FLASH
     if train.attention == FLASH and missing:
         raise ConfigError(f"train.attention is {FLASH}, which needs {missing}; use sdpa")
     if train.attention == FLASH and selective:
@@ -112,5 +112,5 @@ def _compile_layers(model: Any, train: TrainConfig) -> None:
             "set train.recompute to none, layer or pass"
         )
     check_compiler("train.compile is true")
-    for layer in model.layers:
+    for layer in (*model.layers, *getattr(model, "extra_heads", ())):
         layer.forward = torch.compile(layer.forward)

@@ -74,6 +74,7 @@ def check_width(model: Any, base_width: int) -> None:
 def _tables(model: Any) -> list[tuple[Tensor, float]]:
     """The embedding tables, with the factor on their outputs: sqrt(D) or 1."""
     tokens = model.get_input_embeddings()
+    scaled = (tokens, getattr(model, "pause_embedding", None))
     own = math.sqrt(model.config.hidden_size) if model.config.scale_embeds else 1.0
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    return [(table.weight, own if table is tokens else 1.0) for table in tables]
+    return [(table.weight, own if table in scaled else 1.0) for table in tables]

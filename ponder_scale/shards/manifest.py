@@ -79,6 +79,10 @@ class Manifest:
         splits = {name: [of(shard) for shard in shards] for name, shards in self.splits.items()}
         return hash_of_json([self.tokenizer, splits])
 
+    def tokens(self, split: str) -> int:
+        """The number of tokens of a split; 0 if there is no such split."""
+        return sum(shard.tokens for shard in self.splits.get(split, ()))
+
     @property
     def masked(self) -> bool:
         """Whether any shard has a mask, so that some tokens may not count in the loss."""

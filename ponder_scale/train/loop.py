@@ -82,7 +82,7 @@ def _train(run: Run) -> int:
                 run.incidents.compare_replicas(step)
             grad_norm = run.engine.update(partial(run.health.accepts, means.loss, labels=means.labels))
             run.engine.average_weights(step)
-        run.work.add(config.train.batch_at(step), depth.most, updated=run.engine.updated)
+        run.work.add(config.train.batch_at(step), depth.most, depth.refinements, updated=run.engine.updated)
         run.control.took(step=run.watch.clock() - began)
         if logged:
             run.metrics.log_step(
@@ -112,7 +112,7 @@ def _accumulate(run: Run, step: int, depth: Depth, *, logged: bool) -> StepTally
     tally = StepTally()
     generators.seed(run.config.seed, step, run.engine.rank)
     extras: dict[str, Any] = {"track": run.config.log.track_tokens if logged else None}
-    extras |= trained_losses(step, depth.most, run.config)
+    extras |= {"refinements": depth.refinements, **trained_losses(step, depth.most, run.config)}
     sequences, ahead = (run.config.train.batch_at(number) for number in (step, step + 1))
     run.engine.set_batch(sequences)
     batches = run.loader.next_batches(sequences, ahead)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ponder_scale.config import OptimConfig, PonderingSchedule, RunConfig
 from ponder_scale.planning.depth import DEPTH_SIGMA
+from ponder_scale.setup.build import ARCHITECTURES
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
@@ -71,6 +72,7 @@ def trained_losses(step: int, steps: int, config: RunConfig) -> dict[str, Any]:
     return {
         "pass_weights": pass_weights(step, steps, config.train.pass_losses, config.seed),
         "halting_loss": halting_loss(step, config),
+        "multi_token_weight": config.train.multi_token_weight if config.model.extra_heads else None,
     }
 
 
@@ -88,11 +90,23 @@ def pondering_steps(step: int, highest: int, schedule: PonderingSchedule, seed: 
     return _drawn(random.Random(f"pondering steps {seed} {step}"), highest, schedule)
 
 
+def refinements(step: int, config: RunConfig) -> int | None:
+    """The Jacobi refinements of latents in optimizer step `step`; None without latents.
+
+    They are drawn evenly by seed and step alone, from the range that the published code of the architecture has.
+    """
+    if config.model.feedback != "latent":
+        return None
+    fewest, most = ARCHITECTURES[config.model.architecture].configuration.published_refinements
+    return random.Random(f"refinements {config.seed} {step}").randint(fewest, most)
+
+
 class Depth(NamedTuple):
     """The pondering steps of an optimizer step."""
 
     most: int  # the most steps of a sequence, which is the number that runs for all
     by_sequence: list[int] | None = None  # in the order of the global batch; None: all take as many
+    refinements: int | None = None  # of latents
 
     def of(self, micro_batch: int, rows: int, *, rank: int, ranks: int) -> Tensor | None:
         """Those of the sequences of a rank's micro-batch, (rows,), which the loader deals out; None: as many as all."""
@@ -110,7 +124,7 @@ def step_depth(step: int, config: RunConfig) -> Depth:
     """
     schedule, highest, seed = config.train.pondering, config.model.pondering_steps, config.seed
     if schedule.per == "step":
-        return Depth(pondering_steps(step, highest, schedule, seed))
+        return Depth(pondering_steps(step, highest, schedule, seed), refinements=refinements(step, config))
     places = range(config.train.batch_at(step))
     drawn = [_drawn(random.Random(f"pondering steps {seed} {step} {place}"), highest, schedule) for place in places]
     return Depth(max(drawn), drawn)

@@ -200,8 +200,8 @@ def _check_shards(sources: dict[str, ShardSet]) -> None:
         raise ShardError(problem)
     for name, shards in sources.items():
         if shards.manifest.masked:
-            infos = shards.manifest.splits["train"]
-            share = sum(info.tokens_that_count for info in infos) / max(1, sum(info.tokens for info in infos))
+            counted = sum(info.tokens_that_count for info in shards.manifest.splits["train"])
+            share = counted / max(1, shards.manifest.tokens("train"))
             logger.info("loss mask: in source %s, %s of the training tokens count", name, f"{share:.1%}")
 
 

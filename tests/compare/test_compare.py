@@ -17,9 +17,10 @@ import pytest
 from ponder_scale.cli import _parser
 from ponder_scale.compare.answers import Answers
 from ponder_scale.compare.answers import chart as answers_chart
+from ponder_scale.compare.baselines import EXTRAS
 from ponder_scale.compare.findings import Result, Verdict, half_width, read_result, time_ratio, verdicts
 from ponder_scale.compare.grid import fit_runs
-from ponder_scale.compare.members import EXTRAS, Member, Run, plan_runs
+from ponder_scale.compare.members import Member, Run, plan_runs
 from ponder_scale.compare.report import write_report
 from ponder_scale.config import RunConfig, TrainConfig, load_recipe
 from ponder_scale.errors import ConfigError
@@ -76,7 +77,24 @@ def test_the_baselines_are_equal_in_what_they_say() -> None:
         assert config.data == configure().data and config.optim == configure().optim
     looped = configure(runs["looped/seed-5"].overrides).model
     assert (looped.feedback, looped.residual, looped.pondering_steps) == ("hidden", "replace", 2)
+    for name, steps in (("multi-token", 2), ("vanilla-multi-token", 0)):
+        model = configure(runs[f"{name}/seed-1"].overrides).model
+        assert (model.extra_heads, model.pondering_steps) == (2, steps)
+        assert runs[f"{name}/seed-1"].member.parameters > ours.parameters
     assert configure(runs["vanilla-flops/seed-1"].overrides).model == configure(runs["vanilla/seed-1"].overrides).model
+
+
+def test_latents_and_pauses_are_compared_even_with_a_recipe_that_they_refuse() -> None:
+    """A recipe may have what only passes over the same positions have."""
+    passes = ["model.residual=restart", "model.pondering_top_k=9", "train.pass_losses=uniform"]
+    runs = planned(extras=["latent", "pause"])
+    for name, scale in (("latent", math.sqrt(2.5)), ("pause", 1.0)):
+        run = next(run for run in runs.values() if run.member.name == name)
+        model = configure([*passes, *run.overrides]).model
+        assert (model.feedback, model.residual, model.pondering_top_k) == (name, "accumulate", None)
+        assert model.initial_scale == pytest.approx(scale) and run.member.pondering_steps == model.pondering_steps
+    flops = {run.member.name: run.member.flops for run in runs.values()}
+    assert flops["latent"] > flops["pondering-2"] > flops["pause"] > flops["vanilla"]
 
 
 @pytest.mark.parametrize("recipe", ["pythia-70m", "llama-1.4b", "gpt2-124m", "quickstart"])

@@ -200,6 +200,8 @@ def test_a_run_and_a_packing_notice_that_their_set_has_grown_and_how_to_go_on(
     assert main(again) == 0  # done already
     assert main(["inspect", str(was)]) == 0 and main(added(was, three, name="late")) == 0
     assert "3 appends" not in refused(capsys, "merge", tmp_path / "no", out, "--without-last", 3)
+    nothing = refused(capsys, "merge", tmp_path / "no", code, "--without-last", 1)
+    assert f"{code} has had no append, so nothing can be left out; use {code} as it is" in nothing
     assert "but 2 are given; give one" in refused(capsys, "merge", tmp_path / "no", out, was, "--without-last", 1)
     other = loader(code)
     # Another set is no set that has grown.
@@ -263,6 +265,9 @@ def test_sets_with_documents_in_common_are_not_merged_unless_asked(
         for number, file in enumerate(inputs)
     ]
     assert "5 texts are in more than one" in refused(capsys, "merge", tmp_path / "out", *sets)
+    three = write_jsonl(tmp_path / "3.jsonl", texts[38:41])  # two of these are in sets 0 and 1, and count once
+    again = built(three, tiny_tokenizer, tmp_path / "set-3", "deduplicate=exact")
+    assert "6 texts are in more than one" in refused(capsys, "merge", tmp_path / "out", *sets, again)
     apart = tmp_path / "apart"
     assert main(["merge", str(apart), str(sets[0]), str(sets[2])]) == 0 and verify(apart) == []
     last = write_jsonl(tmp_path / "last.jsonl", [texts[0], files[2][0], "new"])

@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_pipeline.cli import RECIPES, main
-from data_pipeline.config import BuildConfig
+from data_pipeline.cli import main
+from data_pipeline.config import RECIPES, BuildConfig
 from data_pipeline.write.manifest import kept
 from ponder_scale.settings import load
 from ponder_scale.shards.manifest import read_manifest

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from ponder_scale.errors import ConfigError
-from ponder_scale.evaluate.answers import Item, Score, evaluate_answers, read_items, score, table
+from ponder_scale.evaluate.answers import Item, Score, as_plain, evaluate_answers, read_items, score, table
 from tests.commands import run_command
+from tests.model.architectures import make
 
 PROMPTS = ["The quick", "def square", "number *", "Every byte has", "lazy dog, and the", "Größe"]
 
@@ -55,6 +56,33 @@ def test_what_greedy_decoding_writes_is_right_and_nothing_else(model: Any, folde
     assert found["all"].right[0] == sum(found[f"of {steps}"].right[0] for steps in (0, 2))
     wrong = [Item(item.prompt, " never", item.group) for item in items]
     assert score(model, tokenizer, wrong, [2])["all"].right == {2: 0}
+
+
+def test_a_model_that_halts_is_shown_with_the_steps_that_the_tokens_of_the_prompts_took(folder: Path) -> None:
+    tokenizer = tokenizer_of(folder)
+    model = make("llama", pondering_steps=2, halting="gate", vocab_size=len(tokenizer)).eval()
+    with torch.no_grad():
+        for gate in model.halting_gates:
+            gate.up.weight.normal_(std=0.3)
+            gate.down.weight.normal_(std=1.0)
+            gate.down.bias.fill_(0.5)
+    model.config.halting_threshold = 0.5
+    items = [Item(prompt, " own", "long" if len(prompt) > 8 else "short") for prompt in PROMPTS]
+    found = score(model, tokenizer, items, [0, 1, 2])
+    for group in ("long", "short"):
+        prompts = [tokenizer(item.prompt)["input_ids"] for item in items if item.group == group]
+        for k in (0, 1, 2):
+            # one prompt at a time, without padding
+            taken = [
+                float(model(rows, shift_labels=rows, pondering_steps=k).pass_shares[1:].sum()) * rows.shape[1]
+                if k
+                else 0.0
+                for rows in (torch.tensor([prompt]) for prompt in prompts)
+            ]
+            assert found[group].taken[k] == pytest.approx(sum(taken) / sum(map(len, prompts)), abs=1e-5)
+    assert 0.0 < found["long"].taken[2] < 2.0, "nothing to see"
+    assert f", {found['long'].taken[2]:.2f} steps |" in table(found)[2]
+    assert as_plain(found)["long"]["steps taken"]["0"] == 0.0
 
 
 def test_the_interval_is_wilsons() -> None:

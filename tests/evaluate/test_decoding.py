@@ -19,6 +19,9 @@ from ponder_scale.data.loader import heldout_batches, open_sources
 from ponder_scale.errors import ConfigError, ShardError, TokenizerError
 from ponder_scale.evaluate.decoding import measure
 from ponder_scale.evaluate.generate import generate
+from ponder_scale.evaluate.trace import trace_folder
+from ponder_scale.export.folder import write_folder
+from tests.model.architectures import make_confident
 
 PROMPT, NEW = 10, 12
 
@@ -58,6 +61,25 @@ def test_every_way_to_decode_is_measured(
     printed = capsys.readouterr().out
     assert "3 sequences, 12 tokens after 10 each, S = 2, cpu" in printed
     assert [row["name"] for row in json.loads((tmp_path / "ways.json").read_text())] == list(ways)
+
+
+def test_latents_are_measured_without_exits_and_are_not_traced(
+    shards: tuple[Path, Path], tiny_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"vocab_size": 300, "max_position_embeddings": 32, "eos_token_id": 0}
+    model = make_confident("llama", pondering_steps=1, feedback="latent", scale_embeds=True, **fields)
+    out = tmp_path / "latent"
+    write_folder(out, model.config, model.named_parameters(), dtype="float32", card=str, tokenizer=tiny_tokenizer)
+    found = {way.name: way for way in measure(out, {"x": shards[0]}, sequences=1, prompt_tokens=6, new_tokens=6)}
+    assert list(found) == ["plain", "0 pondering steps", "draft of 0 pondering steps"]
+    assert found["draft of 0 pondering steps"].loss == found["plain"].loss != found["0 pondering steps"].loss
+    for flag in ({"exit_kl": 0.1}, {"compiled": True}):
+        with pytest.raises(ConfigError, match="is not for a model with feedback latent; leave it out"):
+            generate(out, "The quick", max_new_tokens=2, **flag)
+    generate(out, "The quick", max_new_tokens=3)
+    assert "early exit" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="its feedback is latent, which adds positions, but trace shows"):
+        trace_folder(out, "The quick", steps=None, html_file=None)
 
 
 def test_what_cannot_be_measured_is_answered(folder: Path, shards: tuple[Path, Path], tiny_shards: Any) -> None:
@@ -129,3 +151,37 @@ def test_generate_says_what_early_exit_and_a_draft_saved(folder: Path, capsys: p
     ):
         with pytest.raises(ConfigError, match=message):
             said(**options)
+
+
+@pytest.fixture(scope="module")
+def headed(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    fields = {"vocab_size": 300, "max_position_embeddings": 32, "eos_token_id": 0, "extra_heads": 2}
+    model = make_confident("llama", pondering_steps=2, scale_embeds=True, **fields)
+    out = tmp_path_factory.mktemp("headed") / "model"
+    write_folder(out, model.config, model.named_parameters(), dtype="float32", card=str, tokenizer=tiny_tokenizer)
+    return out
+
+
+def test_heads_draft_the_same_text_and_say_how_much_of_it_was_accepted(
+    headed: Path, folder: Path, shards: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(**options: Any) -> tuple[str, str]:
+        generate(headed, "The quick brown", max_new_tokens=8, **options)
+        text, _, rest = capsys.readouterr().out.rpartition(" tokens in ")
+        return text.rpartition("\n")[0], rest
+
+    plain, (drafted, passes) = said()[0], said(draft_heads=True)
+    assert drafted == plain and re.search(r"\ndraft of 2 extra heads: \d+ of \d+ proposed tokens accepted", passes)
+    found = measure(headed, {"x": shards[0]}, sequences=3, prompt_tokens=PROMPT, new_tokens=NEW, exit_kl=[])
+    way = next(way for way in found if way.name == "draft of 2 extra heads")
+    assert (way.loss, way.changed, way.draft_passes) == (found[0].loss, 0.0, 0.0)
+    assert way.accepted is not None and 0 <= way.accepted <= 1 and 0 < way.passes <= 3.0
+    for options, message in (
+        ({"draft_heads": True, "draft_steps": 0}, "--draft-steps and --draft-heads exclude each other"),
+        ({"draft_heads": True, "exit_kl": 0.1}, "--exit-kl and --draft-heads exclude each other"),
+        ({"draft_heads": True, "compiled": True}, "--exit-kl leaves passes out and --draft-heads feeds several"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            said(**options)
+    with pytest.raises(ConfigError, match=r"--draft-heads: the model in .* has no extra heads; use --draft-steps 0"):
+        generate(folder, "The", max_new_tokens=2, draft_heads=True)

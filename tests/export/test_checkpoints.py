@@ -48,8 +48,8 @@ def case(folder: Path, stage: int, tokenizer: Path, **more: Any) -> dict[str, An
     overrides = [f"model.architecture={architecture}", f"optim.ema={'0.5' if stage == 3 else 'null'}"]
     if "num_key_value_heads" in ARCHITECTURES[architecture].names:  # it has none
         overrides.append("model.num_key_value_heads=null")
-    if stage == 3:
-        overrides.append("model.feedback=both")
+    feedback = {0: "pause", 2: "latent", 3: "both"}.get(stage, "embedding")
+    overrides.append(f"model.feedback={feedback}")
     (folder / "settings").mkdir(exist_ok=True)
     values = {"policy": "none", "tied": tied, "precision": precision, "overrides": overrides, "steps": 2}
     sharding = small_buckets(folder / "settings", stage)

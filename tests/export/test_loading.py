@@ -39,7 +39,8 @@ VERSIONS = {
 
 # Loads each folder named, and checks logits, losses of every pass and greedy decoding against expected.safetensors.
 # Then saves it, loads that, and checks again. Its tokenizer is compared on the texts of texts.json. Decoding is with
-# the usual cache, with a static one and without; a cache has each of its names; the backbone is called alone.
+# the usual cache, with a static one, without, and by drafts of the heads; a cache has each of its names; the backbone
+# is called alone.
 CHECK = """
 import json, sys
 from pathlib import Path
@@ -60,9 +61,13 @@ def check(folder, expected):
         mask = torch.ones_like(tokens)
         decoded = [cached, model.generate(tokens, attention_mask=mask, use_cache=False, **options)]
         decoded.append(model.generate(tokens, attention_mask=mask, cache_implementation="static", **options))
+        for row, said in zip(tokens, expected["greedy"]):
+            by_heads = model.generate(row[None], custom_generate=model.draft_heads(), **options)
+            assert torch.equal(by_heads[0], said), (by_heads, said)
         hidden = model.base_model(input_ids=tokens).last_hidden_state
         found = [(output[key] - expected[key]).abs().max() for key in ("logits", "pass_losses")]
         found.append((model.get_output_embeddings()(hidden) - expected["logits"]).abs().max())
+        found.append((model(tokens, extra_logits=True).extra_logits - expected["extra_logits"]).abs().max())
         for name in ("past_key_values", "cache"):
             cache = transformers.DynamicCache()
             model(tokens[:, :5], **{name: cache})
@@ -83,7 +88,7 @@ def check(folder, expected):
         if enabled:
             model.gradient_checkpointing_enable()
         model.zero_grad()
-        model(tokens, labels=tokens).loss.backward()
+        model(tokens, labels=tokens, multi_token_weight=1.0).loss.backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     found.append((gradients[1] - gradients[0]).abs().max() / gradients[0].abs().max())
     try:
@@ -126,15 +131,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> P
             rotary["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
         if name == "gpt_neox":
             rotary["rope_parameters"]["partial_rotary_factor"] = 0.5
-        model = make_confident(name, pondering_steps=2, scale_embeds=True, initial_scale=2.0, **rotary)
+        model = make_confident(name, pondering_steps=2, scale_embeds=True, initial_scale=2.0, extra_heads=2, **rotary)
         weights, tokenizer = model.named_parameters(), place / "tokenizer"
         write_folder(place / name, model.config, weights, dtype="float32", card=str, tokenizer=tokenizer)
         with torch.no_grad():
-            output = model(tokens, labels=tokens)
+            output = model(tokens, labels=tokens, extra_logits=True)
             greedy = model.generate(
                 tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=8, min_new_tokens=8
             )
         expected = {"tokens": tokens, "logits": output.logits, "pass_losses": output.pass_losses, "greedy": greedy}
+        expected["extra_logits"] = output.extra_logits
         save_file(expected, place / f"{name}.expected")
     return place
 

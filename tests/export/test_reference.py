@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ponder_scale.errors import CheckpointError
+from ponder_scale.export.folder import write_folder
 from ponder_scale.export.reference import export_reference, import_reference
 from ponder_scale.setup.warm_start import pondering_fields
 from tests.commands import run_command
 from tests.export.published import NAMES, published_folder
+from tests.model.architectures import make
 from tests.model.published import CASES, ORACLE
 
 
@@ -56,6 +58,40 @@ def test_import_and_export_give_the_published_folder_back(name: str, tmp_path: P
     }
 
 
+def test_extra_heads_are_left_out_of_the_published_format_with_a_sentence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make(pondering_steps=2, scale_embeds=True, extra_heads=2)
+    weights = dict(model.named_parameters())
+    write_folder(tmp_path / "ours", model.config, weights.items(), dtype="float32", card=str, tokenizer=None)
+    back = export_reference(tmp_path / "ours", tmp_path / "theirs")
+    assert "its 2 extra heads are left out, because the published code has none" in caplog.text
+    assert load_file(back / "model.safetensors").keys() == {name for name in weights if "extra_heads" not in name}
+    assert "extra_heads" not in json.loads((back / "config.json").read_text())
+    again = import_reference(tmp_path / "ours", tmp_path / "again")
+    assert load_file(again / "model.safetensors").keys() == weights.keys()
+
+
+@pytest.mark.parametrize("name", ["latent_llama.K1.R3", "latent_gpt_neox.K3.R2"])
+def test_a_folder_of_latents_gives_the_published_logits_once_it_is_said_what_it_is(name: str, tmp_path: Path) -> None:
+    """PonderLM-2, its looped and its pause baseline write the same keys and the same weights."""
+    source = published_folder(tmp_path / "theirs", name)
+    with pytest.raises(
+        CheckpointError, match="interpolation is false, as PonderLM-2 writes it, and its loop and pause"
+    ):
+        import_reference(source, tmp_path / "ours")
+    run_command("ponder-scale", "import-reference", source, tmp_path / "ours", "--latent")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", trust_remote_code=True).eval()
+    inputs, refinements = load_file(ORACLE / "inputs.safetensors"), CASES[name]["settings"]["num_jacobi_iterations"]
+    with torch.no_grad():
+        output = model(inputs["input_ids"], labels=inputs["labels"], refinements=refinements)
+    expected = load_file(ORACLE / CASES[name]["file"])[f"{name}/logits"]
+    torch.testing.assert_close(output.logits, expected, atol=2e-5, rtol=0)
+    assert output.loss.item() == pytest.approx(CASES[name]["loss"], abs=1e-6, rel=2e-7)
+    with pytest.raises(CheckpointError, match="feedback is 'latent', which the published"):
+        export_reference(tmp_path / "ours", tmp_path / "back")
+
+
 def test_temperature_is_read_where_the_published_code_reads_it() -> None:
     keys = {"ponderinglm": True, "pondering_steps": 2, "softmax_temperature": 0.5}
     assert pondering_fields({**keys, "model_type": "llama"})["pondering_temperature"] == 0.5
@@ -67,6 +103,10 @@ def test_temperature_is_read_where_the_published_code_reads_it() -> None:
     [
         ({"model_type": "bert"}, "model_type is 'bert'; expected one of llama, gpt_neox, gpt2"),
         ({"num_latent_thoughts": 2}, "latent thoughts as extra positions make another model"),
+        (
+            {"num_latent_thoughts": 2, "model_type": "gpt_neox", "recurrent_model": True},
+            "adds hidden states, which cannot",
+        ),
         ({"pondering_steps": 0, "mutiply_pondering_steps": True}, "multiplies the embeddings by 0"),
         ({"hidden_size": 32}, "use weights of the same architecture and size"),
         ({"num_hidden_layers": 3}, "no weight for model.layers.2"),

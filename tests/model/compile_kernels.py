@@ -155,7 +155,7 @@ def main() -> None:
     if "--table" not in sys.argv:
         print(json.dumps({".".join(map(str, found)): tried(dtype, found) for found in capabilities}))
         return
-    print("| capability | kernel | tiles | shared memory | registers | spills | FLOP a byte |\n|" + "---|" * 7)
+    print("| capability | kernel | tiles | shared memory | registers | spilled bytes | FLOP a byte |\n|" + "---|" * 7)
     for capability in capabilities:
         for name, made in report(dtype, capability).items():
             shape = " x ".join(map(str, made["tiles"][:3])) + f", {made['tiles'][3]} warps, {made['tiles'][4]} stages"

@@ -11,6 +11,12 @@ from transformers import DynamicCache
 
 def by_the_equations(model: Any, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """The logits as the paper writes them, with the stock backbone and plain torch. `inputs` go to every pass."""
+    e = last_input(model, tokens, **inputs)
+    return model.base_model.one_pass(e, **inputs).last_hidden_state @ model.get_output_embeddings().weight.t()
+
+
+def last_input(model: Any, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """e_S, the input of the last pass, (B, T, D)."""
     config = model.config
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     scale = math.sqrt(table.shape[1]) if config.scale_embeds else 1.0
@@ -26,7 +32,19 @@ def by_the_equations(model: Any, tokens: torch.Tensor, **inputs: Any) -> torch.T
         if config.feedback == "both":
             fed_back = fed_back + model.hidden_gate.weight * hidden
         e = {"accumulate": e, "restart": first, "replace": 0.0 * first}[config.residual] + fed_back
-    return model.base_model.one_pass(e, **inputs).last_hidden_state @ head.t()
+    return e
+
+
+def ahead_by_the_equations(model: Any, tokens: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """The logits of the extra heads, (n, B, T, V): those of a last pass whose last layer is the head."""
+    e, own, found = last_input(model, tokens, **inputs), model.layers[-1], []
+    for head in model.extra_heads:
+        model.layers[-1] = head
+        found.append(
+            model.base_model.one_pass(e, **inputs).last_hidden_state @ model.get_output_embeddings().weight.t()
+        )
+    model.layers[-1] = own
+    return torch.stack(found)
 
 
 def halting_by_the_equations(

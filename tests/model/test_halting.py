@@ -113,6 +113,8 @@ def test_exits_halt_after_training_by_what_their_gates_leave(architecture: str, 
         torch.testing.assert_close(model(tokens).logits, logits, atol=1e-10, rtol=1e-10)
         shares = active.double().mean((1, 2))
         assert 0 < shares[2] < shares[1] < 1, f"nothing to see with {shares}"
+        seen = model(tokens, labels=tokens).pass_shares
+        torch.testing.assert_close(seen.double(), active[:, :, :-1].double().mean((1, 2)), atol=1e-6, rtol=0)
         model.config.halting_threshold = 0.0
         plain = model.train()(tokens, labels=tokens, skip_logits=False)
         torch.testing.assert_close(model.eval()(tokens).logits, plain.logits, atol=1e-12, rtol=1e-12)

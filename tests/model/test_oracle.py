@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ponder_scale.model.configuration import INTERLEAVED
 from tests.model.architectures import TINY
 from tests.model.published import CASES, CONTENT, ORACLE
 
 NOT_OURS = ("model_type", "num_parameters", "rope_scaling")
 
 
-def pondering(settings: dict[str, Any]) -> dict[str, Any]:
+def pondering(family: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Our names for the published code's settings."""
+    feedback = family.partition("_")[0]
+    if feedback in INTERLEAVED:
+        scale = math.sqrt(2.5) if feedback == "latent" else 1.0
+        fields = {"pondering_steps": settings["num_latent_thoughts"], "scale_embeds": settings["scale_embeds"]}
+        return {**fields, "feedback": feedback, "initial_scale": scale}
     steps = settings.get("pondering_steps", settings.get("num_latent_thoughts", 0))
     accumulates = settings.get("residual_interpolated_embeds", True)
     return {
@@ -31,11 +38,13 @@ def oracle_model(family: str, settings: dict[str, Any]) -> Any:
     description = CONTENT["families"][family]
     values = {key: value for key, value in description["config"].items() if key not in NOT_OURS}
     tiny = TINY[description["config"]["model_type"]]
-    model = tiny.model(tiny.configuration(**values, **pondering(settings), attn_implementation="eager"))
+    model = tiny.model(tiny.configuration(**values, **pondering(family, settings), attn_implementation="eager"))
     weights = load_file(ORACLE / description["weights"])
     weights.pop("adapter.weight", None)  # of the published GPT-NeoX, which never uses it
     if "embed_out.weight" in weights:
         weights["lm_head.weight"] = weights.pop("embed_out.weight")
+    if "pause_token_id" in settings:  # a row of the published table
+        weights["pause_embedding.weight"] = weights["model.embed_tokens.weight"][settings["pause_token_id"]][None]
     missing = model.load_state_dict(weights, strict=False)
     assert not missing.unexpected_keys
     assert missing.missing_keys == (["lm_head.weight"] if model.config.tie_word_embeddings else [])
@@ -47,8 +56,12 @@ def test_logits_loss_and_gradients_are_those_of_the_published_code(name: str) ->
     case, inputs = CASES[name], load_file(ORACLE / "inputs.safetensors")
     tensors, samples = load_file(ORACLE / case["file"]), load_file(ORACLE / "grad_index.safetensors")
     model = oracle_model(case["family"], case["settings"])
-    output = model(inputs[case["input"]], labels=inputs[case["labels"]])
+    asked = {"refinements": case["settings"]["num_jacobi_iterations"]} if "latent" in name else {}
+    output = model(inputs[case["input"]], labels=inputs[case["labels"]], **asked)
     output.loss.backward()
+    if "pause" in name:
+        model.model.embed_tokens.weight.grad[case["settings"]["pause_token_id"]] += model.pause_embedding.weight.grad[0]
+        del model.pause_embedding
     # logits are as large as 10, and the dumped ones themselves are up to 1.3e-5 from those of float64; where in between
     # ours are depends on the width of the CPU's vectors
     torch.testing.assert_close(output.logits, tensors[f"{name}/logits"], atol=2e-5, rtol=0)

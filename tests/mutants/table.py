@@ -46,6 +46,23 @@ SCHEDULES = " ".join(
     f"tests/train/zero/test_engine.py::test_{name}"
     for name in ("schedules_warm_up_and_end_at_the_minimum", "pondering_steps_are_drawn_by_step_and_seed_and_ramp_up")
 )
+MULTI_TOKEN = " ".join(
+    f"tests/model/test_multi_token.py::test_{name}"
+    for name in (
+        "losses_and_gradients_are_those_of_loops[{}-llama]",
+        "no_head_predicts_a_token_of_another_document[llama]",
+        "labels_count_up_to_the_first_token_that_does_not",
+    )
+)
+SPECULATION = " ".join(
+    f"tests/model/test_speculation.py::test_{name}"
+    for name in (
+        "greedy_text_is_that_of_plain_decoding[llama]",
+        "every_layer_of_the_cache_holds_what_was_read_of_the_text_and_goes_on[2]",
+        "the_draft_is_what_the_heads_say_at_the_last_token_that_was_kept",
+        "a_cache_without_the_heads_or_of_other_steps_is_refused",
+    )
+)
 HALTING = " ".join(
     f"tests/model/test_halting.py::test_{name}"
     for name in (
@@ -332,6 +349,25 @@ MUTANTS = [
         "tests/setup/test_width.py",
         ("1.0 if weight.ndim < 2 else 1 / ratio", "1.0 if weight.ndim < 2 else 1.0"),
         ("1.0 if factor == 1 else ratio**-0.5", "1 / ratio"),
+    ),
+    *_of(
+        "ponder_scale/model/multi_token.py",
+        MULTI_TOKEN,
+        ("== 1, (0, 1))", "== 1, (1, 0))"),
+        ("follows = targets != IGNORE_INDEX", "follows = targets == targets"),
+        ("value=IGNORE_INDEX)[..., ahead:]", "value=IGNORE_INDEX)[..., ahead - 1 : -1]"),
+        ("reached = reached & nn", "reached = nn"),
+        ("norm(each[0] if isinstance(each, tuple) else each)", "each[0] if isinstance(each, tuple) else each"),
+    ),
+    *_of("ponder_scale/model/multi_token.py", SPECULATION, ("layers + index)", "layers)")),
+    *_of("ponder_scale/model/losses.py", MULTI_TOKEN, ("wanted.multi_token_weight * ahead", "ahead")),
+    *_of("ponder_scale/model/cache.py", SPECULATION, ("if passes > first or", "if")),
+    *_of(
+        "ponder_scale/model/speculation.py",
+        SPECULATION,
+        ("cache.crop(-surplus)", "cache.crop(0)"),
+        ("min(said, drafts.shape[1])]", "0]"),
+        ("or token.item() != drafts[0, said].item()", ""),
     ),
     *_of(
         "ponder_scale/model/halting.py",

@@ -11,6 +11,7 @@ from ponder_scale.config import RunConfig
 from ponder_scale.settings import load
 from ponder_scale.setup.build import build_model, model_configuration
 from ponder_scale.setup.recompute import apply_recompute
+from ponder_scale.train.schedules import trained_losses
 
 SHAPE = [
     "run_dir=unused",
@@ -39,16 +40,17 @@ def memory(field: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
-def train(configuration: Any, policy: str, steps: int) -> None:
+def train(config: RunConfig, configuration: Any, steps: int) -> None:
     """Steps of AdamW; before the last one the peak of this process's memory is forgotten."""
     model = build_model(configuration, seed=0)
-    apply_recompute(model, policy)
+    apply_recompute(model, config.train.recompute)
+    losses = trained_losses(1, configuration.pondering_steps, config)
     optimizer = torch.optim.AdamW(model.parameters())
     tokens = torch.zeros(4, 128, dtype=torch.int64)
     for step in range(steps):
         if step == steps - 1:
             Path("/proc/self/clear_refs").write_text("5")
-        model(input_ids=tokens, shift_labels=tokens, skip_logits=True).loss.backward()
+        model(input_ids=tokens, shift_labels=tokens, skip_logits=True, **losses).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -60,7 +62,7 @@ def peak(case: tuple[str, list[str]]) -> int:
     config, configuration = large(policy, *overrides)
     smaller, _ = large(policy, *overrides, "model.hidden_size=48", "model.num_hidden_layers=1")
     warm = model_configuration(smaller.model, vocab_size=8000, seq_len=128, eod_id=0)
-    train(warm, config.train.recompute, 1)
+    train(smaller, warm, 1)
     before = memory("VmRSS")
-    train(configuration, config.train.recompute, 2)
+    train(config, configuration, 2)
     return memory("VmHWM") - before

@@ -63,6 +63,31 @@ def test_passes_without_gradient_count_their_forward_alone() -> None:
     assert flops_per_token(replace(shape, feedback="both"), "pass") == flops
 
 
+def test_positions_between_the_tokens_by_hand() -> None:
+    """Latents, K = 1 and 2 to 3 refinements: a pass over T positions, then 3.5 over 2 T; pauses: one over 2 T.
+
+    A position sees (n T + 1) / 2 keys, so n (n T + 1) is 17 for T positions and 66 for 2 T.
+    """
+    latent = replace(SHAPE, pondering_steps=1, feedback="latent", refinements=(2, 3))
+    flops = flops_per_token(latent, "layer")
+    forward = 2 * 600 * (1 + 3.5 * 2) + 2 * 2 * 8 * (17 + 3.5 * 66)
+    assert (flops.passes, flops.pondering, flops.loss) == (3 * forward, 0, 3 * 800)
+    assert flops.recomputed == forward + 800  # the statistics of the first position take a product
+    assert flops_per_token(latent, "selective").recomputed == 2 * 600 * 8 + 800
+    assert latent.passes(1) == 4.5 and latent.passes(1, 2) == 4 and latent.differentiated(1) == 4.5
+    three = step_flops(latent, "none", 1, 7, refinements=3)
+    assert three.passes == 7 * 3 * (2 * 600 * 9 + 2 * 2 * 8 * (17 + 4 * 66))
+    two = flops_per_token(replace(latent, pondering_steps=2), "none", refinements=2)  # 1, 2, then three times 3 T
+    assert two.passes == 3 * (2 * 600 * 12 + 2 * 2 * 8 * (17 + 66 + 3 * 3 * 49))
+    pause = flops_per_token(replace(latent, feedback="pause"), "none")
+    assert (pause.passes, pause.loss, pause.recomputed) == (3 * (2 * 600 * 2 + 2 * 2 * 8 * 66), 2400, 800)
+    for feedback in ("latent", "pause"):
+        shape = replace(latent, feedback=feedback)
+        assert flops_per_token(shape, "none", 0).model == flops_per_token(SHAPE, "none", 0).model
+        assert square_attention(shape, 0) == square_attention(SHAPE, 0)
+    assert square_attention(latent) == 3 * 2 * 2 * 8 * (15 + 3.5 * 2 * 31)
+
+
 def test_a_mixture_of_k_tokens_counts_its_scores_and_k_rows() -> None:
     """Scores over the whole vocabulary once, 800; forward 2 K D, and 8 K D backward: dE, dp, dW and dh."""
     flops = flops_per_token(replace(SHAPE, top_k=5), "none")
@@ -95,6 +120,18 @@ def test_losses_of_earlier_passes_cost_products_only_where_no_mixture_makes_them
         assert step_flops(hidden, "none", 3, 7, losses).model == 7 * flops.model
     assert flops_per_token(replace(SHAPE, feedback="hidden"), "none", 0, "random").loss == 3 * 800
     assert [learned_passes(losses, 0.5) for losses in ("last", "uniform", "random")] == [0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(("policy", "again"), [("none", 0), ("selective", 480), ("layer", 1024), ("pass+layer", 2048)])
+def test_an_extra_head_is_a_layer_that_runs_once_and_a_loss(policy: str, again: int) -> None:
+    """Two heads of 120 parameters: 2 x 240, and 2 x 2 x 8 x 17 = 544 of attention, on the same 600 of blocks."""
+    shape = replace(SHAPE, parameters=1240, extra_heads=2, head_parameters=240)
+    flops, plain = flops_per_token(shape, policy), flops_per_token(SHAPE, policy)
+    assert shape.block_parameters == 600
+    assert (flops.passes - plain.passes, flops.loss - plain.loss) == (3 * 1024, 3 * 2 * 800)
+    assert (flops.pondering, flops.recomputed - plain.recomputed) == (plain.pondering, again)
+    square = square_attention(shape) - square_attention(SHAPE)
+    assert 3 * 1024 + square == 3 * 480 + 12 * 2 * 8 * 16
 
 
 def test_the_whole_square_of_attention_is_what_palm_would_count() -> None:

@@ -55,6 +55,7 @@ def test_a_device_is_planned_for_by_its_own_name() -> None:
     assert hardware_of("NVIDIA H200 NVL").memory_bytes_per_second == TABLE["h200"].memory_bytes_per_second
     unknown = hardware_of("NVIDIA H20")
     assert unknown.name == "NVIDIA H20" and unknown.inside == TABLE["h100"].inside
+    assert "data sheets" in unknown.source and "src/graph/tuning.cc" in unknown.source
 
 
 def test_a_hardware_file_is_read_as_it_was_written(tmp_path: Path) -> None:

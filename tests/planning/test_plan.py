@@ -90,10 +90,53 @@ def test_hidden_feedback_costs_its_passes_and_a_product_for_statistics(losses: s
     assert counter.get_total_flops() / tokens.numel() == pytest.approx(flops.hardware + 3 * 3 * half, rel=0.02)
 
 
+@pytest.mark.parametrize("policy", ["none", "pass"])
+def test_extra_heads_cost_a_layer_and_a_loss_each_by_torchs_count(policy: str) -> None:
+    counted, planned = [], []
+    for heads in (0, 2):
+        _, configuration = small("model.pondering_steps=1", f"model.extra_heads={heads}")
+        configuration._attn_implementation = "eager"
+        model = build_model(configuration, seed=0)
+        apply_recompute(model, policy)
+        tokens = torch.zeros(2, SEQUENCE, dtype=torch.int64)
+        plain = Ops(partial(pondering_embedding, backend="eager"), plain_cross_entropy)
+        weight = 1.0 if heads else None
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=tokens, shift_labels=tokens, multi_token_weight=weight, ops=plain).loss.backward()
+        shape = model_shape(configuration, SEQUENCE)
+        assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+        counted.append(counter.get_total_flops() / tokens.numel())
+        planned.append(flops_per_token(shape, policy).hardware)
+    half = 2 * 2 * shape.hidden * (SEQUENCE - 1)  # of attention's square, which is masked but computed
+    halves = {"none": 3, "pass": 4}[policy]
+    # recomputation stops before the last product, whose result backward does not need
+    assert counted[1] - counted[0] == pytest.approx(planned[1] - planned[0] + halves * half, rel=0.02)
+
+
+@pytest.mark.parametrize(("feedback", "refinements"), [("latent", 2), ("pause", None)])
+def test_positions_cost_what_torch_counts_and_take_memory(feedback: str, refinements: int | None) -> None:
+    config, configuration = small(f"model.feedback={feedback}", "model.pondering_steps=2")
+    traced = micro_batch(config, configuration)
+    _, plain = small("model.pondering_steps=0")
+    assert traced.peak_bytes > 2.5 * micro_batch(config, plain).peak_bytes
+    configuration._attn_implementation = "eager"
+    model, tokens = build_model(configuration, seed=0), torch.zeros(2, SEQUENCE, dtype=torch.int64)
+    options = {"skip_logits": True, "ops": Ops(cross_entropy=plain_cross_entropy), "refinements": refinements}
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, shift_labels=tokens, **options).loss.backward()
+    shape = model_shape(configuration, SEQUENCE)
+    flops = flops_per_token(shape, "none", refinements=refinements)
+    positions, keys = shape.positions(2, refinements)
+    masked = 3 * 2 * shape.layers * shape.hidden * (keys - 2 * positions)  # of attention's square, but computed
+    assert counter.get_total_flops() / tokens.numel() == pytest.approx(flops.hardware + masked, rel=0.02)
+    plan = plan_run(config, settle_sharding(config, STAGE_1, configuration, ALONE), configuration, ALONE, traced=traced)
+    assert plan.step.seconds > 0 and plan.flops == flops_per_token(shape, config.train.recompute)
+
+
 def plain_cross_entropy(
     hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, z_loss: float = 0.0
 ) -> tuple[Any, Statistics]:
-    losses = torch.nn.functional.cross_entropy((hidden @ head.t()).flatten(0, 1), labels.flatten(), reduction="none")
+    losses = torch.nn.functional.cross_entropy((hidden @ head.t()).flatten(0, -2), labels.flatten(), reduction="none")
     return losses.sum(), Statistics(losses.detach(), losses.detach())
 
 
@@ -275,6 +318,10 @@ MEASURED = [
     ("pass", []),
     ("layer", TIED),
     ("pass", NEOX),
+    ("none", ["model.halting=exit", "train.pass_losses=exit"]),
+    pytest.param("pass", ["model.halting=gate"], marks=pytest.mark.slow),
+    pytest.param("pass", ["model.extra_heads=2"], marks=pytest.mark.slow),
+    pytest.param("none", ["model.extra_heads=4", *TIED], marks=pytest.mark.slow),
     pytest.param("none", [], marks=pytest.mark.slow),
     pytest.param("selective", [], marks=pytest.mark.slow),
     pytest.param("layer", [], marks=pytest.mark.slow),

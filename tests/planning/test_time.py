@@ -209,6 +209,24 @@ def test_losses_of_earlier_passes_take_time_where_they_take_products() -> None:
         assert more == pytest.approx(JOB.micro_steps * 1.5 * products * product)
 
 
+def test_exits_take_the_products_of_a_mixture_for_every_loss_they_read() -> None:
+    product = {
+        way: product_seconds(Product(FORWARD, 10, 50, 8), PLANTED, "fp32", share)
+        for way, share in PLANTED.vocabulary_share.items()
+    }
+    statistics = JOB.pondering_steps * product["loss"]
+    for shape, more in (
+        (SHAPE, 7 * product["mixture"] - 3 * product["loss"]),
+        (replace(SHAPE, tied=True), 7 * product["tied"] - 3 * product["loss"]),
+        (
+            replace(SHAPE, feedback="hidden"),
+            (JOB.pondering_steps + 1) * 7 * product["mixture"] - 3 * product["loss"] - statistics,
+        ),
+    ):
+        plain, exits = (step_time(replace(JOB, shape=shape, exits=exits), PLANTED) for exits in (False, True))
+        assert exits.vocabulary - plain.vocabulary == pytest.approx(JOB.micro_steps * more)
+
+
 def test_more_ranks_and_nodes_communicate_longer() -> None:
     waits = [
         step_time(replace(JOB, ranks=ranks, zero=zero), TABLE["h100"]).gathers

@@ -45,6 +45,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "steps below 0": ({"hf_overrides": {"pondering_steps": -1}}, "pondering_steps is -1"),
     "an unknown residual": ({"hf_overrides": {"residual": "gated"}}, "residual is 'gated'"),
     "a learned gate": ({"hf_overrides": {"feedback": "both"}}, "the feedback 'both'"),
+    "latents": ({"hf_overrides": {"feedback": "latent"}}, "the feedback 'latent'"),
+    "pause tokens": ({"hf_overrides": {"feedback": "pause"}}, "the feedback 'pause'"),
     "learned halting": ({"hf_overrides": {"halting": "gate"}}, "halting, which changes what the model computes"),
     MISSING: ({}, r"no layers\.1\.self_attn\.k_proj\.weight"),
     MISSING_OLMO2: ({}, r"no layers\.0\.self_attn\.v_proj\.weight"),

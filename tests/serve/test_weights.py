@@ -42,3 +42,14 @@ def test_each_tensor_is_missed_by_name_and_none_is_added(architecture: str, tied
 def test_a_head_that_is_written_beside_its_tied_table_is_no_other_tensor(architecture: str) -> None:
     model = make_model(architecture, pondering_steps=1, tie_word_embeddings=True)
     passes(Tensors(stock(model.config)), dict(model.state_dict()))
+
+
+def test_extra_heads_are_left_out_where_the_model_has_them_and_else_are_tensors_too_many() -> None:
+    model = make_model("llama", pondering_steps=1, extra_heads=2)
+    weights, config = dict(model.named_parameters()), stock(model.config)
+    tensors = Tensors(config, ("extra_heads.",))
+    taken = [name for name, _ in tensors.noted(weights.items())]
+    tensors.check_complete()
+    assert taken == [name for name in weights if "extra_heads" not in name] and len(taken) < len(weights)
+    with pytest.raises(ValueError, match=r"extra_heads\.0\.\S+ is among the folder's weights but is not a tensor of"):
+        passes(Tensors(config), weights)

@@ -72,6 +72,56 @@ def test_a_gate_that_a_folder_does_not_have_starts_closed_and_one_that_it_has_is
         warm_start(again, tmp_path / "both")
 
 
+def test_heads_of_a_folder_are_taken_new_ones_are_added_and_others_are_left_out_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = make(pondering_steps=2, extra_heads=2, seed=5).eval()
+    theirs.save_pretrained(tmp_path)
+    for heads in (0, 1, 2, 3):
+        caplog.clear()
+        model = make(pondering_steps=2, extra_heads=heads).eval()
+        fresh = None if heads < 3 else model.extra_heads[2].mlp.up_proj.weight.clone()
+        warm_start(model, tmp_path)
+        assert torch.equal(model(TOKENS).logits, theirs(TOKENS).logits)
+        if heads:
+            ahead = [each(TOKENS, extra_logits=True).extra_logits[: min(heads, 2)] for each in (model, theirs)]
+            assert torch.equal(*ahead)
+        assert fresh is None or torch.equal(model.extra_heads[2].mlp.up_proj.weight, fresh)
+        said = f"its last {2 - heads} of 2 extra heads are left out, because model.extra_heads is {heads}"
+        assert (said in caplog.text) == (heads < 2)
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_a_pause_that_a_folder_does_not_have_starts_new_and_one_that_it_has_is_taken(
+    architecture: str, tmp_path: Path
+) -> None:
+    stock = stock_folder(architecture, tmp_path / "stock")
+    model = make(architecture, pondering_steps=2, feedback="pause").eval()
+    own = model.pause_embedding.weight.clone()
+    warm_start(model, tmp_path / "stock")
+    assert torch.equal(model.pause_embedding.weight, own) and own.abs().max() > 0
+    assert torch.equal(model(TOKENS, pondering_steps=0).logits, stock(TOKENS).logits)
+    model.save_pretrained(tmp_path / "pause")
+    again = make(architecture, seed=6, pondering_steps=2, feedback="pause").eval()
+    warm_start(again, tmp_path / "pause")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_a_run_of_latents_starts_from_a_published_folder_which_another_run_refuses(tmp_path: Path) -> None:
+    name = "latent_llama.K1.R3"
+    folder = published_folder(tmp_path / "theirs", name)
+    configuration = folder_configuration(folder, latent=True)
+    model = TINY["llama"].model(configuration).eval()
+    warm_start(model, folder)
+    inputs = load_file(ORACLE / "inputs.safetensors")
+    expected = load_file(ORACLE / CASES[name]["file"])[f"{name}/logits"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs["input_ids"]).logits, expected, atol=2e-5, rtol=0)
+    configuration.feedback = "embedding"
+    with pytest.raises(CheckpointError, match="give import-reference --latent, or a run"):
+        warm_start(TINY["llama"].model(configuration), folder)
+
+
 def test_a_warm_start_from_a_published_folder_computes_what_was_published(tmp_path: Path) -> None:
     name = "gpt_neox.S1.scale1.mult0"
     folder = published_folder(tmp_path / "theirs", name)

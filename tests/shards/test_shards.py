@@ -71,6 +71,12 @@ def test_what_was_written_is_read(folder):
     first.will_need(1, 4)
 
 
+def test_the_tokens_of_a_split_are_those_of_its_shards(folder):
+    manifest, length = read_manifest(folder), sum(map(len, DOCUMENTS))
+    assert (manifest.tokens("train"), manifest.tokens("heldout")) == (2 * length, len(DOCUMENTS[0]))
+    assert manifest.tokens("other") == 0
+
+
 def test_documents_added_together_and_one_by_one_make_the_same_shard(tmp_path):
     one_by_one = write(tmp_path, "a", DOCUMENTS)
     writer = ShardWriter(tmp_path, "b", 100)

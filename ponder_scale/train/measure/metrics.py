@@ -60,7 +60,7 @@ class StepTally:
     def add(self, output: Any, weight: float = 1.0) -> None:
         """Add a model output. `weight` is the number of labels that its means are over."""
         named = {"pass_losses": output.pass_losses, "pass_entropies": output.pass_entropies}
-        for name in ("z_loss", "pass_shares", "halting_loss"):
+        for name in ("z_loss", "pass_shares", "halting_loss", "multi_token_losses"):
             if getattr(output, name) is not None:
                 named[name] = getattr(output, name).reshape(-1)
         if output.changes is not None:

@@ -37,10 +37,10 @@ class Work:
         self.flops = self.hardware_flops = 0.0
         self.by_pondering_steps: Counter[int] = Counter()
 
-    def add(self, sequences: int, pondering_steps: int, *, updated: bool) -> None:
+    def add(self, sequences: int, pondering_steps: int, refinements: int | None = None, *, updated: bool) -> None:
         """Count a step. `sequences` are those of all ranks, and `updated` says whether it changed the weights."""
         tokens = sequences * self._seq_len
-        flops = step_flops(self._shape, self._recompute, pondering_steps, tokens, self._pass_losses)
+        flops = step_flops(self._shape, self._recompute, pondering_steps, tokens, self._pass_losses, refinements)
         self.steps, self.sequences, self.tokens = self.steps + 1, self.sequences + sequences, self.tokens + tokens
         self.flops, self.hardware_flops = self.flops + flops.model, self.hardware_flops + flops.hardware
         self.by_pondering_steps[pondering_steps] += 1

@@ -117,14 +117,11 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        if kind is not None and self._broken:
+        if kind is not None and (self._broken or self._leaving):
             # Another rank left as hung while this one was about to, and that broke a collective here.
             print(f"rank {self._rank}: ends as hung, like its peers: {error}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             os._exit(HUNG)
-        if kind is not None and self._leaving:
-            # A rank that left first has broken a collective here. Wait, so that this rank still leaves with HUNG.
-            time.sleep(2 * GRACE_SECONDS)
         self._why = None if error is None else " ".join((str(error) or type(error).__name__).split())[:WHY]
         refused = isinstance(error, UserError) and self._first_step is None
         self.enter(ENDED if error is None else REFUSED if refused else FAILED)

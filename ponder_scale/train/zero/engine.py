@@ -158,7 +158,8 @@ class Engine:
         if self.zero_stage == 3:
             keep_tables_gathered(self.deepspeed.module)
             release_in_backward(self.deepspeed)
-            if config.train.pondering.schedule != "fixed":
+            varies = config.train.pondering.schedule != "fixed" or config.model.feedback == "latent"
+            if varies or config.model.extra_heads:  # evaluation runs no heads
                 self._traces = TraceBank(self.deepspeed)
 
     @property
@@ -193,6 +194,8 @@ class Engine:
         label_count: Tensor | None = None,
         pass_weights: Sequence[float] | None = None,
         halting_loss: tuple[float, float] | None = None,
+        multi_token_weight: float | None = None,
+        refinements: int | None = None,
         enter: Callable[[str], None] = lambda phase: None,
     ) -> Any:
         """Run forward and backward of a micro-batch and add its gradients to the step. Returns the model's output.
@@ -204,12 +207,14 @@ class Engine:
             label_count: divides the summed loss. The default is the number of labels that count in this micro-batch.
             pass_weights: weights of the passes' losses, the same on all ranks. The default trains the last pass alone.
             halting_loss: weight and share of the loss of the gates. None trains no gate to close.
+            multi_token_weight: weight of the losses of the extra heads. None trains none.
+            refinements: those of latents, the same on all ranks.
             enter: called with "forward" and "backward" as each begins.
         """
         enter("forward")
         tokens, labels, position_ids = batch
         asked: dict[str, Any] = {"sequence_steps": sequence_steps, "pass_weights": pass_weights}
-        asked["halting_loss"] = halting_loss
+        asked |= {"halting_loss": halting_loss, "multi_token_weight": multi_token_weight, "refinements": refinements}
         asked |= {"track": track, "num_items_in_batch": label_count}
         output = self._forward(tokens[:, :-1], labels, position_ids, pondering_steps, **asked)
         enter("backward")
@@ -238,7 +243,7 @@ class Engine:
         **asked: Any,  # of the model
     ) -> Any:
         if self._traces is not None:
-            self._traces.use((pondering_steps, torch.is_grad_enabled()))
+            self._traces.use((pondering_steps, asked.get("refinements"), torch.is_grad_enabled()))
         tokens, labels = (tensor.to(self.device, non_blocking=True) for tensor in (tokens, labels))
         if position_ids is not None:
             documents = {"position_ids": position_ids, **document_arguments(self.module, position_ids)}

@@ -116,7 +116,8 @@ def test_rates_follow_the_tokens_of_a_ramp(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_tally_is_the_mean_over_batches_by_their_weight() -> None:
     def output(loss: float, **more: Any) -> Any:
         values = {"pass_losses": torch.tensor([loss, 2 * loss]), "pass_entropies": torch.tensor([1.0, 1.0])}
-        return SimpleNamespace(**(dict.fromkeys(("z_loss", "pass_shares", "halting_loss", "changes")) | values | more))
+        names = ("z_loss", "pass_shares", "halting_loss", "multi_token_losses", "changes")
+        return SimpleNamespace(**(dict.fromkeys(names) | values | more))
 
     tally = StepTally()
     tally.add(output(1.0, z_loss=torch.tensor(0.5)), 1.0)

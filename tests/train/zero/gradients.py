@@ -14,7 +14,7 @@ from ponder_scale.data.sequences import MicroBatch
 from ponder_scale.settings import load
 from ponder_scale.setup.build import build_model, model_configuration
 from ponder_scale.train.optim import parameter_groups
-from ponder_scale.train.schedules import halting_loss, learning_rate, pass_weights, step_depth
+from ponder_scale.train.schedules import halting_loss, learning_rate, pass_weights, step_depth, trained_losses
 from tests.ranks import run_ranks
 
 VOCABULARY, SEQ_LEN, SEQUENCES, STEPS, PONDERING_STEPS = 96, 24, 4, 2, 2
@@ -96,9 +96,10 @@ def on_a_rank(case: dict[str, Any]) -> dict[str, Any]:
             row = micro * engine.world_size + engine.rank
             sequence = batch[row : row + 1]
             own = depth.of(micro, 1, rank=engine.rank, ranks=engine.world_size)
-            rows, weights = MicroBatch(sequence, sequence[:, 1:], None), weights_of(step, config)
-            gates = halting_loss(step + 1, config)
-            loss = engine.micro_step(rows, ponder, own, pass_weights=weights, halting_loss=gates).loss
+            rows = MicroBatch(sequence, sequence[:, 1:], None)
+            loss = engine.micro_step(
+                rows, ponder, own, refinements=depth.refinements, **trained_losses(step + 1, depth.most, config)
+            ).loss
             total += loss.detach() / engine.micro_steps
             if step == 0 and micro == engine.micro_steps - 1:
                 for name, parameter in engine.module.named_parameters():
@@ -143,7 +144,7 @@ def loss_of(model: Any, batch: torch.Tensor, step: int, config: RunConfig) -> to
     of passes are those of as many forwards, each of the model that ponders less.
     """
     depth = step_depth(step + 1, config)
-    gates = halting_loss(step + 1, config)
+    gates, heads = halting_loss(step + 1, config), bool(config.model.extra_heads)
     rows = [batch] if depth.by_sequence is None and gates is None else batch.split(1)
     steps, passes = depth.by_sequence or [depth.most] * len(rows), config.train.pondering.backward_passes
     weights = weights_of(step, config) or (*[0.0] * depth.most, 1.0)
@@ -152,12 +153,15 @@ def loss_of(model: Any, batch: torch.Tensor, step: int, config: RunConfig) -> to
         * model(
             input_ids=row[:, :-1],
             shift_labels=row[:, 1:],
-            pondering_steps=taken,
+            pondering_steps=min(index, number),
             backward_passes=passes,
             halting_loss=gates,
+            # only the last of the forwards has the heads, whose weight must not depend on the passes'
+            multi_token_weight=config.train.multi_token_weight / weight if heads and index == depth.most else None,
+            refinements=depth.refinements,
         ).loss
         for row, number in zip(rows, steps, strict=True)
-        for taken, weight in ((min(index, number), weight) for index, weight in enumerate(weights))
+        for index, weight in enumerate(weights)
         if weight > 0
     ]
     return torch.stack(losses).sum() / len(rows)

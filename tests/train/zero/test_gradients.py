@@ -133,6 +133,28 @@ def test_sequences_that_take_their_own_number_of_steps_are_as_if_alone(tmp_path:
     )
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_latents_and_pause_tokens_have_the_gradients_of_plain_torch(stage: int, tmp_path: Path) -> None:
+    """The number of passes changes with the refinements of a step, and the pause is not used in every step."""
+    latent = ["model.feedback=latent", "train.steps=4"]
+    drawn = ["train.pondering.schedule=uniform", "train.pondering.low=0", "seed=4", "train.steps=4"]
+    config = run_config({**RANDOM, "overrides": latent})
+    assert len({step_depth(step, config).refinements for step in range(1, 5)}) == 2
+    ways = [
+        ("none", False, latent),
+        ("selective", True, [*latent, *drawn]),
+        ("layer", False, ["model.feedback=pause", *drawn]),
+        ("pass", True, ["model.feedback=pause"]),
+        ("pass+layer", False, [*latent, "model.pondering_steps=1", "train.offload_activations=true"]),
+    ]
+    check(
+        [
+            {"deepspeed": small_buckets(tmp_path, stage), "policy": policy, "tied": tied, "overrides": overrides}
+            for policy, tied, overrides in ways
+        ]
+    )
+
+
 def in_mixed_precision(case: dict[str, Any]) -> dict[str, Any]:
     """The first step in one process: the model in bf16, a sequence at a time as on the ranks, summed in fp32."""
     config = run_config(case)
@@ -177,8 +199,8 @@ def test_compiled_layers_under_zero_give_the_gradients_of_plain_torch(tmp_path: 
     compiled = ["train.compile=true"]
     check(
         [
-            {"deepspeed": small_buckets(tmp_path, stage), "policy": policy, "tied": False, "overrides": compiled}
-            for stage, policy in ((2, "none"), (3, "pass"))
+            {"deepspeed": small_buckets(tmp_path, stage), "policy": policy, "tied": False, "overrides": overrides}
+            for stage, policy, overrides in ((2, "none", compiled), (3, "pass", [*compiled, "model.extra_heads=1"]))
         ],
         timeout=500.0,
     )
@@ -227,4 +249,25 @@ def test_gates_that_learn_to_halt_are_right_under_every_policy(stage: int, tmp_p
             for policy, tied, chosen in (*((*way, overrides) for way in ways), *((*way, exits) for way in ways[1:4]))
         ],
         timeout=240,
+    )
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_heads_that_predict_further_tokens_are_right_under_every_policy(stage: int, tmp_path: Path) -> None:
+    """They are layers beside the last one that run once, and share its norm and the head with S + 1 passes."""
+    heads = ["model.extra_heads=2", "train.multi_token_weight=0.5"]
+    drawn = ["train.pondering.schedule=uniform", "train.pondering.low=0", "train.steps=3"]
+    ways = [
+        ("none", False, []),
+        ("selective", False, ["train.pondering.backward_passes=2"]),
+        ("layer", True, drawn),
+        ("pass", True, ["train.pass_losses=linear"]),
+        ("pass", False, [*drawn, "train.pondering.per=sequence"]),
+        ("pass+layer", False, ["model.pondering_steps=0", "train.offload_activations=true"]),
+    ]
+    check(
+        [
+            {"deepspeed": small_buckets(tmp_path, stage), "policy": policy, "tied": tied, "overrides": [*heads, *more]}
+            for policy, tied, more in ways
+        ]
     )
