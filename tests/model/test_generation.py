@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections import Counter
 from itertools import pairwise
@@ -277,10 +278,14 @@ def test_early_exit_is_the_pass_whose_prediction_settled(llama: Any) -> None:
         llama(PROMPT[:, :-1], past_key_values=cache)
         beliefs = [llama(PROMPT, pondering_steps=steps).logits[:, -1].log_softmax(-1) for steps in range(4)]
         moved = [(b.exp() * (b - a)).sum(-1).max().item() for a, b in pairwise(beliefs)]
-        settled = next(index + 1 for index, kl in enumerate(moved) if kl < 1.01 * min(moved))
-        got = llama(PROMPT[:, -1:], past_key_values=cache, exit_kl=1.01 * min(moved)).logits[:, -1].log_softmax(-1)
-    torch.testing.assert_close(got, beliefs[settled], atol=1e-4, rtol=1e-4)
-    assert {cache.get_seq_length(index) for index in range(4 * LAYERS)} == {9}
+        first = moved[0]  # less than which a pass has to move for the forward to end
+        for exit_kl in (1.01 * min(moved), 0.99 * first, 1.01 * first):
+            settled = next((index + 1 for index, kl in enumerate(moved) if kl < exit_kl), 3)
+            own = copy.deepcopy(cache)
+            got = llama(PROMPT[:, -1:], past_key_values=own, exit_kl=exit_kl).logits[:, -1].log_softmax(-1)
+            torch.testing.assert_close(got, beliefs[settled], atol=1e-4, rtol=1e-4)
+        assert settled == 1 and (beliefs[1] - beliefs[2]).abs().max() > 1e-2
+    assert {own.get_seq_length(index) for index in range(4 * LAYERS)} == {9}
 
 
 @pytest.mark.parametrize(

@@ -399,10 +399,14 @@ MUTANTS = [
         ("z_loss = z_loss / weights[-1]", "z_loss = z_loss * weights[-1]"),
         ("sum(watch.learned, weights[-1] * total)", "sum(watch.learned, total)"),
         ("else weights[-1] * z_term", "else z_term"),
-        ("(seen.entropy * counted).sum()", "seen.entropy.sum()"),
         ("(count if num_items is None else num_items)", "count"),
         ("_shares(watch.halting, counted) / count", "_shares(watch.halting, counted) / counted.numel()"),
         ("(total - before).detach() / count", "(total - before).detach()"),
+    ),
+    *_of(
+        "ponder_scale/model/losses.py",
+        "tests/model/test_modeling.py::test_pass_losses_and_entropies_are_those_of_fewer_steps",
+        ("(seen.entropy * counted).sum()", "seen.entropy.sum()"),
     ),
     *_of(
         "ponder_scale/model/passes.py",

@@ -1,8 +1,7 @@
-"""What trains in a fresh process, planned and measured: `python -m tests.planning.measured POLICY key=value ...`."""
+"""What trains in a process of its own, planned and measured."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +55,14 @@ def train(config: RunConfig, configuration: Any, steps: int) -> None:
         optimizer.zero_grad()
 
 
-def main() -> None:
-    """Print the bytes that a training takes at its peak, without what its code takes."""
-    policy, *overrides = sys.argv[1:]
+def peak(case: tuple[str, list[str]]) -> int:
+    """The bytes that a training by a policy and overrides takes at its peak, without what its code takes."""
+    policy, overrides = case
+    torch.set_num_threads(1)
     config, configuration = large(policy, *overrides)
     smaller, _ = large(policy, *overrides, "model.hidden_size=48", "model.num_hidden_layers=1")
     warm = model_configuration(smaller.model, vocab_size=8000, seq_len=128, eod_id=0)
     train(smaller, warm, 1)
     before = memory("VmRSS")
     train(config, configuration, 2)
-    print(memory("VmHWM") - before)
-
-
-if __name__ == "__main__":
-    main()
+    return memory("VmHWM") - before

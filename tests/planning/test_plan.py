@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -39,8 +36,8 @@ from ponder_scale.planning.scaling import scaling, scaling_lines
 from ponder_scale.planning.shape import model_shape
 from ponder_scale.setup.build import build_model, model_configuration
 from ponder_scale.setup.recompute import apply_recompute
-from tests.planning.measured import large, plan_config
-from tests.ranks import REPOSITORY
+from tests.planning.measured import large, peak, plan_config
+from tests.ranks import run_ranks
 
 VOCABULARY, SEQUENCE = 512, 64
 ALONE = Devices(1, 2**40, gpu=False)
@@ -335,18 +332,17 @@ MEASURED = [
 
 @pytest.mark.parametrize(("policy", "overrides"), MEASURED)
 def test_planned_memory_is_up_to_10_percent_above_the_measured_peak_and_never_below(
-    policy: str, overrides: list[str]
+    policy: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # glibc would keep freed pieces below its moving threshold in the heap, which no other allocator does
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "tests.planning.measured", policy, *overrides]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-1000:]
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    ((measured,),) = run_ranks(peak, [(policy, overrides)], world_size=1, timeout=300.0)
+    assert isinstance(measured, int), measured
     config, configuration = large(policy, *overrides)
     plan = plan_run(config, {"zero_optimization": {"stage": 0}}, configuration, ALONE)
-    print(f"planned {plan.memory_bytes / 2**20:.0f} MiB, measured {int(done.stdout) / 2**20:.0f}")
-    assert 1.0 <= plan.memory_bytes / int(done.stdout) <= 1.1
+    print(f"planned {plan.memory_bytes / 2**20:.0f} MiB, measured {measured / 2**20:.0f}")
+    assert 1.0 <= plan.memory_bytes / measured <= 1.1
 
 
 @pytest.mark.slow  # traces six steps
