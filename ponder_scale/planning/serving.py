@@ -19,6 +19,7 @@ from ponder_scale.planning.shape import model_shape
 
 SERVED_SHARE = 0.92  # share of a device's memory that vLLM takes by default
 WIDTH = 2  # bytes of a number; vLLM serves in bfloat16
+SERVED = {"feedback": ("embedding", "hidden"), "halting": ("none",)}  # by the vLLM plugin, see `serve.limits`
 BLOCK = 16  # vLLM gives cache to a request in blocks of this many tokens, on a GPU
 
 
@@ -53,13 +54,22 @@ def token_bytes(configuration: Any, *, ranks: int = 1, width: int = WIDTH) -> in
 def plan_serving(configuration: Any, ranks: int) -> Serving:
     """The plan of a server of `ranks` devices that share one model.
 
+    Extra heads for the tokens further ahead are not served, so they take no memory.
+
     Raises:
-        ConfigError: heads do not divide over the devices.
+        ConfigError: heads do not divide over the devices, or the vLLM plugin does not serve such a model.
     """
+    for field, served in SERVED.items():
+        if (value := getattr(configuration, field)) not in served:
+            raise ConfigError(
+                f"model.{field} is {value}, which the vLLM plugin does not serve; expected {' or '.join(served)}, or "
+                "leave --serve out"
+            )
     heads = configuration.num_attention_heads
     if heads % ranks:
         raise ConfigError(f"--serve is {ranks}; expected a number of devices that divides the {heads} attention heads")
-    parameters = model_shape(configuration, 1).parameters
+    shape = model_shape(configuration, 1)
+    parameters = shape.parameters - shape.head_parameters
     return Serving(
         weights_bytes=-(-parameters * WIDTH // ranks),
         token_bytes=token_bytes(configuration, ranks=ranks),

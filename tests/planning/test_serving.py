@@ -32,6 +32,15 @@ def test_devices_divide_weights_and_heads() -> None:
         plan_serving(config, 3)
 
 
+def test_what_the_plugin_refuses_is_not_planned_and_what_it_leaves_out_takes_nothing() -> None:
+    for fields in ({"feedback": "latent"}, {"feedback": "pause"}, {"feedback": "both"}, {"halting": "exit"}):
+        ((field, value),) = fields.items()
+        with pytest.raises(ConfigError, match=f"model.{field} is {value}, which the vLLM plugin does not serve"):
+            plan_serving(make("llama", pondering_steps=1, **fields).config, 1)
+    plain, heads = (plan_serving(make("llama", pondering_steps=1, extra_heads=n).config, 1) for n in (0, 2))
+    assert heads == plain
+
+
 def test_what_fits_is_counted_in_tokens_and_requests() -> None:
     plan = plan_serving(make("llama", pondering_steps=1).config, 1)
     memory = (plan.weights_bytes + 160 * plan.token_bytes) / 0.92 + 1

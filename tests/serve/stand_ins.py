@@ -141,6 +141,12 @@ def main() -> None:
         "same cache": heard(limits.check_configuration, engine(cache={"cache_dtype": "bfloat16"})),
         "fp8 cache": heard(limits.check_configuration, engine(cache={"cache_dtype": "fp8_e4m3"})),
         "second runner": heard(limits.check_configuration, engine(use_v2_model_runner=True)),
+        "extra heads": heard(limits.check_configuration, engine(PonderLlamaConfig(extra_heads=2))),
+        "halting": said(limits.check_configuration, engine(PonderLlamaConfig(halting="gate"))),
+        **{
+            feedback: said(limits.check_configuration, engine(PonderLlamaConfig(feedback=feedback)))
+            for feedback in ("embedding", "hidden", "both", "latent", "pause")
+        },
         "registered": registered_twice(),
         "this version": warnings(vllm.__version__),
         "next version": warnings("0.33.1"),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from ponder_scale.planning.serving import SERVED
 from tests.serve.engine import ENVIRONMENT, REPOSITORY
 from tests.serve.folders import make_folder, make_model
 
@@ -149,6 +150,13 @@ def test_a_lossy_cache_and_the_runner_that_was_not_tested_are_warned_of(stand_in
     assert stand_ins["quiet"] == stand_ins["same cache"] == []
     assert "the key-value cache of fp8_e4m3 is lossy" in stand_ins["fp8 cache"][0]
     assert "VLLM_USE_V2_MODEL_RUNNER=0" in stand_ins["second runner"][0]
+
+
+def test_what_plan_counts_for_a_server_is_what_is_served(stand_ins: dict[str, Any]) -> None:
+    for feedback in ("embedding", "hidden", "both", "latent", "pause"):
+        assert (stand_ins[feedback] == "") == (feedback in SERVED["feedback"]), stand_ins[feedback]
+    assert "pondering models are not served with halting" in stand_ins["halting"]
+    assert "the 2 extra heads of this model are left out" in stand_ins["extra heads"][0]
 
 
 def test_the_plugin_may_be_called_again_and_imports_no_model(stand_ins: dict[str, Any]) -> None:
