@@ -399,7 +399,7 @@ MUTANTS = [
         ("z_loss = z_loss / weights[-1]", "z_loss = z_loss * weights[-1]"),
         ("sum(watch.learned, weights[-1] * total)", "sum(watch.learned, total)"),
         ("else weights[-1] * z_term", "else z_term"),
-        ("(count if num_items is None else num_items)", "count"),
+        ("(count if wanted.num_items is None else wanted.num_items)", "count"),
         ("_shares(watch.halting, counted) / count", "_shares(watch.halting, counted) / counted.numel()"),
         ("(total - before).detach() / count", "(total - before).detach()"),
     ),
