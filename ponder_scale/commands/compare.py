@@ -19,7 +19,7 @@ from ponder_scale.settings.commandline import flags, new_file, path, whole
 
 
 def add_commands(commands: Any) -> None:
-    """Add the command to the parser."""
+    """Add the commands to the parser."""
     compare = commands.add_parser(
         "compare",
         help="train a pondering model and its baselines on the same data, and report which is better",
@@ -72,6 +72,10 @@ def add_commands(commands: Any) -> None:
     )
     what.add_argument("--report", action="store_true", help="train nothing; report on the finished runs")
     compare.set_defaults(run=_compare)
+    _add_phi(commands)
+
+
+def _add_phi(commands: Any) -> None:
     phi = commands.add_parser(
         "phi", help="fit how many parameters a pass is worth, from runs of several sizes and steps"
     )

@@ -59,6 +59,12 @@ class Score:
         low, high = ((middle + side * spread) / (1 + Z_95**2 / n) for side in (-1, 1))
         return max(0.0, low), min(1.0, high)
 
+    def cell(self, steps: int) -> str:
+        """The share, its interval and, if tokens may halt, the steps that they took, for a table."""
+        low, high = self.interval(steps)
+        taken = f", {self.taken[steps]:.2f} steps" if steps in self.taken else ""
+        return f"{self.share(steps):.3f} ({low:.3f} to {high:.3f}){taken}"
+
 
 def read_items(path: Path) -> list[Item]:
     """The items of a .jsonl file. Raises ConfigError, with its number, for a line that is not an item."""
@@ -105,12 +111,16 @@ def score(model: Any, tokenizer: Any, items: Sequence[Item], steps: Sequence[int
     groups: dict[str, list[int]] = {}
     for index, item in enumerate(items):
         groups.setdefault(item.group, []).append(index)
-    if len(groups) > 1:
-        groups[ALL] = list(range(len(items)))
     taken = {name: _taken(model, [encoded[i] for i in own], steps) for name, own in groups.items()}
-    return {
-        name: Score(len(own), {k: int(right[k][own].sum()) for k in steps}, taken[name]) for name, own in groups.items()
-    }
+    if len(groups) > 1:
+        taken[ALL] = {k: sum(one[k] for one in taken.values()) for k in next(iter(taken.values()))}
+        groups[ALL] = list(range(len(items)))
+    found = {}
+    for name, own in groups.items():
+        tokens = sum(encoded[i][1] for i in own)
+        means = {k: total / tokens for k, total in taken[name].items()}
+        found[name] = Score(len(own), {k: int(right[k][own].sum()) for k in steps}, means)
+    return found
 
 
 def table(scores: Mapping[str, Score]) -> list[str]:
@@ -122,12 +132,7 @@ def table(scores: Mapping[str, Score]) -> list[str]:
     steps = list(next(iter(scores.values())).right)
     lines = [f"| group | items | {' | '.join(f'S = {k}' for k in steps)} |", "|---" * (len(steps) + 2) + "|"]
     for name, found in scores.items():
-        cells = [f"{found.share(k):.3f} ({low:.3f} to {high:.3f})" for k in steps for low, high in [found.interval(k)]]
-        cells = [
-            cell + (f", {found.taken[k]:.2f} steps" if k in found.taken else "")
-            for k, cell in zip(steps, cells, strict=True)
-        ]
-        lines.append(f"| {name} | {found.items:,} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {found.items:,} | {' | '.join(map(found.cell, steps))} |")
     return lines
 
 
@@ -192,33 +197,36 @@ def _batches(order: Sequence[int], encoded: Sequence[tuple[list[int], int]]) -> 
     return batches
 
 
+def _padded(texts: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """Texts as rows, (n, T), padded at the end, which earlier tokens do not see; and where they have tokens, (n, T)."""
+    lengths = torch.tensor([len(text) for text in texts], device=device)
+    longest = int(lengths.max())
+    rows = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=device)
+    return rows, torch.arange(longest, device=device) < lengths[:, None]
+
+
 @torch.no_grad()
 def _taken(model: Any, encoded: Sequence[tuple[list[int], int]], steps: Sequence[int]) -> dict[int, float]:
-    """The mean number of pondering steps of a token of the prompts, by the number asked for. Empty without halting."""
+    """The pondering steps that all tokens of the prompts took, by the number asked for. Empty without halting."""
     if getattr(model.config, "halting", "none") == "none":
         return {}
-    sums, tokens = dict.fromkeys(steps, 0.0), sum(prompt for _, prompt in encoded)
+    sums = dict.fromkeys(steps, 0.0)
     for batch in _batches(range(len(encoded)), encoded):
-        prompts = [encoded[i][0][: encoded[i][1]] for i in batch]
-        longest = max(map(len, prompts))
-        rows = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device)
-        counts = torch.tensor([[i < len(prompt) for i in range(longest)] for prompt in prompts], device=model.device)
+        rows, real = _padded([encoded[i][0][: encoded[i][1]] for i in batch], model.device)
         for k in steps:
             # a token counts where it has a label, whatever the label is
-            output = model(rows, shift_labels=rows.where(counts, IGNORE_INDEX), skip_logits=True, pondering_steps=k)
+            output = model(rows, shift_labels=rows.where(real, IGNORE_INDEX), skip_logits=True, pondering_steps=k)
             shares = [] if output.pass_shares is None else output.pass_shares[1:]
-            sums[k] += sum(map(float, shares)) * int(counts.sum())
-    return {k: total / tokens for k, total in sums.items()}
+            sums[k] += sum(map(float, shares)) * int(real.sum())
+    return sums
 
 
 @torch.no_grad()
 def _answered(model: Any, batch: Sequence[tuple[list[int], int]], steps: int) -> Tensor:
-    """Whether each answer is right, (items,). Shorter rows are padded at the end, which earlier tokens do not see."""
-    longest = max(len(tokens) for tokens, _ in batch)
-    rows = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in batch], device=model.device)
+    """Whether each answer is right, (items,)."""
+    rows, real = _padded([tokens for tokens, _ in batch], model.device)
     prompts = torch.tensor([prompt for _, prompt in batch], device=model.device)
-    lengths = torch.tensor([len(tokens) for tokens, _ in batch], device=model.device)
     predicted = model(input_ids=rows[:, :-1], pondering_steps=steps).logits.argmax(-1)
-    at = torch.arange(1, longest, device=model.device)
-    counts = (at >= prompts[:, None]) & (at < lengths[:, None])
+    at = torch.arange(1, rows.shape[1], device=model.device)
+    counts = (at >= prompts[:, None]) & real[:, 1:]
     return ((predicted == rows[:, 1:]) | ~counts).all(1).cpu()

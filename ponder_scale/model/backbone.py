@@ -145,23 +145,8 @@ class PonderBackbone(Checkpointing):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         sequence_steps = checked_sequence_steps(sequence_steps, inputs_embeds, backward_passes)
-        if self.config.feedback in INTERLEAVED:  # type: ignore[attr-defined]
-            given: dict[str, Any] = {
-                "exit_kl": exit_kl,
-                "sequence_steps": sequence_steps,
-                "backward_passes": backward_passes,
-            }
-            given["pass_weights"] = watch.weights
-            refuse_with_interleaving(self, pondering_steps, refinements, given, options)
-            interleaved = Interleaved(watch, pondering_steps, found, refinements)
-            output = interleaved.run(inputs_embeds, **own_options(options))
-        else:
-            if refinements is not None:
-                raise ValueError("refinements belong to feedback 'latent'; leave it out")
-            if self.config.halting != "none":  # type: ignore[attr-defined]
-                refuse_with_halting(self, exit_kl, sequence_steps, backward_passes, options)
-            passes = Passes(watch, pondering_steps, found, exit_kl, backward_passes)
-            output = passes.run(inputs_embeds, sequence_steps, **options)
+        given = {"exit_kl": exit_kl, "sequence_steps": sequence_steps, "backward_passes": backward_passes}
+        output = self._run(watch, inputs_embeds, pondering_steps, refinements, found, given, options)
         name = "cache" if hasattr(output, "cache") else "past_key_values"
         if found is not None:  # return the whole cache instead of the view that the pass returned
             setattr(output, name, found)
@@ -169,6 +154,32 @@ class PonderBackbone(Checkpointing):
             output = type(output)(**{key: value for key, value in output.items() if key != name})
         plain = self.config.return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
         return output if plain else output.to_tuple()
+
+    def _run(
+        self,
+        watch: Watch,
+        embeds: Tensor,
+        steps: int | None,
+        refinements: int | None,
+        cache: Cache | None,
+        given: dict[str, Any],
+        options: dict[str, Any],
+    ) -> Any:
+        """The output of the method that the configuration names, on token embeddings (B, T, D).
+
+        Args:
+            given: `exit_kl`, `sequence_steps` and `backward_passes`, which belong to passes over the same positions.
+            options: arguments of the stock backbone.
+        """
+        if self.config.feedback in INTERLEAVED:  # type: ignore[attr-defined]
+            refuse_with_interleaving(self, steps, refinements, {**given, "pass_weights": watch.weights}, options)
+            return Interleaved(watch, steps, cache, refinements).run(embeds, **own_options(options))
+        if refinements is not None:
+            raise ValueError("refinements belong to feedback 'latent'; leave it out")
+        if self.config.halting != "none":  # type: ignore[attr-defined]
+            refuse_with_halting(self, given["exit_kl"], given["sequence_steps"], given["backward_passes"], options)
+        passes = Passes(watch, steps, cache, given["exit_kl"], given["backward_passes"])
+        return passes.run(embeds, given["sequence_steps"], **options)
 
 
 def check_documents(
