@@ -114,6 +114,14 @@ def test_phases_follow_each_other_with_their_own_shares():
     assert shares(order, 1500, 77) == [77, 0, 0]
 
 
+def test_a_phase_ends_with_the_sequence_in_which_its_tokens_end(make):
+    phases = [PhaseConfig(tokens=3 * SEQ_LEN + 1, weights={"code": 1}), PhaseConfig(weights={"math": 1})]
+    apart = [make(phases=[PhaseConfig(weights={name: 1})]) for name in ("code", "math")]
+    of_code, of_math = ({tuple(row) for row in steps(one, 4).tolist()} for one in apart)
+    served = [tuple(row) for row in steps(make(phases=phases), 1).tolist()]
+    assert [(row in of_code, row in of_math) for row in served] == [(True, False)] * 4 + [(False, True)] * 4
+
+
 def test_a_source_goes_on_in_a_new_phase_where_it_was():
     phases = [Phase(137, [1, 1]), Phase(211, [3, 1]), Phase(None, [1, 5])]
     order = Order(["a", "b"], [90, 120], [1, 1], 0, None, phases)

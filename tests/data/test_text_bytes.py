@@ -36,6 +36,15 @@ def bpe(folder: Path) -> None:
     train_tokenizer(CORPUS, 300, "bpe", folder)
 
 
+def bpe_whose_end_is_an_ordinary_token(folder: Path) -> None:
+    bpe(folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    for each in content["added_tokens"]:
+        each["special"] = False
+    file.write_text(json.dumps(content))
+
+
 def pieces(folder: Path) -> None:
     train_tokenizer(CORPUS, 400, "sentencepiece", folder)
 
@@ -90,7 +99,14 @@ def _save(made: tokenizers.Tokenizer, folder: Path) -> None:
     made.save(str(folder / "tokenizer.json"))
 
 
-KINDS: list[Make] = [bpe, pieces, pieces_with_a_space_before_each_text, unigram, llama]
+KINDS: list[Make] = [
+    bpe,
+    bpe_whose_end_is_an_ordinary_token,
+    pieces,
+    pieces_with_a_space_before_each_text,
+    unigram,
+    llama,
+]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda make: make.__name__)

@@ -318,7 +318,7 @@ MUTANTS = [
     ),
     *_of(
         "ponder_scale/train/zero/replicas.py",
-        "tests/train/survive/test_health.py::test_one_flipped_bit_names_its_rank_and_tensor",
+        "tests/train/survive/test_health.py::test_other_bits_name_their_rank_and_tensors",
         ("MULTIPLIER = 6364136223846793005", "MULTIPLIER = 1"),
         ("majority = votes > world_size / 2", "majority = votes >= world_size / 2"),
         ("INTEGERS[tensor.element_size()]", "torch.int8"),

@@ -93,8 +93,8 @@ def test_a_restored_window_judges_alike() -> None:
     assert whole.state() == cut.state() and whole.skips > 0
 
 
-def compare_on_a_rank(flipped: list[int]) -> list[Any] | None:
-    """What `divergence` finds among ranks of which some have a bit of tensor b flipped."""
+def compare_on_a_rank(additions: list[tuple[int, str, int, int]]) -> list[Any] | None:
+    """What `divergence` finds after additions to the bits of numbers, each by rank, tensor and index."""
     import torch.distributed as dist
 
     from ponder_scale.train.zero.engine import init_distributed
@@ -102,8 +102,10 @@ def compare_on_a_rank(flipped: list[int]) -> list[Any] | None:
     init_distributed()
     generator = torch.Generator().manual_seed(0)
     weights = {"a": torch.randn(5, 7, generator=generator), "b": torch.ones(3).bfloat16(), "c": torch.zeros(4)}
-    if dist.get_rank() in flipped:
-        weights["b"].view(torch.int16)[1] ^= 1 << dist.get_rank()
+    for rank, name, index, added in additions:
+        if rank == dist.get_rank():
+            bits = weights[name].view({2: torch.int16, 4: torch.int32}[weights[name].element_size()])
+            bits.view(-1)[index] += added
 
     def total(values: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(values)
@@ -113,11 +115,23 @@ def compare_on_a_rank(flipped: list[int]) -> list[Any] | None:
     return found and [found.ranks, found.tensors, found.majority]
 
 
-def test_one_flipped_bit_names_its_rank_and_tensor() -> None:
-    found = run_ranks(compare_on_a_rank, [[], [2], [0], [1, 2]], world_size=3)
-    # where no two agree, any may be right
-    expected = [None, [[2], ["b"], True], [[0], ["b"], True], [[1, 2], ["b"], False]]
-    assert found == [[one] * 3 for one in expected]
+def test_other_bits_name_their_rank_and_tensors() -> None:
+    # 1.0 in bf16 has the bytes 3F 80, so these additions flip the lowest bit, two of the exponent and the sign.
+    flips = [(rank, "b", 1, added) for rank, added in enumerate((1, 1 << 7, 1 << 14, -1 << 15))]
+    moved = [(1, "b", 2, 1 - (1 << 8))]  # from one byte of a number to the other, whose sum stays
+    opposite = [(2, "a", 4, 5), (2, "c", 0, -5)]  # in two tensors, likewise
+    cases = [[], flips[2:3], flips[:1], flips[1:3], flips, moved, opposite]
+    found = run_ranks(compare_on_a_rank, cases, world_size=4)
+    expected = [
+        None,
+        [[2], ["b"], True],
+        [[0], ["b"], True],
+        [[1, 2], ["b"], False],  # half of the ranks are not most of them
+        [[1, 2, 3], ["b"], False],  # where no two agree, any may be right
+        [[1], ["b"], True],
+        [[2], ["a", "c"], True],
+    ]
+    assert found == [[one] * 4 for one in expected]
 
 
 @pytest.mark.faults
