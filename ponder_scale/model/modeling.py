@@ -230,9 +230,11 @@ class Ponder(Checkpointing):
         if skip_logits is None:
             skip_logits = self.training and watch.targets is not None  # type: ignore[attr-defined]
         if not skip_logits:
-            seen["logits"] = self._logits(inner.last_hidden_state, logits_to_keep)
+            seen["logits"] = watch.readout.last_logits(inner.last_hidden_state, logits_to_keep)
         if extra_logits and watch.ahead is not None:
-            seen["extra_logits"] = torch.stack([self._logits(each, logits_to_keep) for each in watch.ahead])
+            seen["extra_logits"] = torch.stack(
+                [watch.readout.last_logits(each, logits_to_keep) for each in watch.ahead]
+            )
         return self._output(inner, seen, watch.changes(), return_dict)
 
     def _output(self, inner: Any, seen: dict[str, Any], changes: PassChanges | None, return_dict: bool | None) -> Any:
@@ -242,11 +244,6 @@ class Ponder(Checkpointing):
         if not (self.config.return_dict if return_dict is None else return_dict):  # type: ignore[attr-defined]
             return CausalLMOutputWithPast(**stock).to_tuple()
         return PonderOutput(**stock, **seen, changes=changes)
-
-    def _logits(self, hidden: Tensor, kept: int | Tensor) -> Tensor:
-        """The logits (B, n, V) of hidden states (B, T, D): of the last `kept` (0 for all), or of the indices in it."""
-        chosen = slice(-kept, None) if isinstance(kept, int) else kept
-        return self.get_output_embeddings()(hidden[:, chosen])  # type: ignore[attr-defined]
 
     def _prepare_generation_config(self, *arguments: Any, **options: Any) -> Any:
         """Let a `GenerationConfig` set our arguments of `generate`. transformers passes on only its own fields."""

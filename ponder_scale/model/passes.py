@@ -207,7 +207,7 @@ class Passes:
         before: list[Tensor] = []
 
         def settled(hidden: Tensor, index: int) -> bool:
-            after = self.watch.readout.logits(hidden[:, -1]).float().log_softmax(-1)  # (B, V)
+            after = self.watch.readout.kept_logits(hidden).log_softmax(-1)  # (B, V), of one token a row
             moved = (after.exp() * (after - before[0])).sum(-1).max().item() if before else math.inf
             before[:] = [after]
             if moved >= exit_kl:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .backends import Statistics, chunk, is_fake, label_loss, total_loss, wide
+from .backends import Statistics, chunk, is_fake, label_loss, total_loss, wide, wide_product, width
 from .operators import check_labels
 from .pondering_embedding import cross_entropy, mixture, pondering_embedding
 
@@ -75,6 +75,7 @@ class Readout:
         self._head, self._table = model.get_output_embeddings(), model.get_input_embeddings()
         self._plain_head, self._plain_table = is_plain(self._head, nn.Linear), is_plain(self._table, nn.Embedding)
         self._rows: Tensor | None = None
+        self._known: tuple[Tensor, Tensor] | None = None
         self.scale = math.sqrt(self._config.hidden_size) if self._config.scale_embeds else 1.0
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -82,6 +83,31 @@ class Readout:
         if self._plain_head:
             return nn.functional.linear(hidden, self._head.weight.to(hidden.dtype))
         return _present(self._head(hidden), "head", self._head)
+
+    def kept_logits(self, hidden: Tensor) -> Tensor:
+        """The logits (N, V) of a few hidden states (..., D), in the dtype of sums.
+
+        They are kept for `pondering_embedding` and `last_logits` of the same tensor, which then need no product.
+        """
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if self._plain_head and not torch.is_grad_enabled():
+            head = self._head.weight
+            logits = wide_product(flat, head.t(), flat.new_empty(len(flat), len(head), dtype=width(flat)))
+        else:
+            logits = wide(self._logits_over(flat, self._config.vocab_size))
+        self._known = hidden, logits
+        return logits
+
+    def last_logits(self, hidden: Tensor, kept: int | Tensor) -> Tensor:
+        """The logits (B, n, V) of hidden states (B, T, D): of the last `kept` (0 for all), or of the indices in it."""
+        chosen = slice(-kept, None) if isinstance(kept, int) else kept
+        if (known := self._kept(hidden)) is not None:
+            return known.view(*hidden.shape[:-1], -1)[:, chosen].to(hidden.dtype)
+        logits: Tensor = self._head(hidden[:, chosen])
+        return logits
+
+    def _kept(self, hidden: Tensor) -> Tensor | None:
+        return self._known[1] if self._known is not None and self._known[0] is hidden else None
 
     def pondering_embedding(
         self, hidden: Tensor, labels: Tensor | None, *, learn: bool = False
@@ -92,6 +118,10 @@ class Readout:
             "scale": self.scale,
             "top_k": self._config.pondering_top_k,
         }
+        known = self._kept(hidden)
+        if known is not None and labels is None:
+            rows = self._table_rows(hidden)
+            return mixture(known.to(rows.device), rows, None, **options)[0].view(hidden.shape).to(hidden), None
         options |= {"learn": True} if learn else {}  # left out when False, so that other ops need not know it
         return self._mixture(hidden, labels, options)
 

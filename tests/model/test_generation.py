@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache, LlamaForCausalLM, StaticCache
 
 from tests.model.architectures import LAYERS, TINY, VOCABULARY, make_confident
@@ -270,6 +271,36 @@ def test_early_exit_saves_passes_and_at_zero_is_exact(model: Any, monkeypatch: p
     calls.clear()
     assert generate(model, PROMPT, exit_kl=1e9).shape == exact.shape
     assert (calls[0], calls[1], calls[2]) == (11, 11, 0)
+
+
+class HeadProducts(TorchDispatchMode):
+    """Counts products with a column for each token of the vocabulary, and our own operators, which make them inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.count += found.shape[-1] == VOCABULARY
+        self.count += function.namespace == "ponder_scale"
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("exit_kl", "passes"), [(0.0, 4), (1e9, 2)])
+def test_early_exit_needs_one_product_of_the_head_for_each_pass(
+    model: Any, exit_kl: float, passes: int, dtype: torch.dtype
+) -> None:
+    model = copy.deepcopy(model).to(dtype)
+    with torch.no_grad():
+        cache = model(PROMPT[:, :-1], use_cache=True).past_key_values
+        expected = model(PROMPT[:, -1:], past_key_values=copy.deepcopy(cache), pondering_steps=passes - 1).logits
+        with HeadProducts() as products:
+            found = model(PROMPT[:, -1:], past_key_values=cache, exit_kl=exit_kl).logits
+    assert products.count == passes
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
 def test_early_exit_is_the_pass_whose_prediction_settled(llama: Any) -> None:
