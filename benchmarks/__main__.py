@@ -142,6 +142,15 @@ def _add_runs(bench: Any) -> None:
     start.add_argument("--vocab", type=whole(2), default=32000)
     start.add_argument("--seq-len", type=whole(2), default=512)
     start.set_defaults(run=_bench_start)
+    planner = bench.add_parser("planner", help="the planner's time of a step against the measured one, on two ranks")
+    planner.add_argument("--rounds", type=whole(1), default=3, help="rounds, each with a calibration of its own")
+    planner.add_argument("--steps", type=whole(1), default=4, help="steps that are timed in each run")
+    planner.add_argument(
+        "--within", type=number(above=0), default=0.15, help="exit with 1 if a ratio is further from 1 (default: 0.15)"
+    )
+    planner.add_argument("--cases", type=whole(1), nargs="+", help="numbers of some runs (default: all)")
+    planner.add_argument("overrides", nargs="*", metavar="key=value", help="settings of every run")
+    planner.set_defaults(run=_bench_planner)
     gpu = bench.add_parser("gpu", help="measure a GPU in ten minutes: tests, ceilings and every benchmark")
     gpu.add_argument("--out", type=new_folder, default=Path("runs/gpu"), help="folder for gpu.json, gpu.md and gpu.log")
     gpu.add_argument("--toy", action="store_true", help="rehearse with tiny shapes, with or without a GPU")
@@ -185,6 +194,12 @@ def _bench_start(options: argparse.Namespace) -> None:
 
     shape = Shape(options.hidden, options.layers, options.vocab, options.seq_len)
     run(shape, runs=options.runs, steps=options.steps, stage=options.stage, plain=options.plain)
+
+
+def _bench_planner(options: argparse.Namespace) -> int:
+    from benchmarks.planner import run
+
+    return run(**flags(options))
 
 
 def _bench_gpu(options: argparse.Namespace) -> int:

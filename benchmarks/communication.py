@@ -7,9 +7,6 @@ trace. The counts depend on the model's layers and on S, but not on the device o
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,15 +14,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.two_ranks import RANKS, on_two_ranks
 from benchmarks.workload import POLICIES
 from ponder_scale.config import RunConfig
-from ponder_scale.settings import load
-from ponder_scale.setup.build import build_model, model_configuration
-from ponder_scale.setup.recompute import apply_recompute
-from ponder_scale.train.launch import free_port
 
 REGIMES = ("zero3_keep_gathered", "zero3_bounded")
-RANKS = 2
 MICRO_STEPS = 3
 SHAPE = [
     "run_dir=unused",
@@ -78,53 +71,20 @@ def run(
 
 
 def traffic(overrides: Sequence[str]) -> Traffic:
-    """Measure one micro-step of this run on `RANKS` freshly forked ranks."""
-    load(RunConfig, None, overrides)  # raises here for wrong overrides, in one line
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  slow to import: once here, not on each rank
-
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    port = free_port()
-    ranks = [fork.Process(target=_on_a_rank, args=(rank, port, list(overrides), sender)) for rank in range(RANKS)]
-    for rank in ranks:
-        rank.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError as error:
-        raise RuntimeError(f"the ranks failed with exit codes {[rank.exitcode for rank in ranks]}") from error
-    finally:
-        for rank in ranks:
-            rank.join(30)
-            rank.kill()
+    """Measure one micro-step of this run on two ranks."""
+    found: Traffic = on_two_ranks(_last_micro_step, overrides)
+    return found
 
 
-def _on_a_rank(rank: int, port: str, overrides: list[str], sender: Any) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, DS_ACCELERATOR="cpu")
+def _last_micro_step(engine: Any, config: RunConfig) -> Traffic:
     from ponder_scale.data.sequences import MicroBatch
-    from ponder_scale.train.zero.engine import Engine, init_distributed
 
-    logging.disable(logging.INFO)
-    torch.set_num_threads(1)
-    init_distributed()
-    config = load(RunConfig, None, overrides)
-    assert config.model.vocab_size is not None
-    configuration = model_configuration(
-        config.model, vocab_size=config.model.vocab_size, seq_len=config.data.seq_len, eod_id=0
-    )
-    model = build_model(configuration, config.seed)
-    apply_recompute(model, config.train.recompute)
-    engine = Engine(model, config)
-    tokens = torch.arange(config.data.seq_len + 1).unsqueeze(0) % config.model.vocab_size
+    tokens = torch.arange(config.data.seq_len + 1).unsqueeze(0) % (config.model.vocab_size or 0)
     for _ in range(MICRO_STEPS):
         with counted(engine) as seen:
             engine.micro_step(MicroBatch(tokens, tokens[:, 1:], None))
         engine.update()
-    if rank == 0:
-        sender.send(seen)
-    torch.distributed.barrier()
-    os._exit(0)  # DeepSpeed's threads may abort an interpreter that exits normally
+    return seen
 
 
 @contextmanager

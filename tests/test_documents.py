@@ -40,6 +40,8 @@ QUICK = {
     "python -m benchmarks decode": "--hidden 64 --layers 1 --vocab 100 --runs 1 --context 8",
     "python -m benchmarks comm": "--regimes zero3_bounded --policies pass --pondering-steps 1"
     " model.hidden_size=96 model.num_hidden_layers=1",
+    "python -m benchmarks planner": "--rounds 1 --steps 1 --cases 5 --within 1e9"
+    " model.hidden_size=96 model.num_hidden_layers=1 data.seq_len=16",
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 import benchmarks.__main__
 import data_pipeline.cli
 import ponder_scale.cli
-from benchmarks import communication, data, decode, gpu, op, scale, serve, step
+from benchmarks import communication, data, decode, gpu, op, planner, scale, serve, step
 from data_pipeline.commands.adopt import adopt
 from data_pipeline.commands.grow import append
 from data_pipeline.config import BuildConfig
@@ -70,6 +70,7 @@ BENCHMARKS: dict[str, tuple[Any, str]] = {
     "step --recipe llama-1.4b --batch 2": (step, "run"),
     "memory --vocab 100 --steps 0 1": (step, "memory"),
     "comm --regimes zero3_bounded --pondering-steps 1 model.hidden_size=8": (communication, "run"),
+    "planner --rounds 1 --cases 1 2 --within 0.2 train.micro_batch=2": (planner, "run"),
     "decode --context 8 16 --compile": (decode, "run"),
     "scale --ranks 1 2 3 --shards 1 2": (scale, "measure"),
     "gpu --toy --minutes 7 --train 8": (gpu, "run"),
