@@ -18,9 +18,9 @@ from ponder_scale.setup.speed import apply_speed, document_arguments
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without CUDA refuses")
 
 
-def model(architecture: str = "llama") -> Any:
+def model(architecture: str = "llama", **fields: Any) -> Any:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = ModelConfig(architecture=architecture, pondering_steps=2, **shape)  # type: ignore[arg-type]
+    config = ModelConfig(architecture=architecture, pondering_steps=2, **shape, **fields)  # type: ignore[arg-type]
     return build_model(model_configuration(config, vocab_size=96, seq_len=24, eod_id=0), seed=0)
 
 
@@ -66,10 +66,11 @@ def test_flash_attention_is_told_where_documents_begin() -> None:
     assert found["max_length_q"] == found["max_length_k"] == 5
 
 
-def gradients(chosen: Any, steps: int) -> dict[str, torch.Tensor]:
+def gradients(chosen: Any, steps: int, **options: Any) -> dict[str, torch.Tensor]:
     tokens = torch.arange(2 * 24).view(2, 24) % 96
     chosen.zero_grad()
-    chosen(input_ids=tokens, shift_labels=tokens.flip(1), pondering_steps=steps, skip_logits=True).loss.backward()
+    options |= {"pondering_steps": steps, "skip_logits": True}
+    chosen(input_ids=tokens, shift_labels=tokens.flip(1), **options).loss.backward()
     return {name: parameter.grad.clone() for name, parameter in chosen.named_parameters()}
 
 
@@ -86,6 +87,28 @@ def test_compiled_layers_give_the_same_gradients_from_one_graph(policy: str) -> 
         for name, expected in gradients(plain, steps).items():
             torch.testing.assert_close(gradients(compiled, steps)[name], expected, rtol=1e-4, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() or shutil.which("g++")), reason="no C++ compiler: nothing compiled")
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        ({"feedback": "latent"}, {}),
+        ({"feedback": "pause"}, {}),
+        ({"extra_heads": 2}, {"multi_token_weight": 0.3}),
+    ],
+    ids=["latent", "pause", "heads"],
+)
+@pytest.mark.slow
+def test_compiled_latents_and_heads_have_the_same_gradients(fields: dict[str, Any], options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, plain = model(**fields), model(**fields)
+    apply_speed(compiled, train_config(compile=True, recompute="layer"))
+    apply_recompute(compiled, "layer")
+    for name, expected in gradients(plain, 2, **options).items():
+        torch.testing.assert_close(gradients(compiled, 2, **options)[name], expected, rtol=1e-4, atol=1e-6)
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
