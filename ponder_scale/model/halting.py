@@ -33,6 +33,7 @@ from .cache import PassView, copy_newest
 from .gate import fill_unless_loaded
 from .ponder import Feedback
 
+BY_ROW = ("attention_mask", "position_ids")  # arguments of a backbone that have a row for each row of the batch
 OPEN = 4.0  # the bias of a new gate: sigmoid(4) = 0.98, so that training starts near the plain method
 
 
@@ -78,36 +79,63 @@ class KeptView(PassView):
     Args:
         active: m of this pass, (B, T); None for the first.
         hidden: h of the pass before, (B, T, D).
+        rows: the rows that the pass runs, (n,), because all tokens of the others have halted; None for all.
     """
 
     def __init__(
-        self, cache: Cache, index: int, layers: int, active: Tensor | None = None, hidden: Tensor | None = None
+        self,
+        cache: Cache,
+        index: int,
+        layers: int,
+        active: Tensor | None = None,
+        hidden: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> None:
         super().__init__(cache, index, layers)
-        self._active, self._hidden = active, hidden
+        self._active, self._hidden, self._rows = active, hidden, rows
         self._begin, self._closed = int(cache.get_seq_length(index * layers)), False
+
+    def of_rows(self, embeds: Tensor, options: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """The embeddings (n, T, D) of the rows that the pass runs, and the options of the backbone for them."""
+        if self._rows is None:
+            return embeds, dict(options)
+        batch = embeds.shape[0]
+        chosen = {
+            name: value[self._rows] if name in BY_ROW and isinstance(value, Tensor) and len(value) == batch else value
+            for name, value in options.items()
+        }
+        return embeds[self._rows], chosen
 
     def keep(self, hidden: Tensor) -> Tensor:
         """The hidden states (B, T, D) that the pass leaves, given those that it has made. It ends here."""
         self._closed = True
         if self._active is None or self._hidden is None:
             return hidden
-        return torch.where(self._active.unsqueeze(-1), hidden, self._hidden)
+        return self._merged(self._active.unsqueeze(-1), hidden, self._hidden)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """The keys and values of a layer with the new ones appended, (B, heads, T, head width) each."""
         if self._active is not None:
             before = self._cache.layers[self._first - self._layers + layer_idx]
             active = self._active[:, None, :, None]
-            keys = torch.where(active, keys, self._new_part(before.keys, keys))
-            values = torch.where(active, values, self._new_part(before.values, values))
+            keys = self._merged(active, keys, self._new_part(before.keys, keys))
+            values = self._merged(active, values, self._new_part(before.values, values))
         if not self._closed:
-            return super().update(keys, values, layer_idx, *args, **kwargs)
+            every = super().update(keys, values, layer_idx, *args, **kwargs)
+            return every if self._rows is None else tuple(each[self._rows] for each in every)
         if self._begin == 0:
             return keys, values
         own = self._cache.layers[self._first + layer_idx]
         pairs = ((own.keys, keys), (own.values, values))
         return tuple(torch.cat([old[..., : self._begin, :], new], -2) for old, new in pairs)
+
+    def _merged(self, active: Tensor, new: Tensor, before: Tensor) -> Tensor:
+        """What the pass made, (n, ...), where tokens are active, and what the pass before left elsewhere, (B, ...)."""
+        if self._rows is None:
+            return torch.where(active, new, before)
+        merged = before.clone()
+        merged[self._rows] = torch.where(active[self._rows], new, before[self._rows])
+        return merged
 
     def _new_part(self, cached: Tensor, new: Tensor) -> Tensor:
         return cached[..., self._begin : self._begin + new.shape[-2], :]
@@ -132,7 +160,8 @@ class Halting:
         config: of the model.
         steps: pondering steps of this forward.
         cache: of all passes; see `KeptView`. None where no token halts: in the training of "exit".
-        may_stop: end the forward once every token has halted. The caches of the passes that are left out get a copy.
+        may_stop: leave out a row once all of its tokens have halted, and end the forward when no row is left. The
+            caches of what is left out get a copy.
 
     Attributes:
         halts: whether tokens halt in this forward.
@@ -146,6 +175,7 @@ class Halting:
         self._modules, self._threshold, self._steps = modules, config.halting_threshold, steps
         self._cache, self._layers, self._may_stop = cache, layers, may_stop
         self._hidden: Tensor | None = None
+        self._rows: Tensor | None = None
         self.by_exit, self.halts = config.halting == "exit", cache is not None
         self.remaining: list[Tensor] = []
         self.active: list[Tensor] = []
@@ -154,7 +184,7 @@ class Halting:
         """The view of pass `index`, which is about to run."""
         if self._cache is None:
             return None
-        return KeptView(self._cache, index, self._layers, self.active[-1] if index else None, self._hidden)
+        return KeptView(self._cache, index, self._layers, self.active[-1] if index else None, self._hidden, self._rows)
 
     def decide(self, hidden: Tensor, index: int) -> bool:
         """Let the tokens of pass `index` continue or halt. Returns whether the forward ends here."""
@@ -168,20 +198,31 @@ class Halting:
             left = self.remaining[-1] * gate if self.remaining else gate
         self.remaining.append(left)
         self.active.append(self.active[-1] if self._cache is None else left >= self._threshold)
-        if self._cache is None or not self._may_stop or self.active[-1].any():
+        if self._cache is None or not self._may_stop:
+            return False
+        alive = self.active[-1].any(-1).nonzero().squeeze(-1)
+        self._rows = alive if len(alive) < len(hidden) else None
+        if len(alive):
             return False
         copy_newest(self._cache, hidden.shape[1], index, self._steps + 1, self._layers)
         return True
 
     def weighting(self, feedback: Feedback) -> Feedback:
-        """A feedback that gives m g T, (B, T, D); of "exit" T alone."""
+        """A feedback that gives m g T, (B, T, D); of "exit" T alone. It is 0 in rows that the next pass leaves out."""
+
+        def of_rows(hidden: Tensor, index: int) -> Tensor:
+            if self._rows is None:
+                return feedback(hidden, index)
+            fed_back = torch.zeros_like(hidden)
+            fed_back[self._rows] = feedback(hidden[self._rows], index)
+            return fed_back
 
         def weighted(hidden: Tensor, index: int) -> Tensor:
-            fed_back = feedback(hidden, index)
+            fed_back = of_rows(hidden, index)
             weight = torch.where(self.active[-1], self.remaining[-1], 0.0)
             return fed_back * weight.unsqueeze(-1).to(fed_back.dtype)
 
-        return feedback if self.by_exit else weighted
+        return of_rows if self.by_exit else weighted
 
 
 def touch(gates: Iterable[Gate], embeds: Tensor) -> Tensor:

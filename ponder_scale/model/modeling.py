@@ -137,6 +137,8 @@ class Ponder(Checkpointing):
         return run(embeds, index, view, **kwargs)
 
     def _one_pass(self, embeds: Tensor, index: int, view: PassView | None, heads: bool = False, **kwargs: Any) -> Any:
+        if isinstance(view, KeptView):
+            embeds, kwargs = view.of_rows(embeds, kwargs)
         one_pass = partial(self.base_model.one_pass, embeds, view, **kwargs)  # type: ignore[attr-defined]
         if heads:
             norm = getattr(self.base_model, self.norm_name)  # type: ignore[attr-defined]

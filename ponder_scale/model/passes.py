@@ -153,7 +153,8 @@ class Passes:
                 self.cache, self.own_cache = DynamicCache(), True
             check_growing(self.cache, "halting")
         kept = None if halts_nothing(self.model) else self.cache
-        may_stop = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self.watch.targets is None
+        watched = self.watch.targets is not None or self.watch.tracker is not None
+        may_stop = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or watched)
         self.watch.halting = Halting(self.gates, self.config, self.steps, kept, self.layers, may_stop=may_stop)
         return self.watch.halting
 

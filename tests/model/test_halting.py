@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,45 @@ def test_decoding_runs_no_pass_in_which_every_token_has_halted(tokens: torch.Ten
             cache = output.past_key_values
             assert len(runs) == depths[position]
     assert len(set(depths.tolist())) > 2
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("kind", ["gate", "exit"])
+@pytest.mark.parametrize("fields", [{}, {"feedback": "hidden"}, {"feedback": "both", "residual": "restart"}], ids=str)
+def test_a_decoded_batch_runs_a_pass_for_the_rows_that_have_not_halted(
+    architecture: str, kind: str, fields: dict[str, Any]
+) -> None:
+    tokens = torch.randint(0, VOCABULARY, (5, 14), generator=torch.Generator().manual_seed(2))
+    model, rows = halting(architecture, kind, **fields).eval(), []
+
+    def count(layer: Any, arguments: Any, options: Any) -> None:
+        rows.append((arguments[0] if arguments else options["hidden_states"]).shape[0])
+
+    def decode(tokens: torch.Tensor, padding: torch.Tensor) -> tuple[torch.Tensor, list[list[int]]]:
+        """The last logits of some pieces of the text, and how many rows ran in each pass for each."""
+        cache, logits, ran, mask = None, [], [], (torch.arange(14) >= padding[:, None]).long()
+        positions = (torch.arange(14) - padding[:, None]).clamp(min=0)
+        for begin, end in pairwise((0, 6, 7, 8, 9, 10, 12, 14)):
+            rows.clear()
+            given = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
+            output = model(tokens[:, begin:end], past_key_values=cache, use_cache=True, **given)
+            cache = output.past_key_values
+            logits.append(output.logits[:, -1])
+            ran.append(list(rows))
+        assert {layer.get_seq_length() for layer in cache.layers} == {14}
+        return torch.stack(logits[1:], 1), ran[1:]
+
+    model.layers[0].register_forward_pre_hook(count, with_kwargs=True)
+    padding = torch.tensor([0, 2, 1, 0, 3])
+    with torch.no_grad():
+        together, ran = decode(tokens, padding)
+        alone = [decode(tokens[row : row + 1], padding[row : row + 1]) for row in range(5)]
+    torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]), atol=1e-12, rtol=1e-12)
+    assert ran == [
+        [count for count in (sum(len(each[at]) > index for _, each in alone) for index in range(STEPS + 1)) if count]
+        for at in range(6)
+    ]
+    assert any(0 < count < 5 for each in ran for count in each)
 
 
 def test_more_pondering_steps_than_there_are_gates_use_the_last_gate(tokens: torch.Tensor) -> None:
