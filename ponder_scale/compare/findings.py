@@ -123,9 +123,12 @@ def time_ratio(results: Sequence[Result]) -> float | None:
 
 
 def verdicts(results: Sequence[Result]) -> list[Verdict]:
-    """The verdicts on every pondering model against every baseline that have finished a common seed."""
+    """The verdicts on every pondering model against every baseline that have finished a common seed.
+
+    There are none without held-out data.
+    """
     members = members_of(results)
-    finished = {(result.run.member.name, result.run.seed): result for result in results if result.finished}
+    finished = {(each.run.member.name, each.run.seed): each for each in results if each.finished and each.curve}
     found = []
     for pondering in (member for member in members if member.ponders):
         for baseline in (member for member in members if not member.ponders):

@@ -156,6 +156,10 @@ def test_a_run_that_diverged_is_reported_and_nothing_is_claimed_of_it(tmp_path: 
     assert [one["perplexity"] for one in members[1]["runs"]] == [None, None]
 
 
+def test_nothing_is_said_of_losses_where_nothing_is_held_out() -> None:
+    assert verdicts([result(name, seed, []) for name in ("pondering-1", "vanilla") for seed in (1, 2)]) == []
+
+
 def test_bits_per_byte_stand_beside_perplexity_where_every_seed_knows_them(tmp_path: Path) -> None:
     record = {"event": "evaluation", "step": 8, "losses": [5.0, 2.0], "tokens": 64, "bits_per_byte": [3.0, 1.25]}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
