@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ponder_scale.config import RunConfig
 from ponder_scale.model.backends import Statistics, width
@@ -34,22 +35,41 @@ DEPTHS = (2, 3)  # layers of the two traced models; with one layer the peak woul
 OPS = ("mixture forward", "mixture backward", "loss")
 
 
+class Alive(NamedTuple):
+    """Bytes alive in a micro-batch, without weights and without the blocks of the pondering embedding and the loss."""
+
+    peak: float
+    at_op: tuple[float, ...] = (0,) * len(OPS)  # most when each of `OPS` ends
+
+    def with_blocks(self, blocks: tuple[int, ...]) -> float:
+        """The peak with the blocks of each of `OPS`, added when that op ends: passes and blocks peak apart."""
+        return max(self.peak, *(alive + block for alive, block in zip(self.at_op, blocks, strict=True)))
+
+    def towards(self, other: Alive, times: float) -> Alive:
+        """These bytes and `times` their difference to `other`."""
+        at_op = tuple(a + times * (b - a) for a, b in zip(self.at_op, other.at_op, strict=True))
+        return Alive(self.peak + times * (other.peak - self.peak), at_op)
+
+
 class Traced(NamedTuple):
-    """The trace of a micro-batch, forward and backward, without the blocks of the pondering embedding and the loss."""
+    """The trace of a micro-batch, forward and backward.
 
-    peak_bytes: int  # without weights and gradients
+    A gradient is complete when all uses of its weight have gone backward. Whether it then stays or goes depends on the
+    ZeRO stage. Gradients that are not complete count in both.
+    """
+
+    alive: Alive  # without complete gradients
+    whole: Alive  # with them
     operations: Operations
-    at_op: tuple[int, ...] = (0,) * len(OPS)  # most bytes alive when each of `OPS` ends, without weights
 
-
-def with_blocks(traced: Traced, blocks: tuple[int, ...]) -> int:
-    """The peak with the blocks of each of `OPS`, added when that op ends, because passes and blocks peak apart."""
-    return max(traced.peak_bytes, *(alive + block for alive, block in zip(traced.at_op, blocks, strict=True)))
+    def towards(self, other: Traced, times: float, operations: Operations) -> Traced:
+        """This trace and `times` its difference to `other`, with these operations."""
+        return Traced(self.alive.towards(other.alive, times), self.whole.towards(other.whole, times), operations)
 
 
 def activation_bytes(config: RunConfig, configuration: Any) -> int:
-    """The peak bytes alive in forward and backward of a micro-batch, without weights, gradients and the ops' blocks."""
-    return micro_batch(config, configuration).peak_bytes
+    """The peak of a micro-batch in bytes, without weights, complete gradients and the ops' blocks."""
+    return round(micro_batch(config, configuration).alive.peak)
 
 
 def micro_batch(config: RunConfig, configuration: Any) -> Traced:
@@ -59,9 +79,7 @@ def micro_batch(config: RunConfig, configuration: Any) -> Traced:
         return _traced(config, configuration, layers)
     shallow, deep = (_traced(config, configuration, depth) for depth in DEPTHS)
     more = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-    peak = shallow.peak_bytes + more * (deep.peak_bytes - shallow.peak_bytes)
-    at_op = (a + more * (b - a) for a, b in zip(shallow.at_op, deep.at_op, strict=True))
-    return Traced(round(peak), shallow.operations.deeper(deep.operations, more), tuple(round(alive) for alive in at_op))
+    return shallow.towards(deep, more, shallow.operations.deeper(deep.operations, more))
 
 
 def _traced(config: RunConfig, configuration: Any, layers: int) -> Traced:
@@ -104,36 +122,63 @@ def _trace(
         warnings.simplefilter("ignore")
         model = model.to_empty(device="cpu")
         apply_recompute(model, recompute)
-        for name, parameter in model.named_parameters():
-            # `cost` counts gradients with the states. Those of the extra heads are there before the passes go backward.
-            if not name.startswith("extra_heads."):
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        tokens = torch.zeros(size, dtype=torch.int64)
-        tracker, counting = MemTracker(), Counting()
-        at_op = dict.fromkeys(OPS, 0)
-
-        def ends(op: str) -> None:
-            (now,) = tracker.get_tracker_snapshot("current").values()
-            at_op[op] = max(at_op[op], _activations(now))
-
-        stand_ins = Ops(partial(_pondering_embedding, ends), partial(_cross_entropy, ends))
+        tokens, tracker, counting = torch.zeros(size, dtype=torch.int64), MemTracker(), Counting()
+        watching = _Watching(tracker)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(watching.completes)
+        stand_ins = Ops(partial(_pondering_embedding, watching.ends), partial(_cross_entropy, watching.ends))
         tracker.track_external(model)
-        with tracker, counting:
+        with tracker, counting, watching:
             tracker._mod_tracker.clear_user_hooks()  # the statistics of each module would take half of the time
             options: dict[str, Any] = {**dict(asked), "skip_logits": True, "ops": stand_ins}
             model(input_ids=tokens, shift_labels=tokens, **options).loss.backward()
-        (peak,) = tracker.get_tracker_snapshot("peak").values()
-    return Traced(_activations(peak), counting.operations, tuple(at_op.values()))
+    return Traced(*watching.found, counting.operations)
+
+
+class _Watching(TorchDispatchMode):
+    """Follows the bytes alive, with and without the gradients that are complete. The trace drops these.
+
+    Args:
+        tracker: torch's, which is entered before this.
+    """
+
+    def __init__(self, tracker: Any) -> None:
+        super().__init__()
+        self._tracker, self._complete = tracker, 0
+        self._peaks, self._at_op = [0, 0], [dict.fromkeys(OPS, 0) for _ in range(2)]
+
+    @property
+    def found(self) -> tuple[Alive, Alive]:
+        """Without complete gradients, and with them."""
+        without, whole = (Alive(peak, tuple(ops.values())) for peak, ops in zip(self._peaks, self._at_op, strict=True))
+        return without, whole
+
+    def ends(self, op: str) -> None:
+        """An op ends."""
+        for ops, alive in zip(self._at_op, self._alive(), strict=True):
+            ops[op] = max(ops[op], alive)
+
+    def completes(self, parameter: Tensor) -> None:
+        """A gradient is complete."""
+        assert parameter.grad is not None
+        self._peaks = list(map(max, self._peaks, self._alive()))
+        self._complete += parameter.grad.untyped_storage().nbytes()
+        parameter.grad = None
+
+    def _alive(self) -> tuple[int, int]:
+        alive = sum(_activations(now) for now in self._tracker.get_tracker_snapshot("current").values())
+        return alive, alive + self._complete
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        self._peaks = list(map(max, self._peaks, self._alive()))
+        return result
 
 
 def _activations(snapshot: dict[Any, int]) -> int:
     """The bytes alive without weights and buffers, from the tracker's sums by kind."""
     by_kind = {str(kind).split(".")[-1]: size for kind, size in snapshot.items()}
     return by_kind["Total"] - by_kind.get("PARAM", 0) - by_kind.get("BUFFER", 0)
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 def _pondering_embedding(

@@ -179,9 +179,7 @@ class _Search:
         if size in traced:
             return traced[size]
         one, two = (self._estimate(policy, number, traced) for number in (1, 2))
-        peak = one.peak_bytes + (size - 1) * (two.peak_bytes - one.peak_bytes)
-        at_op = tuple(a + (size - 1) * (b - a) for a, b in zip(one.at_op, two.at_op, strict=True))
-        return Traced(peak, one.operations.scaled(two.operations, size - 1), at_op)
+        return one.towards(two, size - 1, one.operations.scaled(two.operations, size - 1))
 
     def _run(self, policy: Any, size: int, name: str) -> RunConfig:
         train = replace(self.config.train, recompute=policy, micro_batch=size, deepspeed=name)

@@ -10,13 +10,15 @@ counts that the planner uses to turn rates into seconds (`operations`, `time`).
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +29,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ponder_scale.config import ModelConfig
 from ponder_scale.model.pondering_embedding import cross_entropy, pondering_embedding
 from ponder_scale.planning.hardware import COLLECTIVES, CPU, Hardware, Link, hardware_of, read_hardware, write_hardware
 from ponder_scale.planning.operations import Counting, Product, Rest
 from ponder_scale.planning.time import LOSS_PRODUCTS, MIXTURE_PRODUCTS, TOP_K_ROWS, product_seconds
+from ponder_scale.setup.build import build_model, model_configuration
 
 SECONDS = 0.15  # each figure is measured for at least this long
 RUNS = 7
 TOP_K = 32
+COLD_BYTES, MOST_TENSORS = 2**26, 128  # more than a processor's caches
 
 
 class Sizes(NamedTuple):
@@ -42,6 +47,7 @@ class Sizes(NamedTuple):
 
     products: tuple[tuple[int, int, int], ...]  # (m, n, k)
     width: int
+    inner: int  # width of the tensors on which elementwise operations are measured
     tokens: int
     vocabulary: int
     length: int  # tokens of a sequence in attention
@@ -53,6 +59,7 @@ class Sizes(NamedTuple):
 ON_CPU = Sizes(
     products=((512, 256, 256), (512, 1024, 256), (1024, 384, 1024), (2048, 256, 688), (256, 688, 512), (384, 384, 512)),
     width=320,
+    inner=1024,
     tokens=512,
     vocabulary=6000,
     length=128,
@@ -63,6 +70,7 @@ ON_CPU = Sizes(
 ON_GPU = Sizes(
     products=((8192, 5504, 2048), (8192, 2048, 2048), (2048, 5504, 8192), (2048, 2048, 2048), (16384, 1024, 1024)),
     width=2048,
+    inner=5504,
     tokens=8192,
     vocabulary=50304,
     length=2048,
@@ -149,18 +157,33 @@ def _host_memory() -> int:
 
 
 def _products(found: Hardware, sizes: Sizes, precision: str, device: Any, dtype: Any) -> Hardware:
-    """Measure the rate of large products and the cost of edges: seconds an operation are linear in 1/m + 1/n + 1/k."""
+    """Measure the rate of large products and the cost of edges: seconds an operation are linear in 1/m + 1/n + 1/k.
+
+    The three products of a linear layer are measured together, forward and backward.
+    """
     points = []
     for m, n, k in sizes.products:
-        left, right = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
-        seconds = median_seconds(lambda left=left, right=right: F.linear(left, right), device)  # type: ignore[misc]
-        points.append((1 / m + 1 / n + 1 / k, seconds / (2.0 * m * n * k)))
+        operands = _cold((m, k), device, dtype), _cold((n, k), device, dtype)
+        grad = torch.randn(m, n, device=device, dtype=dtype)
+
+        def run(operands: tuple[Iterator[Tensor], ...] = operands, grad: Tensor = grad) -> None:
+            both = [next(each).requires_grad_() for each in operands]
+            torch.autograd.grad(F.linear(*both), both, grad)
+
+        points.append((1 / m + 1 / n + 1 / k, median_seconds(run, device) / (6.0 * m * n * k)))
     slope, least = _line(points)
     if least <= 0 or slope < 0:
         slope, least = 0.0, statistics.median(each for _, each in points)
     if device.type != "cuda":
         found = replace(found, peak_flops={"bf16": 1 / least, "fp32": 1 / least})
     return replace(found, product_share=1 / least / found.peak(precision), product_edge=slope / least)
+
+
+def _cold(shape: tuple[int, ...], device: Any, dtype: Any) -> Iterator[Tensor]:
+    """Tensors of a shape in turns, so many that none is in a cache when its turn comes, as in a training."""
+    size = torch.empty((), dtype=dtype).element_size() * math.prod(shape)
+    count = max(1, min(MOST_TENSORS, round(COLD_BYTES / size)))
+    return itertools.cycle([torch.randn(shape, device=device, dtype=dtype) for _ in range(count)])
 
 
 def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
@@ -184,10 +207,10 @@ def _elementwise(found: Hardware, sizes: Sizes, device: Any, dtype: Any) -> Hard
         return F.silu(x) * (x + weight)
 
     def timed(function: Callable[..., Tensor], rows: int, columns: int) -> tuple[float, Rest]:
-        x, weight = (torch.randn(size, device=device, dtype=dtype) for size in ((rows, columns), (columns,)))
-        x.requires_grad_()
+        inputs, weight = _cold((rows, columns), device, dtype), torch.randn(columns, device=device, dtype=dtype)
 
         def run() -> None:
+            x = next(inputs).requires_grad_()
             torch.autograd.grad(function(x, weight), x, torch.ones_like(x))
 
         with Counting() as counting:
@@ -196,13 +219,29 @@ def _elementwise(found: Hardware, sizes: Sizes, device: Any, dtype: Any) -> Hard
         return median_seconds(run, device), Rest(*map(sum, zip(*parts, strict=True)))
 
     seconds, rest = timed(plain, 2, 8)
-    call = seconds / rest.calls
-    own = 0.0 if found.asynchronous else call  # on an asynchronous device, calls on large tensors are hidden
-    seconds, rest = timed(plain, sizes.tokens, sizes.width)
+    # An asynchronous device hides the time of calls on large tensors.
+    own = 0.0 if found.asynchronous else seconds / rest.calls
+    seconds, rest = timed(plain, sizes.tokens, sizes.inner)
     rate = rest.bytes / max(seconds - own * rest.calls, 0.1 * seconds)
-    seconds, rest = timed(costly, sizes.tokens, sizes.width * 2)
+    seconds, rest = timed(costly, sizes.tokens, sizes.inner)
     extra = max(seconds - own * rest.calls - rest.bytes / rate, 0.02 * seconds)
+    call = _call_seconds(device, dtype)
     return replace(found, call_seconds=call, memory_bytes_per_second=rate, costly_per_second=rest.costly / extra)
+
+
+def _call_seconds(device: Any, dtype: Any) -> float:
+    """The seconds of an operation of a model so small that nothing else takes time, with the modules around it."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ModelConfig(pondering_steps=1, **shape)  # type: ignore[arg-type]
+    model = build_model(model_configuration(config, vocab_size=16, seq_len=8, eod_id=0), seed=0).to(device, dtype)
+    tokens = torch.zeros(1, 8, dtype=torch.int64, device=device)
+
+    def run() -> None:
+        model(input_ids=tokens, shift_labels=tokens, skip_logits=True).loss.backward()
+
+    with Counting() as counting:
+        run()
+    return median_seconds(run, device) / sum(rest.calls for rest in counting.operations.rest.values())
 
 
 def _attention(sizes: Sizes, device: Any, dtype: Any) -> float:

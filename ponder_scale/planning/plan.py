@@ -15,7 +15,7 @@ import torch
 
 from ponder_scale.config import RunConfig
 from ponder_scale.figures import count, rate, size, span
-from ponder_scale.planning.activations import Traced, micro_batch, with_blocks
+from ponder_scale.planning.activations import Traced, micro_batch
 from ponder_scale.planning.cost import (
     GIB,
     REUSE,
@@ -41,6 +41,7 @@ from ponder_scale.planning.time import NO_TIME, Job, StepTime, step_time
 
 USABLE = 0.92  # share of a device's memory to plan with; the driver, NCCL and fragmentation take the rest
 RESERVE = 0.05  # memory that libraries hold while they compute, which no trace sees, as a share of the activations
+PACKED_BYTES = 6 * 2**20  # and the copies of operands that a library's products keep, however small the activations
 CLEARLY_SMALL = 0.05  # weights below this share of the memory may stay gathered without a closer look
 
 
@@ -55,7 +56,7 @@ class Plan:
     bucket_bytes: int
     activation_bytes: int
     workspace_bytes: int  # what the ops' blocks add to the peak of the activations, and what libraries hold
-    keeps_gradients: bool  # gradients of earlier micro-batches, or ZeRO-3's flat buffer, live beside the activations
+    beside_bytes: int  # by which complete gradients raise the peak of the activations and the blocks
     gathers: Gathering | None
     ranks: int
     tokens: int
@@ -71,14 +72,12 @@ class Plan:
     def memory_bytes(self) -> int:
         """The peak on one rank, without the allocator's fragmentation and the device's own context.
 
-        Activations are gone when the gradients are complete. Until then, they include the whole gradients of a
-        micro-batch under every stage: S + 1 passes share the weights, so a gradient is complete only when the backward
-        of the first pass is.
+        Gradients that are not complete count as activations, under every stage. S + 1 passes share the weights, so
+        nearly all gradients are complete only at the end of backward. With one pass they are complete earlier.
         """
         states = self.states
         kept = states.weights + states.masters + states.moments + self.gathered_bytes + self.bucket_bytes
-        in_backward = self.activation_bytes + self.workspace_bytes + (states.gradients if self.keeps_gradients else 0)
-        return kept + max(in_backward, states.gradients)
+        return kept + max(self.activation_bytes + self.workspace_bytes + self.beside_bytes, states.gradients)
 
     def fits(self, memory_bytes: int) -> bool:
         """Whether the run fits on devices with this memory."""
@@ -150,22 +149,23 @@ def plan_run(
     )
     learned = job.learned_passes > 0
     blocks = kernel_bytes(shape, tokens) if devices.gpu and width == 2 else block_bytes(shape, tokens, learned=learned)
+    alive, whole = (round(found.with_blocks(blocks)) for found in (traced.alive, traced.whole))
+    states = state_bytes(
+        shape.parameters, zero["stage"], devices.ranks, train.precision, average=config.optim.ema is not None
+    )
+    if zero["stage"] == 3 or train.global_batch > train.micro_batch_sequences * devices.ranks:
+        beside = states.gradients  # those of earlier micro-batches, or ZeRO-3's flat buffer
+    else:
+        beside = round(states.gradients / (width * shape.parameters) * (whole - alive))
     return Plan(
         shape=shape,
         flops=flops_per_token(shape, train.recompute, steps, train.pass_losses),
-        states=state_bytes(
-            shape.parameters,
-            zero["stage"],
-            devices.ranks,
-            config.train.precision,
-            average=config.optim.ema is not None,
-        ),
+        states=states,
         gathered_bytes=0 if gathers is None else round(gathers.live_share * shape.parameters * width),
         bucket_bytes=_bucket_bytes(zero, shape.parameters, width),
-        activation_bytes=traced.peak_bytes,
-        workspace_bytes=with_blocks(traced, blocks) - traced.peak_bytes + round(RESERVE * traced.peak_bytes),
-        keeps_gradients=zero["stage"] == 3
-        or config.train.global_batch > config.train.micro_batch_sequences * devices.ranks,
+        activation_bytes=round(traced.alive.peak),
+        workspace_bytes=alive - round(traced.alive.peak) + round(RESERVE * traced.alive.peak) + PACKED_BYTES,
+        beside_bytes=beside,
         gathers=gathers,
         ranks=devices.ranks,
         tokens=steps_to_tokens(config),

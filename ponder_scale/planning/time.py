@@ -277,7 +277,7 @@ def _reductions(job: Job, hardware: Hardware, hiding: float) -> tuple[float, flo
     calls = math.ceil(job.shape.parameters / float(job.zero.get("reduce_bucket_size", BUCKET)))
     seconds = collective_seconds(kind, size, calls, job.ranks, job.per_node, hardware)
     small = collective_seconds("all_reduce", 0.0, NORM_CALLS, job.ranks, job.per_node, hardware)
-    copies = BUCKET_COPIES * job.shape.parameters * job.width / hardware.memory_bytes_per_second
+    copies = BUCKET_COPIES * job.shape.parameters * job.width / hardware.optimizer_bytes_per_second
     if job.stage < 2:  # once, when all micro-steps are done
         return 0.0, copies + seconds + small
     if not job.zero.get("overlap_comm", job.stage == 3):

@@ -67,6 +67,7 @@ HALTING = " ".join(
     f"tests/model/test_halting.py::test_{name}"
     for name in (
         "logits_losses_and_gradients_are_those_of_loops_over_what_is_active[{}-llama]",
+        "a_decoded_batch_runs_a_pass_for_the_rows_that_have_not_halted[{}-gate-llama]",
         "the_loss_of_exits_is_the_expected_one_of_dense_passes[{}-llama]",
         "exits_halt_after_training_by_what_their_gates_leave[llama]",
         "a_cache_that_is_filled_in_pieces_gives_what_the_whole_text_does[mixed-gate-llama]",
@@ -299,7 +300,7 @@ MUTANTS = [
         "tests/planning/test_cost.py",
         ("USABLE = 0.92 ", "USABLE = 0.95 "),
         ("USABLE = 0.92 ", "USABLE = 0.9 "),
-        ("return kept + max(in_backward, states.gradients)", "return kept + in_backward + states.gradients"),
+        ("+ self.beside_bytes, states.gradients)", ", states.gradients)"),
     ),
     *_of(
         "ponder_scale/planning/depth.py",
@@ -372,11 +373,14 @@ MUTANTS = [
     *_of(
         "ponder_scale/model/halting.py",
         HALTING,
-        ("keys = torch.where(active, keys, self._new_part(before.keys, keys))", "keys = keys + 0"),
-        ("torch.where(self._active.unsqueeze(-1), hidden, self._hidden)", "hidden"),
+        ("keys = self._merged(active, keys, self._new_part(before.keys, keys))", "keys = keys + 0"),
+        ("self._merged(self._active.unsqueeze(-1), hidden, self._hidden)", "hidden"),
         ("cached[..., self._begin : self._begin + new.shape[-2], :]", "cached[..., : new.shape[-2], :]"),
         ("else left >= self._threshold)", "else left > 1.1 * self._threshold)"),
         ("left = torch.where(self.active[-1], gate, 0.0)", "left = gate"),
+        ("alive if len(alive) < len(hidden) else None", "None"),
+        ("torch.where(active[self._rows], new, before[self._rows])", "new"),
+        ("feedback(hidden[self._rows], index)", "feedback(hidden, index)[: len(self._rows)]"),
         ("self.remaining[-1] * gate if self.remaining else gate", "gate"),
         ("weight = torch.where(self.active[-1], self.remaining[-1], 0.0)", "weight = self.active[-1].float()"),
         ("gate(embeds[:, :1].detach()).mean()", "embeds.mean()"),

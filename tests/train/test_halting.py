@@ -100,7 +100,7 @@ def test_the_planner_traces_it(shards: Any, tmp_path: Path) -> None:
             settings = overrides(tmp_path, shards, *more, f"train.recompute={policy}", "data.document_mask=true")
             config = load(RunConfig, None, settings)
             configuration = model_configuration(config.model, vocab_size=96, seq_len=config.data.seq_len, eod_id=0)
-            peaks[name, policy] = micro_batch(config, configuration).peak_bytes
+            peaks[name, policy] = micro_batch(config, configuration).alive.peak
     unit = 2 * config.model.num_hidden_layers * config.train.micro_batch_sequences * config.data.seq_len
     unit *= config.model.hidden_size * (2 if config.train.precision == "bf16" else 4)
     more = peaks["halting", "pass"] - peaks["plain", "pass"]

@@ -106,7 +106,7 @@ def test_the_planner_traces_the_heads_and_keeps_little_of_them_where_passes_are_
             config = load(RunConfig, None, overrides(tmp_path, shards, *more))
             configuration = model_configuration(config.model, vocab_size=96, seq_len=config.data.seq_len, eod_id=0)
             peaks[heads, policy] = micro_batch(config, configuration)
-    assert peaks[2, "none"].peak_bytes > peaks[0, "none"].peak_bytes
-    assert peaks[2, "pass"].peak_bytes < peaks[2, "none"].peak_bytes
+    assert peaks[2, "none"].alive.peak > peaks[0, "none"].alive.peak
+    assert peaks[2, "pass"].alive.peak < peaks[2, "none"].alive.peak
     products = [len(peaks[heads, "pass"].operations.products) for heads in (0, 2)]
     assert products[1] > products[0]
