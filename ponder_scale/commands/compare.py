@@ -20,10 +20,13 @@ from ponder_scale.settings.commandline import flags, new_file, path, whole
 
 def add_commands(commands: Any) -> None:
     """Add the commands to the parser."""
+    widest = max(map(len, EXTRAS))
     compare = commands.add_parser(
         "compare",
         help="train a pondering model and its baselines on the same data, and report which is better",
-        description="\n".join(["models for --with:", *(f"  {name:<18}{about}" for name, (about, _) in EXTRAS.items())]),
+        description="\n".join(
+            ["models for --with:", *(f"  {name:<{widest}}  {about}" for name, (about, _) in EXTRAS.items())]
+        ),
     )
     compare.add_argument("recipe", help="a YAML file or the name of a shipped recipe; all runs go under its run_dir")
     compare.add_argument(
