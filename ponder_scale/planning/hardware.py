@@ -65,7 +65,7 @@ class Hardware:
     attention_share: float = 0.5
     vocabulary_share: Mapping[str, float] = field(default_factory=dict)  # of products with the vocabulary, by way
     costly_per_second: float = math.inf  # exponentials and other costly functions
-    optimizer_bytes_per_second: float = math.inf
+    optimizer_bytes_per_second: float = math.inf  # of the update, and of gradients into buckets
     call_seconds: float = 0.0  # time that the host needs to start an operation
     asynchronous: bool = True  # the host runs ahead of the device, and links work while it computes
     source: str = SOURCES
