@@ -8,11 +8,15 @@ from typing import Any
 import torch
 
 from ponder_scale.config import RunConfig
+from ponder_scale.planning.plan import Devices
 from ponder_scale.settings import load
 from ponder_scale.setup.build import build_model, model_configuration
 from ponder_scale.setup.recompute import apply_recompute
 from ponder_scale.train.schedules import trained_losses
 
+VOCABULARY, SEQUENCE = 512, 64
+ALONE = Devices(1, 2**40, gpu=False)
+STAGE_1 = {"zero_optimization": {"stage": 1}}
 SHAPE = [
     "run_dir=unused",
     "data.sources.any.path=unused",
@@ -25,6 +29,12 @@ SHAPE = [
 
 def plan_config(*overrides: str) -> RunConfig:
     return load(RunConfig, None, [*SHAPE, *overrides])
+
+
+def small(*overrides: str) -> tuple[RunConfig, Any]:
+    sizes = ["model.hidden_size=64", "model.intermediate_size=160", "model.num_hidden_layers=3"]
+    config = plan_config(*sizes, "model.num_attention_heads=4", f"data.seq_len={SEQUENCE}", *overrides)
+    return config, model_configuration(config.model, vocab_size=VOCABULARY, seq_len=SEQUENCE, eod_id=0)
 
 
 def large(policy: str, *overrides: str) -> tuple[RunConfig, Any]:
