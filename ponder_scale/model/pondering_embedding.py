@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import operators
-from .backends import IGNORE_INDEX, Statistics, label_loss, wide
+from .backends import IGNORE_INDEX, Statistics, is_compiled_row, label_loss, mean_rows, row_logits, wide
 from .operators import check_labels
 from .tiles import is_whole, kernels_start
 
@@ -74,10 +74,11 @@ def pondering_embedding(
     more = {"learn": True} if learn else {}  # without it, the operators are called without the arguments for learning
     flat = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
     flat_labels = None if labels is None else labels.reshape(-1)
-    if backend == "eager":
+    decodes = labels is None and is_compiled_row(flat)
+    if backend == "eager" or decodes:
         check_labels(labels, head.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = F.linear(wide(flat), wide(head))
+            logits = row_logits(flat, head) if decodes else F.linear(wide(flat), wide(head))
             mixed, loss, entropy = mixture(
                 logits, table, flat_labels, temperature=temperature, scale=scale, top_k=top_k, learn=learn
             )
@@ -248,7 +249,11 @@ def mixture(
         values, index = scaled.topk(top_k, dim=-1)
         scaled = torch.full_like(scaled, float("-inf")).scatter(1, index, values)
     probabilities = torch.softmax(scaled, dim=-1)
-    mixed = (probabilities.to(table.dtype) @ table) * scale
+    p = probabilities.to(table.dtype)
+    if torch.is_grad_enabled():
+        mixed = (p @ table) * scale
+    else:
+        mixed = mean_rows(p, table, p.new_empty(len(p), table.shape[1])).mul_(scale)
     if labels is None:
         return mixed, logits.new_empty(0), logits.new_empty(0)
     loss = label_loss(logits, labels, logits.logsumexp(-1)) if learn else None

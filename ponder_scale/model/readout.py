@@ -18,7 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .backends import Statistics, chunk, is_fake, label_loss, total_loss, wide, wide_product, width
+from .backends import (
+    Statistics,
+    chunk,
+    is_compiled_row,
+    is_fake,
+    label_loss,
+    row_logits,
+    total_loss,
+    wide,
+    wide_product,
+    width,
+)
 from .operators import check_labels
 from .pondering_embedding import cross_entropy, mixture, pondering_embedding
 
@@ -103,7 +114,11 @@ class Readout:
         chosen = slice(-kept, None) if isinstance(kept, int) else kept
         if (known := self._kept(hidden)) is not None:
             return known.view(*hidden.shape[:-1], -1)[:, chosen].to(hidden.dtype)
-        logits: Tensor = self._head(hidden[:, chosen])
+        hidden = hidden[:, chosen]
+        row = hidden.reshape(-1, hidden.shape[-1])
+        if self._plain_head and is_compiled_row(row):
+            return row_logits(row, self._head.weight).view(*hidden.shape[:-1], -1)
+        logits: Tensor = self._head(hidden)
         return logits
 
     def _kept(self, hidden: Tensor) -> Tensor | None:

@@ -5,6 +5,7 @@ Answers: logits of the whole vocabulary that fill the memory (Automodel 3907, tr
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -239,3 +240,32 @@ def test_a_backend_that_cannot_do_it_is_refused() -> None:
         pondering_embedding(tensors[0][:0], *tensors[1:], backend="sdpa")
     with pytest.raises(ValueError, match="backend of the loss is 'sdpa'"):
         cross_entropy(*tensors[:2], torch.zeros(TOKENS, dtype=torch.int64), backend="sdpa")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_a_few_tokens_without_gradients_are_those_of_the_equation(tokens: int, dtype: torch.dtype) -> None:
+    """On a CPU they do not take the products of many tokens, see `backends.mean_rows`."""
+    generator = torch.Generator().manual_seed(tokens)
+    hidden, head, table = (torch.randn(rows, 24, generator=generator, dtype=dtype) for rows in (tokens, 301, 301))
+    labels = torch.arange(tokens)
+    with torch.no_grad():
+        for given in ({}, {"labels": labels}, {"temperature": 0.7, "scale": 3.0}, {"top_k": 11}):
+            exact, seen = pondering_embedding(hidden.double(), head.double(), table.double(), backend="eager", **given)
+            found, statistics = pondering_embedding(hidden, head, table, **given)
+            tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+            torch.testing.assert_close(found.double(), exact, atol=tolerance, rtol=tolerance)
+            if seen is not None and statistics is not None:
+                torch.testing.assert_close(statistics.loss.double(), seen.loss, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler: nothing is compiled")
+@pytest.mark.parametrize("top_k", [None, 11])
+def test_one_compiled_token_without_gradients_is_that_of_the_equation(top_k: int | None) -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden, head, table = (torch.randn(rows, 24, generator=generator) for rows in (1, 301, 301))
+    options = {"temperature": 0.7, "scale": 3.0, "top_k": top_k}
+    compiled = torch.compile(lambda *operands: pondering_embedding(*operands, **options)[0], fullgraph=True)
+    with torch.no_grad():
+        exact, _ = pondering_embedding(hidden.double(), head.double(), table.double(), backend="eager", **options)
+        torch.testing.assert_close(compiled(hidden, head, table).double(), exact, atol=1e-5, rtol=1e-5)
