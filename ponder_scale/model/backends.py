@@ -257,7 +257,7 @@ def mean_rows(p: Tensor, table: Tensor, out: Tensor) -> Tensor:
 
     The products of a CPU's library are slow for a few rows. A sum over the rows of E reads it at the speed of memory.
     """
-    if p.shape[0] > FEW or p.device.type != "cpu" or is_fake(p):
+    if p.shape[0] > FEW or p.device.type != "cpu" or p.dtype != width(p) or is_fake(p):
         return torch.mm(p, table, out=out)
     tokens = torch.arange(table.shape[0], device=table.device).expand(p.shape)
     return out.copy_(F.embedding_bag(tokens, table, mode="sum", per_sample_weights=p))
