@@ -172,7 +172,7 @@ def _products(found: Hardware, sizes: Sizes, precision: str, device: Any, dtype:
 
         points.append((1 / m + 1 / n + 1 / k, median_seconds(run, device) / (6.0 * m * n * k)))
     slope, least = _line(points)
-    if least <= 0 or slope < 0:
+    if least < min(each for _, each in points) / 2 or slope < 0:  # disturbed: no product is twice as fast as the best
         slope, least = 0.0, statistics.median(each for _, each in points)
     if device.type != "cuda":
         found = replace(found, peak_flops={"bf16": 1 / least, "fp32": 1 / least})
