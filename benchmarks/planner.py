@@ -11,10 +11,12 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 
+from benchmarks.start import Shape
 from benchmarks.two_ranks import RANKS, configuration_of, on_two_ranks
 from ponder_scale.config import RunConfig
 from ponder_scale.errors import ConfigError
@@ -24,6 +26,7 @@ from ponder_scale.planning.plan import Devices, plan_run, settle_sharding
 from ponder_scale.planning.time import StepTime
 from ponder_scale.settings import load
 
+VOCABULARY = 4096
 WARM_UP = 2  # steps before the first that is timed: DeepSpeed records its trace, AdamW makes its moments
 
 
@@ -47,14 +50,7 @@ class Case:
 
     def overrides(self) -> list[str]:
         """The settings of the run."""
-        model = {
-            "vocab_size": 4096,
-            "hidden_size": self.hidden,
-            "intermediate_size": 8 * round(self.hidden * 2.6875 / 8),
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": max(1, self.hidden // 64),
-            "pondering_steps": self.pondering_steps,
-        }
+        model = Shape(self.hidden, self.layers, VOCABULARY).model | {"pondering_steps": self.pondering_steps}
         train = {
             "steps": 100,
             "global_batch": RANKS * self.micro_steps,
@@ -104,7 +100,7 @@ def run(
     measured: list[tuple[Hardware, list[float]]] = []
     for _ in range(rounds):
         hardware = calibrate()
-        measured.append((hardware, [on_two_ranks(Timed(steps), settings) for settings in runs]))
+        measured.append((hardware, [on_two_ranks(partial(step_seconds, steps=steps), settings) for settings in runs]))
     print(f"seconds of a step on {RANKS} ranks, fp32: the medians of {rounds} rounds of {steps} steps")
     print(f"{'sharding':20s} {'policy':10s} {'D':>5s} {'L':>2s} {'S':>2s} {'tokens':>8s}", end="")
     print(f" {'measured':>9s} {'planned':>9s} {'ratio':>6s}   planned terms")
@@ -131,23 +127,17 @@ def predicted(settings: Sequence[str], hardware: Hardware) -> StepTime:
     return plan_run(config, sharding, configuration, devices).step
 
 
-class Timed:
-    """Trains some steps under an engine, and returns the median of their seconds."""
+def step_seconds(engine: Any, config: RunConfig, steps: int) -> float:
+    """The median of the seconds of some steps under an engine."""
+    from ponder_scale.data.sequences import MicroBatch
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-
-    def __call__(self, engine: Any, config: RunConfig) -> float:
-        """Train."""
-        from ponder_scale.data.sequences import MicroBatch
-
-        tokens = torch.randint(0, config.model.vocab_size or 0, (1, config.data.seq_len + 1))
-        spent = []
-        for _ in range(WARM_UP + self._steps):
-            torch.distributed.barrier()
-            begin = time.perf_counter()
-            for _ in range(engine.micro_steps):
-                engine.micro_step(MicroBatch(tokens, tokens[:, 1:], None))
-            engine.update()
-            spent.append(time.perf_counter() - begin)
-        return statistics.median(spent[WARM_UP:])
+    tokens = torch.randint(0, config.model.vocab_size or 0, (1, config.data.seq_len + 1))
+    spent = []
+    for _ in range(WARM_UP + steps):
+        torch.distributed.barrier()
+        begin = time.perf_counter()
+        for _ in range(engine.micro_steps):
+            engine.micro_step(MicroBatch(tokens, tokens[:, 1:], None))
+        engine.update()
+        spent.append(time.perf_counter() - begin)
+    return statistics.median(spent[WARM_UP:])
