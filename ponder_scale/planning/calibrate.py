@@ -282,7 +282,8 @@ def _vocabulary(found: Hardware, sizes: Sizes, precision: str, device: Any, dtyp
     def share(run: Callable[[], None], products: int, apart: float = 0.0) -> float:
         whole = median_seconds(run, device)
         product = Product("forward", tokens, vocabulary, width, products)
-        return product_seconds(product, found, precision, 1.0) / max(whole - apart, 0.1 * whole)
+        # A machine that slows down meanwhile must not make a product faster than the fastest.
+        return min(1.0, product_seconds(product, found, precision, 1.0) / max(whole - apart, 0.1 * whole))
 
     rows = sum(TOP_K_ROWS) * tokens * TOP_K * width * hidden.element_size() / found.memory_bytes_per_second
     return {

@@ -39,7 +39,7 @@ def test_a_machine_is_calibrated_by_two_ranks_and_a_plan_reckons_by_it(tmp_path:
     assert not found.asynchronous and found.source.startswith("measured")
     assert 1e9 < found.peak("fp32") * found.product_share < 1e13
     assert 1e8 < found.memory_bytes_per_second < 1e12 and 1e-7 < found.call_seconds < 1e-3
-    assert all(0.01 < share < 10 for share in found.vocabulary_share.values()), found  # whatever else runs here
+    assert all(0.02 < share < 2 for share in found.vocabulary_share.values())
     assert all(1e6 < rate < 1e11 for rate in found.inside.bytes_per_second.values())
     assert 1e-6 < found.inside.start_seconds + found.inside.hop_seconds < 0.1
     planned = ponder_scale("plan", *SMALL, "--hardware", str(file))
