@@ -25,6 +25,7 @@ from benchmarks.rows import Place, Row, tried
 from benchmarks.workload import PUBLISHED, Training, Workload, workload
 from ponder_scale.config import TrainConfig
 from ponder_scale.errors import ConfigError
+from ponder_scale.model.pondering_embedding import cross_entropy
 from ponder_scale.planning.cost import step_flops
 from ponder_scale.planning.hardware import peak_flops
 from ponder_scale.setup.speed import apply_speed
@@ -135,11 +136,12 @@ def _mixture(problem: op.Problem, name: str, what: str, product: float, publishe
 
 
 def launches(place: Place) -> Iterator[Row]:
-    """Count and time each kernel of a pondering embedding and of one decoded token."""
+    """Count and time each kernel of a pondering embedding, of a loss and of one decoded token."""
     shape = SMALL[0] if place.toy else (16384, 2048, 50304)
     problem = op.Problem(*shape, place.dtype, place.device)
     name = "triton" if place.device == "cuda" else "chunked"
     yield from _profiled(place, f"{name}, {shape[0]} tokens, forward and backward", _both(problem, name))
+    yield from _profiled(place, f"{name}, the loss of {shape[0]} tokens", _loss(problem, name))
     work = _work(place, batch=1)
     yield from _profiled(place, f"a token after {work.seq_len // 2}, S = {STEPS}", _token(work))
 
@@ -147,6 +149,12 @@ def launches(place: Place) -> Iterator[Row]:
 def _both(problem: op.Problem, name: str) -> Callable[[], None]:
     *operands, upstream = problem.operands()
     return lambda: op.function(problem, name)(*operands)[0].backward(upstream)
+
+
+def _loss(problem: op.Problem, name: str) -> Callable[[], None]:
+    hidden, head, *_ = problem.operands()
+    labels = torch.arange(problem.tokens, device=hidden.device) % problem.vocabulary
+    return lambda: cross_entropy(hidden, head, labels, backend=name)[0].backward()
 
 
 def _token(work: Workload) -> Callable[[], None]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 CPU_CHUNK_ELEMENTS = 2**22
 CUDA_CHUNK_ELEMENTS = 2**27
 WIDENED_ELEMENTS = 2**20  # elements of a narrow operand that are copied to fp32 at a time
+CUDA_ADDED_ELEMENTS = 2**25  # elements of a product that is added to a sum, in fp32; this many occupy a GPU
 CENTRE_ROWS = 1000
 FEW = 3  # rows: for up to so many, `mean_rows` reads the table row by row
 IGNORE_INDEX = -100
@@ -116,7 +117,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         return
     if not (left.is_cuda and torch.version.hip is None):
         right = right.to(total.dtype)
-    for part in _parts(*total.shape):
+    elements = CUDA_ADDED_ELEMENTS if left.is_cuda else WIDENED_ELEMENTS
+    for part in _parts(total.shape[0], total.shape[1], elements):
         rows = left[part]
         if right.dtype == total.dtype:
             total[part].addmm_(rows.to(total.dtype), right)
@@ -124,9 +126,9 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
             total[part].add_(torch.mm(rows, right, out_dtype=total.dtype))
 
 
-def _parts(extent: int, other: int) -> list[slice]:
-    """Slices of `extent` rows of length `other`, which are widened one at a time."""
-    rows = max(1, WIDENED_ELEMENTS // max(1, other))
+def _parts(extent: int, other: int, elements: int = WIDENED_ELEMENTS) -> list[slice]:
+    """Slices of `extent` rows of length `other` with about so many elements, which are computed one at a time."""
+    rows = max(1, elements // max(1, other))
     return [slice(start, min(start + rows, extent)) for start in range(0, extent, rows)]
 
 

@@ -6,12 +6,14 @@ N tokens, D hidden size, V vocabulary; the equations are those of `backends`, th
                                     T = c (q 2^(k - k_row)) E / sum q 2^(k - k_row), as one product with scaled operand
     backward, by blocks of V        p and dz from two products in one kernel; dE = p^T g and dW = dz^T h, each one
                                     product over all tokens, written once; dh += dz W in fp32
+    loss, by blocks of tokens       dh = T of W - W[label], and dW += dz^T h with dz made from q inside the product
 
 The first kernel also gives the log-sum-exp, the entropy and the label's logit. T is divided by the sum of the rounded
 q, so that rounding errors cancel in the row that all of E share. If there are fewer tiles than processors of the GPU,
 the sum over V is split, and the parts are added in order. The same inputs give the same bits.
 
-A GPU without a row in `tiles`, or on which a launch fails, uses `backends`. This file is imported only where it runs.
+A GPU without a row in `tiles`, or on which a launch fails, uses `backends`. If a persistent kernel fails, the other one
+is used. This file is imported only where it runs.
 """
 
 # Triton ships no types
@@ -27,6 +29,7 @@ from torch import Tensor
 
 try:  # guarded, because the loader of remote code requires every package that a file imports without a guard
     import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
     raise ImportError("the triton backend needs the package triton; use backend 'auto' or 'chunked'") from error
 
@@ -36,7 +39,6 @@ from .backends import (
     Kept,
     Loss,
     Mixture,
-    add_product,
     as_dtype,
     common_row,
     finished,
@@ -45,14 +47,24 @@ from .backends import (
     total_loss,
 )
 from .learned import Learned
-from .products import exp_product, gradient_products, loss_gradient, scaled_product
-from .tiles import FEW_TOKENS, DeviceTiles, LaunchFailed, Tiles, give_up, processors, splits, tiles_for
+from .products import exp_product, gradient_products, head_gradient, persistent_exp_product, scaled_product
+from .tiles import (
+    FEW_TOKENS,
+    DeviceTiles,
+    LaunchFailed,
+    Tiles,
+    give_up,
+    give_up_persistent,
+    processors,
+    splits,
+    tiles_for,
+)
 
 LOG2_E = 1.0 / math.log(2.0)
 TOKEN_BLOCK = 8192  # tokens whose q exist at a time: 0.8 GB in bf16 at V = 50304
 VOCABULARY_BLOCK = 8192  # columns whose p and dz exist at a time
 SAME_ROWS = 8  # row tiles that run beside each other, so that a tile of W is read from L2
-LOSS_TILES = Tiles(16, 0, 0, 4, 3)  # these are as wide as the tiles of exp
+DESCRIPTOR_BYTES = 16  # a tensor that TMA loads starts at a multiple of this
 
 
 class _Scores(NamedTuple):
@@ -124,11 +136,10 @@ def _scores(hidden: Tensor, head: Tensor, labels: Tensor | None, temperature: fl
     q = _buffer(hidden, tokens, vocabulary)
     per_tile = hidden.new_empty(6, tiles, tokens, dtype=torch.float32)
     exponents, sums, kept, weighted, unit_exponents, unit_sums = per_tile.unbind()
-    launch(
-        exp_product, (triton.cdiv(tokens, shape.m) * tiles,), shape,
-        hidden, head, q, exponents, sums, kept, weighted, unit_exponents, unit_sums,
+    _start_exp_product(
+        hidden, head, shape, plan, q, exponents, sums, kept, weighted, unit_exponents, unit_sums,
         tokens, vocabulary, width, q.stride(0), LOG2_E / temperature, LOG2_E,
-        M=shape.m, N=shape.n, K=shape.k, GROUP=SAME_ROWS, EVEN=width % shape.k == 0,
+        M=shape.m, N=shape.n, K=shape.k, GROUP=SAME_ROWS,
         STATISTICS=labels is not None, UNIT=unit, PRECISION=_precision(hidden),
     )  # fmt: skip
     largest, total, powers = _log_sums(exponents, sums)
@@ -144,6 +155,27 @@ def _scores(hidden: Tensor, head: Tensor, labels: Tensor | None, temperature: fl
         label_logits = (hidden.float() * head[labels.clamp(min=0)].float()).sum(-1)
         loss = torch.where(labels == IGNORE_INDEX, 0.0, lse / LOG2_E - label_logits)
     return _Scores(q, shape.n, exponents, largest, total, (kept * powers).sum(0), loss, entropy)
+
+
+def _start_exp_product(
+    hidden: Tensor, head: Tensor, shape: Tiles, plan: DeviceTiles, *arguments: Any, **constants: Any
+) -> None:
+    """The persistent kernel, or the other one if the former does not apply or does not start."""
+    tiles = triton.cdiv(hidden.shape[0], shape.m) * triton.cdiv(head.shape[0], shape.n)
+    aligned = all(tensor.data_ptr() % DESCRIPTOR_BYTES == 0 for tensor in (hidden, head))
+    if plan.persistent and aligned and hidden.shape[0] > FEW_TOKENS:
+        blocks = ((hidden, [shape.m, shape.k]), (head, [shape.n, shape.k]))
+        operands = [TensorDescriptor.from_tensor(tensor, block) for tensor, block in blocks]
+        grid = (min(tiles, processors(hidden)),)
+        try:
+            launch(
+                persistent_exp_product, grid, shape, *operands, *arguments, **constants, SPECIALIZED=plan.specialized
+            )
+        except LaunchFailed as failure:
+            give_up_persistent(hidden, failure)
+        else:
+            return
+    launch(exp_product, (tiles,), shape, hidden, head, *arguments, **constants, EVEN=hidden.shape[1] % shape.k == 0)
 
 
 def _mean_row(seen: _Scores, table: Tensor, plan: DeviceTiles) -> Tensor:
@@ -307,28 +339,35 @@ def _loss(
     hidden: Tensor, head: Tensor, labels: Tensor, z_loss: float, need_hidden: bool, need_head: bool, plan: DeviceTiles
 ) -> Loss:
     hidden, head, labels = hidden.contiguous(), head.contiguous(), labels.contiguous()
-    (tokens, _), vocabulary = hidden.shape, head.shape[0]
+    tokens = hidden.shape[0]
     d_hidden = torch.empty_like(hidden) if need_hidden else None
     d_head = torch.zeros_like(head, dtype=torch.float32) if need_head else None
     losses, entropy, squares = hidden.new_empty(3, tokens, dtype=torch.float32).unbind()
     for start in range(0, tokens, TOKEN_BLOCK):
         part = slice(start, min(start + TOKEN_BLOCK, tokens))
-        count = part.stop - part.start
         seen = _scores(hidden[part], head, labels[part], 1.0, plan)
         losses[part], entropy[part] = seen.loss, seen.entropy
         lse = (seen.row_exponents + torch.log2(seen.sums)) / LOG2_E
         squares[part] = lse.square()
-        if d_hidden is None and d_head is None:
-            continue
-        powers = torch.exp2(seen.exponents - seen.row_exponents) * ((1.0 + 2.0 * z_loss * lse) / seen.sums)
-        launch(
-            loss_gradient, (triton.cdiv(count, LOSS_TILES.m), triton.cdiv(vocabulary, seen.tile)), LOSS_TILES,
-            seen.q, powers, labels[part], count, vocabulary, seen.q.stride(0), IGNORE_INDEX,
-            TILE=seen.tile, M=LOSS_TILES.m,
-        )  # fmt: skip
+        slopes = torch.where(labels[part] == IGNORE_INDEX, 0.0, 1.0 + 2.0 * z_loss * lse)
         if d_hidden is not None:
-            torch.mm(seen.q, head, out=d_hidden[part])
+            chosen = head[labels[part].clamp(min=0)].float()
+            chosen[labels[part] == IGNORE_INDEX] = 0.0
+            d_hidden[part] = slopes.unsqueeze(1) * _mean_row(seen, head, plan) - chosen
         if d_head is not None:
-            add_product(d_head, seen.q.t(), hidden[part])
+            _add_head_gradient(seen, slopes, labels[part], hidden[part], d_head, plan)
     total = total_loss(losses, squares, labels, z_loss)
     return Loss(total, losses.clone(), entropy.clone(), d_hidden, as_dtype(d_head, head))
+
+
+def _add_head_gradient(
+    seen: _Scores, slopes: Tensor, labels: Tensor, hidden: Tensor, out: Tensor, plan: DeviceTiles
+) -> None:
+    """out (V, D) in fp32 += the gradient of a block of tokens, each of whose losses has a slope to its lse."""
+    (tokens, width), vocabulary, shape = hidden.shape, out.shape[0], plan.head
+    powers = torch.exp2(seen.exponents - seen.row_exponents) * (slopes / seen.sums)
+    launch(
+        head_gradient, (triton.cdiv(vocabulary, shape.m) * triton.cdiv(width, shape.n),), shape,
+        seen.q, powers, labels, hidden, out, tokens, vocabulary, width, seen.q.stride(0), IGNORE_INDEX,
+        TILE=seen.tile, M=shape.m, N=shape.n, K=shape.k, GROUP=SAME_ROWS, PRECISION=_precision(hidden),
+    )  # fmt: skip

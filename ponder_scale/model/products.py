@@ -26,6 +26,38 @@ def _tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _store_exponentials(
+    acc, row_tile, tile,
+    out, exponents, sums, kept, weighted, unit_exponents, unit_sums,
+    tokens, vocabulary, out_stride, factor, unit_factor,
+    M: tl.constexpr, N: tl.constexpr, STATISTICS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """What `exp_product` writes, of one tile of hidden head^T, `acc`."""
+    rows = row_tile * M + tl.arange(0, M)
+    columns = tile * N + tl.arange(0, N)
+    inside = columns[None, :] < vocabulary
+    exists = rows < tokens
+    place = tile * tokens + rows
+    if UNIT:
+        y = tl.where(inside, acc * unit_factor, float("-inf"))
+        unit = tl.ceil(tl.max(y, 1))
+        tl.store(unit_exponents + place, unit, mask=exists)
+        tl.store(unit_sums + place, tl.sum(tl.exp2(y - unit[:, None]), 1), mask=exists)
+    z = tl.where(inside, acc * factor, -1e30)  # times q, which is 0 there, it is 0
+    exponent = tl.ceil(tl.max(z, 1))
+    z = z - exponent[:, None]
+    q = tl.exp2(z)
+    tl.store(exponents + place, exponent, mask=exists)
+    tl.store(sums + place, tl.sum(q, 1), mask=exists)
+    if STATISTICS:
+        tl.store(weighted + place, tl.sum(q * z, 1), mask=exists)
+    stored = q.to(out.dtype.element_ty)
+    tl.store(kept + place, tl.sum(stored.to(tl.float32), 1), mask=exists)
+    cells = out + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    tl.store(cells, stored, mask=exists[:, None] & inside)
+
+
+@triton.jit
 def exp_product(
     hidden, head, out, exponents, sums, kept, weighted, unit_exponents, unit_sums,
     tokens, vocabulary, width, out_stride, factor, unit_factor,
@@ -52,26 +84,38 @@ def exp_product(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         left += K
         right += K
-    inside = columns[None, :] < vocabulary
-    exists = rows < tokens
-    place = tile * tokens + rows
-    if UNIT:
-        y = tl.where(inside, acc * unit_factor, float("-inf"))
-        unit = tl.ceil(tl.max(y, 1))
-        tl.store(unit_exponents + place, unit, mask=exists)
-        tl.store(unit_sums + place, tl.sum(tl.exp2(y - unit[:, None]), 1), mask=exists)
-    z = tl.where(inside, acc * factor, -1e30)  # times q, which is 0 there, it is 0
-    exponent = tl.ceil(tl.max(z, 1))
-    z = z - exponent[:, None]
-    q = tl.exp2(z)
-    tl.store(exponents + place, exponent, mask=exists)
-    tl.store(sums + place, tl.sum(q, 1), mask=exists)
-    if STATISTICS:
-        tl.store(weighted + place, tl.sum(q * z, 1), mask=exists)
-    stored = q.to(out.dtype.element_ty)
-    tl.store(kept + place, tl.sum(stored.to(tl.float32), 1), mask=exists)
-    cells = out + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
-    tl.store(cells, stored, mask=exists[:, None] & inside)
+    _store_exponentials(
+        acc, row_tile, tile, out, exponents, sums, kept, weighted, unit_exponents, unit_sums,
+        tokens, vocabulary, out_stride, factor, unit_factor, M, N, STATISTICS, UNIT,
+    )  # fmt: skip
+
+
+@triton.jit
+def persistent_exp_product(
+    hidden, head, out, exponents, sums, kept, weighted, unit_exponents, unit_sums,
+    tokens, vocabulary, width, out_stride, factor, unit_factor,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    STATISTICS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, SPECIALIZED: tl.constexpr,
+):  # fmt: skip
+    """`exp_product` of operands given as tensor descriptors, with fewer programs than tiles.
+
+    A program stays on its processor and computes every num_programs-th tile. The loads of its next tile, which take no
+    registers, run during the exponentials of this one. SPECIALIZED: loads, products and exponentials have warps of
+    their own, so that the products of the next tile also run then.
+    """
+    row_tiles, column_tiles = tl.cdiv(tokens, M), tl.cdiv(vocabulary, N)
+    for program in tl.range(
+        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True, warp_specialize=SPECIALIZED
+    ):
+        row_tile, tile = _tile_of(program, row_tiles, column_tiles, GROUP)
+        acc = tl.zeros((M, N), dtype=tl.float32)
+        for step in range(tl.cdiv(width, K)):
+            a, b = hidden.load([row_tile * M, step * K]), head.load([tile * N, step * K])
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        _store_exponentials(
+            acc, row_tile, tile, out, exponents, sums, kept, weighted, unit_exponents, unit_sums,
+            tokens, vocabulary, out_stride, factor, unit_factor, M, N, STATISTICS, UNIT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -176,16 +220,31 @@ def gradient_products(
 
 
 @triton.jit
-def loss_gradient(q, powers, labels, tokens, vocabulary, stride, ignored, TILE: tl.constexpr, M: tl.constexpr):
-    """In place: q * powers - [column is the label], 0 in rows without a label; powers (V / TILE, tokens)."""
-    tile = tl.program_id(1)
-    rows = tl.program_id(0) * M + tl.arange(0, M)
-    columns = tile * TILE + tl.arange(0, TILE)
-    exists = rows < tokens
-    label = tl.load(labels + rows, mask=exists, other=ignored)
-    power = tl.load(powers + tile * tokens + rows, mask=exists, other=0.0)
-    cells = q + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    inside = exists[:, None] & (columns < vocabulary)[None, :]
-    p = tl.load(cells, mask=inside, other=0.0).to(tl.float32) * power[:, None]
-    dz = p - tl.where(columns[None, :] == label[:, None], 1.0, 0.0)
-    tl.store(cells, tl.where((label == ignored)[:, None], 0.0, dz).to(q.dtype.element_ty), mask=inside)
+def head_gradient(
+    q, powers, labels, hidden, out,
+    tokens, vocabulary, width, stride, ignored,
+    TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out += dz^T hidden, where dz = q * powers - [column is the label] is the gradient of the loss to the logits.
+
+    q (tokens, vocabulary) in rows of `stride`, a multiple of 64, with zeros after the vocabulary; powers
+    (vocabulary / TILE, tokens), 0 for tokens without a label; hidden (tokens, width), out (vocabulary, width) in fp32.
+    """
+    row_tile, tile = _tile_of(tl.program_id(0), tl.cdiv(vocabulary, M), tl.cdiv(width, N), GROUP)
+    rows = row_tile * M + tl.arange(0, M)
+    columns = tile * N + tl.arange(0, N)
+    cells = out + rows.to(tl.int64)[:, None] * width + columns[None, :]
+    exists = (rows < vocabulary)[:, None] & (columns < width)[None, :]
+    acc = tl.load(cells, mask=exists, other=0.0)
+    row_powers = powers + (row_tile * M // TILE).to(tl.int64) * tokens
+    for step in range(tl.cdiv(tokens, K)):
+        depth = step * K + tl.arange(0, K)
+        read = (depth % tokens).to(tl.int64)
+        scores = tl.load(q + read[None, :] * stride + rows[:, None], mask=(rows < stride)[:, None], other=0.0)
+        right = tl.load(hidden + read[:, None] * width + (columns % width)[None, :])
+        power = tl.load(row_powers + depth, mask=depth < tokens, other=0.0)
+        label = tl.load(labels + depth, mask=depth < tokens, other=ignored)
+        dz = scores.to(tl.float32) * power[None, :] - tl.where(label[None, :] == rows[:, None], 1.0, 0.0)
+        acc = tl.dot(dz.to(right.dtype), right, acc, input_precision=PRECISION)
+    tl.store(cells, acc, mask=exists)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +49,11 @@ class DeviceTiles(NamedTuple):
     gradient: Tiles  # p and dz, from two products
     tied: Tiles  # the same if head and table are one, which is loaded once
     learned: Tiles  # both, with learned losses, for which dz needs more registers
-    few_exp: Tiles  # the first two for few tokens
+    head: Tiles  # the gradient of the loss with the hidden states, onto the gradient of the head
+    few_exp: Tiles  # exp and mix for few tokens
     few_mix: Tiles
+    persistent: bool = False  # programs of exp and tempered stay on a processor, and load by descriptors (TMA)
+    specialized: bool = False  # such programs also divide the work among their warps
 
 
 # shared memory that one block may ask for, in bytes
@@ -70,6 +73,7 @@ _AMPERE = DeviceTiles(
     gradient=Tiles(128, 64, 64, 8, 3),
     tied=Tiles(128, 128, 64, 8, 3),
     learned=Tiles(128, 64, 64, 8, 3),
+    head=Tiles(128, 128, 32, 8, 4),
     few_exp=Tiles(64, 128, 64, 4, 4),
     few_mix=Tiles(64, 128, 64, 4, 4),
 )
@@ -78,18 +82,23 @@ _HOPPER = _AMPERE._replace(
     tempered=Tiles(128, 128, 64, 8, 4),
     mix=Tiles(128, 256, 64, 8, 3),
     gradient=Tiles(128, 128, 64, 8, 3),
+    head=Tiles(128, 128, 64, 8, 3),
+    persistent=True,
 )
-_BLACKWELL = _HOPPER._replace(exp=Tiles(128, 128, 64, 8, 4), mix=Tiles(128, 128, 64, 8, 4))
+# On capability 9.0 Triton 3.6 and 3.9 do not specialize 8 warps, and 3.9 fails to compile 4.
+_BLACKWELL = _HOPPER._replace(exp=Tiles(128, 128, 64, 8, 4), mix=Tiles(128, 128, 64, 8, 4), specialized=True)
 _FP32 = DeviceTiles(
-    exp=Tiles(64, 128, 32, 8, 3),
-    tempered=Tiles(64, 128, 32, 8, 3),
+    exp=Tiles(64, 64, 16, 8, 3),
+    tempered=Tiles(64, 64, 16, 8, 3),
     mix=Tiles(64, 128, 32, 8, 3),
     add=Tiles(64, 128, 32, 8, 3),
     gradient=Tiles(64, 64, 32, 8, 3),
     tied=Tiles(64, 64, 32, 8, 3),
     learned=Tiles(64, 64, 32, 8, 3),
+    head=Tiles(64, 128, 32, 8, 3),
     few_exp=Tiles(64, 128, 32, 8, 3),
     few_mix=Tiles(64, 128, 32, 8, 3),
+    persistent=True,
 )
 # by capability and bytes of an element
 TABLE: dict[tuple[tuple[int, int], int], DeviceTiles] = {
@@ -101,7 +110,8 @@ TABLE: dict[tuple[tuple[int, int], int], DeviceTiles] = {
     ((12, 0), 2): _AMPERE,
     (INTERPRETED, 4): _FP32,
 }
-_failed: set[tuple[tuple[int, int], torch.dtype]] = set()
+_failed: set[Any] = set()  # (capability, dtype) for which no kernel is started any more
+_not_persistent: set[Any] = set()  # the same for persistent kernels
 
 
 def kernels_start(device: torch.device, dtype: torch.dtype) -> bool:
@@ -113,20 +123,31 @@ def kernels_start(device: torch.device, dtype: torch.dtype) -> bool:
 
 def tiles_for(device: torch.device, dtype: torch.dtype) -> DeviceTiles | None:
     """The tiles for operands of a dtype on a device. None if the kernels must not be started."""
-    capability = _capability(device)
-    return None if (capability, dtype) in _failed else _row(capability, dtype.itemsize)
+    kind = capability, _ = _capability(device), dtype
+    row = None if kind in _failed else _row(capability, dtype.itemsize)
+    return row._replace(persistent=False) if row is not None and kind in _not_persistent else row
+
+
+def give_up_persistent(tensor: Tensor, failure: Exception) -> None:
+    """Stop using persistent kernels for operands like this one, and warn once. The others remain."""
+    _give_up(tensor, failure, _not_persistent, "a kernel that is not persistent")
 
 
 def give_up(tensor: Tensor, failure: Exception) -> None:
     """Stop using the kernels for operands like this one, and warn once."""
-    capability = _capability(tensor.device)
-    if (capability, tensor.dtype) not in _failed:
-        _failed.add((capability, tensor.dtype))
+    _give_up(tensor, failure, _failed, "the backend 'chunked'")
+
+
+def _give_up(tensor: Tensor, failure: Exception, given_up: set[Any], instead: str) -> None:
+    kind = capability, _ = _capability(tensor.device), tensor.dtype
+    if kind not in given_up:
+        given_up.add(kind)
         logger.warning(
             "a Triton kernel of the pondering embedding did not start on compute capability %d.%d (%s); this process "
-            "continues with the backend 'chunked', which is slower and gives the same result within rounding",
+            "continues with %s, which is slower and gives the same result within rounding",
             *capability,
             failure,
+            instead,
         )
 
 

@@ -52,6 +52,11 @@ def compiled(kernel: Any, capability: tuple[int, int], shape: tiles.Tiles, dtype
     }
     if "out" in constants:
         types["out"] = f"*{constants.pop('out')}"
+    if kernel is products.persistent_exp_product:
+        types |= {
+            name: f"tensordesc<{dtype}[{extent}, {shape.k}]>"
+            for name, extent in (("hidden", shape.m), ("head", shape.n))
+        }
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {
         (number,): [["tt.divisibility", 16]]
@@ -105,12 +110,17 @@ def launched(dtype: str, capability: tuple[int, int]) -> dict[str, tuple[Any, ti
     ):
         if name == "exp" and row.exp == row.tempered:
             continue
-        add(name, products.exp_product, shape, plain(shape), EVEN=True, STATISTICS=True, UNIT=unit)
+        statistics = {"STATISTICS": True, "UNIT": unit}
+        add(name, products.exp_product, shape, plain(shape), EVEN=True, **statistics)
+        if row.persistent and name != "few_exp":
+            statistics["SPECIALIZED"] = row.specialized
+            add(f"{name}, persistent", products.persistent_exp_product, shape, plain(shape), **statistics)
     for name, shape, even in (("mix", row.mix, True), ("mix, odd", row.mix, False), ("few_mix", row.few_mix, False)):
         of = row.few_exp if name == "few_mix" else row.exp
         scaled = {"TILE": of.n, "SCALED": True, "out": "fp32"}
         add(name, products.scaled_product, shape, plain(shape), EVEN=even, **scaled)
     add("add", products.scaled_product, row.add, plain(row.add), EVEN=False, TILE=row.add.k, SCALED=False, out="fp32")
+    add("head", products.head_gradient, row.head, plain(row.head), TILE=row.exp.n, out="fp32")
     for name, shape, tied in (
         ("gradient", row.gradient, False),
         ("tied", row.tied, True),

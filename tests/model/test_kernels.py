@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[2]
 SHARED_MEMORY_BYTES = {"8.0": 166_912, "8.6": 101_376, "8.9": 101_376, "9.0": 232_448, "10.0": 232_448, "12.0": 101_376}
 DTYPES = ("fp32", "fp16", "bf16")
 COMPILED = {"bf16": [*SHARED_MEMORY_BYTES], "fp16": [*SHARED_MEMORY_BYTES], "fp32": ["9.0"]}
-PRODUCTS = ("exp_product", "scaled_product", "gradient_products", "loss_gradient")
-FALLING = ("none:capability", *(f"{kernel}:launch" for kernel in PRODUCTS), "scaled_product:memory")
+PRODUCTS = ("exp_product", "scaled_product", "gradient_products", "head_gradient")
+PERSISTENT = "persistent_exp_product"
+FALLING = ("none:capability", *(f"{kernel}:launch" for kernel in (*PRODUCTS, PERSISTENT)), "scaled_product:memory")
 
 
 @cache
@@ -83,7 +84,7 @@ def test_a_hidden_size_that_is_no_whole_step_takes_chunked_and_says_so_once(capl
     assert [tiles.is_whole(width) for width in (768, 2048, 100, 100)] == [True, True, False, False]
     assert [record.args for record in caplog.records] == [(100, 64)]
     for row in tiles.TABLE.values():
-        assert all(64 % shape.k == 0 for shape in row)
+        assert all(64 % shape.k == 0 for shape in row if isinstance(shape, tiles.Tiles))
 
 
 @pytest.mark.parametrize("kernel", PRODUCTS)
@@ -96,9 +97,18 @@ def test_a_launch_that_fails_falls_back_once_and_says_so(kernel: str) -> None:
     assert kernel in found["lines"][0] and "OutOfResources" in found["lines"][0] and "'chunked'" in found["lines"][0]
 
 
+def test_a_persistent_kernel_that_fails_is_replaced_by_the_other_one_and_the_rest_go_on() -> None:
+    found = run("fall_back", *FALLING, TRITON_INTERPRET="1")[f"{PERSISTENT}:launch"]
+    assert found["error"] < 1e-5
+    assert found["asked"] == 1 and found["others"] > 1
+    assert len(found["lines"]) == 1
+    assert PERSISTENT in found["lines"][0] and "OutOfResources" in found["lines"][0]
+    assert "a kernel that is not persistent" in found["lines"][0] and "chunked" not in found["lines"][0]
+
+
 def test_memory_that_is_short_is_not_taken_for_a_kernel_that_fails() -> None:
     found = run("fall_back", *FALLING, TRITON_INTERPRET="1")["scaled_product:memory"]
-    assert found == {"raised": "no memory", "lines": [], "asked": 1}
+    assert found == {"raised": "no memory", "lines": [], "asked": 1, "others": 0}
 
 
 @pytest.mark.parametrize("processors", [72, 84, 108, 132, 148, 170])  # A10, A40, A100, H100, B200, RTX 5090

@@ -391,6 +391,29 @@ MUTANTS = [
         ("position_ids.diff(dim=-1) != 1", "position_ids.diff(dim=-1) < -99"),
     ),
     *_of(
+        "ponder_scale/model/products.py",
+        "tests/model/test_kernels.py::test_interpreted_kernels_are_the_equation[fp32-1e-06-1e-06]",
+        ("tl.where(label[None, :] == rows[:, None], 1.0, 0.0)", "0.0"),
+        ("power = tl.load(row_powers + depth,", "power = tl.load(powers + depth,"),
+        (
+            "b = hidden.load([row_tile * M, step * K]), head.load([tile * N, step * K])",
+            "b = hidden.load([row_tile * M, step * K]), head.load([tile * N, 0])",
+        ),
+        (
+            "row_tile, tile = _tile_of(program, row_tiles, column_tiles, GROUP)",
+            "row_tile, tile = _tile_of(tl.program_id(0), row_tiles, column_tiles, GROUP)",
+        ),
+    ),
+    *_of(
+        "ponder_scale/model/kernels.py",
+        "tests/model/test_kernels.py::test_interpreted_kernels_are_the_equation[fp32-1e-06-1e-06]",
+        ("chosen[labels[part] == IGNORE_INDEX] = 0.0", "pass"),
+        (
+            "labels[part] == IGNORE_INDEX, 0.0, 1.0 + 2.0 * z_loss * lse",
+            "labels[part] == IGNORE_INDEX, 0.0, 1.0 + z_loss * lse",
+        ),
+    ),
+    *_of(
         "ponder_scale/model/learned.py",
         "tests/model/test_pass_losses.py tests/model/test_learned_losses.py",
         ("torch.where(inside, -self.slopes, 0.0)", "torch.where(inside, self.slopes, 0.0)"),
