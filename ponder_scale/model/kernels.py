@@ -6,7 +6,7 @@ N tokens, D hidden size, V vocabulary; the equations are those of `backends`, th
                                     T = c (q 2^(k - k_row)) E / sum q 2^(k - k_row), as one product with scaled operand
     backward, by blocks of V        p and dz from two products in one kernel; dE = p^T g and dW = dz^T h, each one
                                     product over all tokens, written once; dh += dz W in fp32
-    loss, by blocks of tokens       dh = T of W - W[label], and dW += dz^T h with dz made from q inside the product
+    loss, by blocks of tokens       dh = p W - W[label], and dW += dz^T h with dz made from q inside the product
 
 The first kernel also gives the log-sum-exp, the entropy and the label's logit. T is divided by the sum of the rounded
 q, so that rounding errors cancel in the row that all of E share. If there are fewer tiles than processors of the GPU,
