@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends
-from .backends import FEW, IGNORE_INDEX, Kept, Mixture, chunk, entropy_of, label_loss, wide, width
+from .backends import IGNORE_INDEX, Kept, Mixture, chunk, entropy_of, label_loss, wide, width
 from .learned import Learned
 
 
@@ -17,8 +16,6 @@ def mix(
     hidden: Tensor, head: Tensor, table: Tensor, labels: Tensor | None, temperature: float, scale: float, keep: bool
 ) -> Mixture:
     """Like `backends.mix`."""
-    if len(hidden) <= FEW and table is not head and not keep:  # as in decoding
-        return backends.mix(hidden, head, table, labels, temperature, scale, keep)
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     mean, lse = attend(_one_head(hidden), _one_head(head), _one_head(table), 0.0, False, scale=1.0 / temperature)
     mean, lse = mean[0, 0], lse.flatten().to(width(hidden))

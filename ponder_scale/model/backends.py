@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ CUDA_CHUNK_ELEMENTS = 2**27
 WIDENED_ELEMENTS = 2**20  # elements of a narrow operand that are copied to fp32 at a time
 CUDA_ADDED_ELEMENTS = 2**25  # elements of a product that is added to a sum, in fp32; this many occupy a GPU
 CENTRE_ROWS = 1000
-FEW = 3  # rows: for up to so many, `mean_rows` reads the table row by row
 IGNORE_INDEX = -100
 
 
@@ -234,35 +232,13 @@ def mix(
                 loss[part] = label_loss(z, labels[part], largest[part] - peak[part].log())
             entropy[part] = entropy_of(p, z, largest[part], peak[part])
         if not narrow:
-            mean_rows(p, table, mixed[part]).mul_(scale)
+            torch.mm(p, table, out=mixed[part]).mul_(scale)
             continue
         exact = _mean_row(p.to(table.dtype), table)
         mixed[part] = exact * scale
         if mean is not None and centre is not None:
             mean[part] = exact - centre
     return Mixture(mixed, loss, entropy, mean, centre, largest, peak)
-
-
-def is_compiled_row(hidden: Tensor) -> bool:
-    """Whether compiled code on a CPU decodes one token, (1, D), without gradients: its own loops are fast there."""
-    alone = hidden.shape[0] == 1 and hidden.device.type == "cpu" and hidden.dtype == torch.float32
-    return alone and torch.compiler.is_compiling() and not torch.is_grad_enabled()
-
-
-def row_logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """The logits (1, V) of one token (1, D), written so that the compiler makes loops that read W at memory's speed."""
-    return (head * hidden).sum(-1).unsqueeze(0)
-
-
-def mean_rows(p: Tensor, table: Tensor, out: Tensor) -> Tensor:
-    """p E into `out`, (n, D), of p (n, V) and E (V, D) in one dtype. Nothing is differentiated.
-
-    The products of a CPU's library are slow for a few rows. A sum over the rows of E reads it at the speed of memory.
-    """
-    if p.shape[0] > FEW or p.device.type != "cpu" or p.dtype != width(p) or is_fake(p):
-        return torch.mm(p, table, out=out)
-    tokens = torch.arange(table.shape[0], device=table.device).expand(p.shape)
-    return out.copy_(F.embedding_bag(tokens, table, mode="sum", per_sample_weights=p))
 
 
 def _mean_row(p: Tensor, table: Tensor) -> Tensor:

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import operators
-from .backends import IGNORE_INDEX, Statistics, is_compiled_row, label_loss, mean_rows, row_logits, wide
+from .backends import IGNORE_INDEX, Statistics, is_fake, label_loss, wide, width
 from .operators import check_labels
 from .tiles import is_whole, kernels_start
 
 __all__ = ["BACKENDS", "IGNORE_INDEX", "Statistics", "choose_backend", "cross_entropy", "pondering_embedding"]
 
 BACKENDS = ("auto", "eager", "chunked", "sdpa", "triton", "top_k")
+FEW = 3  # tokens: for up to so many, a CPU reads head and table row by row
 
 
 def pondering_embedding(
@@ -65,6 +66,8 @@ def pondering_embedding(
     if top_k is not None and top_k >= head.shape[0]:
         top_k, backend = None, "auto" if backend == "top_k" else backend
     hidden, head, table = _laid_out(hidden, head, table)
+    flat = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
+    decodes = labels is None and backend == "auto" and is_decoded(flat)
     if backend == "auto":
         backend = choose_backend(
             hidden, head, table, temperature=temperature, top_k=top_k, statistics=labels is not None
@@ -72,9 +75,7 @@ def pondering_embedding(
     _check_backend(backend, top_k, hidden, statistics=labels is not None)
     _check_learning(learn, labels, backend, temperature)
     more = {"learn": True} if learn else {}  # without it, the operators are called without the arguments for learning
-    flat = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
     flat_labels = None if labels is None else labels.reshape(-1)
-    decodes = labels is None and is_compiled_row(flat)
     if backend == "eager" or decodes:
         check_labels(labels, head.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
@@ -229,6 +230,43 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
 
 
+def is_decoded(hidden: Tensor) -> bool:
+    """Whether these are few tokens, (n, D), without gradients on a CPU, so that `row_logits` and `_mean_rows` are fast.
+
+    The products of a CPU's library are slow for a few rows: they read a table at a third of the speed of memory.
+    """
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.compiler.is_compiling():
+        return hidden.shape[0] == 1 and hidden.device.type == "cpu" and hidden.dtype == torch.float32
+    return _are_few(hidden)
+
+
+def _are_few(rows: Tensor) -> bool:
+    few = 0 < rows.shape[0] <= FEW and rows.device.type == "cpu" and rows.dtype == width(rows)
+    return few and not is_fake(rows)
+
+
+def row_logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """The logits (n, V) of decoded tokens (n, D) and a head of one dtype. Nothing is differentiated."""
+    if torch.compiler.is_compiling():
+        return (head * hidden).sum(-1).unsqueeze(0)  # from this the compiler makes loops
+    # The derivative of `_mean_rows` with respect to its weights is these dot products, and torch has a kernel for it.
+    tokens, vocabulary = hidden.shape[0], head.shape[0]
+    rows = torch.arange(vocabulary).repeat(tokens)
+    sums = torch.arange(tokens).repeat_interleave(vocabulary)
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(hidden, head, rows, rows, sums, 0)
+    return dots.view(tokens, vocabulary)
+
+
+def _mean_rows(p: Tensor, table: Tensor) -> Tensor:
+    """p E, (n, D), of p (n, V) and E (V, D) in one dtype. Nothing is differentiated."""
+    if not _are_few(p):
+        return torch.mm(p, table)
+    tokens = torch.arange(table.shape[0], device=table.device).expand(p.shape)
+    return F.embedding_bag(tokens, table, mode="sum", per_sample_weights=p)
+
+
 def mixture(
     logits: Tensor,
     table: Tensor,
@@ -253,7 +291,7 @@ def mixture(
     if torch.is_grad_enabled():
         mixed = (p @ table) * scale
     else:
-        mixed = mean_rows(p, table, p.new_empty(len(p), table.shape[1])).mul_(scale)
+        mixed = _mean_rows(p, table).mul_(scale)
     if labels is None:
         return mixed, logits.new_empty(0), logits.new_empty(0)
     loss = label_loss(logits, labels, logits.logsumexp(-1)) if learn else None

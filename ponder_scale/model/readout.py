@@ -21,17 +21,15 @@ from torch.utils.checkpoint import checkpoint
 from .backends import (
     Statistics,
     chunk,
-    is_compiled_row,
     is_fake,
     label_loss,
-    row_logits,
     total_loss,
     wide,
     wide_product,
     width,
 )
 from .operators import check_labels
-from .pondering_embedding import cross_entropy, mixture, pondering_embedding
+from .pondering_embedding import cross_entropy, is_decoded, mixture, pondering_embedding, row_logits
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Hooks that do not change what a module computes. ZeRO's hooks bring its weights. Those of transformers and PEFT let
@@ -101,8 +99,10 @@ class Readout:
         They are kept for `pondering_embedding` and `last_logits` of the same tensor, which then need no product.
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
-        if self._plain_head and not torch.is_grad_enabled():
-            head = self._head.weight
+        head: Any = self._head.weight if self._plain_head else None
+        if head is not None and is_decoded(flat) and head.dtype == flat.dtype:
+            logits = row_logits(flat, head)
+        elif head is not None and not torch.is_grad_enabled():
             logits = wide_product(flat, head.t(), flat.new_empty(len(flat), len(head), dtype=width(flat)))
         else:
             logits = wide(self._logits_over(flat, self._config.vocab_size))
@@ -116,7 +116,7 @@ class Readout:
             return known.view(*hidden.shape[:-1], -1)[:, chosen].to(hidden.dtype)
         hidden = hidden[:, chosen]
         row = hidden.reshape(-1, hidden.shape[-1])
-        if self._plain_head and is_compiled_row(row):
+        if self._plain_head and is_decoded(row) and self._head.weight.dtype == row.dtype:
             return row_logits(row, self._head.weight).view(*hidden.shape[:-1], -1)
         logits: Tensor = self._head(hidden)
         return logits

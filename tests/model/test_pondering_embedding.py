@@ -11,9 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from ponder_scale.model import backends as module
-from ponder_scale.model.pondering_embedding import choose_backend, cross_entropy, pondering_embedding
+from ponder_scale.model.pondering_embedding import (
+    FEW,
+    choose_backend,
+    cross_entropy,
+    is_decoded,
+    pondering_embedding,
+    row_logits,
+)
 from tests.model.inside import Inside
 from tests.model.mixtures import CASES, TOKENS, VOCABULARY, WIDTH, by_loops, operands
 
@@ -245,7 +253,7 @@ def test_a_backend_that_cannot_do_it_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
 def test_a_few_tokens_without_gradients_are_those_of_the_equation(tokens: int, dtype: torch.dtype) -> None:
-    """On a CPU they do not take the products of many tokens, see `backends.mean_rows`."""
+    """On a CPU they do not take the products of many tokens, see `pondering_embedding.is_decoded`."""
     generator = torch.Generator().manual_seed(tokens)
     hidden, head, table = (torch.randn(rows, 24, generator=generator, dtype=dtype) for rows in (tokens, 301, 301))
     labels = torch.arange(tokens)
@@ -257,6 +265,23 @@ def test_a_few_tokens_without_gradients_are_those_of_the_equation(tokens: int, d
             torch.testing.assert_close(found.double(), exact, atol=tolerance, rtol=tolerance)
             if seen is not None and statistics is not None:
                 torch.testing.assert_close(statistics.loss.double(), seen.loss, atol=tolerance, rtol=tolerance)
+        logits = row_logits(hidden, head).double()
+        torch.testing.assert_close(logits, hidden.double() @ head.double().t(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4])
+def test_a_few_tokens_without_gradients_need_no_product_of_the_library(tokens: int) -> None:
+    """Its product of one token with the head takes twice as long as to read the head row by row."""
+    hidden, head, table = (torch.randn(rows, 24) for rows in (tokens, 301, 301))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.no_grad():
+        pondering_embedding(hidden, head, table)
+    done = {event.name for event in profiler.events() or []}
+    assert ("aten::_embedding_bag_per_sample_weights_backward" in done) == (tokens <= FEW)
+    attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert bool(done & {"aten::mm", "aten::addmm", "aten::bmm", attention}) == (tokens > FEW)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not is_decoded(hidden)  # there, the model's own head computes logits in bf16
+    assert not is_decoded(hidden)  # with gradients
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler: nothing is compiled")
