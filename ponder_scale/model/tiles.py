@@ -107,7 +107,7 @@ TABLE: dict[tuple[tuple[int, int], int], DeviceTiles] = {
     ((8, 9), 2): _AMPERE,
     ((9, 0), 2): _HOPPER,
     ((10, 0), 2): _BLACKWELL,
-    ((12, 0), 2): _AMPERE,
+    ((12, 0), 2): _AMPERE._replace(persistent=True),
     (INTERPRETED, 4): _FP32,
 }
 _failed: set[Any] = set()  # (capability, dtype) for which no kernel is started any more
