@@ -66,16 +66,14 @@ def pondering_embedding(
     if top_k is not None and top_k >= head.shape[0]:
         top_k, backend = None, "auto" if backend == "top_k" else backend
     hidden, head, table = _laid_out(hidden, head, table)
-    flat = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
-    decodes = labels is None and backend == "auto" and is_decoded(flat)
+    flat, flat_labels = hidden.reshape(-1, hidden.shape[-1]), None if labels is None else labels.reshape(-1)  # (N, D)
+    wanted = labels is not None
+    decodes = not wanted and backend == "auto" and is_decoded(flat)
     if backend == "auto":
-        backend = choose_backend(
-            hidden, head, table, temperature=temperature, top_k=top_k, statistics=labels is not None
-        )
-    _check_backend(backend, top_k, hidden, statistics=labels is not None)
+        backend = choose_backend(hidden, head, table, temperature=temperature, top_k=top_k, statistics=wanted)
+    _check_backend(backend, top_k, hidden, statistics=wanted)
     _check_learning(learn, labels, backend, temperature)
     more = {"learn": True} if learn else {}  # without it, the operators are called without the arguments for learning
-    flat_labels = None if labels is None else labels.reshape(-1)
     if backend == "eager" or decodes:
         check_labels(labels, head.shape[0])
         with torch.autocast(hidden.device.type, enabled=False):
@@ -90,7 +88,7 @@ def pondering_embedding(
         mixed, loss, entropy, *_ = operators.mixture(
             flat, head, table, flat_labels, temperature, scale, backend, table is head, keep, **more
         )
-    return mixed.view(hidden.shape), None if labels is None else Statistics(loss, entropy)
+    return mixed.view(hidden.shape), Statistics(loss, entropy) if wanted else None
 
 
 def cross_entropy(
@@ -259,11 +257,15 @@ def row_logits(hidden: Tensor, head: Tensor) -> Tensor:
     return dots.view(tokens, vocabulary)
 
 
-def _mean_rows(p: Tensor, table: Tensor) -> Tensor:
-    """p E, (n, D), of p (n, V) and E (V, D) in one dtype. Nothing is differentiated."""
-    if not _are_few(p):
+def _mean_rows(p: Tensor, table: Tensor, tokens: Tensor | None) -> Tensor:
+    """p E[tokens], (n, D), of p and tokens (n, K) and E (V, D) in one dtype. Without tokens K is V, in order.
+
+    Nothing is differentiated.
+    """
+    if tokens is None and not _are_few(p):
         return torch.mm(p, table)
-    tokens = torch.arange(table.shape[0], device=table.device).expand(p.shape)
+    if tokens is None:
+        tokens = torch.arange(table.shape[0], device=table.device).expand(p.shape)
     return F.embedding_bag(tokens, table, mode="sum", per_sample_weights=p)
 
 
@@ -282,16 +284,16 @@ def mixture(
     The entropies have no gradient. The losses have one only with `learn`.
     """
     logits = wide(logits)
-    scaled = logits / temperature
+    scaled, index = logits / temperature, None
     if top_k is not None and top_k < logits.shape[-1]:
-        values, index = scaled.topk(top_k, dim=-1)
-        scaled = torch.full_like(scaled, float("-inf")).scatter(1, index, values)
-    probabilities = torch.softmax(scaled, dim=-1)
+        scaled, index = scaled.topk(top_k, dim=-1)
+    probabilities = torch.softmax(scaled, dim=-1)  # (N, V), or (N, K)
     p = probabilities.to(table.dtype)
     if torch.is_grad_enabled():
-        mixed = (p @ table) * scale
+        every = p if index is None else p.new_zeros(logits.shape).scatter(1, index, p)
+        mixed = (every @ table) * scale
     else:
-        mixed = _mean_rows(p, table).mul_(scale)
+        mixed = _mean_rows(p, table, index).mul_(scale)
     if labels is None:
         return mixed, logits.new_empty(0), logits.new_empty(0)
     loss = label_loss(logits, labels, logits.logsumexp(-1)) if learn else None

@@ -405,6 +405,17 @@ MUTANTS = [
         ),
     ),
     *_of(
+        "ponder_scale/model/pondering_embedding.py",
+        " ".join(
+            f"tests/model/test_pondering_embedding.py::test_a_few_tokens_without_gradients_{name}"
+            for name in ("are_those_of_the_equation", "need_no_product_of_the_library")
+        ),
+        ("repeat_interleave(vocabulary)", "repeat(vocabulary)"),
+        ("_mean_rows(p, table, index).mul_(scale)", "_mean_rows(p, table, None).mul_(scale)"),
+        ("if torch.is_grad_enabled() or torch.is_autocast_enabled", "if torch.is_autocast_enabled"),
+        ('if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):', "if torch.is_grad_enabled():"),
+    ),
+    *_of(
         "ponder_scale/model/kernels.py",
         "tests/model/test_kernels.py::test_interpreted_kernels_are_the_equation[fp32-1e-06-1e-06]",
         ("chosen[labels[part] == IGNORE_INDEX] = 0.0", "pass"),
