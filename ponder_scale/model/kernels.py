@@ -64,7 +64,7 @@ LOG2_E = 1.0 / math.log(2.0)
 TOKEN_BLOCK = 8192  # tokens whose q exist at a time: 0.8 GB in bf16 at V = 50304
 VOCABULARY_BLOCK = 8192  # columns whose p and dz exist at a time
 SAME_ROWS = 8  # row tiles that run beside each other, so that a tile of W is read from L2
-DESCRIPTOR_BYTES = 16  # a tensor that TMA loads starts at a multiple of this
+DESCRIPTOR_BYTES = 16  # a tensor that TMA loads, and each of its rows, starts at a multiple of this
 
 
 class _Scores(NamedTuple):
@@ -162,8 +162,8 @@ def _start_exp_product(
 ) -> None:
     """The persistent kernel, or the other one if the former does not apply or does not start."""
     tiles = triton.cdiv(hidden.shape[0], shape.m) * triton.cdiv(head.shape[0], shape.n)
-    aligned = all(tensor.data_ptr() % DESCRIPTOR_BYTES == 0 for tensor in (hidden, head))
-    if plan.persistent and aligned and hidden.shape[0] > FEW_TOKENS:
+    starts = (hidden.data_ptr(), head.data_ptr(), hidden.shape[1] * hidden.element_size())
+    if plan.persistent and not any(start % DESCRIPTOR_BYTES for start in starts) and hidden.shape[0] > FEW_TOKENS:
         blocks = ((hidden, [shape.m, shape.k]), (head, [shape.n, shape.k]))
         operands = [TensorDescriptor.from_tensor(tensor, block) for tensor, block in blocks]
         grid = (min(tiles, processors(hidden)),)

@@ -23,14 +23,16 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAMES = ("value", "loss", "entropy", "hidden", "head", "table")
 
 
-def operands(dtype: torch.dtype, tied: bool) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+def operands(
+    dtype: torch.dtype, tied: bool, width: int = WIDTH
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(TOKENS, WIDTH, generator=generator)
-    head = 0.4 * torch.randn(VOCABULARY, WIDTH, generator=generator)
-    table = head if tied else torch.randn(VOCABULARY, WIDTH, generator=generator)
+    hidden = torch.randn(TOKENS, width, generator=generator)
+    head = 0.4 * torch.randn(VOCABULARY, width, generator=generator)
+    table = head if tied else torch.randn(VOCABULARY, width, generator=generator)
     labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
     labels[::7] = -100
-    upstream = torch.randn(TOKENS, WIDTH, generator=generator)
+    upstream = torch.randn(TOKENS, width, generator=generator)
     return [tensor.to(dtype) for tensor in (hidden, head, table)], labels, upstream.to(dtype)
 
 
@@ -55,8 +57,8 @@ def learned_errors(dtype: torch.dtype, tied: bool, **options: Any) -> dict[str, 
     return {name: relative(*pair) for name, pair in zip(NAMES[3:], pairs, strict=True)}
 
 
-def embedding_errors(dtype: torch.dtype, tied: bool, **options: Any) -> dict[str, float]:
-    tensors, labels, upstream = operands(dtype, tied)
+def embedding_errors(dtype: torch.dtype, tied: bool, width: int = WIDTH, **options: Any) -> dict[str, float]:
+    tensors, labels, upstream = operands(dtype, tied, width)
     ours, theirs = leaves(tensors, dtype, tied), leaves(tensors, torch.float64, tied)
     mixed, seen = pondering_embedding(*ours, labels=labels, backend="triton", **options)
     expected, wanted = pondering_embedding(*theirs, labels=labels, backend="eager", **options)
@@ -101,6 +103,7 @@ def errors(dtype: torch.dtype) -> dict[str, dict[str, float]]:
         "plain": embedding_errors(dtype, False),
         "temperature and scale": embedding_errors(dtype, False, temperature=0.9, scale=2.5),
         "tied": embedding_errors(dtype, True, temperature=0.9, scale=2.5),
+        "rows that no descriptor takes": embedding_errors(dtype, False, WIDTH - 1),
         "learned": learned_errors(dtype, False),
         "learned, tied": learned_errors(dtype, True, scale=2.5),
         "learned, temperature": learned_errors(dtype, False, temperature=0.9, scale=2.5),
