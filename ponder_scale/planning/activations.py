@@ -32,6 +32,7 @@ Ends = Callable[[str], None]  # called with the name of an op when it ends
 DEPTHS = (2, 3)  # layers of the two traced models; with one layer the peak would not be on the line
 
 
+NOT_COUNTED = ("PARAM", "BUFFER")  # names of the tracker's kinds of memory
 OPS = ("mixture forward", "mixture backward", "loss")
 
 
@@ -166,7 +167,7 @@ class _Watching(TorchDispatchMode):
         parameter.grad = None
 
     def _alive(self) -> tuple[int, int]:
-        alive = sum(_activations(now) for now in self._tracker.get_tracker_snapshot("current").values())
+        alive = sum(map(_activations, self._tracker._curr_mem_snap.values()))  # its public snapshot is a deep copy
         return alive, alive + self._complete
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -177,8 +178,7 @@ class _Watching(TorchDispatchMode):
 
 def _activations(snapshot: dict[Any, int]) -> int:
     """The bytes alive without weights and buffers, from the tracker's sums by kind."""
-    by_kind = {str(kind).split(".")[-1]: size for kind, size in snapshot.items()}
-    return by_kind["Total"] - by_kind.get("PARAM", 0) - by_kind.get("BUFFER", 0)
+    return snapshot["Total"] - sum(size for kind, size in snapshot.items() if getattr(kind, "name", "") in NOT_COUNTED)
 
 
 def _pondering_embedding(

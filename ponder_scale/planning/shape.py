@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from ponder_scale.config import RunConfig
 from ponder_scale.planning.cost import Shape
-from ponder_scale.setup.build import new_model
+from ponder_scale.setup.build import configuration_from_dict, new_model
 
 
 def run_shape(config: RunConfig, configuration: Any) -> Shape:
@@ -22,6 +24,13 @@ def model_shape(configuration: Any, seq_len: int, backward_passes: int | None = 
     Args:
         backward_passes: number of the last passes that gradients flow through. None means all.
     """
+    # A planner that compares hundreds of choices asks for the same shape each time.
+    return _shape(json.dumps(configuration.to_dict(), sort_keys=True), seq_len, backward_passes)
+
+
+@lru_cache(maxsize=64)
+def _shape(values: str, seq_len: int, backward_passes: int | None) -> Shape:
+    configuration = configuration_from_dict(json.loads(values))
     with torch.device("meta"):
         model = new_model(configuration)
     embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
