@@ -33,6 +33,7 @@ SMALL_STEP = "--batch 1 --seq-len 16 --hidden 64 --layers 1 --vocab 100 --polici
 QUICK = {
     "ponder-scale train": "--nproc 1",  # the quick start trains on two
     "ponder-scale evaluate decoding": "--sequences 1 --prompt-tokens 8 --new-tokens 4",
+    "ponder-scale plan llama-1.4b --gpus 64 ": "train.global_batch=64",  # leaves one micro-batch to try
     "python -m benchmarks op": "--tokens 64 --hidden 32 --vocab 100 --runs 1",
     "python -m benchmarks step": f"--runs 1 {SMALL_STEP}",
     "python -m benchmarks memory": f"--steps 1 {SMALL_STEP}",
