@@ -57,6 +57,10 @@ class Problem:
         made = [tensor.to(getattr(torch, self.dtype)) for tensor in made]
         return [*(tensor.requires_grad_() for tensor in made[:3]), made[3]]
 
+    def labels(self, tokens: int) -> Tensor:
+        """Next tokens for the statistics, (tokens,)."""
+        return torch.arange(tokens, device=self.device) % self.vocabulary
+
 
 def variants(problem: Problem) -> list[str]:
     """The published way, then the backends that run on the device. "+" adds the statistics of each token."""
@@ -110,9 +114,7 @@ def function(problem: Problem, name: str) -> Mixture:
     top_k = problem.top_k if backend == "top_k" else None
 
     def through_backend(hidden: Tensor, head: Tensor, table: Tensor) -> tuple[Tensor, Statistics | None]:
-        labels = None
-        if name.endswith("+"):
-            labels = torch.arange(hidden.shape[0], device=hidden.device) % head.shape[0]
+        labels = problem.labels(hidden.shape[0]) if name.endswith("+") else None
         return pondering_embedding(hidden, head, table, labels=labels, top_k=top_k, backend=backend)
 
     return through_backend
@@ -183,7 +185,7 @@ def errors(problem: Problem, name: str, tokens: int) -> dict[str, float]:
     *operands, upstream = problem.operands(tokens)
     exact = [tensor.detach().double().requires_grad_() for tensor in operands]
     top_k = problem.top_k if name == "top_k" else None
-    labels = torch.arange(tokens, device=upstream.device) % problem.vocabulary if name.endswith("+") else None
+    labels = problem.labels(tokens) if name.endswith("+") else None
     expected, wanted = pondering_embedding(*exact, labels=labels, top_k=top_k, backend="eager")
     expected.backward(upstream.double())
     runs, seen = [], None

@@ -153,7 +153,7 @@ def _both(problem: op.Problem, name: str) -> Callable[[], None]:
 
 def _loss(problem: op.Problem, name: str) -> Callable[[], None]:
     hidden, head, *_ = problem.operands()
-    labels = torch.arange(problem.tokens, device=hidden.device) % problem.vocabulary
+    labels = problem.labels(problem.tokens)
     return lambda: cross_entropy(hidden, head, labels, backend=name)[0].backward()
 
 

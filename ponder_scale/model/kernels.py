@@ -345,17 +345,18 @@ def _loss(
     losses, entropy, squares = hidden.new_empty(3, tokens, dtype=torch.float32).unbind()
     for start in range(0, tokens, TOKEN_BLOCK):
         part = slice(start, min(start + TOKEN_BLOCK, tokens))
-        seen = _scores(hidden[part], head, labels[part], 1.0, plan)
+        targets = labels[part]
+        ignored = targets == IGNORE_INDEX
+        seen = _scores(hidden[part], head, targets, 1.0, plan)
         losses[part], entropy[part] = seen.loss, seen.entropy
         lse = (seen.row_exponents + torch.log2(seen.sums)) / LOG2_E
         squares[part] = lse.square()
-        slopes = torch.where(labels[part] == IGNORE_INDEX, 0.0, 1.0 + 2.0 * z_loss * lse)
+        slopes = torch.where(ignored, 0.0, 1.0 + 2.0 * z_loss * lse)
         if d_hidden is not None:
-            chosen = head[labels[part].clamp(min=0)].float()
-            chosen[labels[part] == IGNORE_INDEX] = 0.0
+            chosen = head[targets.clamp(min=0)].float().masked_fill_(ignored.unsqueeze(1), 0.0)
             d_hidden[part] = slopes.unsqueeze(1) * _mean_row(seen, head, plan) - chosen
         if d_head is not None:
-            _add_head_gradient(seen, slopes, labels[part], hidden[part], d_head, plan)
+            _add_head_gradient(seen, slopes, targets, hidden[part], d_head, plan)
     total = total_loss(losses, squares, labels, z_loss)
     return Loss(total, losses.clone(), entropy.clone(), d_hidden, as_dtype(d_head, head))
 

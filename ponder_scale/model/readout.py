@@ -99,10 +99,11 @@ class Readout:
         They are kept for `pondering_embedding` and `last_logits` of the same tensor, which then need no product.
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
-        head: Any = self._head.weight if self._plain_head else None
-        if head is not None and is_decoded(flat) and head.dtype == flat.dtype:
-            logits = row_logits(flat, head)
-        elif head is not None and not torch.is_grad_enabled():
+        rows = self._decoded_logits(flat)
+        if rows is not None:
+            logits = rows
+        elif self._plain_head and not torch.is_grad_enabled():
+            head = self._head.weight
             logits = wide_product(flat, head.t(), flat.new_empty(len(flat), len(head), dtype=width(flat)))
         else:
             logits = wide(self._logits_over(flat, self._config.vocab_size))
@@ -115,11 +116,15 @@ class Readout:
         if (known := self._kept(hidden)) is not None:
             return known.view(*hidden.shape[:-1], -1)[:, chosen].to(hidden.dtype)
         hidden = hidden[:, chosen]
-        row = hidden.reshape(-1, hidden.shape[-1])
-        if self._plain_head and is_decoded(row) and self._head.weight.dtype == row.dtype:
-            return row_logits(row, self._head.weight).view(*hidden.shape[:-1], -1)
-        logits: Tensor = self._head(hidden)
+        rows = self._decoded_logits(hidden.reshape(-1, hidden.shape[-1]))
+        logits: Tensor = self._head(hidden) if rows is None else rows.view(*hidden.shape[:-1], -1)
         return logits
+
+    def _decoded_logits(self, flat: Tensor) -> Tensor | None:
+        """The logits of a few decoded tokens (n, D), where `row_logits` computes what the head does."""
+        if not self._plain_head or not is_decoded(flat) or self._head.weight.dtype != flat.dtype:
+            return None
+        return row_logits(flat, self._head.weight)
 
     def _kept(self, hidden: Tensor) -> Tensor | None:
         return self._known[1] if self._known is not None and self._known[0] is hidden else None

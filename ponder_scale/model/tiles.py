@@ -123,8 +123,8 @@ def kernels_start(device: torch.device, dtype: torch.dtype) -> bool:
 
 def tiles_for(device: torch.device, dtype: torch.dtype) -> DeviceTiles | None:
     """The tiles for operands of a dtype on a device. None if the kernels must not be started."""
-    kind = capability, _ = _capability(device), dtype
-    row = None if kind in _failed else _row(capability, dtype.itemsize)
+    kind = _capability(device), dtype
+    row = None if kind in _failed else _row(kind[0], dtype.itemsize)
     return row._replace(persistent=False) if row is not None and kind in _not_persistent else row
 
 
@@ -139,13 +139,13 @@ def give_up(tensor: Tensor, failure: Exception) -> None:
 
 
 def _give_up(tensor: Tensor, failure: Exception, given_up: set[Any], instead: str) -> None:
-    kind = capability, _ = _capability(tensor.device), tensor.dtype
+    kind = _capability(tensor.device), tensor.dtype
     if kind not in given_up:
         given_up.add(kind)
         logger.warning(
             "a Triton kernel of the pondering embedding did not start on compute capability %d.%d (%s); this process "
             "continues with %s, which is slower and gives the same result within rounding",
-            *capability,
+            *kind[0],
             failure,
             instead,
         )

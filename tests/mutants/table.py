@@ -418,11 +418,8 @@ MUTANTS = [
     *_of(
         "ponder_scale/model/kernels.py",
         "tests/model/test_kernels.py::test_interpreted_kernels_are_the_equation[fp32-1e-06-1e-06]",
-        ("chosen[labels[part] == IGNORE_INDEX] = 0.0", "pass"),
-        (
-            "labels[part] == IGNORE_INDEX, 0.0, 1.0 + 2.0 * z_loss * lse",
-            "labels[part] == IGNORE_INDEX, 0.0, 1.0 + z_loss * lse",
-        ),
+        (".masked_fill_(ignored.unsqueeze(1), 0.0)", ""),
+        ("torch.where(ignored, 0.0, 1.0 + 2.0 * z_loss * lse)", "torch.where(ignored, 0.0, 1.0 + z_loss * lse)"),
     ),
     *_of(
         "ponder_scale/model/learned.py",
